@@ -311,24 +311,25 @@ def _frozen(tensors: Sequence[Tensor | None]) -> nn.ParameterList:
         held.append(nn.Parameter(tensor, requires_grad=False) if same is None else same)
     return nn.ParameterList(held)
 
-# %% ../nbs/12_masks.ipynb #a305534a
+# %% ../nbs/12_masks.ipynb #e25593e1
 class ComponentModule(nn.Module):
     "One module with the frozen parameters of n components; holds them, decides nothing."
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],  # the module in each component; the first one is taken over
+        modules: Sequence[nn.Module],  # the module in each component
         state: MergeState,
+        template: nn.Module | None = None,  # the one that is taken over; None: the first
     ):
         super().__init__()
         own = [dict(m.named_parameters(recurse=False)) for m in modules]
         self.state = state
         self.parameter_names = list(dict.fromkeys(name for params in own for name in params))
         self.weights = nn.ModuleDict({p: _frozen([params.get(p) for params in own]) for p in self.parameter_names})
-        self.template = modules[0]
+        self.template = modules[0] if template is None else template
         for name in self.parameter_names:
             self.template._parameters[name] = None
-        self.train(modules[0].training)
+        self.train(self.template.training)
 
     def __getattr__(self, name):
         "What the wrapped module had: its parameters as they are in force, and every other attribute."
@@ -341,23 +342,29 @@ class ComponentModule(nn.Module):
                 return getattr(self._modules["template"], name)
             raise
 
+    def __repr__(self):
+        n = len(self.weights[self.parameter_names[0]])
+        shapes = ", ".join(f"{p} {tuple(self.weights[p][0].shape)}" for p in self.parameter_names)
+        return f"{type(self).__name__}({n} x {type(self.template).__name__}: {shapes})"
+
     def forward(self, *args, **kwargs):
         tensors = {name: self.tensor(name) for name in self.parameter_names}
         return torch.func.functional_call(self.template, tensors, args, kwargs)
 
-# %% ../nbs/12_masks.ipynb #63ae4495
+# %% ../nbs/12_masks.ipynb #4784f95b
 class MaskedModule(ComponentModule):
     "A module whose parameters are blends of the same module's parameters in n components."
 
     def __init__(
         self,
-        modules: Sequence[nn.Module],  # the module in each component; the first one is taken over
+        modules: Sequence[nn.Module],  # the module in each component
         state: MergeState,
         mode: str | None = "vector_input",  # a key of MODES, or None: not masked
         constrain_mode: str = "identity",  # a key of merge_lab.constraints.CONSTRAINTS
         fallback: int = 0,  # component that unmasked parameters come from
+        template: nn.Module | None = None,  # the module that is taken over; None: the first
     ):
-        super().__init__(modules, state)
+        super().__init__(modules, state, template)
         self.mode, self.constrain_mode, self.fallback = mode, constrain_mode, fallback
         self.masks = nn.ParameterDict()
         self._merged: dict[str, tuple[int, Tensor]] = {}
