@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['SortedRows', 'sort_rows', 'cut_gain', 'split_cuts', 'optimal_cuts', 'interval_means', 'seed_cuts', 'check_precisions',
-           'nested_codes', 'pack_planes', 'unpack_planes', 'NestedWeight', 'quantize_weight']
+           'nested_codes', 'pack_planes', 'unpack_planes', 'NestedWeight', 'quantize_weight', 'WeightSlot',
+           'NestedLinear', 'lean_linear', 'fixed_linear', 'grouped_linear', 'mixed_linear']
 
-# %% ../nbs/14_anyprec.ipynb #da2d2a09
+# %% ../nbs/14_anyprec.ipynb #80404614
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .core import check_choice
+from .masks import masked_linear
 
 # %% ../nbs/14_anyprec.ipynb #885130a5
 @dataclass
@@ -30,7 +35,7 @@ class SortedRows:
         mass, moment = self.mass.gather(1, cuts), self.moment.gather(1, cuts)
         return mass.diff(dim=1), moment.diff(dim=1)
 
-# %% ../nbs/14_anyprec.ipynb #79318955
+# %% ../nbs/14_anyprec.ipynb #b35e5fbe
 def sort_rows(
     weight: Tensor,  # (rows, columns)
     sensitivity: Tensor | None = None,  # same shape, not negative; None weighs all alike
@@ -44,11 +49,10 @@ def sort_rows(
         mean = sensitivity.to(wide).mean(dim=1, keepdim=True)
         mean = torch.where(mean > 0, mean, torch.ones_like(mean))
         share = (sensitivity.to(wide) / mean + floor).gather(1, order)
-    pad = torch.nn.functional.pad
     mass, moment = share.cumsum(dim=1), (share * values).cumsum(dim=1)
-    return SortedRows(values, order, pad(mass, (1, 0)), pad(moment, (1, 0)))
+    return SortedRows(values, order, F.pad(mass, (1, 0)), F.pad(moment, (1, 0)))
 
-# %% ../nbs/14_anyprec.ipynb #f97e3e8b
+# %% ../nbs/14_anyprec.ipynb #491474d8
 def cut_gain(
     rows: SortedRows,
     cuts: Tensor,  # (rows, k + 1)
@@ -65,7 +69,7 @@ def cut_gain(
     tiny = torch.finfo(left.dtype).tiny
     gap = left_moment / left.clamp_min(tiny) - right_moment / right.clamp_min(tiny)
     gain = left * right / (left + right) * gap**2
-    distinct = torch.nn.functional.pad(rows.values.diff(dim=1) > 0, (1, 0))
+    distinct = F.pad(rows.values.diff(dim=1) > 0, (1, 0))
     inside = (position > start) & distinct
     return torch.where(inside, gain, torch.full_like(gain, -1.0)), owner
 
@@ -84,28 +88,27 @@ def split_cuts(
     middle.scatter_reduce_(1, owner, torch.where(chosen, position, gain.shape[1]), "amin")
     return torch.cat([torch.stack([cuts[:, :-1], middle], 2).flatten(1), cuts[:, -1:]], 1)
 
-# %% ../nbs/14_anyprec.ipynb #d9be5218
+# %% ../nbs/14_anyprec.ipynb #c94c8a11
 def optimal_cuts(
     rows: SortedRows,
     clusters: int,
-    bins: int = 128,  # positions where a cut may fall; work grows with its square
+    bins: int = 64,  # evenly spaced cuts to choose from; work grows with the square
 ) -> Tensor:  # (rows, clusters + 1)
     "Cuts of least weighted squared error among evenly spaced positions, by dynamic programming."
     n = rows.values.shape[1]
     edges = torch.linspace(0, n, min(n, bins) + 1, device=rows.mass.device).round().long()
-    mass, moment = rows.mass[:, edges], rows.moment[:, edges]
-    mass, moment = (sums[:, None, :] - sums[:, :, None] for sums in (mass, moment))
+    sums = rows.mass[:, edges], rows.moment[:, edges]
+    mass, moment = (total[:, :, None] - total[:, None, :] for total in sums)  # [row, stop, start]
     cost = torch.where(mass > 0, -(moment**2) / mass, torch.inf)
     cost.diagonal(dim1=1, dim2=2).zero_()  # an empty cluster costs nothing
-    best, came_from = cost[:, 0], []
+    best, came_from = cost[:, :, 0], []
     for _ in range(clusters - 1):
-        best, before = (best[:, :, None] + cost).min(dim=1)
-        came_from.append(before)
-    last = torch.full_like(edges[:1], len(edges) - 1).repeat(len(mass), 1)
-    cuts = [last]
-    for before in reversed(came_from):
-        cuts.append(before.gather(1, cuts[-1]))
-    cuts.append(torch.zeros_like(last))
+        best, start = (best[:, None, :] + cost).min(dim=2)
+        came_from.append(start)
+    cuts = [torch.full_like(edges[:1], len(edges) - 1).repeat(len(mass), 1)]
+    for start in reversed(came_from):
+        cuts.append(start.gather(1, cuts[-1]))
+    cuts.append(torch.zeros_like(cuts[0]))
     return edges[torch.cat(cuts[::-1], dim=1)]
 
 # %% ../nbs/14_anyprec.ipynb #4c8505ff
@@ -168,14 +171,14 @@ def nested_codes(
     codes = torch.empty_like(owner).scatter_(1, rows.order, owner)
     return codes.to(torch.uint8), tables
 
-# %% ../nbs/14_anyprec.ipynb #bb74d69d
+# %% ../nbs/14_anyprec.ipynb #2001fb7b
 def pack_planes(
     codes: Tensor,  # (rows, columns) uint8
     precision: int,  # bits of a code
 ) -> Tensor:  # (precision, rows, ceil(columns / 8)) uint8, most significant plane first
     "Store each bit of the codes in a plane of its own, eight columns to a byte."
     columns = codes.shape[1]
-    codes = torch.nn.functional.pad(codes, (0, -columns % 8)).unflatten(1, (-1, 8))
+    codes = F.pad(codes, (0, -columns % 8)).unflatten(1, (-1, 8))
     place = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
     planes = [((codes >> bit & 1) << place).sum(-1).to(torch.uint8) for bit in range(precision)]
     return torch.stack(planes[::-1])
@@ -220,7 +223,7 @@ class NestedWeight:
         tables = sum(table.numel() * table.element_size() for table in self.tables.values())
         return self.planes.numel() + tables
 
-# %% ../nbs/14_anyprec.ipynb #ad0edd02
+# %% ../nbs/14_anyprec.ipynb #7b265cb4
 def quantize_weight(
     weight: Tensor,  # (rows, columns), floating point
     sensitivity: Tensor | None = None,  # (rows, columns), mean squared gradient; None weighs all alike
@@ -233,7 +236,7 @@ def quantize_weight(
     for name, tensor in (("weight", weight), ("sensitivity", sensitivity)):
         if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} holds NaN or infinity. Check the checkpoint and the calibration loss.")
-    step = max(1, block // max(weight.shape[1], 2**14))  # the seed's cost matrix is 128 x 128 a row
+    step = max(1, block // max(weight.shape[1], 2**12))  # the seed's cost matrix is 64 x 64 a row
     parts = []
     for start in range(0, len(weight), step):
         chosen = slice(start, start + step)
@@ -243,3 +246,112 @@ def quantize_weight(
     planes = torch.cat([planes for planes, _ in parts], dim=1)
     tables = {bits: torch.cat([tables[bits] for _, tables in parts]) for bits in parts[0][1]}
     return NestedWeight(planes, tables, weight.shape[1])
+
+# %% ../nbs/14_anyprec.ipynb #417bf47e
+class WeightSlot:
+    "Dequantised weights of one layer at a time, or of all if memory allows."
+
+    def __init__(
+        self,
+        keep_all: bool = False,  # trade memory for speed: dequantise each layer only once
+    ):
+        self.keep_all, self.held = keep_all, {}
+
+    def get(self, layer: "NestedLinear", precision: int) -> Tensor:
+        "The layer's weight at this precision; drops every other layer's weights."
+        if layer not in self.held and not self.keep_all:
+            self.held.clear()
+        weights = self.held.setdefault(layer, {})
+        if precision not in weights:
+            weights[precision] = layer.nested(precision).dequantize(precision)
+        return weights[precision]
+
+    def clear(self):
+        "Drop all dequantised weights."
+        self.held.clear()
+
+# %% ../nbs/14_anyprec.ipynb #43311bd8
+class NestedLinear(nn.Module):
+    "A frozen linear layer at several precisions; `choice` says which one computes."
+
+    def __init__(
+        self,
+        nested: NestedWeight,  # of shape (out_features, in_features)
+        bias: Tensor | None = None,  # (out_features,), kept as it is
+        slot: WeightSlot | None = None,  # shared by the layers of a model
+    ):
+        super().__init__()
+        self.in_features, self.out_features = nested.columns, nested.planes.shape[1]
+        self.precisions = sorted(nested.tables)
+        self.register_buffer("planes", nested.planes)
+        for bits, table in nested.tables.items():
+            self.register_buffer(f"table_{bits}", table)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.slot = WeightSlot() if slot is None else slot
+        self.choice = None
+
+    def nested(self, *precisions: int) -> NestedWeight:
+        "The nested weight with the tables of these precisions; of all if none is given."
+        tables = {bits: getattr(self, f"table_{bits}") for bits in precisions or self.precisions}
+        return NestedWeight(self.planes, tables, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, ..., in_features)
+        choice = self.precisions[-1] if self.choice is None else self.choice
+        if isinstance(choice, int):
+            return fixed_linear(self, x, choice)
+        if len(choice) != len(x):
+            raise ValueError(
+                f"choice is for {len(choice)} samples and the batch has {len(x)}. "
+                "Route the batch that is computed, or set one precision for all."
+            )
+        return (mixed_linear if choice.is_floating_point() else grouped_linear)(self, x, choice)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.precisions}"
+
+# %% ../nbs/14_anyprec.ipynb #8077439e
+def lean_linear(
+    layer: NestedLinear,
+    x: Tensor,
+    precisions: list[int],
+    alphas: Tensor,  # (len(precisions),)
+) -> Tensor:
+    "Blend of precisions; its backward pass dequantises again instead of keeping weights."
+    weights = [layer.slot.get(layer, bits) for bits in precisions]
+    known = {weight.data_ptr(): bits for bits, weight in zip(precisions, weights)}
+
+    def save(tensor):
+        return tensor if layer.slot.keep_all else known.get(tensor.data_ptr(), tensor)
+
+    def restore(saved):
+        return layer.slot.get(layer, saved) if isinstance(saved, int) else saved
+
+    biases = None if layer.bias is None else [layer.bias]
+    with torch.autograd.graph.saved_tensors_hooks(save, restore):
+        return masked_linear(x, weights, alphas.unbind(), biases)
+
+
+def fixed_linear(layer: NestedLinear, x: Tensor, precision: int) -> Tensor:
+    "All samples at one precision. Raises `ValueError` if the layer does not have it."
+    check_choice("precision", precision, layer.precisions, "Quantise again for other precisions.")
+    if torch.is_grad_enabled() and x.requires_grad:
+        return lean_linear(layer, x, [precision], torch.ones(1, device=x.device))
+    weight = layer.slot.get(layer, precision)
+    return F.linear(x.to(weight.dtype), weight, layer.bias)
+
+
+def grouped_linear(layer: NestedLinear, x: Tensor, choice: Tensor) -> Tensor:
+    "Each sample at its own precision; one dequantisation and one product for all that share it."
+    y = None
+    for precision in choice.unique().tolist():
+        chosen = choice == precision
+        part = fixed_linear(layer, x[chosen], precision)
+        y = part.new_empty(*x.shape[:-1], layer.out_features) if y is None else y
+        y[chosen] = part
+    return y
+
+
+def mixed_linear(layer: NestedLinear, x: Tensor, probabilities: Tensor) -> Tensor:
+    "Each sample at its own blend over the layer's precisions."
+    parts = [lean_linear(layer, sample[None], layer.precisions, p) for sample, p in zip(x, probabilities)]
+    return torch.cat(parts)

@@ -1,0 +1,120 @@
+"Nested precision: properties that hold for any dtype, shape and sensitivity."
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from merge_lab.anyprec import (
+    NestedLinear,
+    nested_codes,
+    pack_planes,
+    quantize_weight,
+    unpack_planes,
+)
+
+SHAPES = [(1, 1), (3, 7), (5, 64), (4, 129), (2, 1000)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_codes_are_the_models_of_every_precision(shape, dtype):
+    generator = torch.Generator().manual_seed(hash(shape) % 1000)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    sensitivity = torch.rand(shape, generator=generator)
+    nested = quantize_weight(weight, sensitivity)
+    errors = []
+    for bits in range(3, 9):
+        codes, tables = nested_codes(weight, sensitivity, parent_precision=bits)
+        values = nested.dequantize(bits)
+        assert values.dtype == dtype and values.shape == shape
+        assert torch.equal(values, tables[bits].gather(1, codes.long()))
+        errors.append((values.double() - weight.double()).abs().mean().item())
+    assert errors[-1] <= errors[0]
+    if shape[1] <= 64:  # a value of its own for each weight, nearly
+        assert errors[-1] < 0.02
+
+
+def test_blocks_do_not_change_the_result():
+    weight, sensitivity = torch.randn(9, 40), torch.rand(9, 40)
+    whole = quantize_weight(weight, sensitivity)
+    parts = quantize_weight(weight, sensitivity, block=1)
+    assert torch.equal(whole.planes, parts.planes)
+    assert all(torch.equal(whole.tables[b], parts.tables[b]) for b in range(3, 9))
+
+
+def test_sensitive_weights_are_kept_better():
+    torch.manual_seed(0)
+    weight, sensitivity = torch.randn(32, 256), torch.ones(32, 256)
+    sensitivity[:, :32] = 100
+    flat = (quantize_weight(weight).dequantize(3) - weight).square()
+    aware = (quantize_weight(weight, sensitivity).dequantize(3) - weight).square()
+    assert aware[:, :32].mean() < 0.5 * flat[:, :32].mean()
+    assert (aware * sensitivity).sum() < (flat * sensitivity).sum()
+
+
+@pytest.mark.parametrize("seed, parent", [(1, 1), (1, 8), (4, 4), (2, 6)])
+def test_other_ranges(seed, parent):
+    weight = torch.randn(3, 50)
+    nested = quantize_weight(weight, None, seed, parent)
+    assert sorted(nested.tables) == list(range(seed, parent + 1))
+    assert len(nested.planes) == parent
+
+
+@pytest.mark.parametrize("seed, parent", [(0, 8), (3, 9), (5, 4)])
+def test_impossible_ranges(seed, parent):
+    with pytest.raises(ValueError, match=f"seed_precision={seed}"):
+        quantize_weight(torch.randn(2, 4), None, seed, parent)
+
+
+def test_degenerate_rows_are_exact():
+    repeated = torch.tensor([[0.0] * 9, [2.0] * 9, [1.0, 2.0, 4.0] * 3])
+    nested = quantize_weight(repeated, torch.zeros_like(repeated))
+    assert all(torch.equal(nested.dequantize(b), repeated) for b in range(3, 9))
+
+
+def test_nan_sensitivity_is_an_error():
+    with pytest.raises(ValueError, match="sensitivity holds NaN"):
+        quantize_weight(torch.randn(2, 4), torch.full((2, 4), float("nan")))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize("precision", [1, 5, 8])
+def test_planes_round_trip(columns, precision):
+    codes = torch.randint(0, 2**precision, (3, columns), dtype=torch.uint8)
+    planes = pack_planes(codes, precision)
+    assert planes.shape == (precision, 3, -(-columns // 8))
+    assert torch.equal(unpack_planes(planes, precision, columns), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, torch.randn(6)])
+def test_a_batch_with_several_precisions_is_each_sample_alone(dtype, bias):
+    bias = bias if bias is None else bias.to(dtype)
+    layer = NestedLinear(quantize_weight(torch.randn(6, 20).to(dtype)), bias)
+    x = torch.randn(4, 3, 20).to(dtype)
+    choice = torch.tensor([3, 8, 5, 3])
+    layer.choice = choice
+    grouped = layer(x)
+    for sample, bits, y in zip(x, choice.tolist(), grouped):
+        alone = F.linear(sample, layer.nested(bits).dequantize(bits), bias)
+        torch.testing.assert_close(y, alone)
+    layer.choice = F.one_hot(choice - 3, 6).float().requires_grad_()
+    torch.testing.assert_close(layer(x), grouped)
+
+
+def test_gradients_at_a_fixed_precision_reach_the_input():
+    layer = NestedLinear(quantize_weight(torch.randn(6, 20)))
+    layer.choice = 4
+    x = torch.randn(2, 3, 20, requires_grad=True)
+    layer(x).sum().backward()
+    wanted = layer.nested(4).dequantize(4).sum(0).expand_as(x)
+    torch.testing.assert_close(x.grad, wanted)
+
+
+def test_imports_no_transformers():
+    code = "import merge_lab.anyprec, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
