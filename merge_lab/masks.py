@@ -429,9 +429,13 @@ class MaskedLinear(MaskedModule):
             merged=self.kept("weight"),
         )
 
-# %% ../nbs/12_masks.ipynb #df41d18d
+# %% ../nbs/12_masks.ipynb #519d4abc
 class MaskedEmbedding(MaskedModule):
     "`nn.Embedding` whose rows are blended when they are looked up."
+
+    def __init__(self, modules: Sequence[nn.Module], state: MergeState, *args, **kwargs):
+        super().__init__(modules, state, *args, **kwargs)
+        self.template.padding_idx = None  # it would drop the gradient of a row of the small table
 
     def forward(self, ids: Tensor) -> Tensor:  # (...) int -> (..., d)
         if self.state.component is not None or "weight" not in self.masks:
