@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -586,6 +587,31 @@ def test_only_hidden_sized_tensors_wait_for_backward():
     kept.pop(id(alphas), None)
     assert sorted(kept.values()) == [8, 128 * 8]
     loss.backward()
+
+
+def test_fake_tensors_estimate_without_computing():
+    "Shapes come out right, and the work does not grow with the number of blocks."
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        calls = []
+        for vocab in (1000, 100_000):
+            hidden = torch.empty(256, 8, requires_grad=True)
+            weight = torch.empty(vocab, 8)
+            with Count() as count:
+                loss = L.linear_kl_loss(
+                    hidden, hidden.detach(), weight, weight, chunk_size=256
+                )
+            loss.backward()
+            assert hidden.grad.shape == hidden.shape
+            calls.append(count.calls)
+    assert calls[0] == calls[1]
 
 
 # ---- alignment and errors
