@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_choice', 'expect_fail', 'set_seed', 'best_device', 'atomic_path', 'write_text', 'write_json',
            'check_disk_space', 'open_run', 'bundled_path', 'option', 'check_options', 'changed_options',
-           'config_to_yaml', 'config_to_python', 'config_from_dict', 'config_from_yaml', 'config_to_cli']
+           'config_to_yaml', 'config_to_python', 'config_from_dict', 'config_from_yaml', 'narrow', 'config_to_cli']
 
 # %% ../nbs/00_core.ipynb #ce561735
 import dataclasses
@@ -235,6 +235,11 @@ def config_from_yaml(cls: type, path: str | Path):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file: {error}") from error
     return config_from_dict(cls, {} if values is None else values, str(path))
+
+# %% ../nbs/00_core.ipynb #33bffc42
+def narrow(config, cls: type):  # a config dataclass that `config`'s class extends
+    "The fields of `config` that `cls` has, as a `cls`."
+    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls) if field.init})
 
 # %% ../nbs/00_core.ipynb #d1158d2a
 def config_to_cli(config, command: str) -> str:  # e.g. "merge-lab mask-merge"

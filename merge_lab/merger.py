@@ -9,7 +9,7 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'Merger
            'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
            'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #1473914b
+# %% ../nbs/20_merger.ipynb #d3183340
 import dataclasses
 import functools
 import json
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    check_choice, check_disk_space, check_options, config_from_dict, option, write_json, write_text,
+    check_choice, check_disk_space, check_options, config_from_dict, narrow, option, write_json, write_text,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, masked_class
 
@@ -187,7 +187,7 @@ def parameter_modules(model: nn.Module) -> dict[str, nn.Module]:
     "Modules that own parameters, by name, in the model's order."
     return {name: m for name, m in model.named_modules() if m._parameters and any(True for _ in m.parameters(False))}
 
-# %% ../nbs/20_merger.ipynb #c78b5a26
+# %% ../nbs/20_merger.ipynb #f753e7f4
 def _check_targets(config: MergerConfig, modules: dict[str, nn.Module]):
     "Raise `ValueError` if a pattern matches nothing."
     for pattern in config.target_modules or ():
@@ -229,10 +229,10 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     leaf.weights[key] = first.weights[first_key]
     if not untie and first_key in first.masks:
         leaf.masks[key] = first.masks[first_key]
-    elif not untie:
-        leaf.masks.pop(key, None)
+    elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
+        del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #c278b699
+# %% ../nbs/20_merger.ipynb #0449b950
 def full(tensor: Tensor) -> Tensor:
     "A sharded (DTensor) tensor gathered whole; any other as it is."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -247,7 +247,7 @@ class Merger(nn.Module):
         config: MergerConfig,
     ):
         super().__init__()
-        self.merger_config = config
+        self.merger_config = narrow(config, MergerConfig)
         self.names = component_names(config.model_paths) or [f"component {i}" for i in range(len(models))]
         for model in models:
             silence_dropout(model)
