@@ -6,9 +6,9 @@
 __all__ = ['MODES', 'IMPLS', 'alpha_shape', 'blend', 'backward_route', 'masked_linear', 'MergeState', 'ComponentModule',
            'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
 
-# %% ../nbs/12_masks.ipynb #69ea6a08
+# %% ../nbs/12_masks.ipynb #1858bf60
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -240,7 +240,7 @@ IMPLS = {
     "efficient": (_efficient, "masks on the input: n matrix products each way"),
 }
 
-# %% ../nbs/12_masks.ipynb #50cd40c5
+# %% ../nbs/12_masks.ipynb #45b7492d
 def _check_masked_linear(x, weights, alphas):
     "Raise `ValueError` where shapes do not fit."
     out_features, in_features = weights[0].shape
@@ -273,7 +273,7 @@ def masked_linear(
     if biases is not None:
         share = torch.tensor(1 / len(biases), device=x.device)
         bias = blend(biases, bias_alphas if bias_alphas is not None else [share] * len(biases))
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         return IMPLS[impl][0](x.to(weights[0].dtype), weights, alphas, bias, merged)
 
 # %% ../nbs/12_masks.ipynb #e30cc8f0
@@ -295,7 +295,7 @@ class MergeState:
         finally:
             self.component = before
 
-# %% ../nbs/12_masks.ipynb #1aee71d4
+# %% ../nbs/12_masks.ipynb #e8516f2e
 def _input_dim(module: nn.Module) -> int:
     "Dimension of the weight that meets the input: 0 for GPT-2's Conv1D, which keeps (in, out)."
     return 0 if type(module).__name__ == "Conv1D" else -1
@@ -307,7 +307,7 @@ def _frozen(tensors: Sequence[Tensor | None]) -> nn.ParameterList:
     held = []
     for tensor in tensors:
         tensor = torch.zeros_like(reference) if tensor is None else tensor.detach()
-        same = next((p for p in held if torch.equal(p, tensor)), None)
+        same = next((p for p in held if not p.is_meta and torch.equal(p, tensor)), None)
         held.append(nn.Parameter(tensor, requires_grad=False) if same is None else same)
     return nn.ParameterList(held)
 
