@@ -19,6 +19,11 @@ SHAPES = [(1, 1), (3, 7), (5, 64), (4, 129), (2, 1000)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_codes_are_the_models_of_every_precision(shape, dtype):
@@ -117,4 +122,4 @@ def test_gradients_at_a_fixed_precision_reach_the_input():
 
 def test_imports_no_transformers():
     code = "import merge_lab.anyprec, sys; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
