@@ -369,14 +369,14 @@ def alpha_values(
         tables.append(pd.DataFrame({"component": i, "alpha": values[::step].numpy()}))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/20_merger.ipynb #4db0ad16
+# %% ../nbs/20_merger.ipynb #f6636cd4
 MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 
 @_method
 def mask_state(self) -> dict[str, Tensor]:
-    "The masks by the name of the parameter they belong to, on the CPU."
-    return {name: full(leaf.masks[key].detach()).cpu().contiguous() for name, leaf, key in self.masked_parameters()}
+    "A copy of the masks on the CPU, by the name of the parameter they belong to."
+    return {name: full(leaf.masks[key].detach()).to("cpu", copy=True) for name, leaf, key in self.masked_parameters()}
 
 
 @_method
