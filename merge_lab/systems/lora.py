@@ -8,29 +8,36 @@ __all__ = ['logger', 'file_readers', 'presets', 'rank_by_task', 'lora_defaults',
            'linear_names', 'find_target_modules', 'lora_for_task', 'check_names', 'make_lora_config', 'device_settings',
            'make_sft_config', 'remake', 'trainable_parameters', 'training_curves', 'training_diagnostics',
            'default_dtype', 'load_base', 'skeleton', 'explain_memory_errors', 'release_memory', 'quiet_peft',
-           'build_trainer', 'probe_logits', 'load_adapter', 'merge_adapter', 'complete', 'SmoLoRA', 'train_adapter',
-           'check_same_adapter', 'save_merged', 'add_task_prefix', 'mix_tasks', 'row_text', 'count_words', 'curriculum',
-           'use_curriculum', 'adapter_layers', 'grow_rank', 'fixed_loss', 'train_with_ranks', 'LoRAPipelineConfig',
-           'lora_options', 'sft_options', 'config_rows', 'make_lora', 'run']
+           'build_trainer', 'probe_logits', 'load_adapter', 'merge_adapter', 'complete', 'SmoLoRA', 'train',
+           'check_same_adapter', 'save', 'load_model', 'inference', 'add_task_prefix', 'mix_tasks', 'row_text',
+           'count_words', 'curriculum', 'use_curriculum', 'adapter_layers', 'grow_rank', 'fixed_loss',
+           'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options', 'config_rows', 'make_lora', 'run']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #8001081a
+# %% ../../nbs/40_systems/04_lora.ipynb #9256050e
 import dataclasses
 import difflib
 import gc
-import json
 import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from torch import nn
 
-from ..components import load_model, load_tokenizer
+from ..components import load_model as load_weights
+from ..components import load_tokenizer
 from ..core import best_device, bundled_path, check_choice, check_options, config_to_yaml, open_run
 from ..core import option, set_seed, write_json, write_text
+
+if TYPE_CHECKING:
+    import datasets
+    import peft
+    import transformers
+    import trl
 
 logger = logging.getLogger(__name__)
 
@@ -412,7 +419,7 @@ def training_diagnostics(
     rows = {name: dict(ok=ok, seen=seen, advice="" if ok else advice[name]) for name, (ok, seen) in checks.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #5bc9e607
+# %% ../../nbs/40_systems/04_lora.ipynb #b7a45738
 def default_dtype(device: str | torch.device | None = None) -> torch.dtype:
     "bf16 on a GPU that has it, else fp32: also where the checkpoint is stored in bf16."
     return torch.bfloat16 if device_settings(device)["bf16"] else torch.float32
@@ -424,7 +431,7 @@ def load_base(
     dtype: torch.dtype | None = None,  # of the weights; None for `default_dtype(device)`
 ) -> "transformers.PreTrainedModel":
     "A causal language model from safetensors, without code of its own."
-    return load_model(name, dtype or default_dtype(device)).to(device or best_device())
+    return load_weights(name, dtype or default_dtype(device)).to(device or best_device())
 
 
 def skeleton(name: str | Path) -> "transformers.PreTrainedModel":
@@ -567,7 +574,7 @@ def complete(
     said = model.eval().generate(**inputs, **options)
     return tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-# %% ../../nbs/40_systems/04_lora.ipynb #6c1a315c
+# %% ../../nbs/40_systems/04_lora.ipynb #2928ae20
 class SmoLoRA:
     "Fine-tune a base through LoRA adapters, merge them, use the result."
 
@@ -619,39 +626,19 @@ class SmoLoRA:
         "Whether the model in memory is a base with an adapter."
         return hasattr(self.model, "peft_config")
 
-    def train(self, resume: bool = False) -> pd.DataFrame:  # resume from the last checkpoint of output_dir
-        "Train, save the adapter, return the curves. Raises `ValueError` without a dataset."
-        return train_adapter(self, resume)
+# %% ../../nbs/40_systems/04_lora.ipynb #08c32817
+def _method(function):
+    "Add a function to `SmoLoRA` under its own name."
+    setattr(SmoLoRA, function.__name__, function)
+    return function
 
-    def save(self) -> dict:
-        "Write `final_merged/` from the adapter, here or from an earlier process; the report of `merge_adapter`."
-        return save_merged(self)
 
-    def load_model(self, path: str | Path | None = None) -> nn.Module:  # None for `final_merged/`
-        "Load a merged model, or an adapter on this base, for `inference`."
-        path = Path(path or self.merged_dir)
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder. Call train() and save() first, or give a model's folder.")
-        if (path / "adapter_config.json").exists():
-            self.model = load_adapter(load_base(self.base_model_name, self.device), path)
-        else:
-            self.model = load_base(path, self.device)
-            self.tokenizer = load_tokenizer(path)
-        return self.model
-
-    def inference(self, prompt: str | list[dict], max_new_tokens: int = 64, **generation) -> str:
-        "Answer a prompt with the model in memory, else with the merged model, else with the adapter."
-        if self.model is None:
-            self.load_model(self.merged_dir if self.merged_dir.is_dir() else self.adapter_dir)
-        chat = None if self.dataset is None else "messages" in self.dataset.column_names
-        return complete(self.model, self.tokenizer, prompt, max_new_tokens, **{"chat": chat} | generation)
-
-# %% ../../nbs/40_systems/04_lora.ipynb #300848bc
-def train_adapter(
+@_method
+def train(
     lora: SmoLoRA,
     resume: bool = False,  # from the last checkpoint in the output folder
 ) -> pd.DataFrame:
-    "Train the adapter of `lora` with its settings of now and save it; the curves of this and earlier calls."
+    "Train with the settings of now, save the adapter, return the curves so far. Raises `ValueError` without a dataset."
     if lora.dataset is None:
         raise ValueError("there is no dataset to train on. Give dataset_name to SmoLoRA, or set its `dataset`.")
     peft_config, args = (remake(c, k) for c, k in zip((lora.peft_config, lora.sft_config), lora._known))
@@ -681,9 +668,10 @@ def check_same_adapter(present, wanted):
                 "again with a new SmoLoRA."
             )
 
-# %% ../../nbs/40_systems/04_lora.ipynb #dbb918c2
-def save_merged(lora: SmoLoRA) -> dict:
-    "Save the adapter if it is in memory, drop what training held, merge into a fresh base."
+# %% ../../nbs/40_systems/04_lora.ipynb #b64e6dc4
+@_method
+def save(lora: SmoLoRA) -> dict:
+    "Write `final_merged/` from the adapter, here or from an earlier process; the report of `merge_adapter`."
     if lora.has_adapter:
         lora.model.save_pretrained(str(lora.adapter_dir))
     lora.model = lora.trainer = None
@@ -692,6 +680,28 @@ def save_merged(lora: SmoLoRA) -> dict:
     lora.model, report = merge_adapter(base, lora.adapter_dir, lora.merged_dir, lora.tokenizer)
     write_json(lora.output_dir / "merge_report.json", report)
     return report
+
+
+@_method
+def load_model(lora: SmoLoRA, path: str | Path | None = None) -> nn.Module:  # None for `final_merged/`
+    "Load a merged model, or an adapter on this base, for `inference`."
+    path = Path(path or lora.merged_dir)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder. Call train() and save() first, or give a model's folder.")
+    if (path / "adapter_config.json").exists():
+        lora.model = load_adapter(load_base(lora.base_model_name, lora.device), path)
+    else:
+        lora.model, lora.tokenizer = load_base(path, lora.device), load_tokenizer(path)
+    return lora.model
+
+
+@_method
+def inference(lora: SmoLoRA, prompt: str | list[dict], max_new_tokens: int = 64, **generation) -> str:
+    "Answer a prompt with the model in memory, else with the merged model, else with the adapter."
+    if lora.model is None:
+        lora.load_model(lora.merged_dir if lora.merged_dir.is_dir() else lora.adapter_dir)
+    chat = None if lora.dataset is None else "messages" in lora.dataset.column_names
+    return complete(lora.model, lora.tokenizer, prompt, max_new_tokens, **{"chat": chat} | generation)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #6ee53905
 def add_task_prefix(

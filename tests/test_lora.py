@@ -1,0 +1,288 @@
+"""The LoRA pipeline across architectures, processes and settings."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import datasets
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from merge_lab.systems.lora import (
+    LoRAPipelineConfig,
+    SmoLoRA,
+    encode_rows,
+    find_target_modules,
+    grow_rank,
+    load_adapter,
+    load_base,
+    make_lora_config,
+    merge_adapter,
+    prepare_dataset,
+    presets,
+    probe_logits,
+    training_curves,
+    training_diagnostics,
+    use_curriculum,
+)
+from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+
+ARCHITECTURES = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+]
+TEXTS = ["the cat saw a big red bird.", "the dog ran home fast."] * 4
+CHAT = [
+    {
+        "messages": [
+            {"role": "user", "content": "who ran home?"},
+            {"role": "assistant", "content": "the dog."},
+        ]
+    }
+] * 8
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base(in_empty_folder):
+    return str(save_tiny(tiny_model(), "base"))
+
+
+def quick(base, rows=None, **options):
+    "A pipeline that trains in a second."
+    sft = dict(
+        max_steps=4,
+        learning_rate=1e-2,
+        gradient_accumulation_steps=1,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    sft |= options.pop("sft", {})
+    lora = dict(lora_dropout=0.0) | options.pop("lora", {})
+    rows = datasets.Dataset.from_dict({"text": TEXTS}) if rows is None else rows
+    return SmoLoRA(base, rows, lora=lora, sft=sft, device="cpu", **options)
+
+
+def adapted(architecture, seed=0, **options):
+    "A peft model whose adapters do something."
+    torch.manual_seed(seed)
+    base = tiny_model(architecture)
+    model = get_peft_model(base, make_lora_config(base, options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("preset", presets)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_presets_wrap_every_architecture_and_merge_exactly(architecture, preset):
+    save_tiny(tiny_model(architecture), "base")
+    model = adapted(architecture, target_modules=preset)
+    model.save_pretrained("adapter")
+    plain = probe_logits(load_base("base", "cpu"))
+    merged, report = merge_adapter(load_base("base", "cpu"), "adapter", "merged")
+    assert report["max_logit_difference"] < 1e-4
+    assert (probe_logits(merged) - plain).abs().max() > 1e-2
+    again = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    assert (probe_logits(again) - probe_logits(model)).abs().max() < 1e-4
+    assert again.config.use_cache and not hasattr(again, "peft_config")
+
+
+def test_presets_grow():
+    counts = {p: len(find_target_modules(tiny_model(), p)) for p in presets}
+    assert counts == {"conservative": 2, "balanced": 3, "aggressive": 7}
+    assert find_target_modules(tiny_model("gpt2"), "balanced") == ["c_attn"]
+
+
+@pytest.mark.parametrize("layout", ["text", "messages"])
+def test_save_and_inference_in_later_processes(base, layout):
+    rows = TEXTS if layout == "text" else CHAT
+    rows = (
+        datasets.Dataset.from_dict({"text": rows})
+        if layout == "text"
+        else datasets.Dataset.from_list(rows)
+    )
+    lora = quick(base, rows, output_dir="run", lora=dict(target_modules="aggressive"))
+    lora.train()
+    chat = layout == "messages"
+    wanted = lora.inference("the cat", max_new_tokens=6, chat=chat)
+    script = (
+        "from merge_lab.systems.lora import SmoLoRA\n"
+        "lora = SmoLoRA('base', output_dir='run', device='cpu')\n"
+        "print(lora.save()['max_logit_difference'])\n"
+        f"print(SmoLoRA('base', output_dir='run', device='cpu').inference('the cat', max_new_tokens=6, chat={chat}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    difference, said = done.stdout.splitlines()[-2:]
+    assert float(difference) < 1e-4 and said == wanted
+
+
+def test_training_touches_adapters_only_and_warns_of_nothing_deprecated(base):
+    lora = quick(base, output_dir="run")
+    before = load_base(base, "cpu").state_dict()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=FutureWarning)
+        warnings.filterwarnings(
+            "error", category=DeprecationWarning, module="transformers"
+        )
+        curves = lora.train()
+    assert curves.loss.iloc[-1] < curves.loss.iloc[0]
+    state = lora.model.get_base_model().state_dict()
+    for name, tensor in before.items():
+        held = state.get(name, state.get(name.replace(".weight", ".base_layer.weight")))
+        assert torch.equal(held, tensor), name
+    trained = [n for n, p in lora.model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_the_prompt_is_not_learned(base):
+    rows = encode_rows(datasets.Dataset.from_list(CHAT), tiny_tokenizer())
+    learned = [i for i, l in zip(rows[0]["input_ids"], rows[0]["labels"]) if l != -100]
+    words = tiny_tokenizer().convert_ids_to_tokens(learned)
+    assert words == ["the", "dog", ".", "<eos>"]
+    lora = quick(base, datasets.Dataset.from_list(CHAT), output_dir="run")
+    lora.train()
+    batch = next(iter(lora.trainer.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum() == len(learned) * len(batch["labels"])
+
+
+def test_settings_given_late_take_effect_or_raise(base):
+    lora = quick(base, output_dir="run")
+    lora.peft_config.r = 3
+    lora.sft_config.max_steps = 2
+    lora.sft_config.gradient_checkpointing = True
+    curves = lora.train()
+    assert len(curves) == 2 and lora.model.peft_config["default"].r == 3
+    assert lora.trainer.args.activation_checkpointing
+    lora.peft_config.r = 5
+    with pytest.raises(ValueError, match="r=5: the adapter was trained with 3"):
+        lora.train()
+    lora.peft_config.r = 3
+    lora.sft_config.max_step = 9
+    with pytest.raises(AttributeError, match="Did you mean 'max_steps'"):
+        lora.train()
+
+
+def test_training_again_goes_on(base):
+    lora = quick(base, output_dir="run")
+    first = lora.train()
+    both = lora.train()
+    assert list(both.index) == list(range(1, 9))
+    assert both.loss.iloc[-1] < first.loss.iloc[-1]
+
+
+def test_validation_loss_is_logged_and_callbacks_are_called(base):
+    class Counter(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *args, **kwargs):
+            Counter.steps += 1
+
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    lora = quick(base, rows, output_dir="run", eval_dataset=rows, callbacks=[Counter()])
+    assert lora.train()["eval_loss"].notna().sum() == 4 and Counter.steps == 4
+    assert training_diagnostics(lora.log_history).ok.all()
+
+
+def test_checkpoints_resume_to_the_same_adapter(base):
+    options = dict(sft=dict(max_steps=6, save_strategy="steps", save_steps=3))
+    whole = quick(base, output_dir="whole", **options)
+    whole.train()
+    resumed = quick(base, output_dir="whole", **options)
+    for path in (resumed.output_dir / "checkpoint-6").iterdir():
+        path.unlink()
+    (resumed.output_dir / "checkpoint-6").rmdir()
+    resumed.train(resume=True)
+    assert torch.equal(
+        probe_logits(resumed.model.eval()), probe_logits(whole.model.eval())
+    )
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_a_grown_rank_keeps_the_function_and_learns(architecture, rslora):
+    save_tiny(tiny_model(architecture), "base")
+    model = adapted(
+        architecture, r=4, lora_alpha=8, lora_dropout=0.0, use_rslora=rslora
+    )
+    before = probe_logits(model)
+    for rank in (8, 16):
+        grow_rank(model, rank)
+        assert (probe_logits(model) - before).abs().max() < 1e-4
+    model.save_pretrained("grown")
+    again = load_adapter(load_base("base", "cpu"), "grown", trainable=True)
+    assert (probe_logits(again) - before).abs().max() < 1e-4
+    again(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
+    ups = [p.grad for n, p in again.named_parameters() if "lora_B" in n]
+    assert all(grad[:, 4:].abs().max() > 0 for grad in ups)
+
+
+def test_curriculum_changes_what_is_read_first(base):
+    rows = datasets.Dataset.from_dict({"text": ["the " * n for n in (9, 3, 7, 1, 5)]})
+    lora = quick(base, rows, output_dir="run")
+    use_curriculum(lora)
+    lora.train()
+    lengths = [
+        b["attention_mask"].sum().item() for b in lora.trainer.get_train_dataloader()
+    ]
+    assert lengths == sorted(lengths) and len(set(lengths)) == 5
+
+
+def test_pickled_adapters_are_refused(base):
+    adapted("llama").save_pretrained("adapter")
+    torch.save({}, "adapter/adapter_model.bin")
+    pathlib.Path("adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors"):
+        load_adapter(load_base(base, "cpu"), "adapter")
+
+
+def test_folders_of_splits_and_samples():
+    folder = pathlib.Path("task")
+    folder.mkdir()
+    for split, n in (("train", 8), ("validation", 2)):
+        lines = "".join(json.dumps({"text": f"{split} {i}"}) + "\n" for i in range(n))
+        (folder / f"{split}.jsonl").write_text(lines)
+    assert len(prepare_dataset("task")) == 8
+    assert prepare_dataset("task", split="validation")["text"] == [
+        "validation 0",
+        "validation 1",
+    ]
+    sample = prepare_dataset("task", n=3, seed=1)["text"]
+    assert (
+        len(set(sample)) == 3 and sample == prepare_dataset("task", n=3, seed=1)["text"]
+    )
+    with pytest.raises(ValueError, match="n=9: expected 1 to 8"):
+        prepare_dataset("task", n=9)
+
+
+def test_resuming_needs_checkpoints():
+    with pytest.raises(ValueError, match="expected save_steps"):
+        LoRAPipelineConfig(resume=True)
+
+
+def test_curves_of_a_log():
+    log = [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "eval_loss": 3.0},
+        {"step": 2, "loss": 1.0},
+    ]
+    curves = training_curves(log + [{"step": 2, "train_runtime": 1.0}])
+    assert curves.loss.tolist() == [2.0, 1.0] and curves.eval_loss.iloc[0] == 3.0

@@ -1,0 +1,209 @@
+"""Blended adapters: equal to peft as components, equal to dense arithmetic as a blend, never dense themselves."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from merge_lab.masks import MODES, MergeState
+from merge_lab.systems.lora import (
+    load_adapter,
+    load_base,
+    make_lora_config,
+    probe_logits,
+)
+from merge_lab.systems.lora_merge import (
+    AdapterLinear,
+    AdapterMerger,
+    LoRAMergeConfig,
+    peft_baselines,
+    run,
+    save_adapter,
+)
+from merge_lab.tasks import chat_row, write_jsonl
+from merge_lab.tinylm import save_tiny, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def adapter(architecture, folder, seed, **options):
+    "Save a random adapter."
+    torch.manual_seed(seed)
+    base = tiny_model(architecture)
+    model = get_peft_model(base, make_lora_config(base, options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+
+
+def random_merger(architecture="llama", mode="vector_output", rslora=True, **options):
+    "A merger of two unlike adapters with random alphas."
+    save_tiny(tiny_model(architecture), "base")
+    adapter(architecture, "one", 1, r=4, lora_alpha=8, use_rslora=rslora)
+    adapter(architecture, "two", 2, r=2, lora_alpha=6, target_modules="aggressive")
+    config = dict(base_model="base", adapters=["one", "two"], mode=mode, device="cpu")
+    merger = AdapterMerger.from_config(LoRAMergeConfig(**config | options))
+    torch.manual_seed(3)
+    for _, leaf, key in merger.masked_parameters():
+        leaf.set_alphas(key, [torch.rand(leaf.masks[key].shape[1:]) for _ in range(2)])
+    return merger
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_components_blend_and_exports_agree(architecture, mode):
+    merger = random_merger(architecture, mode)
+    for i, folder in enumerate(["one", "two"]):
+        alone = load_adapter(load_base("base", "cpu"), folder)
+        with merger.as_component(i):
+            assert (probe_logits(merger.model) - probe_logits(alone)).abs().max() < 1e-4
+    wanted = probe_logits(merger.model)
+    dense = load_base("base", "cpu")
+    for name, leaf in merger.leaves().items():
+        if isinstance(leaf, AdapterLinear):
+            dense.get_submodule(name).weight.data = leaf.tensor("weight")
+    assert (probe_logits(dense) - wanted).abs().max() < 1e-4
+    exported = load_adapter(load_base("base", "cpu"), save_adapter(merger, "blend"))
+    assert (probe_logits(exported) - wanted).abs().max() < 1e-4
+    assert merger.save_merged("plain")["max_logit_difference"] < 1e-4
+    assert (probe_logits(load_base("plain", "cpu")) - wanted).abs().max() < 1e-4
+
+
+def test_the_exported_adapter_needs_plain_peft_only():
+    merger = random_merger()
+    save_adapter(merger, "blend")
+    torch.save(probe_logits(merger.model), "wanted.pt")
+    script = (
+        "import sys, torch\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "base = AutoModelForCausalLM.from_pretrained('base', dtype=torch.float32)\n"
+        "model = PeftModel.from_pretrained(base, 'blend').eval()\n"
+        "ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))\n"
+        "gap = (model(input_ids=ids).logits - torch.load('wanted.pt', weights_only=True)).abs().max()\n"
+        "assert 'merge_lab' not in sys.modules and gap < 1e-4, gap\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def leaf_and_dense(mode, dtype=torch.float64):
+    "A leaf, and the same function with dense deltas and alphas of its own."
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40, dtype=dtype).requires_grad_(False)
+    factors = [
+        (torch.randn(r, 24, dtype=dtype), torch.randn(40, r, dtype=dtype))
+        for r in (3, 2)
+    ]
+    leaf = AdapterLinear(linear, factors, MergeState(), mode).to(dtype)
+    shape = leaf.masks["weight"].shape[1:]
+    leaf.set_alphas("weight", [torch.rand(shape, dtype=dtype) for _ in range(2)])
+    alphas = [a.detach().clone().requires_grad_() for a in leaf.alphas("weight")]
+
+    def dense(x):
+        weight = linear.weight + sum(a * (b @ d) for a, (d, b) in zip(alphas, factors))
+        return F.linear(x, weight, linear.bias)
+
+    return leaf, dense, alphas
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_values_and_gradients_equal_dense_arithmetic(mode):
+    leaf, dense, alphas = leaf_and_dense(mode)
+    x = torch.randn(5, 7, 24, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(5, 7, 40, dtype=torch.float64)
+    (dx_dense, *wanted) = torch.autograd.grad((dense(x) * y).sum(), [x, *alphas])
+    dx, masks = torch.autograd.grad((leaf(x) * y).sum(), [x, leaf.masks["weight"]])
+    assert torch.allclose(leaf(x), dense(x), atol=1e-10)
+    assert torch.allclose(dx, dx_dense, atol=1e-10)
+    for got, want in zip(masks, wanted):
+        assert torch.allclose(got, want, atol=1e-9)
+
+
+class Shapes(TorchDispatchMode):
+    "Shapes of all tensors that operations put out."
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        view = function.is_view
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and not view:
+                self.seen.add(tuple(tensor.shape))
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_the_size_of_the_weight_is_made(mode):
+    leaf, dense, _ = leaf_and_dense(mode)
+    x = torch.randn(7, 24, dtype=torch.float64, requires_grad=True)
+    sizes = {(40, 24), (24, 40)}
+    with Shapes() as shapes:
+        leaf(x).sum().backward()
+    assert shapes.seen and not shapes.seen & sizes
+    with Shapes() as shapes:
+        dense(x).sum().backward()
+    assert shapes.seen & sizes
+
+
+@pytest.mark.parametrize("share, masks", [("adapter", 1), ("layer", 2), ("module", 14)])
+def test_shared_scalars_are_saved_once_and_come_back(share, masks):
+    merger = random_merger(mode="scalar", share=share)
+    assert len(merger.mask_state()) == masks
+    merger.save_pretrained("masks")
+    again = AdapterMerger.from_pretrained("masks")
+    assert torch.equal(probe_logits(again.model), probe_logits(merger.model))
+    merger.model(input_ids=torch.arange(5)[None]).logits.sum().backward()
+    trained = [p for p in merger.parameters() if p.requires_grad]
+    assert len(trained) == masks and all(p.grad is not None for p in trained)
+
+
+def test_alpha_one_is_the_sum_and_one_hot_is_the_adapter():
+    merger = random_merger(mode="scalar", share="adapter", rslora=False)
+    merger.init_masks({"strategy": "uniform", "factors": [1.0, 1.0]})
+    ((_, cat),) = peft_baselines("base", ["one", "two"], methods=["cat"], device="cpu")
+    assert (probe_logits(cat) - probe_logits(merger.model)).abs().max() < 1e-4
+    merger.init_masks({"strategy": "uniform", "factors": [0.0, 1.0]})
+    wanted = probe_logits(merger.model)
+    with merger.as_component(1):
+        assert torch.allclose(probe_logits(merger.model), wanted, atol=1e-5)
+
+
+def test_a_run_moves_masks_towards_the_right_adapter():
+    random_merger()
+    for name, answer in (("one", "the cat."), ("two", "a dog ran.")):
+        write_jsonl(f"data/{name}/train.jsonl", [chat_row("who ran?", answer)] * 8)
+    config = LoRAMergeConfig(
+        base_model="base",
+        adapters=["one", "two"],
+        datasets=["data/one", "data/two"],
+        max_steps=15,
+        per_device_train_batch_size=4,
+        learning_rate=0.1,
+        device="cpu",
+        output_dir="run",
+    )
+    result = run(config)
+    assert result["history"].loss.iloc[-1] < 0.8 * result["history"].loss.iloc[0]
+    exported = load_adapter(load_base("base", "cpu"), "run/adapter")
+    merger = result["merger"].eval()
+    assert (probe_logits(exported) - probe_logits(merger.model)).abs().max() < 1e-4
+    again = AdapterMerger.from_pretrained("run/masks")
+    assert torch.equal(probe_logits(again.model), probe_logits(merger.model))
+
+
+def test_every_adapter_needs_its_data():
+    with pytest.raises(ValueError, match="2 adapters and 1 datasets"):
+        LoRAMergeConfig(adapters=["a", "b"], datasets=["c"])
