@@ -1,0 +1,303 @@
+"Quantised folders, routed forward passes, and runs that are cut off."
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+import merge_lab.systems.router as router
+from merge_lab.components import load_model, load_tokenizer
+from merge_lab.core import bundled_path
+from merge_lab.systems.router import (
+    LayerwiseQuantizeForCausalLM,
+    QuantizeConfig,
+    RouterConfig,
+    RouterTrainer,
+    collate,
+    decoder_layers,
+    layer_linears,
+    run,
+    run_quantize,
+    score_windows,
+    text_windows,
+    window_losses,
+)
+from merge_lab.tinylm import save_tiny, tiny_model
+
+CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfloat16)]
+SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def quantized(request, tmp_path_factory):
+    "A quantised tiny model: its folder and the folder of the original."
+    architecture, dtype = request.param
+    folder = tmp_path_factory.mktemp(architecture)
+    save_tiny(tiny_model(architecture, dtype=dtype), folder / "model")
+    config = QuantizeConfig(
+        str(folder / "model"), str(folder / "any"), num_examples=2, **SMALL
+    )
+    return run_quantize(config), folder / "model"
+
+
+@pytest.fixture
+def routed(quantized):
+    "A model with random routers, its folder, and a batch whose first tokens are prompt."
+    torch.manual_seed(0)
+    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized[0])
+    for layer in model.routers.layers:
+        torch.nn.init.normal_(layer[-1].weight)
+    ids = torch.randint(7, 60, (4, 20))
+    labels = ids.clone()
+    labels[:, :8] = -100
+    return model, quantized[0], ids, labels
+
+
+def with_weights_of(model, original, bits):
+    plain = load_model(original, dtype="auto")
+    for layer, nested in zip(decoder_layers(plain), decoder_layers(model.model)):
+        for name, linear in layer_linears(layer).items():
+            weight = nested.get_submodule(name).nested(bits).dequantize(bits)
+            linear.weight.data.copy_(weight)
+    return plain
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_fixed_precision_is_the_plain_model(quantized, bits, side):
+    folder, original = quantized
+    model = LayerwiseQuantizeForCausalLM.from_quantized(folder)
+    plain = with_weights_of(model, original, bits)
+    torch.manual_seed(bits)
+    ids, mask = torch.randint(7, 60, (3, 12)), torch.ones(3, 12, dtype=torch.long)
+    mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        wanted = plain(input_ids=ids, attention_mask=mask, labels=labels)
+    exact = plain.dtype == torch.float32
+    tolerance = dict(atol=1e-5 if exact else 0.1, rtol=0)
+    with model.set_precision(bits):
+        hard = model.infer_forward(ids, mask, ids)  # padding is not scored
+        soft = model.train_forward(ids, mask, ids)
+    for output in (hard, soft):
+        seen = mask.bool()
+        torch.testing.assert_close(output.logits[seen], wanted.logits[seen], **tolerance)
+        torch.testing.assert_close(output.loss, wanted.loss, **tolerance)
+    assert model.assignment is None
+
+
+def test_straight_through_training_computes_what_inference_computes(routed):
+    model, _, ids, labels = routed
+    model.gate = dict(gate="softmax", temperature=1.0, straight_through=True)
+    soft, hard = model.train_forward(ids, labels=labels), model.infer_forward(ids, labels=labels)
+    assert torch.equal(soft.bits.long(), hard.bits)
+    assert len(hard.bits.unique()) > 1
+    torch.testing.assert_close(soft.loss, hard.loss, atol=1e-5 if soft.loss.dtype == torch.float32 else 0.05, rtol=0)
+
+
+def test_gradients_reach_the_routers_only(routed):
+    model, _, ids, labels = routed
+    model.train()
+    model.train_forward(ids, labels=labels).loss.backward()
+    assert all(p.grad is None for p in model.model.parameters())
+    for layer in model.routers.layers:
+        assert layer[0].weight.dtype == torch.float32 and layer[0].weight.grad.abs().sum() > 0
+
+
+def test_scored_tokens_have_no_say_in_the_choice(routed):
+    model, _, ids, labels = routed
+    changed = ids.clone()
+    changed[:, 8:] = torch.randint(7, 60, (4, 12))
+    for forward in (model.infer_forward, model.train_forward):
+        first, other = forward(ids, labels=labels), forward(changed, labels=labels)
+        torch.testing.assert_close(first.bits, other.bits)
+        if model.config.dtype == torch.float32:
+            torch.testing.assert_close(first.logits[:, :8], other.logits[:, :8])
+    moved = ids.clone()
+    moved[:, :8] = torch.randint(7, 60, (4, 8))
+    assert not torch.equal(model.infer_forward(ids, labels=labels).bits, model.infer_forward(moved, labels=labels).bits)
+
+
+def test_a_label_on_the_first_token_leaves_no_prompt(routed):
+    model, _, ids, _ = routed
+    with pytest.raises(ValueError, match="no token stands before"):
+        model.infer_forward(ids, labels=ids)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_generation_keeps_its_choice_with_and_without_cache(routed, options):
+    model, _, ids, _ = routed
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    options = options | dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    cached = model.generate(ids, mask, **options)
+    if model.config.dtype == torch.float32:  # bf16 rounds differently for other shapes
+        assert torch.equal(cached, model.generate(ids, mask, use_cache=False, **options))
+    bits = model.hard_bits(len(cached) if "num_beams" not in options else len(model.plan.decided[0]))
+    alone = model.infer_forward(ids, mask).bits
+    assert torch.equal(bits[:: len(bits) // 4], alone)
+
+
+def test_a_cache_keeps_the_choice(routed):
+    model, _, ids, _ = routed
+    if model.config.dtype != torch.float32:
+        pytest.skip("compares to rounding")
+    start = model.infer_forward(ids[:, :8], use_cache=True)
+    rest = model.infer_forward(ids[:, 8:], past_key_values=start.past_key_values, use_cache=True)
+    assert torch.equal(rest.bits, start.bits)
+    with model.set_precision(start.bits):
+        whole = model.infer_forward(ids)
+    torch.testing.assert_close(rest.logits, whole.logits[:, 8:], atol=1e-5, rtol=0)
+
+
+def test_nan_names_the_layer(routed):
+    model, _, ids, labels = routed
+    decoder_layers(model.model)[1].mlp.up_proj.table_4[0] = float("nan")
+    with model.set_precision(3):
+        model.infer_forward(ids)
+    for forward in (model.infer_forward, model.train_forward):
+        with model.set_precision([3, 4]), pytest.raises(ValueError, match="decoder layer 1 gave NaN"):
+            forward(ids, labels=labels)
+
+
+def test_a_subset_of_precisions_is_all_that_is_loaded(quantized):
+    model = LayerwiseQuantizeForCausalLM.from_quantized(quantized[0], precisions=[5, 3])
+    linear = decoder_layers(model.model)[0].self_attn.q_proj
+    assert model.precisions == [3, 5] and linear.planes.shape[0] == 5
+    assert [name for name, _ in linear.named_buffers()] == ["planes", "table_3", "table_5"]
+    whole = LayerwiseQuantizeForCausalLM.from_quantized(quantized[0])
+    ids = torch.randint(7, 60, (2, 9))
+    with model.set_precision(5), whole.set_precision(5):
+        assert torch.equal(model.infer_forward(ids).logits, whole.infer_forward(ids).logits)
+
+
+def test_one_layer_is_dequantised_at_a_time(routed):
+    model, _, ids, labels = routed
+    model.train_forward(ids, labels=labels).loss.backward()
+    assert len(model.slot.held) == 1
+
+
+def test_a_quantisation_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    save_tiny(tiny_model("llama"), tmp_path / "model")
+    options = dict(num_examples=2, **SMALL)
+    whole = run_quantize(QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "whole"), **options))
+    real = router.quantize_layer
+
+    def fail_at_layer_1(layer, prefix, *rest):
+        if prefix.endswith(".1"):
+            raise KeyboardInterrupt
+        return real(layer, prefix, *rest)
+
+    monkeypatch.setattr(router, "quantize_layer", fail_at_layer_1)
+    cut = QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "cut"), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run_quantize(cut)
+    with pytest.raises(ValueError, match="--resume"):
+        LayerwiseQuantizeForCausalLM.from_quantized(tmp_path / "cut")
+    done = []
+    monkeypatch.setattr(router, "quantize_layer", lambda *a: done.append(a[1]) or real(*a))
+    run_quantize(dataclasses.replace(cut, resume=True))
+    assert [name[-2:] for name in done] == [".1"]
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "cut").iterdir())
+    for name in files:
+        if name.endswith(".safetensors"):
+            assert (whole / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def router_config(folder, save_dir, **options):
+    defaults = dict(prefix_length=8, num_examples=8, num_validation=4, num_epochs=3, learning_rate=1e-2)
+    return RouterConfig(str(folder), save_dir=str(save_dir), **(SMALL | defaults | options))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny(tiny_model("llama"), folder / "model")
+    return run_quantize(QuantizeConfig(str(folder / "model"), str(folder / "any"), num_examples=2, **SMALL))
+
+
+def test_a_training_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
+    whole, _ = run(router_config(tiny, tmp_path / "whole", dropout=0.1))
+    real = RouterTrainer.step
+
+    def fail_in_epoch_3(self, windows):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        return real(self, windows)
+
+    monkeypatch.setattr(RouterTrainer, "step", fail_in_epoch_3)
+    config = router_config(tiny, tmp_path / "cut", dropout=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)
+    monkeypatch.setattr(RouterTrainer, "step", real)
+    run(dataclasses.replace(config, resume=True))
+    read = [
+        torch.load(tmp_path / name / "router_checkpoint_epoch_3.pt", weights_only=True)["model_state_dict"]
+        for name in ("whole", "cut")
+    ]
+    assert read[0].keys() == read[1].keys()
+    assert all(torch.equal(read[0][name], read[1][name]) for name in read[0])
+    histories = [json.loads((tmp_path / name / "training_history.json").read_text()) for name in ("whole", "cut")]
+    assert histories[0] == histories[1] and len(histories[0]["epochs"]) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(gate="sparsemax", curriculum=True, precisions=[3, 8]),
+        dict(straight_through=True, schedule="linear", weight_ce=0.0, weight_precision=1.0),
+        dict(target_bits=5.0, pretrain="sensitivity", keep_weights=True),
+    ],
+    ids=["sparsemax", "straight-through", "target"],
+)
+def test_options(tiny, tmp_path, options):
+    model, epochs = run(router_config(tiny, tmp_path / "run", **options))
+    saved = torch.load(tmp_path / "run" / "best_router_checkpoint.pt", weights_only=True)
+    assert all(name.startswith("routers.") for name in saved["model_state_dict"])
+    assert saved["validation"]["loss"] == min(epochs.loss) and math.isfinite(min(epochs.loss))
+    if options.get("weight_ce") == 0:  # bits are all that costs
+        assert epochs.average_bits.iloc[-1] == 3
+
+
+def test_a_price_alone_is_learned(tiny, tmp_path):
+    "From many bits downwards: with no weight on the cross-entropy the routers go to the fewest bits."
+    config = router_config(tiny, tmp_path / "run", weight_ce=0.0, weight_precision=1.0, num_epochs=10, learning_rate=0.05)
+    model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
+    for layer in model.routers.layers:
+        layer[-1].bias.data[-1] = 2.0
+    windows = text_windows(load_tokenizer(tiny), ["tasks"], 24, 8)
+    assert score_windows(model, windows, 8).bits.mean() == 8
+    epochs = RouterTrainer(model, config, windows, windows).fit()
+    assert epochs.average_bits.iloc[-1] == 3
+
+
+def test_eight_bits_keep_the_perplexity_on_held_out_text(tmp_path):
+    original = bundled_path("models/base")
+    config = QuantizeConfig(str(original), str(tmp_path / "any"), dataset=["tasks"], seq_len=64, num_examples=12, dtype="float32", device="cpu")
+    model = LayerwiseQuantizeForCausalLM.from_quantized(run_quantize(config))
+    windows = text_windows(load_tokenizer(original), ["tasks"], 64, 24, "test")
+    ids, labels = collate(windows, 16)
+    with torch.no_grad():
+        dense = window_losses(load_model(original)(input_ids=ids).logits, labels).mean()
+    losses = []
+    for bits in (3, 8):
+        with model.set_precision(bits):
+            losses.append(score_windows(model, windows, 16).ce.mean())
+    assert abs(math.exp(losses[1] - dense.item()) - 1) < 0.005
+    assert losses[0] > losses[1]
+
+
+@pytest.mark.parametrize("kind", [QuantizeConfig, RouterConfig])
+def test_the_command_line_reads_the_config(kind):
+    fields = [
+        (f.name, f.type, dataclasses.field(default=f.default) if f.default is not dataclasses.MISSING else dataclasses.field(default_factory=f.default_factory))
+        for f in dataclasses.fields(kind)
+    ]
+    parser = HfArgumentParser(dataclasses.make_dataclass("Flags", fields))
+    (parsed,) = parser.parse_args_into_dataclasses(["--dataset", "c4", "prose", "--seq_len", "128", "--device", "cpu"])
+    config = kind(**vars(parsed))
+    assert (config.dataset, config.seq_len, config.device) == (["c4", "prose"], 128, "cpu")
