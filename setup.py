@@ -1,10 +1,12 @@
 """Hand the name, version and requirements of settings.ini to setuptools."""
 
 import shlex
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 parser = ConfigParser(delimiters=["="])
 parser.read("settings.ini", encoding="utf-8")
@@ -13,6 +15,17 @@ settings = parser["DEFAULT"]
 
 def split(key):
     return shlex.split(settings.get(key, ""))
+
+
+class BuildWithData(build_py):
+    """Put the tiny models and tasks into the package, so that an installed wheel can run the demo."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for part in ("models", "tasks", "mmlu"):
+                target = Path(self.build_lib, "merge_lab", "data", part)
+                shutil.copytree(Path("data", part), target, dirs_exist_ok=True)
 
 
 extras = {
@@ -36,6 +49,7 @@ setup(
     classifiers=[f"Programming Language :: Python :: {v}" for v in python_versions],
     packages=find_packages(include=["merge_lab", "merge_lab.*"]),
     include_package_data=True,
+    cmdclass={"build_py": BuildWithData},
     install_requires=split("requirements"),
     extras_require=extras,
     entry_points={

@@ -1,0 +1,45 @@
+# merge_lab: `make demo`, `make test`, `make lab`. Each makes .venv first if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lab bench readme export clean
+
+help:  ## List the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): settings.ini pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
+	@touch $@
+
+install: $(STAMP)  ## Make .venv and install everything with the tested versions
+
+demo: $(STAMP)  ## Merge the bundled experts: tables, plots, a report and a checkpoint in runs/demo
+	$(BIN)/merge-lab demo
+
+test: $(STAMP)  ## Run every notebook and every test
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lab: $(STAMP)  ## Open JupyterLab on the workbench notebook
+	$(BIN)/jupyter lab nbs/workbench.ipynb
+
+bench: $(STAMP)  ## Measure step time and memory of every impl, side by side; writes data/benchmarks/cpu.json
+	$(BIN)/python benchmarks/bench.py --device cpu
+
+readme: $(STAMP)  ## Make README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
+	@sed -i.bak -E 's#\]\(([a-z0-9_/]+\.(ipynb|png))\)#](nbs/\1)#g' README.md && rm README.md.bak
+
+export: $(STAMP)  ## Clean the notebooks and export the package
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+clean:  ## Remove the environment and what was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info
