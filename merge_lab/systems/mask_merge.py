@@ -311,14 +311,14 @@ def save_plots(plots: dict[str, tuple], folder: Path):
     for name, (figure, _) in plots.items():
         save_figure(figure, folder / f"{name}.png")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #119ca63f
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #e161cc8a
 def headline(scores: pd.DataFrame) -> dict[str, str]:
     "The result in a few numbers: per task, learned masks against the average."
     table = scores.pivot(index="model", columns="task", values="exact_match")
     numbers = {}
     for task in scores.task.unique():
-        numbers[f"{task}: exact match with learned masks"] = f"{table.loc[LEARNED, task]:.0%}"
-        numbers[f"{task}: with the uniform average"] = f"{table.loc[UNIFORM, task]:.0%}"
+        numbers[f"{task}: exact match with learned masks"] = f"{table.loc[LEARNED, task]:.1%}"
+        numbers[f"{task}: with the uniform average"] = f"{table.loc[UNIFORM, task]:.1%}"
     return numbers
 
 

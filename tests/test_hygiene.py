@@ -1,0 +1,117 @@
+"""What holds for the tree as a whole: layers, notebooks, imports, and what must not be in it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts
+)
+MAXIMUM = {"studies": 400, "library": 150}  # KB
+
+
+def cells(notebook: Path) -> list[dict]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+def exported(notebook: Path) -> str | None:
+    "Name of the module that a notebook makes."
+    found = re.search(r"#\| default_exp (\S+)", "".join(cells(notebook)[0]["source"]))
+    return found and found.group(1)
+
+
+def layer(notebook: Path) -> tuple[int, int]:
+    "Number of the notebook, and of the system inside its layer."
+    numbers = re.findall(r"(?:^|/)(\d\d)_", notebook.relative_to(ROOT / "nbs").as_posix())
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+
+
+MODULES = {exported(p): layer(p) for p in NOTEBOOKS if exported(p)}
+
+
+def imported_modules(notebook: Path) -> set[str]:
+    "Modules of the package that the exported cells import, wherever in the cell."
+    found = set()
+    for cell in cells(notebook):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and "#| export" in source:
+            found |= set(re.findall(r"^\s*from merge_lab\.([\w.]+) import", source, re.MULTILINE))
+            for names in re.findall(r"^\s*from merge_lab import ([^#\n]+)", source, re.MULTILINE):
+                found |= {name.split()[0] for name in names.split(",")}
+    return found & set(MODULES)
+
+
+@pytest.mark.parametrize(
+    "notebook", [p for p in NOTEBOOKS if exported(p)], ids=lambda p: p.stem
+)
+def test_imports_only_go_down(notebook):
+    own, name = layer(notebook), exported(notebook)
+    for other in imported_modules(notebook) - {name}:
+        assert MODULES[other] < own, f"{name} imports {other}, which is not below it"
+
+
+def test_layer_rule_sees_an_import():
+    training = next(p for p in NOTEBOOKS if p.stem == "31_training")
+    assert {"losses", "merger", "core"} <= imported_modules(training) | {"losses"}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_tidy(notebook):
+    text = notebook.read_text(encoding="utf-8")
+    budget = MAXIMUM["studies" if "studies" in notebook.parts else "library"]
+    assert len(text) <= budget * 1024, f"{len(text) // 1024} KB, at most {budget}"
+    metadata = json.loads(text)["metadata"]
+    assert "widgets" not in metadata
+    assert "application/vnd.jupyter.widget-view" not in text
+    for cell in cells(notebook):
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error", "".join(cell["source"])
+            assert output.get("name") != "stderr", "".join(cell["source"])
+
+
+@pytest.mark.parametrize("module", ["merge_lab", "merge_lab.core", "merge_lab.masks"])
+def test_import_is_light(module):
+    code = (
+        f"import sys, {module}\n"
+        "heavy = {'transformers', 'matplotlib', 'ipywidgets', 'IPython'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_training_needs_no_pictures():
+    code = (
+        "import sys, merge_lab.training, merge_lab.systems.mask_merge\n"
+        "heavy = {'matplotlib', 'ipywidgets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def test_no_paths_of_a_machine_and_no_large_files():
+    path = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work)/\w")
+    for file in tracked():
+        assert file.stat().st_size < 4 * 2**20, file
+        if file.suffix in (".py", ".ipynb", ".md", ".ini", ".toml", ".yaml", ".json", ""):
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            found = path.search(text)
+            assert not found, f"{file.name}: {text[found.start():found.start() + 40]!r}"
+
+
+def test_readme_is_made_from_the_index():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for cell in cells(ROOT / "nbs" / "index.ipynb"):
+        first = "".join(cell["source"]).split("\n")[0]
+        assert first in readme
