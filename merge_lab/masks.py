@@ -351,7 +351,12 @@ class ComponentModule(nn.Module):
         tensors = {name: self.tensor(name) for name in self.parameter_names}
         return torch.func.functional_call(self.template, tensors, args, kwargs)
 
-# %% ../nbs/12_masks.ipynb #4784f95b
+# %% ../nbs/12_masks.ipynb #c43a91b1
+def _whole(tensor: Tensor) -> Tensor:
+    "A tensor that is sharded over processes, gathered; any other as it is."
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class MaskedModule(ComponentModule):
     "A module whose parameters are blends of the same module's parameters in n components."
 
@@ -382,7 +387,7 @@ class MaskedModule(ComponentModule):
 
     def alphas(self, name: str = "weight") -> list[Tensor]:
         "The n coefficients of one masked parameter."
-        return constrain(self.masks[name], self.constrain_mode, angle=self._buffers.get(f"angle_{name}"))
+        return constrain(_whole(self.masks[name]), self.constrain_mode, angle=self._buffers.get(f"angle_{name}"))
 
     @torch.no_grad()
     def set_alphas(self, name: str, alphas: Sequence):
@@ -397,7 +402,7 @@ class MaskedModule(ComponentModule):
         "The parameter in force: the component's, the blend, or the fallback's where it is not masked."
         weights, component = self.weights[name], self.state.component
         if component is None and name in self.masks:
-            return blend(list(weights), self.alphas(name))
+            return blend([_whole(weight) for weight in weights], self.alphas(name))
         return weights[self.fallback if component is None else component]
 
     def kept(self, name: str) -> Tensor | None:
