@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Command', 'PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'shadow_of', 'parser_of', 'parse',
-           'usage', 'call', 'main']
+           'show_tables', 'usage', 'call', 'main']
 
 # %% ../nbs/60_cli.ipynb #3949b729
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-# %% ../nbs/60_cli.ipynb #d88dadd5
+# %% ../nbs/60_cli.ipynb #37da33da
 @dataclasses.dataclass
 class Command:
     "One subcommand."
@@ -35,11 +35,36 @@ COMMANDS = {
     "mask-merge": Command(
         "systems.mask_merge", "MaskMergeConfig", "run", "merge N fine-tunes with learned masks", show="show_result"
     ),
+    "dam-merge": Command(
+        "systems.dam", "DAMConfig", "merge", "DAM: create the merged model with untrained coefficients",
+        ("base_model_id", "model_ids"), show="show_merge",
+    ),
+    "dam-topk": Command(
+        "systems.dam", "DAMTopkConfig", "create_dataset_topk_logits", "DAM: collect data and store the teachers' top-k",
+        show="show_dataset",
+    ),
+    "dam-train": Command(
+        "systems.dam", "DAMTrainConfig", "train", "DAM: train the coefficients and export the merge", show="show_run"
+    ),
+    "layer-merge": Command(
+        "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter by merging similar layers", ("model_path",)
+    ),
+    "lora": Command("systems.lora", "LoRAPipelineConfig", "run", "fine-tune a LoRA adapter, diagnose it, merge it"),
+    "lora-merge": Command(
+        "systems.lora_merge", "LoRAMergeConfig", "run", "merge adapters of one base with learned coefficients"
+    ),
+    "quantize": Command(
+        "systems.router", "QuantizeConfig", "run_quantize", "quantise a model at nested precisions", ("model_path",)
+    ),
+    "router": Command(
+        "systems.router", "RouterConfig", "run", "train a router that chooses each layer's precision", ("model_path",)
+    ),
+    "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",)),
     "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",)),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
 }
 
-# %% ../nbs/60_cli.ipynb #9f51c51f
+# %% ../nbs/60_cli.ipynb #51e64989
 @dataclasses.dataclass
 class PreflightConfig:
     "Components to compare."
@@ -54,7 +79,7 @@ def run_preflight(config: PreflightConfig) -> int:  # exit status: 0 if they can
     from merge_lab.components import preflight
 
     report = preflight(config.model_paths)
-    print(report.to_string(index=False, max_colwidth=60))
+    print(report.drop(columns=["obstacle", "remedy"]).to_string(index=False, max_colwidth=48))
     wrong = report[~report.ok]
     for row in wrong.itertuples():
         print(f"\n{row.property}: {row.obstacle}\n  {row.remedy}")
@@ -76,7 +101,7 @@ def run_demo(config: DemoConfig) -> int:
     demo(config.output_dir)
     return 0
 
-# %% ../nbs/60_cli.ipynb #8d68a200
+# %% ../nbs/60_cli.ipynb #01d92002
 def _is_mapping(annotation) -> bool:
     kinds = (annotation, *typing.get_args(annotation))
     return any(typing.get_origin(kind) is dict or kind is dict for kind in kinds)
@@ -88,7 +113,7 @@ def shadow_of(config_class: type) -> type:
     for field in dataclasses.fields(config_class):
         if not field.init:
             continue
-        metadata = {key: field.metadata[key] for key in ("help", "choices") if key in field.metadata}
+        metadata = {key: field.metadata[key] for key in ("help", "choices", "aliases") if key in field.metadata}
         metadata["help"] = metadata.get("help", "").replace("%", "%%")
         facts = dict(metadata=metadata, default=field.default, default_factory=field.default_factory)
         kind = hints[field.name]
@@ -165,7 +190,25 @@ def _place(command: Command, config_class: type, places: list[str]) -> dict:
         raise ValueError(f"unexpected words {' '.join(places)!r}. Options are given as --name value; see --help.")
     return values
 
-# %% ../nbs/60_cli.ipynb #2d99e8c4
+# %% ../nbs/60_cli.ipynb #43618188
+def show_tables(result):
+    "Print the small tables that a run gave back; anything else that is not a table or a model as text."
+    import pandas as pd
+
+    values = {"": result}
+    if isinstance(result, dict):
+        values = result
+    elif isinstance(result, tuple):
+        values = dict(enumerate(result))
+    elif dataclasses.is_dataclass(result) and "__str__" not in vars(type(result)):
+        values = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    for name, value in values.items():
+        if isinstance(value, (pd.DataFrame, pd.Series)) and len(value) <= 40:
+            print(f"\n{name}\n{value.to_string()}" if isinstance(name, str) else f"\n{value.to_string()}")
+        elif isinstance(value, (str, Path)) or (value is result and result is not None):
+            print(f"{name}: {value}" if name else value)
+
+# %% ../nbs/60_cli.ipynb #48b2b96e
 def usage() -> str:
     "The overview that `merge-lab --help` prints."
     width = max(map(len, COMMANDS))
@@ -183,9 +226,10 @@ def call(name: str, words: list[str]) -> int:
     config = parse(name, words)
     module = importlib.import_module(f"merge_lab.{command.module}")
     result = getattr(module, command.function)(config)
-    if command.show:
-        getattr(module, command.show)(result)
-    return result if isinstance(result, int) else 0
+    if isinstance(result, int):
+        return result
+    (getattr(module, command.show) if command.show else show_tables)(result)
+    return 0
 
 
 def main(words: list[str] | None = None) -> int:
