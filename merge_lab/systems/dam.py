@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ from merge_lab.core import (
 )
 from ..losses import shift_labels, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
-from ..merger import Merger, MergerConfig, initial_alphas, layer_of, read_merger_config
+from ..merger import Merger, MergerConfig, initial_alphas, read_merger_config
 from ..tasks import ChatCollator, chat_row, check_row, encode_chat, load_task
 from merge_lab.training import (
     STORED_TOPK, Batch, HistoryCallback, LoopConfig, MergerTrainer, Objective, ProgressBar, StopCallback,
@@ -302,7 +303,7 @@ class DAMTopkConfig:
         check_options(self)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #4837abf0
-def dataset_features(stored: bool) -> "datasets.Features":
+def dataset_features(stored: bool) -> "datasets.Features":  # noqa: F821
     "Columns of the dataset."
     from datasets import Features, Sequence, Value
 
@@ -388,7 +389,7 @@ DATASET_FILE = "dam_dataset.json"
 _HOW = {"batch_size", "part_size", "device", "overwrite", "hf_disk_dataset_dir", "cache_dir"}  # what it holds is the same
 
 
-def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":
+def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
     "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
     from datasets import concatenate_datasets, load_from_disk
 
