@@ -8,15 +8,17 @@ __all__ = ['logger', 'file_readers', 'presets', 'rank_by_task', 'lora_defaults',
            'linear_names', 'find_target_modules', 'lora_for_task', 'check_names', 'make_lora_config', 'device_settings',
            'make_sft_config', 'remake', 'trainable_parameters', 'training_curves', 'training_diagnostics',
            'default_dtype', 'load_base', 'skeleton', 'explain_memory_errors', 'release_memory', 'quiet_peft',
-           'build_trainer', 'probe_logits', 'load_adapter', 'merge_adapter', 'complete', 'SmoLoRA', 'train',
-           'check_same_adapter', 'save', 'load_model', 'inference', 'add_task_prefix', 'mix_tasks', 'row_text',
+           'build_trainer', 'probe_logits', 'load_adapter', 'merge_adapter', 'complete', 'SmoLoRA', 'HistoryLog',
+           'train', 'check_same_adapter', 'save', 'load_model', 'inference', 'add_task_prefix', 'mix_tasks', 'row_text',
            'count_words', 'curriculum', 'use_curriculum', 'adapter_layers', 'grow_rank', 'fixed_loss',
-           'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options', 'config_rows', 'make_lora', 'run']
+           'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options', 'config_rows', 'make_lora', 'run',
+           'show_result']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #9256050e
+# %% ../../nbs/40_systems/04_lora.ipynb #19f02f94
 import dataclasses
 import difflib
 import gc
+import json
 import logging
 import math
 import warnings
@@ -27,6 +29,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from ..components import load_model as load_weights
 from ..components import load_tokenizer
@@ -337,7 +340,7 @@ def trainable_parameters(model: nn.Module) -> pd.DataFrame:  # index trainable, 
     }
     return pd.DataFrame.from_dict(rows, orient="index").astype({"parameters": int})
 
-# %% ../../nbs/40_systems/04_lora.ipynb #68fcadb0
+# %% ../../nbs/40_systems/04_lora.ipynb #6008cfd0
 advice = {
     "overfitting": "Reduce training steps, increase dropout, use a smaller rank, add regularisation or data.",
     "underfitting": "Increase the learning rate, increase the rank, add more target modules, train for more steps.",
@@ -360,7 +363,7 @@ def training_curves(
     if not rows:
         raise ValueError("no losses were logged. Train first, with logging_steps below the number of steps.")
     frame = pd.DataFrame(rows).groupby("step").first()
-    return frame[[name for name in frame if name in ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")]]
+    return frame[[name for name in frame if name in ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", "memory_bytes")]]
 
 # %% ../../nbs/40_systems/04_lora.ipynb #84f7deb6
 def _overfit(validation: pd.Series, train: pd.Series) -> bool:
@@ -626,7 +629,23 @@ class SmoLoRA:
         "Whether the model in memory is a base with an adapter."
         return hasattr(self.model, "peft_config")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #08c32817
+# %% ../../nbs/40_systems/04_lora.ipynb #ae344a1c
+class HistoryLog(TrainerCallback):
+    "Writes each log entry, with the memory in use, to a file as it happens."
+
+    def __init__(self, path: str | Path, done: int = 0):  # steps of earlier calls
+        self.path, self.done = Path(path), done
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        from merge_lab.training import memory_in_use
+
+        if state.is_world_process_zero:
+            state.log_history[-1]["memory_bytes"] = memory_in_use()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1] | {"step": state.global_step + self.done}) + "\n")
+
+# %% ../../nbs/40_systems/04_lora.ipynb #659da263
 def _method(function):
     "Add a function to `SmoLoRA` under its own name."
     setattr(SmoLoRA, function.__name__, function)
@@ -645,14 +664,14 @@ def train(
     if lora.has_adapter:
         check_same_adapter(lora.model.peft_config["default"], peft_config)
     model = lora.model if lora.has_adapter else load_base(lora.base_model_name, lora.device)
-    lora.trainer = build_trainer(
-        model, lora.tokenizer, args, lora.dataset, lora.eval_dataset, None if lora.has_adapter else peft_config, lora.callbacks
-    )
+    done = lora.log_history[-1]["step"] if lora.log_history else 0
+    callbacks = [HistoryLog(lora.output_dir / "history.jsonl", done), *lora.callbacks]
+    rows, config = (lora.dataset, lora.eval_dataset), None if lora.has_adapter else peft_config
+    lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
     lora.model = lora.trainer.model
     logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
     with explain_memory_errors():
         lora.trainer.train(resume_from_checkpoint=resume or None)
-    done = lora.log_history[-1]["step"] if lora.log_history else 0
     lora.log_history += [entry | {"step": entry["step"] + done} for entry in lora.trainer.state.log_history]
     lora.model.save_pretrained(str(lora.adapter_dir))
     return training_curves(lora.log_history)
@@ -939,7 +958,7 @@ def config_rows(config: LoRAPipelineConfig) -> "datasets.Dataset":
         return next(iter(tasks.values()))
     return mix_tasks(tasks, config.task_prefixes, seed=config.seed)
 
-# %% ../../nbs/40_systems/04_lora.ipynb #9cf5671f
+# %% ../../nbs/40_systems/04_lora.ipynb #2a184f5c
 def make_lora(
     config: LoRAPipelineConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects
@@ -977,8 +996,19 @@ def run(
     curves = training_curves(lora.log_history)
     diagnostics = training_diagnostics(lora.log_history, config.max_steps)
     parameters = trainable_parameters(lora.model)
-    write_text(folder / "history.csv", curves.to_csv())
     write_text(folder / "diagnostics.csv", diagnostics.to_csv())
     report = lora.save() if config.merge else None
     found = dict(lora=lora, curves=curves, diagnostics=diagnostics, parameters=parameters, report=report)
     return found | ({} if stages is None else {"stages": stages})
+
+
+def show_result(result: dict):  # from `run`
+    "Print what was trained, how it went, and where it is."
+    for name in ("parameters", "stages", "diagnostics"):
+        if name in result:
+            print(result[name].to_string(), end="\n\n")
+    lora, report = result["lora"], result["report"]
+    if report is not None:
+        print(f"Merged and unmerged logits differ by {report['max_logit_difference']:.2g} at most, of {report['max_logit']:.3g}.")
+    written = [path for path in (lora.adapter_dir, lora.merged_dir, lora.output_dir / "history.jsonl") if path.exists()]
+    print("Written: " + ", ".join(map(str, written)))
