@@ -1,0 +1,437 @@
+"""Panels, sessions, explorer and run browser without a browser: plain state, and widgets that mirror it."""
+
+import dataclasses
+import threading
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from merge_lab.core import config_from_dict, option
+from merge_lab.merger import MergerConfig
+from merge_lab.systems.mask_merge import (
+    MaskMergeConfig,
+    demo_config,
+    make_trainer,
+    prepare,
+)
+from merge_lab.widgets import (
+    Bench,
+    ConfigPanel,
+    Dials,
+    LatestWorker,
+    MergeExplorer,
+    RunBrowser,
+    SessionView,
+    TrainingSession,
+    alpha_svg,
+    answers_html,
+    controls_of,
+    field_in,
+    memory_html,
+    read_value,
+    show_value,
+)
+
+widgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_config(**options):
+    defaults = dict(
+        max_steps=4,
+        per_device_train_batch_size=4,
+        save_steps=0,
+        output_dir="runs/a",
+        overwrite=True,
+        device="cpu",
+        eval_samples=4,
+    )
+    return demo_config(**{**defaults, **options})
+
+
+def field_of(view, name):
+    "The row of one option in a panel's view."
+    for box in view.children[1].children[0].children:
+        for row in box.children:
+            if f"ml-field-{name}" in row._dom_classes:
+                return row
+    raise AssertionError(name)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.005)
+
+
+# --- panels ---------------------------------------------------------------------------
+
+
+def test_every_option_gets_a_control_that_holds_its_value():
+    panel = ConfigPanel(small_config())
+    view = panel.view()
+    for name, control in controls_of(MaskMergeConfig).items():
+        value = panel.values[name]
+        assert read_value(control, show_value(control, value)) == value
+        row = field_of(view, name)
+        assert control.help and control.help in row.children[0].children[1].tooltip
+    assert not panel.errors and panel.config == small_config()
+
+
+def test_faces_describe_the_same_config():
+    panel = ConfigPanel(small_config(mode="scalar", temperature=2.0))
+    faces = panel.faces()
+    import yaml
+
+    read = config_from_dict(MaskMergeConfig, yaml.safe_load(faces["YAML"]))
+    assert read == panel.config
+    assert eval(faces["Python"], {"MaskMergeConfig": MaskMergeConfig}) == panel.config
+    assert "--mode scalar --" in faces["Command line"]
+
+
+def test_widget_and_state_follow_each_other():
+    panel = ConfigPanel(small_config())
+    view = panel.view()
+    control = field_of(view, "mode").children[0].children[1]
+    control.value = "scalar"
+    assert panel.values["mode"] == "scalar" and "mode: scalar" in panel.faces()["YAML"]
+    panel.set("mode", "vector_input")
+    assert control.value == "vector_input"
+    panel.set("mask_init", {"strategy": "odd_one_out", "selected_idx": 1})
+    text = field_of(view, "mask_init").children[0].children[1].value
+    assert "odd_one_out" in text
+
+
+def test_errors_stand_at_their_fields_and_go_when_mended():
+    panel = ConfigPanel(small_config())
+    view = panel.view()
+    good = list(panel.values["model_paths"])
+    paths = field_of(view, "model_paths")
+    paths.children[0].children[1].value = "./nowhere\n" + good[1]
+    steps = field_of(view, "max_steps")
+    steps.children[0].children[1].value = "ten"
+    assert "no such folder" in paths.children[1].value
+    assert "whole number" in steps.children[1].value
+    assert set(panel.errors) == {"model_paths", "max_steps"}
+    with pytest.raises(ValueError, match="whole number"):
+        panel.config  # noqa: B018
+    paths.children[0].children[1].value = "\n".join(good)
+    steps.children[0].children[1].value = "10"
+    assert not panel.errors and panel.config.max_steps == 10
+    assert paths.children[1].value and "ml-error" not in paths.children[1].value
+
+
+def test_an_error_is_put_to_the_field_it_names():
+    names = list(controls_of(MaskMergeConfig))
+    assert field_in("learning_rate=2: expected", names) == "learning_rate"
+    assert field_in("mask_init factors [1]: expected 2", names) == "mask_init"
+    assert field_in("something else", names) is None
+    panel = ConfigPanel(small_config())
+    panel.set("fallback", 7)
+    assert list(panel.errors) == ["fallback"]
+
+
+def test_a_run_that_would_be_overwritten_is_said_at_the_folder(tmp_path):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/config.yaml").write_text("{}")
+    panel = ConfigPanel(small_config(overwrite=False))
+    assert "already holds a run" in panel.errors["output_dir"]
+    panel.set("overwrite", True)
+    assert not panel.errors
+
+
+def test_a_panel_comes_from_any_config():
+    @dataclasses.dataclass
+    class Other:
+        "A config of no system."
+
+        depth: int = option(3, "How deep", low=1, high=9, group="Shape")
+        rate: float = option(0.1, "How fast", low=0.001, high=1, log=True)
+        name: str | None = option(None, "What it is called")
+
+    kinds = {name: control.kind for name, control in controls_of(Other).items()}
+    assert kinds == {"depth": "slider", "rate": "log", "name": "text"}
+    panel = ConfigPanel(Other, command="other")
+    panel.set("name", "x y")
+    assert panel.faces()["Command line"] == "other --name 'x y'"
+    assert isinstance(panel.view(), widgets.VBox)
+
+
+# --- the worker -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.05])
+def test_forty_positions_make_at_most_fifteen_calls_and_end_on_the_last(cost):
+    seen = []
+    worker = LatestWorker(lambda value: (time.sleep(cost), seen.append(value)))
+    for position in range(40):
+        worker.submit(position)
+        time.sleep(0.02)
+    assert worker.wait(20)
+    assert seen[-1] == 39 and 1 <= len(seen) <= 15
+
+
+def test_a_worker_survives_an_error():
+    worker = LatestWorker(lambda value: 1 / value, settle=0)
+    worker.submit(0)
+    assert worker.wait(5) and isinstance(worker.error, ZeroDivisionError)
+    worker.submit(1)
+    assert worker.wait(5) and worker.error is None
+
+
+# --- training -------------------------------------------------------------------------
+
+
+def session_of(panel, bench):
+    def make(callbacks):
+        merger = bench.merger
+        ready = prepare(panel.config)
+        merger.init_masks(panel.config.mask_init)
+        return make_trainer(merger, ready, callbacks, progress=False)
+
+    return TrainingSession(make, lock=bench.lock)
+
+
+def pause_at(session, step):
+    def listen(session):
+        if session.state == "running" and session.step == step:
+            session.pause()
+
+    session.listeners.append(listen)
+    return listen
+
+
+def test_start_pause_adjust_save_resume_export(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    panel = ConfigPanel(small_config(max_steps=5, lr_scheduler_type="constant"))
+    bench = Bench(panel)
+    session = session_of(panel, bench)
+    view = SessionView(session)
+    listener = pause_at(session, 2)
+    session.start()
+    with pytest.raises(RuntimeError, match="stop it"):
+        session.start()
+    until(lambda: session.state == "paused")
+    session.listeners.remove(listener)
+    masks = bench.merger.mask_state()
+    time.sleep(0.3)
+    assert session.step == 2 and len(session.frame) == 2
+    assert all(
+        (mask == masks[n]).all() for n, mask in bench.merger.mask_state().items()
+    )
+
+    view.painter.wait()
+    assert not view.buttons["resume"].disabled and view.buttons["pause"].disabled
+    view.dials.rate.value = 0.001
+    assert session.trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    session.adjust(losses={"ce": 0.5}, penalties={"l2": 0.1})
+    with pytest.raises(ValueError, match="every weight is 0"):
+        session.adjust(losses={"ce": 0, "kl": 0})
+    session.save()
+    until(lambda: session.saved)
+    assert (tmp_path / "runs/a/checkpoint-2/trainer_state.json").exists()
+
+    session.resume()
+    assert session.join(120) == "finished" and session.step == 5
+    frame = session.frame
+    assert frame["learning_rate"].tolist() == pytest.approx([0.03] * 2 + [0.001] * 3)
+    assert frame["l2"].notna().tolist() == [False] * 2 + [True] * 3
+    folder = session.export()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([[1, 5, 9, 12]])
+    with torch.no_grad():
+        ours = bench.merger(input_ids=ids).logits
+        assert torch.allclose(loaded(input_ids=ids).logits, ours, atol=1e-4)
+    with pytest.raises(RuntimeError, match="pause it"):
+        session.adjust(learning_rate=0.1)
+
+
+def test_stop_ends_early_and_a_second_start_begins_anew():
+    panel = ConfigPanel(small_config(max_steps=50))
+    session = session_of(panel, Bench(panel))
+    pause_at(session, 1)
+    session.start()
+    until(lambda: session.state == "paused")
+    session.stop()
+    assert session.join(60) == "stopped" and 1 <= session.step < 5
+    session.listeners.clear()
+    panel.set("max_steps", 1)
+    session.start()
+    assert session.join(60) == "finished" and session.step == 1
+
+
+def test_an_exception_is_kept_shown_and_raised():
+    def make(callbacks):
+        raise ValueError("model_paths: <nothing> there")
+
+    session = TrainingSession(make)
+    view = SessionView(session)
+    session.start()
+    with pytest.raises(ValueError, match="nothing"):
+        session.join(10)
+    view.draw()
+    assert session.state == "failed" and "&lt;nothing&gt; there" in view.trouble.value
+    assert not view.buttons["start"].disabled
+
+
+def test_the_bench_loads_again_only_for_other_masks():
+    loads = []
+    panel = ConfigPanel(small_config())
+    bench = Bench(panel, lambda config: loads.append(config) or object())
+    bench.merger, bench.merger  # noqa: B018
+    panel.set("mask_init", {"strategy": "odd_one_out", "selected_idx": 0})
+    panel.set("learning_rate", 0.5)
+    bench.merger  # noqa: B018
+    assert len(loads) == 1 and type(loads[0]) is MergerConfig
+    panel.set("mode", "scalar")
+    bench.merger  # noqa: B018
+    assert len(loads) == 2
+
+
+# --- the explorer ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab():
+    panel = ConfigPanel(small_config())
+    bench = Bench(panel)
+    ready = prepare(panel.config)
+    use = lambda mask_init: panel.set("mask_init", mask_init)
+    explorer = MergeExplorer(
+        lambda: bench.merger, ready.tokenizer, ready.tests, 1, 4, use, bench.lock
+    )
+    return panel, bench, explorer
+
+
+def test_ends_of_the_share_are_the_components_and_masks_are_put_back(lab):
+    _, bench, explorer = lab
+    before = bench.merger.mask_state()
+    for share, name in ((0.0, "rewrite"), (1.0, "summarize")):
+        outcome = explorer.evaluate(Dials(share).mask_init())
+        table = outcome.scores.pivot(index="model", columns="task", values="loss")
+        assert table.loc["merged"].tolist() == pytest.approx(table.loc[name].tolist())
+        assert outcome.answers["merged"].tolist() == outcome.answers[name].tolist()
+    after = bench.merger.mask_state()
+    assert all((after[name] == mask).all() for name, mask in before.items())
+
+
+def test_dials_shift_parts_and_training_starts_from_them(lab):
+    panel, bench, explorer = lab
+    explorer.move(share=0.25, last_layers=0.5, attention=0.125)
+    assert explorer.worker.wait() and explorer.error is None
+    explorer.use()
+    session = session_of(panel, bench)
+    starts = []
+
+    def make(callbacks, make=session.make):
+        result = make(callbacks)
+        starts.append(bench.merger.alphas())
+        return result
+
+    session.make = make
+    panel.set("max_steps", 1)
+    session.start()
+    session.join(60)
+    alphas = starts[0].query("component == 1").set_index("module")["mean"]
+    found = {name.removeprefix("model."): value for name, value in alphas.items()}
+    assert found["layers.0.mlp.up_proj"] == pytest.approx(0.25, abs=1e-3)
+    assert found["layers.0.self_attn.q_proj"] == pytest.approx(0.375, abs=1e-3)
+    assert found["layers.3.mlp.up_proj"] == pytest.approx(0.75, abs=1e-3)
+
+
+def test_exploring_in_a_pause_leaves_training_as_it_was(lab):
+    panel, bench, explorer = lab
+    panel.set("max_steps", 3)
+
+    def losses(explore):
+        session = session_of(panel, bench)
+        listener = pause_at(session, 1)
+        session.start()
+        until(lambda: session.state == "paused")
+        session.listeners.remove(listener)
+        if explore:
+            explorer.move(share=0.9)
+            assert explorer.worker.wait()
+        session.resume()
+        session.join(60)
+        return session.frame["loss"].tolist()
+
+    assert losses(True) == losses(False)
+
+
+def test_an_error_of_a_merge_is_shown_not_lost(lab):
+    panel, _, explorer = lab
+    view = explorer.view()
+    assert explorer.worker.wait()
+    panel.set("constrain_mode", "01")
+    explorer.move(share=2.0)
+    assert explorer.worker.wait()
+    explorer.dials = Dials(component=5)
+    explorer.worker.submit(explorer.dials)
+    assert explorer.worker.wait()
+    status = next(w for w in view.children[1].children[0].children[-1:])
+    assert explorer.error is not None and "✗" in status.value
+
+
+# --- pictures and runs ----------------------------------------------------------------
+
+
+def test_heatmap_tells_layer_module_component_and_value(lab):
+    _, bench, _ = lab
+    bench.merger.init_masks({"strategy": "uniform", "factors": [0.25, 0.75]})
+    picture = alpha_svg(bench.merger.alphas(), bench.merger.names)
+    assert "<title>layer 2, q_proj, summarize: alpha 0.750</title>" in picture
+    assert picture.count("<title>") == 2 * (4 * 9 + 3)
+    from xml.etree import ElementTree
+
+    ElementTree.fromstring(picture)
+
+
+def test_text_of_models_cannot_break_the_page():
+    answers = pd.DataFrame(
+        {"prompt": ["<b>"], "expected": ["x"], "merged": ["<script>alert(1)</script>"]}
+    )
+    assert "<script>" not in answers_html(answers)
+    assert "12 MiB" in memory_html(20 * 2**20, 8 * 2**20, 30 * 2**20)
+
+
+def test_runs_are_listed_compared_loaded_and_exported(lab):
+    panel, bench, _ = lab
+    panel.set("max_steps", 1)
+    session = session_of(panel, bench)
+    session.start()
+    session.join(60)
+    masks = bench.merger.mask_state()
+    browser = RunBrowser("runs", lambda: bench.merger, bench.lock)
+    table = browser.table()
+    assert list(table.index) == ["a"] and table.loc["a", "steps"] == 1
+    bench.merger.init_masks({"strategy": "random"})
+    browser.load("a")
+    assert all(
+        (mask == masks[n]).all() for n, mask in bench.merger.mask_state().items()
+    )
+    assert (browser.export("a") / "model.safetensors").exists()
+    assert len(browser.compare("a").axes) == 2
+    with pytest.raises(ValueError, match="'a'"):
+        browser.compare("b")
+
+
+def test_threads_end_after_work():
+    worker = LatestWorker(lambda value: None, settle=0)
+    worker.submit(1)
+    assert worker.wait(5)
+    assert all(
+        t.daemon for t in threading.enumerate() if t.name.startswith("merge_lab")
+    )
