@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'Factors', 'SHARES', 'BASELINES', 'check_adapter', 'read_factors', 'read_adapters', 'AdapterLinear',
            'blended_factors', 'LoRAMergeConfig', 'AdapterMerger', 'base_path', 'save_adapter', 'peft_baselines',
-           'adapter_rows', 'train_adapter_masks', 'run']
+           'adapter_rows', 'train_adapter_masks', 'run', 'show_result']
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #2dca976e
 import dataclasses
@@ -351,7 +351,7 @@ def peft_baselines(
         model.set_adapter("blend")
         yield method, model.eval()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #efe8f2d5
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #13a8d0ba
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter."
     if len(config.datasets) != len(config.adapters):
@@ -394,3 +394,13 @@ def run(
     alphas = merger.alphas()
     write_text(folder / "alphas.csv", alphas.to_csv(index=False))
     return dict(merger=merger, history=history, alphas=alphas, report=report)
+
+
+def show_result(result: dict):  # from `run`
+    "Print the alphas by adapter, the loss, and where things are."
+    merger, history = result["merger"], result["history"]
+    table = result["alphas"].groupby("component").agg({"mean": "mean", "min": "min", "max": "max"})
+    print(table.rename(index=dict(enumerate(merger.names))).round(3).to_string())
+    print(f"KL to each sample's own adapter: {history.loss.iloc[0]:.3g} at first, {history.loss.iloc[-1]:.3g} at last.")
+    folder = Path(merger.adapter_config.output_dir)
+    print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged") if (folder / p).exists()))
