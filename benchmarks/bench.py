@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from merge_lab.memory import checkpoint_activations, estimate_memory, track_memory
+from merge_lab.memory import estimate_memory, track_memory
 from merge_lab.merger import Merger, MergerConfig
-from merge_lab.training import Objective
+from merge_lab.objective import Objective
 
 SIZES = {
     "tiny": dict(
@@ -202,7 +202,7 @@ def as_contestant(merger: Merger, who: Contestant):
     "Switch impl and checkpointing."
     merger.state.impl = who.impl
     if who.checkpointing:
-        checkpoint_activations(merger.model)
+        merger.checkpoint_activations()
     try:
         yield
     finally:

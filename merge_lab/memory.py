@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'MemoryUse', 'readable', 'MemoryEstimate',
-           'track_memory', 'load_config', 'checkpoint_activations', 'training_step', 'estimate_memory', 'FitReport',
-           'free_memory', 'fit_report', 'MemoryConfig', 'run']
+           'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
+           'MemoryConfig', 'run']
 
-# %% ../nbs/30_memory.ipynb #ea3795cb
+# %% ../nbs/30_memory.ipynb #f979d708
 import dataclasses
 import logging
 import weakref
@@ -28,6 +28,7 @@ from .components import as_dtype, find_folder, read_config
 from .core import check_choice, check_options, option
 from .masks import IMPLS, MODES
 from .merger import KINDS, Merger, MergerConfig
+from .objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +339,7 @@ def _pretend_batch(batch_size: int, seq_len: int, n: int, vocab_size: int) -> di
     ids = (torch.arange(batch_size * seq_len) % vocab_size).view(batch_size, seq_len)
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, source=torch.arange(batch_size) % n)
 
-# %% ../nbs/30_memory.ipynb #85a911ba
+# %% ../nbs/30_memory.ipynb #e550cb4e
 def load_config(config):  # a transformers config, a folder or a hub name
     "The transformers config."
     if not isinstance(config, (str, Path)):
@@ -347,15 +348,7 @@ def load_config(config):  # a transformers config, a folder or a hub name
 
 
 def _default_objective(loss: str, fused: bool, chunk_size: int | None) -> Callable:
-    from merge_lab.training import Objective
-
     return Objective({loss: 1.0}, chunk_size=chunk_size, fused=fused)
-
-
-def checkpoint_activations(model: nn.Module):
-    "Let a transformers model compute its layers again in backward."
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def training_step(merger: Merger, batch: dict[str, Tensor], objective: Callable, optimizer=None):
@@ -371,7 +364,7 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     models.clear()
     _own_merger(ledger, merger)
     if gradient_checkpointing:
-        checkpoint_activations(merger.model)
+        merger.checkpoint_activations()
     merger.train()
     trained = [p for p in merger.parameters() if p.requires_grad]
     for mask in trained:

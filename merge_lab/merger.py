@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'MergerConfig', 'check_mask_init', 'depth_value',
-           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'full', 'Merger', 'leaves', 'plain_name',
-           'masked_parameters', 'init_masks', 'alphas', 'alpha_values', 'mask_state', 'load_mask_state',
-           'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
-           'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
+           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'full', 'Merger', 'checkpoint_activations',
+           'leaves', 'plain_name', 'masked_parameters', 'init_masks', 'alphas', 'alpha_values', 'mask_state',
+           'load_mask_state', 'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors',
+           'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head',
+           'fused_head_agrees']
 
 # %% ../nbs/20_merger.ipynb #d3183340
 import dataclasses
@@ -232,7 +233,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #0449b950
+# %% ../nbs/20_merger.ipynb #92a66a2f
 def full(tensor: Tensor) -> Tensor:
     "A sharded (DTensor) tensor gathered whole; any other as it is."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -283,6 +284,10 @@ class Merger(nn.Module):
         with self.as_component(i):
             return self.model(**inputs)
 
+    def checkpoint_activations(self):
+        "Compute each layer again in backward instead of keeping its activations; takes effect in training mode."
+        checkpoint_activations(self.model)
+
     @property
     def n_components(self) -> int:
         return len(self.names)
@@ -295,6 +300,12 @@ class Merger(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+# %% ../nbs/20_merger.ipynb #44fdcbe9
+def checkpoint_activations(model: nn.Module):  # a transformers model
+    "Let a transformers model compute its layers again in backward instead of keeping their activations."
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
 
 # %% ../nbs/20_merger.ipynb #498a89b2
 def _method(function):

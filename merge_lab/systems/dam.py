@@ -12,7 +12,7 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', '
            'load_untrained', 'load_training_data', 'dam_optimizer', 'make_trainer', 'train', 'show_merge',
            'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #c3802bba
+# %% ../../nbs/40_systems/02_dam.ipynb #273c1d79
 import dataclasses
 import json
 import logging
@@ -36,10 +36,8 @@ from ..losses import shift_labels, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, MergerConfig, initial_alphas, read_merger_config
 from ..tasks import ChatCollator, chat_row, check_row, encode_chat, load_task
-from merge_lab.training import (
-    STORED_TOPK, Batch, HistoryCallback, LoopConfig, MergerTrainer, Objective, ProgressBar, StopCallback,
-    teacher_topk, training_arguments,
-)
+from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
+from ..training import HistoryCallback, LoopConfig, MergerTrainer, ProgressBar, StopCallback, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -302,7 +300,7 @@ class DAMTopkConfig:
     def __post_init__(self):
         check_options(self)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #4837abf0
+# %% ../../nbs/40_systems/02_dam.ipynb #2ed9879b
 def dataset_features(stored: bool) -> "datasets.Features":  # noqa: F821
     "Columns of the dataset."
     from datasets import Features, Sequence, Value
@@ -384,7 +382,7 @@ def with_teacher(config: DAMTopkConfig, teacher: Merger, rows: list[dict], colla
         bar.update(len(batch))
     return found
 
-# %% ../../nbs/40_systems/02_dam.ipynb #ef84da80
+# %% ../../nbs/40_systems/02_dam.ipynb #77d5aee8
 DATASET_FILE = "dam_dataset.json"
 _HOW = {"batch_size", "part_size", "device", "overwrite", "hf_disk_dataset_dir", "cache_dir"}  # what it holds is the same
 
@@ -557,7 +555,7 @@ class MoFOAdamW(torch.optim.AdamW):
             parameter.copy_(torch.where(passes, parameter, old))
         return loss
 
-# %% ../../nbs/40_systems/02_dam.ipynb #57fcf8db
+# %% ../../nbs/40_systems/02_dam.ipynb #f7c5ddad
 class DAMRun(NamedTuple):
     "What `train` gives back."
 
@@ -575,7 +573,7 @@ def load_untrained(config: DAMTrainConfig) -> DAMMerger:
         config.untrained_merged_model_name, [local_path(path, config.cache_dir) for path in paths]
     )
     if config.gradient_checkpointing:
-        merger.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        merger.checkpoint_activations()
     return merger
 
 # %% ../../nbs/40_systems/02_dam.ipynb #368e3fbd

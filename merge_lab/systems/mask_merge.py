@@ -196,7 +196,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #00dbbe40
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #699a3f5d
 class RunInterrupted(RuntimeError):
     "A run was stopped by the user; the message says where its masks are and how to go on."
 
@@ -210,7 +210,7 @@ def make_trainer(
     "The trainer of a run, with its history and its stop."
     config = ready.config
     trainer = MergerTrainer(
-        merger, training_arguments(config, ready.folder), objective_of(config),
+        merger, training_arguments(config, ready.folder), objective_of(config), config.gradient_checkpointing,
         train_dataset=ready.dataset, data_collator=ChatCollator(ready.tokenizer), callbacks=list(callbacks),
     )
     history, stopper = HistoryCallback(ready.folder / "history.jsonl").attach(trainer), StopCallback()

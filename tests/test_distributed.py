@@ -1,0 +1,109 @@
+"""Two processes train what one does; sharded ones hold half of the frozen weights. Started as two machines would, on loopback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def agent(folder: Path, port: int) -> list[str]:
+    "A torchrun agent, one of two that meet at the port."
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+        "--rdzv-id=merge",
+        "--max-restarts=0",
+        str(WORKER),
+        str(folder),
+    ]
+
+
+def finish(processes: list[subprocess.Popen]):
+    "Wait for all; end all if one fails."
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output[-4000:]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "One process, then two agents of one process each: {1: (facts, tensors, folder), 2: ...}."
+    folder = tmp_path_factory.mktemp("distributed")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    options = dict(
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    finish([subprocess.Popen([sys.executable, str(WORKER), str(folder)], **options)])
+    command = agent(folder, free_port())
+    finish([subprocess.Popen(command, **options) for _ in range(2)])
+    return {
+        n: (
+            json.loads((folder / f"facts-{n}.json").read_text()),
+            torch.load(folder / f"tensors-{n}.pt", weights_only=True),
+            folder,
+        )
+        for n in (1, 2)
+    }
+
+
+def test_two_processes_train_the_same_masks(runs):
+    assert runs[1][0]["trainer_wrapper"] == "none"
+    assert runs[2][0]["trainer_wrapper"] == "DDP"
+    one, two = runs[1][1]["masks"], runs[2][1]["masks"]
+    assert one.keys() == two.keys()
+    for name in one:
+        assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
+
+
+def test_two_ranks_hold_half_of_the_frozen_weights(runs):
+    facts = runs[2][0]
+    assert facts["wrapper"] == "FSDP2"
+    assert facts["bytes"] <= 0.55 * facts["bytes_whole"]
+
+
+def test_sharded_gradients_are_those_of_one_process(runs):
+    one, two = runs[1][1]["gradients"], runs[2][1]["gradients"]
+    assert any(gradient.abs().max() > 1e-4 for gradient in one.values())
+    for name in one:
+        assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_sharded_run_saves_resumes_and_exports(runs):
+    from safetensors.torch import load_file
+
+    assert runs[2][0]["resumed"]
+    folder = runs[2][2]
+    for kind, file in (("saved", "masks.safetensors"), ("merged", "model.safetensors")):
+        one, two = (load_file(folder / f"{kind}-{n}" / file) for n in (1, 2))
+        assert one.keys() == two.keys()
+        for name in one:
+            assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,196 @@
+"""Properties of the merger across architectures, modes, constraints and dtypes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from merge_lab.components import load_model
+from merge_lab.constraints import CONSTRAINTS
+from merge_lab.masks import IMPLS, MODES
+from merge_lab.merger import Merger, MergerConfig
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
+from merge_lab.objective import Objective
+
+ARCHITECTURES = {
+    "llama": dict(architecture="llama", tie_word_embeddings=False),
+    "llama-tied": dict(architecture="llama", tie_word_embeddings=True),
+    "qwen2": dict(architecture="qwen2"),
+    "gpt2": dict(architecture="gpt2"),
+    "gemma2": dict(architecture="gemma2"),
+}
+IDS = torch.tensor([[1, 5, 9, 13, 7, 21], [1, 8, 3, 40, 2, 11]])
+
+
+def merger_of(name, n=2, dtype=torch.float32, **options):
+    return Merger(
+        tiny_experts(n=n, dtype=dtype, **ARCHITECTURES[name]), MergerConfig(**options)
+    )
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_hot_is_the_component(architecture, dtype):
+    experts = tiny_experts(n=3, dtype=dtype, **ARCHITECTURES[architecture])
+    wanted = [logits_of(expert) for expert in experts]
+    merger = Merger(experts, MergerConfig())
+    for i in range(3):
+        merger.init_masks({"strategy": "odd_one_out", "selected_idx": i})
+        assert torch.equal(logits_of(merger), wanted[i])
+        with merger.as_component(i):
+            assert torch.equal(logits_of(merger), wanted[i])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("constrain_mode", [c for c in CONSTRAINTS if c != "spherical"])
+def test_identical_components_give_themselves_back(architecture, mode, constrain_mode):
+    model = tiny_model(**ARCHITECTURES[architecture])
+    wanted = logits_of(model)
+    twins = [tiny_model(**ARCHITECTURES[architecture]) for _ in range(2)]
+    merger = Merger(twins, MergerConfig(mode=mode, constrain_mode=constrain_mode))
+    assert_close(logits_of(merger), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_impls_agree_in_value_and_gradient(architecture, mode):
+    found = {}
+    for impl in IMPLS:
+        merger = merger_of(architecture, mode=mode, impl=impl, mask_init={"strategy": "random"})
+        masks = [p for p in merger.parameters() if p.requires_grad]
+        logits = merger(input_ids=IDS).logits
+        found[impl] = [logits, *torch.autograd.grad(logits.log_softmax(-1)[..., 3].mean(), masks)]
+    for impl in ("efficient", "fused"):
+        for got, wanted in zip(found[impl], found["accurate"]):
+            assert_close(got, wanted, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("untie", [False, True])
+def test_exported_is_trained(architecture, mode, untie, tmp_path):
+    paths = []
+    for i, expert in enumerate(tiny_experts(n=2, **ARCHITECTURES[architecture])):
+        paths.append(str(save_tiny(expert, tmp_path / f"expert{i}")))
+    config = MergerConfig(paths, mode=mode, untie_embeddings=untie)
+    merger = Merger.from_config(config)
+    with torch.no_grad():
+        for mask in merger.parameters():
+            if mask.requires_grad:
+                mask.add_(0.2 * torch.randn(mask.shape, generator=torch.manual_seed(3)))
+    merger.save_merged(tmp_path / "merged", max_shard_size="20KB")
+    merged = load_model(tmp_path / "merged")
+    assert_close(logits_of(merged), logits_of(merger), atol=1e-5, rtol=1e-5)
+    state = merged.state_dict()
+    for name, tensor in merger.merged_state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    merger.save_pretrained(tmp_path / "masks")
+    again = Merger.from_pretrained(tmp_path / "masks")
+    assert torch.equal(logits_of(again), logits_of(merger))
+
+
+def test_masks_stay_fp32_over_bf16_weights_and_move():
+    merger = merger_of("qwen2", dtype=torch.bfloat16)
+    masks = [p for p in merger.parameters() if p.requires_grad]
+    assert {mask.dtype for mask in masks} == {torch.float32}
+    optimizer = torch.optim.SGD(masks, lr=1e-4)
+    before = [mask.detach().clone() for mask in masks]
+    merger(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, masks))
+
+
+def test_biases_that_only_one_component_has():
+    with_bias = tiny_model("llama", attention_bias=True, seed=0)
+    without = tiny_model("llama", attention_bias=False, seed=1)
+    bias = with_bias.model.layers[0].self_attn.q_proj.bias.detach().clone()
+    merger = Merger([without, with_bias], MergerConfig())
+    merged = merger.merged_state_dict()["model.layers.0.self_attn.q_proj.bias"]
+    assert_close(merged, bias / 2)
+    assert merger.config.attention_bias
+
+
+def test_component_weights_are_shared_not_copied():
+    experts = tiny_experts("qwen2", n=3)
+    storages = {p.untyped_storage().data_ptr() for e in experts for p in e.parameters()}
+    merger = Merger(experts, MergerConfig())
+    frozen = [p for p in merger.parameters() if not p.requires_grad]
+    assert {p.untyped_storage().data_ptr() for p in frozen} <= storages
+
+
+@pytest.mark.parametrize("source_size", [1, 3])
+def test_batch_size_does_not_scale_the_loss(architecture, source_size):
+    merger = merger_of(architecture)
+    labels = IDS.clone()
+    labels[:, :2] = -100
+    one = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=labels)
+    one["source"] = torch.tensor([0, 1])
+    many = {key: torch.cat([value] * source_size) for key, value in one.items()}
+    objective = Objective(temperature=2.0)
+    assert_close(merger(objective=objective, **many)["loss"], merger(objective=objective, **one)["loss"])
+
+
+def test_future_tokens_do_not_matter_to_the_loss():
+    "The loss at position t looks at labels[t + 1]: with only the last label scored, the last input is not read."
+    merger = merger_of("llama")
+    labels = torch.full_like(IDS, -100)
+    labels[:, -1] = IDS[:, -1]
+    batch = dict(attention_mask=torch.ones_like(IDS), labels=labels, source=torch.tensor([0, 1]))
+    changed = IDS.clone()
+    changed[:, -1] = 33
+    losses = [merger(objective=Objective(), input_ids=ids, **batch)["loss"] for ids in (IDS, changed)]
+    assert torch.equal(*losses)
+
+
+def test_activation_checkpointing_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        merger = merger_of("llama")
+        if checkpointing:
+            merger.checkpoint_activations()
+        merger.train()
+        batch = dict(input_ids=IDS, labels=IDS, source=torch.tensor([0, 1]), attention_mask=torch.ones_like(IDS))
+        loss = merger(objective=Objective(), **batch)["loss"]
+        masks = [p for p in merger.parameters() if p.requires_grad]
+        results.append([loss, *torch.autograd.grad(loss, masks)])
+    for one, other in zip(*results):
+        assert_close(one, other)
+
+
+def test_reload_in_a_fresh_process(tmp_path):
+    paths = [str(save_tiny(e, tmp_path / f"e{i}")) for i, e in enumerate(tiny_experts("llama", n=2))]
+    merger = Merger.from_config(MergerConfig(paths))
+    merger.save_merged(tmp_path / "merged")
+    torch.save(logits_of(merger), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "folder, wanted = sys.argv[1], torch.load(sys.argv[2], weights_only=True)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)\n"
+        f"logits = model(input_ids=torch.tensor({IDS.tolist()})).logits\n"
+        "torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "merged"), str(tmp_path / "logits.pt")], check=True)
+
+
+@pytest.mark.parametrize("architecture_name", ["llama", "gpt2"])
+def test_torch_compile_gives_the_same(architecture_name):
+    pytest.importorskip("torch._dynamo")
+    merger = merger_of(architecture_name)
+    wanted = logits_of(merger)
+    compiled = torch.compile(merger.model, backend="aot_eager")
+    masks = [p for p in merger.parameters() if p.requires_grad]
+    logits = compiled(input_ids=IDS).logits
+    assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    plain = torch.autograd.grad(merger(input_ids=IDS).logits[..., 3].sum(), masks)
+    for got, want in zip(torch.autograd.grad(logits[..., 3].sum(), masks), plain):
+        assert_close(got, want, atol=1e-4, rtol=1e-3)
