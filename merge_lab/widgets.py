@@ -642,7 +642,7 @@ class Counter(TrainerCallback):
         self.session.saved = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self.session._tell()
 
-# %% ../nbs/34_widgets.ipynb #43a6677d
+# %% ../nbs/34_widgets.ipynb #381090e4
 STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")
 ACTIVE = ("preparing", "running", "paused")
 
@@ -654,7 +654,7 @@ class TrainingSession:
         self,
         make: Callable[[tuple], tuple[MergerTrainer, HistoryCallback, StopCallback]],  # callbacks -> trainer and its callbacks
         export: Callable[[Merger], Path] | None = None,  # writes the merged checkpoint; None: <output_dir>/merged
-        estimate: Callable[[], float] | None = None,  # bytes that training should take
+        estimate: Callable[[MergerTrainer], float] | None = None,  # bytes that training should take
         lock=None,  # of a Bench; None: nobody else uses the merger
     ):
         self.make, self.export_to, self.estimate = make, export, estimate
@@ -666,6 +666,7 @@ class TrainingSession:
     def _reset(self):
         self.state, self.step, self.total, self.saved, self.exported = "idle", 0, 0, "", ""
         self.error, self.trouble = None, ""  # the thread's exception, and its traceback
+        self.estimated: float | None = None  # bytes
         self.trainer = self.history = self.stopper = None
         self.durations: list[float] = []  # seconds of each step, pauses left out
         self.memory_before = memory_in_use()
@@ -691,7 +692,7 @@ class TrainingSession:
         "The session as widgets."
         return session_view(self)
 
-# %% ../nbs/34_widgets.ipynb #1c6f8528
+# %% ../nbs/34_widgets.ipynb #5588ac9b
 def start(self):
     "Begin. Returns at once; raises `RuntimeError` if the session is at work."
     if self.state in ACTIVE:
@@ -709,6 +710,8 @@ def _work(self):
         with self.lock:
             self.trainer, self.history, self.stopper = self.make((gate,))
         self.trainer.add_callback(Counter(self))
+        if self.estimate is not None:
+            self.estimated = self.estimate(self.trainer)
         self.trainer.train()
         self.merger.eval()
         self.merger.save_pretrained(Path(self.trainer.args.output_dir) / "masks")
@@ -932,7 +935,7 @@ def session_view(session: TrainingSession):
     "A session as widgets."
     return SessionView(session).box()
 
-# %% ../nbs/34_widgets.ipynb #fd89adff
+# %% ../nbs/34_widgets.ipynb #0e907a5b
 def draw(self):
     "Bring the widgets up to date with the session."
     session = self.session
@@ -969,8 +972,7 @@ def _draw_pictures(self):
     self.heatmap.value = alpha_svg(alphas, merger.names)
     self.loss.value = figure_to_png(loss_curves(frame, merger.names), dpi=110, colours=64)
     self.alphas.value = figure_to_png(alpha_trajectories(frame, merger.names), dpi=110, colours=64)
-    estimate = None if session.estimate is None else session.estimate()
-    self.memory.value = memory_html(frame["memory_bytes"].iloc[-1], session.memory_before, estimate)
+    self.memory.value = memory_html(frame["memory_bytes"].iloc[-1], session.memory_before, session.estimated)
 
 
 SessionView.draw, SessionView._draw_pictures = draw, _draw_pictures

@@ -193,14 +193,14 @@ def test_a_worker_survives_an_error():
 # --- training -------------------------------------------------------------------------
 
 
-def session_of(panel, bench):
+def session_of(panel, bench, **options):
     def make(callbacks):
         merger = bench.merger
         ready = prepare(panel.config)
         merger.init_masks(panel.config.mask_init)
         return make_trainer(merger, ready, callbacks, progress=False)
 
-    return TrainingSession(make, lock=bench.lock)
+    return TrainingSession(make, lock=bench.lock, **options)
 
 
 def pause_at(session, step):
@@ -217,7 +217,8 @@ def test_start_pause_adjust_save_resume_export(tmp_path):
 
     panel = ConfigPanel(small_config(max_steps=5, lr_scheduler_type="constant"))
     bench = Bench(panel)
-    session = session_of(panel, bench)
+    estimate = lambda trainer: 2**20 * trainer.args.max_steps
+    session = session_of(panel, bench, estimate=estimate)
     view = SessionView(session)
     listener = pause_at(session, 2)
     session.start()
@@ -233,6 +234,7 @@ def test_start_pause_adjust_save_resume_export(tmp_path):
     )
 
     view.painter.wait()
+    assert "estimated" in view.memory.value and session.estimated == 5 * 2**20
     assert not view.buttons["resume"].disabled and view.buttons["pause"].disabled
     view.dials.rate.value = 0.001
     assert session.trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
