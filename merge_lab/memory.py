@@ -280,6 +280,8 @@ class _Pretend(_Watch):
         self.device = device
 
     def run(self, func, args, kwargs):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False if args[0].dtype == torch.bool else 0  # a check of values finds nothing wrong
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return self._make(func, args, kwargs)

@@ -527,11 +527,12 @@ def save_merged(
         tensors = {name: makers[name]().cpu().contiguous() for name in names}
         if is_main_process:
             _save_shard(tensors, folder / filename)
+    card = model_card(self)  # every rank gathers, one writes
     if is_main_process:
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
-        _save_companions(self, folder)
+        _save_companions(self, folder, card)
 
 
 def _save_shard(tensors: dict[str, Tensor], file: Path):
@@ -540,7 +541,7 @@ def _save_shard(tensors: dict[str, Tensor], file: Path):
     save_file({name: t.clone() if t._is_view() else t for name, t in tensors.items()}, file, metadata={"format": "pt"})
 
 # %% ../nbs/20_merger.ipynb #e1327bb6
-def _save_companions(merger: Merger, folder: Path):
+def _save_companions(merger: Merger, folder: Path, card: str):
     "Config, generation config, tokenizer and model card beside the weights."
     import copy
 
@@ -554,7 +555,7 @@ def _save_companions(merger: Merger, folder: Path):
     paths = merger.merger_config.model_paths
     if paths:
         load_tokenizer(paths[merger.merger_config.fallback]).save_pretrained(folder)
-    write_text(folder / "README.md", model_card(merger))
+    write_text(folder / "README.md", card)
 
 
 def model_card(merger: Merger) -> str:

@@ -13,16 +13,36 @@ from merge_lab.tinylm import tiny_config, tiny_experts
 from merge_lab.objective import Objective
 
 SHAPE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=4)
-CASES = list(itertools.product(["llama", "qwen2", "gpt2"], ["fused", "accurate"], [192, 448]))
+CASES = list(
+    itertools.product(["llama", "qwen2", "gpt2"], ["fused", "accurate"], [192, 448])
+)
 
 
 def batch_of(batch, tokens, vocab_size=320, n=2):
-    ids = torch.randint(3, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, source=torch.arange(batch) % n)
+    ids = torch.randint(
+        3, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)
+    )
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        labels=ids,
+        source=torch.arange(batch) % n,
+    )
 
 
-def measure(architecture, impl, tokens, batch=1, checkpointing=False, fused=True, dtype=torch.float32, **options):
-    merger = Merger(tiny_experts(architecture, n=2, **SHAPE), MergerConfig(impl=impl, **options)).to(dtype=dtype)
+def measure(
+    architecture,
+    impl,
+    tokens,
+    batch=1,
+    checkpointing=False,
+    fused=True,
+    dtype=torch.float32,
+    **options,
+):
+    merger = Merger(
+        tiny_experts(architecture, n=2, **SHAPE), MergerConfig(impl=impl, **options)
+    ).to(dtype=dtype)
     for _, leaf, key in merger.masked_parameters():
         leaf.masks[key].data = leaf.masks[key].data.float()
     if checkpointing:
@@ -36,18 +56,42 @@ def measure(architecture, impl, tokens, batch=1, checkpointing=False, fused=True
     return use
 
 
-def estimate(architecture, impl, tokens, batch=1, checkpointing=False, fused=True, dtype=torch.float32, **options):
+def estimate(
+    architecture,
+    impl,
+    tokens,
+    batch=1,
+    checkpointing=False,
+    fused=True,
+    dtype=torch.float32,
+    **options,
+):
     return estimate_memory(
-        tiny_config(architecture, **SHAPE), seq_len=tokens, batch_size=batch, impl=impl, dtype=dtype,
-        gradient_checkpointing=checkpointing, fused_loss=fused, device="cpu", **options,
+        tiny_config(architecture, **SHAPE),
+        seq_len=tokens,
+        batch_size=batch,
+        impl=impl,
+        dtype=dtype,
+        gradient_checkpointing=checkpointing,
+        fused_loss=fused,
+        device="cpu",
+        **options,
     )
 
 
 def check(found, wanted):
     assert found.peak_bytes == pytest.approx(wanted.peak_bytes, rel=0.1)
-    assert found.parts["components"] == pytest.approx(wanted.parts["components"], rel=0.01)
-    for part in ("activations", "logits", "transients"):  # each part, not only their sum
-        assert found.parts[part] == pytest.approx(wanted.parts[part], abs=0.1 * wanted.peak_bytes)
+    assert found.parts["components"] == pytest.approx(
+        wanted.parts["components"], rel=0.01
+    )
+    for part in (
+        "activations",
+        "logits",
+        "transients",
+    ):  # each part, not only their sum
+        assert found.parts[part] == pytest.approx(
+            wanted.parts[part], abs=0.1 * wanted.peak_bytes
+        )
 
 
 @pytest.mark.parametrize("architecture, impl, tokens", CASES)
@@ -70,28 +114,49 @@ def test_the_estimate_is_what_is_measured(architecture, impl, tokens):
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()),
 )
 def test_every_option_is_estimated(options):
-    check(estimate("llama", "fused", 256, **options), measure("llama", "fused", 256, **options))
+    check(
+        estimate("llama", "fused", 256, **options),
+        measure("llama", "fused", 256, **options),
+    )
 
 
 def test_options_change_the_estimate_the_right_way():
     least = estimate("llama", "fused", 512, checkpointing=True).peak_bytes
-    assert least < estimate("llama", "fused", 512).peak_bytes < estimate("llama", "accurate", 512, fused=False).peak_bytes
+    assert (
+        least
+        < estimate("llama", "fused", 512).peak_bytes
+        < estimate("llama", "accurate", 512, fused=False).peak_bytes
+    )
     assert least < estimate("llama", "fused", 1024, checkpointing=True).peak_bytes
 
 
 def shape_of_3b():
     return LlamaConfig(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-        head_dim=128, vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=131072,
-        bos_token_id=0, eos_token_id=1,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+        max_position_embeddings=131072,
+        bos_token_id=0,
+        eos_token_id=1,
     )
 
 
 @pytest.mark.parametrize(
     "kinds, tokens, limit",
-    [(["linear"], 2048, 13.3), (["linear"], 32768, 27.0), (["linear", "embedding", "norm"], 2048, 14.5)],
+    [
+        (["linear"], 2048, 13.3),
+        (["linear"], 32768, 27.0),
+        (["linear", "embedding", "norm"], 2048, 14.5),
+    ],
 )
-def test_two_models_of_three_billion_fit_in_little_more_than_themselves(kinds, tokens, limit):
+def test_two_models_of_three_billion_fit_in_little_more_than_themselves(
+    kinds, tokens, limit
+):
     found = estimate_memory(shape_of_3b(), seq_len=tokens, target_kinds=kinds)
     assert found.parts["components"] / 2**30 == pytest.approx(11.97, abs=0.01)
     assert found.peak_bytes / 2**30 <= limit
@@ -109,9 +174,14 @@ def test_nothing_is_allocated():
 
 def test_what_fits_is_left_alone_and_what_does_not_is_cured():
     config = tiny_config("llama", **SHAPE)
-    options = dict(seq_len=512, dtype="float32", device="cpu", gradient_checkpointing=False)
+    options = dict(
+        seq_len=512, dtype="float32", device="cpu", gradient_checkpointing=False
+    )
     asked = estimate_memory(config, **options).peak_bytes
     assert fit_report(config, 2 * asked, **options).remedy == {}
     report = fit_report(config, int(0.8 * asked), **options)
     assert not report.fits and report.remedy["gradient_checkpointing"]
-    assert estimate_memory(config, **{**options, **report.remedy}).peak_bytes <= 0.8 * asked
+    assert (
+        estimate_memory(config, **{**options, **report.remedy}).peak_bytes
+        <= 0.8 * asked
+    )
