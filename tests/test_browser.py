@@ -128,7 +128,7 @@ def page(lab):
     address, _ = lab
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page = browser.new_page(viewport={"width": 1280, "height": 1500})
         page.set_default_timeout(PATIENCE * 1000)
         page.goto(f"{address}/lab/tree/workbench.ipynb?reset")
         page.wait_for_selector(".jp-Notebook .jp-CodeCell")
@@ -203,6 +203,18 @@ def test_a_wrong_path_shows_at_its_field(page):
     picture(page, ".ml-panel", "3-wrong-path")
     area.fill(good)
     wait_text(page, ".ml-field-model_paths .ml-note", "text.includes('fit together')")
+
+
+def test_looking_at_a_panel_changes_nothing_and_labels_fit(page):
+    yaml = page.locator(".ml-face").inner_text()
+    assert "learning_rate: 0.03\n" in yaml and "max_length" not in yaml
+    clipped = page.evaluate(
+        """() => [...document.querySelectorAll('.ml-panel .lm-TabBar-tabLabel,'
+          + ' .ml-label, .ml-panel .widget-label, .ml-panel button')]
+          .filter(e => e.offsetWidth && e.scrollWidth > e.clientWidth + 1)
+          .map(e => e.innerText)"""
+    )
+    assert clipped == []
 
 
 def test_the_share_changes_the_scores(page):

@@ -113,6 +113,17 @@ def test_widget_and_state_follow_each_other():
     assert "odd_one_out" in text
 
 
+def test_a_sliders_own_rounding_changes_no_option():
+    panel = ConfigPanel(small_config(learning_rate=0.03, max_length=2048))
+    view = panel.view()
+    rate = field_of(view, "learning_rate").children[0].children[1]
+    rate.value = 0.0316  # the nearest step, where a browser puts it
+    field_of(view, "max_length").children[0].children[1].value = 1995.26
+    assert panel.config.learning_rate == 0.03 and panel.config.max_length == 2048
+    rate.value = 0.0398
+    assert panel.config.learning_rate == 0.04
+
+
 def test_errors_stand_at_their_fields_and_go_when_mended():
     panel = ConfigPanel(small_config())
     view = panel.view()
