@@ -83,9 +83,8 @@ def sharded_run():
     )
     (results["loss"] * WORLD).backward()  # gradients are averaged over the ranks
     found = gradients(merger)
-    torch.optim.AdamW(
-        [p for p in merger.parameters() if p.requires_grad], lr=0.1
-    ).step()
+    # not Adam: its first step divides a gradient by itself, rounding and all
+    torch.optim.SGD([p for p in merger.parameters() if p.requires_grad], lr=0.1).step()
     merger.save_pretrained(folder / f"saved-{WORLD}", is_main_process=RANK == 0)
     merger.save_merged(folder / f"merged-{WORLD}", is_main_process=RANK == 0)
     if WORLD > 1:
