@@ -10,13 +10,13 @@ __all__ = ['logger', 'PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'BLENDS', 'INIT_STRAT
            'PairLinear', 'logit_of', 'MergeableLayer', 'mix_outputs', 'mergeable_class', 'leaf_pairs', 'put_leaf',
            'make_mergeable', 'KeptLayers', 'MergeRecord', 'initial_alpha', 'replace_layers_with_mergeable',
            'set_merged_depth', 'as_original', 'find_layers_of', 'head_options', 'last_hidden', 'alpha_loss',
-           'alpha_parameters', 'alpha_values', 'ready_to_train', 'endless', 'has_stalled', 'optimise',
-           'train_alpha_parameters', 'alpha_table', 'extract_learned_alphas', 'fuse_layer', 'fuse_mergeable_layers',
-           'heal', 'healing_loss', 'Variant', 'shorten', 'seconds_per_token', 'evaluate_depth', 'compare_variants',
-           'LayerMergeConfig', 'parse_pair', 'LayerMergeResult', 'choose_pairs', 'run', 'first_rows', 'learn',
-           'save_result']
+           'alpha_parameters', 'alpha_values', 'recompute_activations', 'ready_to_train', 'endless', 'has_stalled',
+           'optimise', 'train_alpha_parameters', 'alpha_table', 'extract_learned_alphas', 'fuse_layer',
+           'fuse_mergeable_layers', 'heal', 'healing_loss', 'Variant', 'shorten', 'seconds_per_token', 'evaluate_depth',
+           'compare_variants', 'LayerMergeConfig', 'parse_pair', 'LayerMergeResult', 'choose_pairs', 'run',
+           'first_rows', 'learn', 'save_result']
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #b4ebb44c
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #8d39b455
 import copy
 import functools
 import json
@@ -24,6 +24,7 @@ import logging
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -540,7 +541,7 @@ def alpha_loss(
         teacher_bias=head["bias"], num_items=num_items, **options,
     )
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #a4fc9bdc
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #74f70ad5
 def alpha_parameters(model) -> dict[str, nn.Parameter]:
     "The trainable logits by name. Raises `ValueError` if there is none."
     found = {name: p for name, p in model.named_parameters() if name.endswith("alpha_logit")}
@@ -559,6 +560,13 @@ def alpha_values(model) -> dict[str, float]:  # parameter's name without "alpha_
     }
 
 
+def recompute_activations(model, wanted: bool = True):
+    "Switch activation checkpointing on or off; the reentrant kind would lose the gradient behind a frozen input."
+    verb = "enable" if wanted else "disable"
+    switch = getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
+    switch({"use_reentrant": False}) if wanted else switch()
+
+
 @contextmanager
 def ready_to_train(model):
     "Evaluation mode, so that dropout is off, with activation checkpointing in force if it was enabled."
@@ -566,7 +574,7 @@ def ready_to_train(model):
     model.eval()
     recomputed = [module for module in modes if getattr(module, "gradient_checkpointing", False)]
     if recomputed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradient behind a frozen input
+        recompute_activations(model)
     for module in recomputed:
         module.training = True  # this module alone: its dropout modules stay in evaluation mode
     try:
@@ -737,7 +745,7 @@ def fuse_mergeable_layers(
     del model.merge_record
     return model.requires_grad_(record.trainable)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #feb26645
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #e5c3e691
 def heal(
     model,  # plain and shorter, from `fuse_mergeable_layers` or `remove_layers`
     dataloader,  # from `prepare_calibration_data`
@@ -755,7 +763,8 @@ def heal(
 
     if hasattr(model, "merge_record"):
         raise ValueError("the model has mergeable layers. Fuse them first (fuse_mergeable_layers).")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the old name
         torch.manual_seed(seed)
         adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     trained = [p for p in adapted.parameters() if p.requires_grad]
@@ -882,7 +891,7 @@ def compare_variants(
         rows.append(dict(variant=name, **evaluate_depth(short, tokenizer, **(evaluation or {})), alphas=alphas))
     return pd.DataFrame(rows).set_index("variant")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #0c0b6011
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #5a0839bf
 @dataclass
 class LayerMergeConfig:
     "Merge pairs of a model's own layers, with learned shares."
@@ -909,7 +918,7 @@ class LayerMergeConfig:
     num_steps: int = option(5000, "Updates of the alphas", low=0, high=100_000, group="Training")
     learning_rate: float = option(1e-3, "Of Adam, on alpha_logit", low=1e-6, high=1.0, log=True, group="Training")
     gradient_accumulation_steps: int = option(1, "Batches per update", low=1, high=64, group="Training")
-    loss: str = option("ce", "What alphas are trained towards; kl is usually better", choices=ALPHA_LOSSES, group="Training")
+    loss: str = option("ce", "What alphas are trained towards", choices=ALPHA_LOSSES, group="Training")
     temperature: float = option(1.0, "Of the KL", low=0.1, high=20.0, group="Training")
     max_grad_norm: float | None = option(None, "Clip the alphas' gradient at this norm; none: not clipped", low=0.0, group="Training")
     patience: int | None = option(None, "Stop after this many steps without gain; none: never", low=1, group="Training")
@@ -990,7 +999,7 @@ def run(
     save_result(result, tokenizer)
     return result
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #2e0b7362
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #ff66172b
 def first_rows(config, model, tokenizer, pairs, similarity, loader, evaluation) -> pd.DataFrame:
     "The original's scores, and those of the alternatives without training if they are asked for."
     fixed = [name for name, variant in VARIANTS.items() if variant.learn is None] if config.compare else []
@@ -1004,14 +1013,14 @@ def learn(config, model, dataloader, pairs, on_step, progress) -> tuple[pd.DataF
         model, pairs, config.alpha_init_strategy, blend=config.blend, per_module=config.per_module
     )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     if config.num_steps:
         train_alpha_parameters(
             model, dataloader, config.num_steps, config.learning_rate, None, config.gradient_accumulation_steps,
             config.loss, config.temperature, config.max_grad_norm, config.patience, progress, on_step,
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        recompute_activations(model, False)
     return alpha_table(model), model.merge_record.history
 
 

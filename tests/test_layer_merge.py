@@ -1,0 +1,389 @@
+"Layer merging: what is trained is what is exported, for every kind of decoder."
+
+import copy
+import json
+
+import pytest
+import torch
+
+from merge_lab.core import bundled_path
+from merge_lab.systems import layer_merge as lm
+from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
+PAIRS = [(1, 2, 0.8), (3, 4, 0.3)]
+
+
+def token_ids(seed=0, shape=(2, 14)):
+    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch_of(seed=0, shape=(2, 14)):
+    ids = token_ids(seed, shape)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def mergeable(architecture="llama", pairs=PAIRS, strategy="given", depth=6, **options):
+    model = tiny_model(architecture, num_hidden_layers=depth)
+    return lm.replace_layers_with_mergeable(model, pairs, strategy, **options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("per_module", [False, True])
+def test_trained_fused_saved_and_reloaded_are_one_model(
+    architecture, per_module, tmp_path
+):
+    model = mergeable(architecture, per_module=per_module)
+    lm.train_alpha_parameters(
+        model,
+        [batch_of()],
+        num_steps=2,
+        learning_rate=0.2,
+        loss="kl",
+        progress=False,
+    )
+    alphas = lm.alpha_values(model).values()
+    assert all(abs(alpha - 0.5) > 0.02 for alpha in alphas)
+    ids = token_ids(1)
+    with torch.no_grad():
+        trained = model(ids).logits
+        fused = lm.fuse_mergeable_layers(model)
+        torch.testing.assert_close(fused(ids).logits, trained, rtol=0, atol=1e-5)
+    fused.save_pretrained(tmp_path)
+    reloaded, info = type(fused).from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(fused) is type(tiny_model(architecture))
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(ids).logits, trained, rtol=0, atol=1e-5)
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
+    cached, plain = (
+        reloaded.generate(ids, use_cache=c, **options) for c in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("blend", ["weights", "outputs"])
+def test_mergeable_model_generates_with_and_without_cache(architecture, blend):
+    model = mergeable(architecture, blend=blend)
+    ids = token_ids(2)
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
+    cached, plain = (model.generate(ids, use_cache=c, **options) for c in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_config_and_indices_after_fusing():
+    model = lm.fuse_mergeable_layers(
+        mergeable("gemma2", [(0, 1, 0.6), (3, 4, 0.6)], depth=6)
+    )
+    original = tiny_model("gemma2", num_hidden_layers=6).config.layer_types
+    assert model.config.num_hidden_layers == 4
+    assert model.config.layer_types == [original[i] for i in (0, 2, 3, 5)]
+    layers = lm.decoder_layers(model)
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2, 3]
+    assert not any("alpha" in name for name, _ in model.named_parameters())
+    assert not hasattr(model, "merge_record")
+
+
+def test_biases_and_norms_are_merged_too():
+    original = tiny_model("qwen2", num_hidden_layers=4)
+    layers = [copy.deepcopy(layer) for layer in lm.decoder_layers(original)]
+    fused = lm.fuse_mergeable_layers(
+        lm.replace_layers_with_mergeable(original, [(1, 2, 0.8)], "given")
+    )
+    own, other = (dict(layers[i].named_parameters()) for i in (1, 2))
+    for name, merged in lm.decoder_layers(fused)[1].named_parameters():
+        torch.testing.assert_close(merged, 0.8 * own[name] + 0.2 * other[name])
+    assert "self_attn.q_proj.bias" in own and "input_layernorm.weight" in own
+
+
+def test_names_follow_the_original_model():
+    model = mergeable(pairs=[(1, 2, 0.6), (4, 5, 0.6)])
+    names = list(lm.alpha_parameters(model))
+    assert names == ["model.layers.1.alpha_logit", "model.layers.4.alpha_logit"]
+    assert all(p.dtype == torch.float32 for p in lm.alpha_parameters(model).values())
+
+
+def test_alpha_stays_fp32_and_moves_in_a_bf16_model():
+    model = tiny_model("llama", num_hidden_layers=4, dtype=torch.bfloat16)
+    lm.replace_layers_with_mergeable(model, [(1, 2, 0.622)])
+    lm.train_alpha_parameters(
+        model, [batch_of()], num_steps=1, learning_rate=1e-3, progress=False
+    )
+    (change,) = lm.alpha_table(model)["change"].abs()
+    assert 1e-4 < change < 1e-3
+    (logit,) = lm.alpha_parameters(model).values()
+    assert logit.dtype == torch.float32
+    assert next(lm.fuse_mergeable_layers(model).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("per_module", [False, True])
+def test_gradient_equals_finite_differences(loss, per_module):
+    model = tiny_model("gpt2", num_hidden_layers=4, dtype=torch.float64)
+    lm.replace_layers_with_mergeable(
+        model, [(1, 2, 0.8)], "given", per_module=per_module
+    ).double()
+    batch = batch_of(3)
+    for logit in list(lm.alpha_parameters(model).values())[:3]:
+        (gradient,) = torch.autograd.grad(lm.alpha_loss(model, batch, loss), logit)
+        values = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                logit.add_(step)
+                values.append(lm.alpha_loss(model, batch, loss).item())
+        difference = (values[0] - values[1]) / 2e-5
+        assert gradient.item() == pytest.approx(difference, rel=1e-5, abs=1e-10)
+        with torch.no_grad():
+            logit.add_(1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_losses_are_those_of_the_plain_model(architecture):
+    original = tiny_model(architecture, num_hidden_layers=6)
+    model = lm.replace_layers_with_mergeable(copy.deepcopy(original), PAIRS, "given")
+    batch = batch_of(4)
+    batch["attention_mask"][0, 9:] = 0
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    scored = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        teacher = original(**inputs).logits[:, :-1][scored].log_softmax(-1)
+        student = model(**inputs).logits[:, :-1][scored].log_softmax(-1)
+        targets = batch["labels"][:, 1:][scored]
+        ce = torch.nn.functional.nll_loss(student, targets)
+        kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
+        torch.testing.assert_close(lm.alpha_loss(model, batch, "ce"), ce)
+        torch.testing.assert_close(lm.alpha_loss(model, batch, "kl"), kl)
+
+
+def test_padding_is_never_scored():
+    model = mergeable()
+    short, long = batch_of(5, (1, 6)), batch_of(5, (1, 6))
+    pad = torch.full((1, 4), 7)
+    long["input_ids"] = torch.cat([long["input_ids"], pad], 1)
+    long["labels"] = torch.cat([long["labels"], pad], 1)  # even if labels forget it
+    long["attention_mask"] = torch.cat([long["attention_mask"], 0 * pad], 1)
+    for loss in lm.ALPHA_LOSSES:
+        one, other = (lm.alpha_loss(model, b, loss) for b in (short, long))
+        torch.testing.assert_close(one, other)
+
+
+def test_accumulation_equals_a_larger_batch():
+    trained = []
+    small = [batch_of(6, (1, 14)), batch_of(7, (1, 5))]
+    wide = {k: torch.zeros(2, 14, dtype=torch.long) for k in small[0]}
+    wide["labels"] -= 100
+    for row, batch in enumerate(small):
+        for key, value in batch.items():
+            wide[key][row, : value.shape[1]] = value[0]
+    for loader, count in ((small, 2), ([wide], 1)):
+        model = mergeable()
+        losses = lm.optimise(
+            model,
+            list(lm.alpha_parameters(model).values()),
+            lambda b, n, m=model: lm.alpha_loss(m, b, "ce", num_items=n),
+            loader,
+            3,
+            0.05,
+            count,
+            progress=False,
+        )
+        trained.append((losses, list(lm.alpha_values(model).values())))
+    assert trained[0][0] == pytest.approx(trained[1][0], abs=1e-5)
+    assert trained[0][1] == pytest.approx(trained[1][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_activation_checkpointing_changes_nothing(architecture):
+    results = []
+    for checkpointing in (False, True):
+        model = mergeable(architecture)
+        if checkpointing:
+            lm.recompute_activations(model)
+        lm.train_alpha_parameters(
+            model, [batch_of()], num_steps=3, learning_rate=0.05, progress=False
+        )
+        assert not model.training
+        results.append(list(lm.alpha_values(model).values()))
+    assert results[0] == pytest.approx(results[1], abs=1e-6)
+    assert results[0] != pytest.approx([0.8, 0.3], abs=1e-3)
+
+
+def test_only_alphas_are_trained():
+    model = mergeable().requires_grad_(True)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    lm.train_alpha_parameters(
+        model, [batch_of()], num_steps=2, learning_rate=0.1, progress=False
+    )
+    for name, parameter in model.named_parameters():
+        is_alpha = name.endswith("alpha_logit")
+        assert parameter.requires_grad == is_alpha
+        assert torch.equal(parameter, before[name]) != is_alpha
+
+
+def test_early_stop_and_a_stop_from_outside():
+    model = mergeable()
+    lm.train_alpha_parameters(
+        model,
+        [batch_of()],
+        num_steps=50,
+        learning_rate=1e-9,
+        patience=3,
+        progress=False,
+    )
+    assert len(model.merge_record.history) == 6
+    lm.train_alpha_parameters(
+        model,
+        [batch_of()],
+        num_steps=50,
+        progress=False,
+        on_step=lambda step, loss: step == 2,
+    )
+    assert list(model.merge_record.history["step"]) == [1, 2]
+
+
+@pytest.mark.parametrize("blend", ["weights", "outputs"])
+def test_the_original_is_still_inside(blend):
+    original = tiny_model("gemma2", num_hidden_layers=6)
+    model = lm.replace_layers_with_mergeable(
+        copy.deepcopy(original), PAIRS, "given", blend=blend
+    )
+    ids = token_ids(8)
+    with torch.no_grad():
+        wanted, merged = original(ids).logits, model(ids).logits
+        with lm.as_original(model):
+            assert torch.equal(model(ids, use_cache=False).logits, wanted)
+        assert torch.equal(model(ids).logits, merged)
+    assert not torch.allclose(merged, wanted, atol=1e-3)
+
+
+def test_outputs_and_weights_are_two_functions():
+    ids = token_ids(9)
+    with torch.no_grad():
+        weights, outputs = (mergeable(blend=b)(ids).logits for b in lm.BLENDS)
+        one_layer = mergeable(
+            pairs=[(1, 2, 1 - 1e-7)], blend="outputs"
+        )  # almost the first layer alone
+        removed = lm.remove_layers(tiny_model("llama", num_hidden_layers=6), [2])
+        torch.testing.assert_close(
+            one_layer(ids).logits, removed(ids).logits, atol=1e-4, rtol=0
+        )
+    assert (weights - outputs).abs().max() > 1e-3
+
+
+def test_learned_pairs_start_another_model_where_this_one_ended():
+    model = mergeable(per_module=True)
+    lm.train_alpha_parameters(
+        model, [batch_of()], num_steps=2, learning_rate=0.3, progress=False
+    )
+    stored = lm.extract_learned_alphas(model, [(3, 4)])
+    assert stored[0][:2] == (3, 4) and "mlp.up_proj" in stored[0][2]
+    again = mergeable(pairs=lm.extract_learned_alphas(model), per_module=True)
+    with torch.no_grad():
+        ids = token_ids(10)
+        torch.testing.assert_close(
+            again(ids).logits, model(ids).logits, atol=1e-5, rtol=0
+        )
+    with pytest.raises(ValueError, match="the model has"):
+        lm.extract_learned_alphas(model, [(0, 1)])
+
+
+def test_pairs_that_cannot_be_merged():
+    for pairs in ([(1, 6, 0.5)], [(1, 1, 0.5)], [(1, 2, 0.5), (2, 3, 0.5)], []):
+        with pytest.raises(ValueError, match="pair"):
+            mergeable(pairs=pairs)
+    with pytest.raises(ValueError, match="has no alpha"):
+        mergeable(pairs=[(1, 2)])
+    model = tiny_model("llama", num_hidden_layers=4)
+    lm.decoder_layers(model)[2].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    with pytest.raises(ValueError, match="mlp.up_proj"):
+        lm.replace_layers_with_mergeable(model, [(1, 2, 0.5)])
+
+
+def test_best_disjoint_is_the_best():
+    import itertools
+
+    generator = torch.Generator().manual_seed(11)
+    for n_scores in (3, 6, 8):
+        scores = torch.rand(n_scores, generator=generator).tolist()
+        for n_pairs in range(1, (n_scores + 1) // 2 + 1):
+            sets = [
+                c
+                for c in itertools.combinations(range(n_scores), n_pairs)
+                if all(b - a > 1 for a, b in itertools.pairwise(c))
+            ]
+            best = max(sets, key=lambda c: sum(scores[i] for i in c))
+            assert lm.best_disjoint(scores, n_pairs) == list(best)
+
+
+def test_calibration_never_asks_test_questions():
+    tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
+    loader = lm.prepare_calibration_data(tokenizer, bundled_path("mmlu"), 40, 4)
+    told = "".join(tokenizer.batch_decode([r["input_ids"] for r in loader.dataset]))
+    tests = lm.load_mmlu(bundled_path("mmlu"), "test")
+    dev = {
+        str(r)
+        for rows in lm.load_mmlu(bundled_path("mmlu"), "dev").values()
+        for r in rows
+    }
+    for rows in tests.values():
+        for row in rows:
+            assert (
+                str(row) in dev
+                or lm.choice_prompt("x", row, [], "letter", "") not in told
+            )
+    for batch in loader:
+        hidden = batch["attention_mask"] == 0
+        assert batch["labels"][hidden].eq(-100).all()
+
+
+def test_run_writes_a_model_that_loads(tmp_path):
+    tokenizer = tiny_tokenizer()
+    save_tiny(tiny_model("qwen2", num_hidden_layers=6), tmp_path / "model", tokenizer)
+    text = "\n\n".join(["The cat saw a small bird on the river road today ."] * 12)
+    (tmp_path / "text.txt").write_text(text)
+    config = lm.LayerMergeConfig(
+        model_path=str(tmp_path / "model"),
+        output_dir=str(tmp_path / "run"),
+        data_dir=str(tmp_path / "text.txt"),
+        eval_text=str(tmp_path / "text.txt"),
+        merge_pairs=["1,2,0.7", "3,4"],
+        num_steps=2,
+        learning_rate=0.1,
+        loss="kl",
+        heal_steps=2,
+        device="cpu",
+    )
+    result = lm.run(config, progress=False)
+    assert list(result.alphas["into"]) == [1, 3]
+    assert list(result.alphas["before"]) == pytest.approx([0.7, lm.PUBLISHED_ALPHA])
+    scores = json.loads((tmp_path / "run/results.json").read_text())
+    assert scores["this run"]["layers"] == 4 and scores["original"]["layers"] == 6
+    reloaded = lm.load_model(tmp_path / "run/merged")
+    with torch.no_grad():
+        ids = token_ids(12)
+        torch.testing.assert_close(
+            reloaded(ids).logits, result.model(ids).logits, atol=1e-5, rtol=0
+        )
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        lm.run(config, progress=False)
+
+
+def test_bundled_model_is_deep_small_and_has_learned():
+    folder = bundled_path("models/deep")
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 2 * 2**20
+    model, tokenizer = lm.load_model(folder), lm.load_tokenizer(folder)
+    assert len(lm.decoder_layers(model)) >= 12
+    text = "The value of the expression is the object that the name is bound to."
+    assert lm.perplexity(model, tokenizer, text) < len(tokenizer) / 10
