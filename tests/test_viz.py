@@ -153,7 +153,7 @@ def test_bytes_are_stable_and_dark_leaves_no_trace(name):
         Image.open(io.BytesIO(png)).convert("RGB").getpixel((0, 0))
         for png in (light, dark)
     ]
-    assert corners[0] == (255, 255, 255) and max(corners[1]) < 40
+    assert corners == [(255, 255, 255), (0x15, 0x18, 0x1C)]
 
 
 def test_viz_leaves_pyplot_alone_and_training_leaves_viz_alone():
@@ -206,6 +206,18 @@ def test_alpha_heatmap_takes_what_a_merger_gives(architecture, tmp_path):
     assert viz.figure_to_png(viz.alpha_heatmap(table), 40)
 
 
+def test_dark_paper_lightens_the_first_line():
+    png = viz.figure_to_png(figures["alpha_trajectories"](), 60, dark=True)
+    image = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+    def nearest(colour):
+        wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        return np.abs(image - wanted).max(-1).min()
+
+    light, dark = viz.PALETTE[0], viz.DARK[viz.PALETTE[0].lower()]
+    assert nearest(dark) < 12 < nearest(light)
+
+
 def test_best_of_each_task_is_framed():
     frame = scores()
     for value, best in (("exact_match", "idxmax"), ("loss", "idxmin")):
@@ -234,3 +246,17 @@ def test_missing_scores_are_left_empty():
     assert viz.figure_to_png(viz.task_matrix(frame, "loss"), 40)
     with pytest.raises(ValueError, match="no finite score"):
         viz.task_matrix(frame.assign(exact_match=np.nan))
+
+
+def test_palette_keeps_every_colour_close():
+    figure = figures["similarity_small"]()
+    png = viz.figure_to_png(figure, 80)
+    exact = io.BytesIO()
+    options = dict(dpi=80, bbox_inches="tight", pad_inches=0.06)
+    figure.savefig(exact, format="png", **options)
+    pixels = [
+        np.asarray(Image.open(file).convert("RGB")).astype(int)
+        for file in (io.BytesIO(png), exact)
+    ]
+    assert np.abs(pixels[0] - pixels[1]).max() < 20
+    assert len(png) < 0.6 * len(exact.getvalue()) and b"matplotlib" not in png.lower()
