@@ -463,7 +463,7 @@ _PENALTIES = {
 class DAMTrainConfig(LoopConfig):
     "How the coefficients are trained, and towards what."
 
-    learning_rate: float = option(5e-2, "Step size of the optimizer on the masks", low=0, high=1, log=True, group="Training")
+    learning_rate: float = option(3e-2, "Step size of the optimizer on the masks", low=0, high=1, log=True, group="Training")
     lr_scheduler_type: str = option(
         "linear", "Course of the learning rate", group="Training",
         choices=["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"],
@@ -471,6 +471,9 @@ class DAMTrainConfig(LoopConfig):
     optim: str = option("adamw_torch", "Optimizer, by transformers' name, or mofo", group="Training")
     mofo_fraction: float = option(
         0.1, "With optim mofo: share of the entries of a mask that a step updates", low=0, high=1, group="Training"
+    )
+    adam_epsilon: float = option(
+        1e-6, "Size below which a gradient counts as rounding noise", low=0, high=1e-2, log=True, group="Training"
     )
     temperature: float = option(2.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
     use_kl: bool = option(True, "KL divergence to the sample's own component", group="Objective")
@@ -609,7 +612,8 @@ def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Opti
     if config.optim != "mofo":
         return None
     masks = [mask for mask in merger.parameters() if mask.requires_grad]
-    return MoFOAdamW(masks, config.mofo_fraction, lr=config.learning_rate, weight_decay=config.weight_decay)
+    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon)
+    return MoFOAdamW(masks, config.mofo_fraction, **settings)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #6585ddaa
 def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
@@ -617,8 +621,9 @@ def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, H
     merger = load_untrained(config)
     dataset, collate = load_training_data(config, merger)
     optim = "adamw_torch" if config.optim == "mofo" else config.optim
+    arguments = training_arguments(dataclasses.replace(config, optim=optim), folder, adam_epsilon=config.adam_epsilon)
     trainer = MergerTrainer(
-        merger, training_arguments(dataclasses.replace(config, optim=optim), folder), dam_objective(config, merger),
+        merger, arguments, dam_objective(config, merger),
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
     history, stopper = HistoryCallback(folder / "history.jsonl").attach(trainer), StopCallback()

@@ -1,0 +1,473 @@
+"DAM across modules: what comes from where, teachers from disk, the run, and the published command lines."
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+from merge_lab import objective
+from merge_lab.cli import shadow_of
+from merge_lab.components import load_tokenizer
+from merge_lab.core import bundled_path
+from merge_lab.losses import shift_labels
+from merge_lab.merger import Merger, MergerConfig
+from merge_lab.systems import dam
+from merge_lab.tasks import ChatCollator, build_dataset, chat_row, write_jsonl
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
+
+torch.set_num_threads(1)
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "saw", "it"]
+TOKENIZER = tiny_tokenizer()
+INPUTS = TOKENIZER(["the cat sat on the mat"], return_tensors="pt")
+
+
+def make_models(folder, architecture, n=2, twins=False, **options):
+    "A base and n experts, or n copies of the base, on disk."
+    experts = (
+        [tiny_model(architecture, **options) for _ in range(n)]
+        if twins
+        else tiny_experts(architecture, n=n, **options)
+    )
+    names = ["base", *(f"expert{i}" for i in range(n))]
+    for name, model in zip(names, [tiny_model(architecture, **options), *experts]):
+        save_tiny(model, folder / name, TOKENIZER)
+    return [str(folder / name) for name in names]
+
+
+def make_data(folder, n=2, rows=8):
+    paths = []
+    for source in range(n):
+        path = folder / f"data{source}.jsonl"
+        start = [i % 6 for i in range(rows)]
+        turns = [(WORDS[i : i + 3], WORDS[i + source : i + source + 4]) for i in start]
+        write_jsonl(path, [chat_row(" ".join(a), " ".join(b)) for a, b in turns])
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "Base, two experts, their data, an untrained model and a dataset with teachers."
+    folder = tmp_path_factory.mktemp("dam")
+    base, *experts = make_models(folder / "models", "llama")
+    dam.merge(dam.DAMConfig(base, experts, str(folder / "untrained")))
+    topk = dam.DAMTopkConfig(
+        k=8,
+        dataset_names=make_data(folder),
+        model_ids=experts,
+        base_model_name=base,
+        hf_disk_dataset_dir=str(folder / "dataset"),
+        device="cpu",
+        batch_size=3,
+        part_size=5,
+    )
+    dataset = dam.create_dataset_topk_logits(topk)
+    return dict(folder=folder, base=base, experts=experts, topk=topk, dataset=dataset)
+
+
+def train_config(lab, output, **options):
+    defaults = dict(
+        untrained_merged_model_name=str(lab["folder"] / "untrained"),
+        hf_disk_dataset_dir=str(lab["folder"] / "dataset"),
+        output_dir=str(output),
+        generate_logits_on_fly=False,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        save_steps=0,
+        device="cpu",
+    )
+    return dam.DAMTrainConfig(**{**defaults, **options})
+
+
+@pytest.mark.parametrize("use_base_model", [False, True])
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    "architecture, tied",
+    [
+        ("llama", False),
+        ("llama", True),
+        ("qwen2", False),
+        ("gemma2", True),
+        ("gpt2", True),
+    ],
+)
+def test_export_is_what_the_merger_computes(
+    tmp_path, architecture, tied, everything, use_base_model
+):
+    base, *experts = make_models(tmp_path, architecture, tie_word_embeddings=tied)
+    config = dam.DAMConfig(
+        base,
+        experts,
+        str(tmp_path / "out"),
+        use_base_model=use_base_model,
+        use_embedding_layers=everything,
+        merge_layernorms=everything,
+        random_init=["linear", "embedding", "norm"],
+    )
+    merger = dam.merge(config)
+    again = dam.DAMMerger.from_pretrained(tmp_path / "out")
+    again.save_merged(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    )
+    assert plain.config.tie_word_embeddings is tied
+    assert_close(plain(**INPUTS).logits, merger(**INPUTS).logits, atol=1e-5, rtol=1e-5)
+    own = dict(tiny_model(architecture, tie_word_embeddings=tied).named_parameters())
+    masked = {name for name, _, _ in merger.masked_parameters()}
+    merged = merger.merged_state_dict()
+    assert masked <= set(merged)
+    for name, tensor in merged.items():
+        if name in own:
+            assert torch.equal(tensor, own[name]) == (name not in masked), name
+    if everything:
+        assert masked == set(merged) & set(own)
+
+
+@pytest.mark.parametrize("use_base_model", [False, True])
+@pytest.mark.parametrize("architecture, tied", [("qwen2", False), ("llama", True)])
+def test_identical_components_give_themselves_back(
+    tmp_path, architecture, tied, use_base_model
+):
+    base, *twins = make_models(
+        tmp_path, architecture, twins=True, tie_word_embeddings=tied
+    )
+    wanted = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if architecture == "qwen2":
+        bias = wanted.model.layers[0].self_attn.q_proj.bias
+        assert bias is not None and bias.abs().min() > 0
+    config = dam.DAMConfig(
+        base,
+        twins,
+        str(tmp_path / "untrained"),
+        use_base_model=use_base_model,
+        use_embedding_layers=True,
+        merge_layernorms=True,
+        non_linearity="tanh",
+    )
+    merger = dam.merge(config)
+    assert_close(merger(**INPUTS).logits, wanted(**INPUTS).logits, atol=1e-5, rtol=1e-5)
+    topk = dam.DAMTopkConfig(
+        k=8,
+        dataset_names=make_data(tmp_path),
+        model_ids=twins,
+        base_model_name=base,
+        hf_disk_dataset_dir=str(tmp_path / "dataset"),
+        device="cpu",
+        compute_logits=False,
+    )
+    dam.create_dataset_topk_logits(topk)
+    lab = {"folder": tmp_path}
+    options = dict(generate_logits_on_fly=True, max_steps=20, learning_rate=0.02)
+    run = dam.train(train_config(lab, tmp_path / "trained", **options))
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "trained" / "merged", dtype=torch.float32
+    )
+    for name, tensor in plain.state_dict().items():
+        difference = (tensor - wanted.state_dict()[name]).norm()
+        assert difference <= 1e-3 * wanted.state_dict()[name].norm(), name
+    assert run.history.loss.max() < 1e-6
+
+
+def test_random_init_is_a_share_of_the_named_kinds(lab, tmp_path):
+    config = dam.DAMConfig(
+        lab["base"],
+        lab["experts"],
+        str(tmp_path / "out"),
+        use_base_model=True,
+        merge_layernorms=True,
+        non_linearity="sigmoid",
+        random_init=["norm"],
+        seed=3,
+    )
+    merger = dam.merge(config)
+    for name, leaf, key in merger.masked_parameters():
+        alphas = torch.stack(leaf.alphas(key))
+        assert_close(alphas.sum(0), torch.ones_like(alphas[0]))
+        assert (alphas.std() > 0.1) == ("norm" in name), name
+
+
+def test_hub_is_only_used_when_asked(lab, tmp_path, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, repo_id, exist_ok):
+            calls.append(("create", repo_id))
+
+        def upload_folder(self, repo_id, folder_path):
+            files = sorted(path.name for path in Path(folder_path).iterdir())
+            calls.append(("upload", repo_id, files))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    config = dam.DAMConfig(lab["base"], lab["experts"], str(tmp_path / "a"))
+    dam.merge(config)
+    assert calls == []
+    dam.merge(
+        dataclasses.replace(config, output_path=str(tmp_path / "b"), repo_id="me/it")
+    )
+    assert calls[0] == ("create", "me/it")
+    assert "masks.safetensors" in calls[1][2]
+
+    def download(name, cache_dir, **options):
+        calls.append((name, cache_dir))
+        return lab["base"]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    config = dataclasses.replace(
+        config,
+        base_model_id="who/base",
+        cache_dir="kept",
+        output_path=str(tmp_path / "c"),
+    )
+    dam.merge(config)
+    assert calls[-1] == ("who/base", "kept")
+
+
+def test_hub_datasets_by_name_and_configuration(monkeypatch):
+    import datasets
+
+    seen = {}
+
+    def load(path, part, split, cache_dir):
+        seen.update(path=path, part=part, split=split, cache_dir=cache_dir)
+        return datasets.Dataset.from_list(
+            [{"question": f"{i}?", "answer": str(i)} for i in range(5)]
+        )
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    rows = dam.load_conversations("who/data:part-1", 3, cache_dir="kept")
+    assert seen == dict(path="who/data", part="part-1", split="train", cache_dir="kept")
+    assert len(rows) == 3
+    assert rows[0]["messages"][0]["content"] == rows[0]["messages"][1]["content"] + "?"
+
+
+def test_killed_dataset_goes_on_and_ends_the_same(lab, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        lab["topk"], hf_disk_dataset_dir=str(tmp_path / "again")
+    )
+    run, calls = dam.stored_teacher, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(dam, "stored_teacher", killed)
+    with pytest.raises(KeyboardInterrupt):
+        dam.create_dataset_topk_logits(config)
+    assert len(list((tmp_path / "again" / "parts").iterdir())) >= 1
+    with pytest.raises(ValueError, match="not complete"):
+        options = dict(hf_disk_dataset_dir=str(tmp_path / "again"))
+        dam.train(train_config(lab, tmp_path / "run", **options))
+    before = len(calls)
+    again = dam.create_dataset_topk_logits(config)
+    assert len(calls) - before < 6  # 8 + 8 rows are 4 + 4 batches of 3 in parts of 5
+    assert again[:] == lab["dataset"][:]
+
+
+def test_rows_hold_probabilities_in_half_precision(lab):
+    dataset = lab["dataset"]
+    assert dataset.features["topk_log_probs"].feature.dtype == "float16"
+    assert sorted(set(dataset["source"])) == [0, 1]
+    for row in dataset:
+        top = torch.tensor(row["topk_log_probs"]).view(-1, 8)
+        mass = top.exp().sum(1) + torch.tensor(row["topk_tail"]).exp()
+        assert_close(mass, torch.ones_like(mass), atol=5e-3, rtol=0)
+        assert (top.diff(dim=1) <= 0).all()
+
+
+def test_training_from_disk_runs_no_teacher(lab, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a component was run")
+
+    monkeypatch.setattr(objective, "_teacher_hidden", refuse)
+    monkeypatch.setattr(objective, "_teacher_logits", refuse)
+    run = dam.train(train_config(lab, tmp_path / "disk", use_mse=True))
+    assert {"kl", "mse"} <= set(run.history)
+    with pytest.raises(AssertionError, match="was run"):
+        options = dict(generate_logits_on_fly=True)
+        dam.train(train_config(lab, tmp_path / "fly", **options))
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    "The bundled experts as one merger, and a batch of each one's data."
+    names = ["rewrite", "summarize", "extract"]
+    tokenizer = load_tokenizer(bundled_path("models/base"))
+    paths = [str(bundled_path(f"models/{name}")) for name in names]
+    data = {bundled_path(f"tasks/{name}"): 8 for name in names}
+    rows = list(build_dataset(data, tokenizer))
+    config = MergerConfig(paths, dtype="float32")
+    return Merger.from_config(config).eval(), rows, tokenizer
+
+
+def loss_and_gradient(merger, batch, **options):
+    loss = merger(objective=objective.Objective(temperature=2.0, **options), **batch)[
+        "loss"
+    ]
+    masks = [mask for mask in merger.parameters() if mask.requires_grad]
+    gradients = torch.autograd.grad(loss, masks)
+    return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def batch_from_disk(bundled, k):
+    "The batch as training reads it: through float16 and the collator."
+    merger, rows, tokenizer = bundled
+    stored = []
+    for source in range(3):
+        own = [row for row in rows if row["source"] == source]
+        path = merger.merger_config.model_paths[source]
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        teacher = Merger([model.eval()], MergerConfig())
+        collate = ChatCollator(tokenizer)
+        columns = dam.stored_teacher(teacher, own, collate, k, 2.0)
+        stored += [row | column for row, column in zip(own, columns)]
+    return dam.TopkCollator(tokenizer, k)(stored)
+
+
+def test_stored_teachers_give_the_gradient_of_the_components(bundled):
+    merger, rows, tokenizer = bundled
+    live = ChatCollator(tokenizer)(rows)
+    loss, gradient = loss_and_gradient(merger, live)
+    cut, cut_gradient = loss_and_gradient(merger, batch_from_disk(bundled, 50))
+    assert torch.cosine_similarity(gradient, cut_gradient, dim=0) >= 0.99
+    assert cut <= loss
+    everything = merger.config.vocab_size
+    whole, _ = loss_and_gradient(merger, batch_from_disk(bundled, everything))
+    assert whole == pytest.approx(loss, rel=1e-5)
+    exact, _ = loss_and_gradient(merger, live, k=everything)
+    assert exact == pytest.approx(loss, abs=1e-5)
+
+
+def test_stored_teachers_stand_where_they_predict(bundled):
+    batch = batch_from_disk(bundled, 5)
+    labels = shift_labels(batch["labels"], batch["attention_mask"])
+    scored = labels != -100
+    likeliest = batch["topk_indices"][..., 0]
+    assert (likeliest[scored] == labels[scored]).float().mean() > 0.8
+    assert (batch["topk_log_probs"][~scored] == 0).all()
+
+
+def test_resumed_run_equals_an_uninterrupted_one(lab, tmp_path):
+    config = train_config(lab, tmp_path / "run", max_steps=6, save_steps=3)
+    whole = dam.train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    again = dam.train(dataclasses.replace(config, resume=True))
+    for name, mask in whole.merger.mask_state().items():
+        assert torch.equal(mask, again.merger.mask_state()[name]), name
+    assert again.history.step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_mofo_moves_a_share_and_all_of_it_is_adamw(lab, tmp_path):
+    start = dam.load_untrained(train_config(lab, tmp_path)).mask_state()
+    options = dict(max_steps=1, optim="mofo", mofo_fraction=0.25)
+    few = dam.train(train_config(lab, tmp_path / "few", **options)).merger.mask_state()
+    for name, mask in few.items():
+        moved = (mask != start[name]).float().mean().item()
+        assert 0 < moved <= 0.25, name
+    options = dict(optim="mofo", mofo_fraction=1.0)
+    every = dam.train(train_config(lab, tmp_path / "every", **options))
+    adamw = dam.train(train_config(lab, tmp_path / "adamw"))
+    for name, mask in every.merger.mask_state().items():
+        assert_close(mask, adamw.merger.mask_state()[name])
+
+
+def test_momentum_filter_passes_the_largest():
+    momentum = torch.tensor([[0.1, -0.9], [0.5, 0.0]])
+    wanted = torch.tensor([[False, True], [True, False]])
+    assert torch.equal(dam.momentum_filter(momentum, 0.5), wanted)
+    assert dam.momentum_filter(momentum, 0.0).sum() == 1
+    parameter = nn.Parameter(torch.zeros(8))
+    optimizer = dam.MoFOAdamW([parameter], fraction=0.25, lr=0.1)
+    parameter.grad = torch.arange(8.0)
+    optimizer.step()
+    assert parameter.nonzero().flatten().tolist() == [6, 7]
+
+
+@pytest.mark.parametrize(
+    "option, column",
+    [
+        ("lambda_coef", "similarity"),
+        ("lambda_coef_l1", "l1"),
+        ("lambda_coef_l2", "l2"),
+        ("lambda_coef_overlap", "overlap"),
+        ("lambda_coef_angle", "angle_overlap"),
+    ],
+)
+def test_regularisers_lower_what_they_weigh(lab, tmp_path, option, column):
+    options = dict(max_steps=10, export=False, learning_rate=0.02)
+    weighed = dam.train(
+        train_config(lab, tmp_path / "on", **{**options, option: 5.0})
+    ).history
+    assert weighed[column].iloc[-1] < weighed[column].iloc[0]
+    total = weighed.kl + 5.0 * weighed[column]
+    assert_close(torch.tensor(weighed.loss), torch.tensor(total), rtol=1e-4, atol=1e-6)
+
+
+def test_angles_are_those_of_task_vectors(lab):
+    merger = dam.DAMMerger.from_pretrained(lab["folder"] / "untrained")
+    angles = dam.task_angles(merger)
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, *experts = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (lab["base"], *lab["experts"])
+    ]
+    first, second = [
+        (expert.get_parameter(name) - base.get_parameter(name)).flatten()
+        for expert in experts
+    ]
+    cosine = first @ second / (first.norm() * second.norm())
+    assert_close(angles[name][0, 1], cosine.acos().detach(), atol=1e-4, rtol=1e-4)
+    assert set(angles) == {
+        name for name, _, key in merger.masked_parameters() if key == "weight"
+    }
+
+
+PUBLISHED = {
+    dam.DAMConfig: "--output_path out --device cpu --use_embedding_layers --use_base_model "
+    "--non_linearity tanh --merge_layernorms --repo_id me/it",
+    dam.DAMTopkConfig: "--k 50 --dataset_names a b c --model_ids x y z --base_model_name w "
+    "--cache_dir cache --compute_logits True",
+    dam.DAMTrainConfig: "--temperature 2.0 --weight_decay 0.0 --learning_rate 1e-2 "
+    "--lr_scheduler_type linear --use_kl True --use_mse False --use_entropy False "
+    "--lambda_coef 0.01 --lambda_coef_l1 0.0 --lambda_coef_l2 1e-5 "
+    "--generate_logits_on_fly True --use_all_logits True "
+    "--untrained_merged_model_name m --hf_disk_dataset_dir d --cache_dir c "
+    "--base_model_name b",
+}
+
+
+@pytest.mark.parametrize("config", PUBLISHED)
+def test_published_options_word_for_word(config):
+    parser = HfArgumentParser(shadow_of(config))
+    words = PUBLISHED[config].split()
+    (parsed,) = parser.parse_args_into_dataclasses(words)
+    for word in words:
+        if word.startswith("--"):
+            assert hasattr(parsed, word[2:]), word
+    made = config(**dataclasses.asdict(parsed))
+    if config is dam.DAMConfig:
+        assert made.use_base_model and made.non_linearity == "tanh"
+    if config is dam.DAMTopkConfig:
+        assert made.dataset_names == ["a", "b", "c"] and made.compute_logits is True
+    if config is dam.DAMTrainConfig:
+        assert made.use_mse is False and made.lambda_coef_l2 == 1e-5
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=1.0), "stored at 2.0"),
+        (dict(hf_disk_dataset_dir="nowhere"), "dam-topk"),
+        (dict(untrained_merged_model_name="nowhere"), "nowhere"),
+        (dict(use_kl=False), "nothing is left to learn"),
+    ],
+)
+def test_errors_say_what_to_do(lab, tmp_path, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dam.train(train_config(lab, tmp_path / "run", **options))
