@@ -1,0 +1,160 @@
+"""The main job end to end, as a person runs it: the command line, a kill, a resume, bad input, an installed wheel's data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from merge_lab.cli import main
+from merge_lab.core import bundled_path, config_to_yaml
+from merge_lab.evaluation import evaluate_tasks
+from merge_lab.systems.mask_merge import LEARNED, UNIFORM, RunInterrupted, demo_config, run
+from merge_lab.tasks import load_task
+from merge_lab.tinylm import save_tiny, tiny_model
+from merge_lab.training import read_history
+
+
+def small(tmp_path, **options):
+    defaults = dict(max_steps=6, eval_samples=8, per_device_train_batch_size=4, report=False, save_steps=2)
+    return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return run(demo_config(output_dir=str(folder / "run"), eval_samples=100), progress=False)
+
+
+def test_learned_masks_do_both_jobs(demo):
+    table = demo.scores.set_index(["model", "task"]).exact_match
+    for own, other in (("rewrite", "summarize"), ("summarize", "rewrite")):
+        assert table[f"expert: {own}", own] >= 0.95
+        assert table[f"expert: {own}", other] <= 0.2
+        assert table[LEARNED, own] >= 0.95 * table[f"expert: {own}", own]
+    assert table[UNIFORM].min() <= 0.3
+
+
+def test_the_checkpoint_scores_as_the_merger_did(demo):
+    merged = AutoModelForCausalLM.from_pretrained(demo.folder / "merged", dtype=torch.float32)
+    tasks = {"rewrite": load_task(bundled_path("tasks/rewrite"), "test")[:100]}
+    again = evaluate_tasks(merged, demo.tokenizer, tasks, progress=False)
+    learned = demo.scores.set_index(["model", "task"]).loc[(LEARNED, "rewrite")]
+    assert again.exact_match["rewrite"] == learned.exact_match
+    assert again.loss["rewrite"] == pytest.approx(learned.loss, rel=1e-4)
+
+
+def test_everything_is_written(demo):
+    for name in ("config.yaml", "history.jsonl", "scores.csv", "report.html", "masks/masks.safetensors"):
+        assert (demo.folder / name).stat().st_size > 0
+    assert len(list((demo.folder / "plots").glob("*.png"))) == 6
+    html = (demo.folder / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png;base64," in html and "<script src" not in html and 'src="http' not in html
+    assert pd.read_csv(demo.folder / "scores.csv").model.nunique() == 5
+    assert len(read_history(demo.folder / "history.jsonl")) == demo.history.step.max()
+
+
+def test_interrupt_then_resume_equals_an_uninterrupted_run(tmp_path):
+    whole = run(small(tmp_path / "whole"), progress=False)
+    config = small(tmp_path / "cut", save_steps=0)
+
+    from transformers import TrainerCallback
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunInterrupted, match="stopped after step 4 of 6.*--resume"):
+        run(config, callbacks=(Interrupt(),), progress=False)
+    config.resume = True
+    resumed = run(config, progress=False)
+    for name, mask in whole.merger.mask_state().items():
+        assert torch.equal(mask, resumed.merger.mask_state()[name]), name
+    assert resumed.history.step.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path):
+    config = small(tmp_path, max_steps=400, save_steps=2, save_merged=False)
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config), encoding="utf-8")
+    command = [str(Path(sys.executable).with_name("merge-lab")), "mask-merge", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    history = tmp_path / "run" / "history.jsonl"
+    deadline = time.time() + 180
+    while time.time() < deadline and not (history.exists() and history.read_text().count("\n") >= 5):
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    steps = read_history(history).step.max()
+    assert steps >= 5
+    done = subprocess.run(
+        [*command, "--resume", "--max_steps", str(steps + 4)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_history(history).step.tolist() == list(range(1, steps + 5))
+
+
+def bad(tmp_path, **options):
+    with pytest.raises((ValueError, OSError)) as caught:
+        run(small(tmp_path, **options), progress=False)
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+    return str(caught.value)
+
+
+def test_bad_input_is_refused_before_any_work(tmp_path):
+    good = str(bundled_path("models/rewrite"))
+    (tmp_path / "empty").mkdir()
+    other = str(save_tiny(tiny_model("gpt2"), tmp_path / "gpt2"))
+    wide = str(save_tiny(tiny_model("llama", hidden_size=64), tmp_path / "wide"))
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n')
+    silent = tmp_path / "silent.jsonl"
+    silent.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    assert "nowhere" in bad(tmp_path, model_paths=[good, str(tmp_path / "nowhere")])
+    assert "empty" in bad(tmp_path, model_paths=[good, str(tmp_path / "empty")])
+    assert "gpt2" in bad(tmp_path, model_paths=[good, other])
+    assert "hidden_size" in bad(tmp_path, model_paths=[good, wide])
+    assert "broken.jsonl:2" in bad(tmp_path, dataset_configs={str(broken): None, str(bundled_path("tasks/rewrite")): 4})
+    assert "silent.jsonl:1" in bad(tmp_path, dataset_configs={str(silent): None, str(bundled_path("tasks/rewrite")): 4})
+    for option, value in dict(mode="vector", constrain_mode="softmax", impl="fast").items():
+        with pytest.raises(ValueError, match=f"{option}='{value}'"):
+            small(tmp_path, **{option: value})
+    with pytest.raises(ValueError, match="expected 2 numbers"):
+        small(tmp_path, mask_init={"strategy": "uniform", "factors": [1, 2, 3]})
+
+
+def test_a_folder_that_holds_a_run_is_kept(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
+    file = tmp_path / "c.yaml"
+    file.write_text(config_to_yaml(small(tmp_path)), encoding="utf-8")
+    assert main(["mask-merge", str(file)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == "seed: 0\n"
+
+
+def test_checkpoints_hold_masks_only(tmp_path):
+    result = run(small(tmp_path, save_merged=False), progress=False)
+    checkpoint = result.folder / "checkpoint-6"
+    weights = sum(p.numel() for p in result.merger.parameters() if not p.requires_grad)
+    masks = load_file(checkpoint / "masks.safetensors")
+    assert sum(mask.numel() for mask in masks.values()) < 0.1 * weights
+    assert not list(checkpoint.glob("model*.safetensors")) and not list(checkpoint.glob("*.bin"))
+
+
+def test_help_and_unknown_commands(capsys):
+    assert main([]) == 0 and "mask-merge" in capsys.readouterr().out
+    assert main(["no-such-command"]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["mask-merge", "--help"])
+    assert stopped.value.code == 0 and "--constrain_mode" in capsys.readouterr().out
