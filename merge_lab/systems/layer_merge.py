@@ -418,7 +418,7 @@ class MergeRecord:
         gone = {pair[1] for pair in self.pairs}
         return [i for i in range(self.settings["num_hidden_layers"]) if i not in gone]
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #071c909a
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #f6b9ae36
 INIT_STRATEGIES = {
     "similarity": "the published rule: the pair's own number, 0.622 if it has none",
     "uniform": "0.5",
@@ -438,7 +438,7 @@ def initial_alpha(pair: tuple, strategy: str, similarity: pd.DataFrame | None = 
     fixed = {"uniform": 0.5, "fixed_07": 0.7}.get(strategy, alpha)
     return PUBLISHED_ALPHA if fixed is None else fixed
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #7b4a8691
 def replace_layers_with_mergeable(
     model,  # changed in place
     merge_pairs: Sequence[tuple],  # (layer_to_merge_into, layer_to_remove, initial_alpha)
@@ -583,7 +583,7 @@ def ready_to_train(model):
         for module, mode in modes.items():
             module.training = mode
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #98e5b37e
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #af4d43f8
 def endless(dataloader):
     "Batches over and over. Raises `ValueError` if there is none."
     while True:
@@ -601,7 +601,7 @@ def has_stalled(losses: list[float], patience: int | None, tolerance: float) -> 
     before, after = losses[-2 * patience : -patience], losses[-patience:]
     return statistics.fmean(after) > statistics.fmean(before) * (1 - tolerance)
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #25e1f493
 def optimise(
     model,
     parameters: Sequence[nn.Parameter],
@@ -835,7 +835,7 @@ def shorten(
     alphas = extract_learned_alphas(model)
     return fuse_mergeable_layers(model), alphas
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #36123ea5
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #ea69572d
 @torch.no_grad()
 def seconds_per_token(
     model,
@@ -855,7 +855,7 @@ def seconds_per_token(
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) / length
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #f03aefd7
 def evaluate_depth(
     model,
     tokenizer,
@@ -891,7 +891,7 @@ def compare_variants(
         rows.append(dict(variant=name, **evaluate_depth(short, tokenizer, **(evaluation or {})), alphas=alphas))
     return pd.DataFrame(rows).set_index("variant")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #5a0839bf
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #e229f3f8
 @dataclass
 class LayerMergeConfig:
     "Merge pairs of a model's own layers, with learned shares."
@@ -937,7 +937,7 @@ class LayerMergeConfig:
         for text in self.merge_pairs or ():
             parse_pair(text)
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #d315d3b2
 def parse_pair(text: str) -> tuple:
     "A pair from `into,removed` or `into,removed,alpha`. Raises `ValueError` for anything else."
     parts = str(text).split(",")
