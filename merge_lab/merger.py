@@ -233,7 +233,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #92a66a2f
+# %% ../nbs/20_merger.ipynb #59dd6406
 def full(tensor: Tensor) -> Tensor:
     "A sharded (DTensor) tensor gathered whole; any other as it is."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -269,8 +269,14 @@ class Merger(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
 
     def generate(self, *args, **kwargs):
-        "Generate with the merged model, as transformers does."
-        return self.model.generate(*args, **kwargs)
+        "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
+        before, self.state.keep_merged = self.state.keep_merged, True
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            self.state.keep_merged = before
+            for leaf in self.leaves().values() if not before else ():
+                leaf._merged.clear()
 
     def as_component(self, i: int | None):
         "Context in which the whole model is component `i`."
@@ -493,7 +499,7 @@ def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     return {name: make() for name, make in self.merged_tensors()}
 
-# %% ../nbs/20_merger.ipynb #56e1fbee
+# %% ../nbs/20_merger.ipynb #48319e43
 def _empty_like(leaf_or_tensor) -> Tensor:
     "A tensor of the same shape and dtype that takes no memory."
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
@@ -540,7 +546,7 @@ def _save_shard(tensors: dict[str, Tensor], file: Path):
 
     save_file({name: t.clone() if t._is_view() else t for name, t in tensors.items()}, file, metadata={"format": "pt"})
 
-# %% ../nbs/20_merger.ipynb #e1327bb6
+# %% ../nbs/20_merger.ipynb #46092dc5
 def _save_companions(merger: Merger, folder: Path, card: str):
     "Config, generation config, tokenizer and model card beside the weights."
     import copy

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-import merge_lab.systems.router as router
 from merge_lab.components import load_model, load_tokenizer
 from merge_lab.core import bundled_path
+from merge_lab.systems import router
 from merge_lab.systems.router import (
     LayerwiseQuantizeForCausalLM,
     QuantizeConfig,
@@ -221,7 +221,7 @@ def tiny(tmp_path_factory):
 
 
 def test_a_training_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
-    whole, _ = run(router_config(tiny, tmp_path / "whole", dropout=0.1))
+    run(router_config(tiny, tmp_path / "whole", dropout=0.1))
     real = RouterTrainer.step
 
     def fail_in_epoch_3(self, windows):
@@ -255,7 +255,7 @@ def test_a_training_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     ids=["sparsemax", "straight-through", "target"],
 )
 def test_options(tiny, tmp_path, options):
-    model, epochs = run(router_config(tiny, tmp_path / "run", **options))
+    _, epochs = run(router_config(tiny, tmp_path / "run", **options))
     saved = torch.load(tmp_path / "run" / "best_router_checkpoint.pt", weights_only=True)
     assert all(name.startswith("routers.") for name in saved["model_state_dict"])
     assert saved["validation"]["loss"] == min(epochs.loss) and math.isfinite(min(epochs.loss))
