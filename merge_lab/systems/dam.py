@@ -9,7 +9,7 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', '
            'load_conversations', 'DAMTopkConfig', 'dataset_features', 'stored_teacher', 'write_parts', 'encoded_rows',
            'load_teacher', 'with_teacher', 'create_dataset_topk_logits', 'dataset_facts', 'open_dataset',
            'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective', 'momentum_filter', 'MoFOAdamW', 'DAMRun',
-           'load_untrained', 'load_training_data', 'dam_optimizer', 'make_trainer', 'train', 'show_merge',
+           'load_untrained', 'load_training_data', 'dam_optimizer', 'NoiseGate', 'make_trainer', 'train', 'show_merge',
            'show_dataset', 'show_run']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #273c1d79
@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 
 from ..components import check_components, load_components, load_model, load_tokenizer
 from merge_lab.core import (
@@ -34,7 +35,7 @@ from merge_lab.core import (
 )
 from ..losses import shift_labels, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
-from ..merger import Merger, MergerConfig, initial_alphas, read_merger_config
+from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_config
 from ..tasks import ChatCollator, chat_row, check_row, encode_chat, load_task
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from ..training import HistoryCallback, LoopConfig, MergerTrainer, ProgressBar, StopCallback, training_arguments
@@ -472,9 +473,7 @@ class DAMTrainConfig(LoopConfig):
     mofo_fraction: float = option(
         0.1, "With optim mofo: share of the entries of a mask that a step updates", low=0, high=1, group="Training"
     )
-    adam_epsilon: float = option(
-        1e-6, "Size below which a gradient counts as rounding noise", low=0, high=1e-2, log=True, group="Training"
-    )
+    noise_floor: float = option(1e-5, "Norm below which a step's gradient counts as rounding noise", low=0, group="Training")
     temperature: float = option(2.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
     use_kl: bool = option(True, "KL divergence to the sample's own component", group="Objective")
     use_mse: bool = option(False, "Squared error to its logits", group="Objective")
@@ -612,22 +611,35 @@ def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Opti
     if config.optim != "mofo":
         return None
     masks = [mask for mask in merger.parameters() if mask.requires_grad]
-    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay, eps=config.adam_epsilon)
-    return MoFOAdamW(masks, config.mofo_fraction, **settings)
+    return MoFOAdamW(masks, config.mofo_fraction, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #6585ddaa
+class NoiseGate(TrainerCallback):
+    "Takes a gradient that is rounding noise for zero, before the optimizer makes a step of it."
+
+    def __init__(self, floor: float):
+        self.floor = floor
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and sum(full(g).square().sum() for g in gradients).sqrt() < self.floor:
+            for gradient in gradients:
+                gradient.zero_()
+
+
 def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "Trainer of a config, with its history and a way to stop it."
     merger = load_untrained(config)
     dataset, collate = load_training_data(config, merger)
     optim = "adamw_torch" if config.optim == "mofo" else config.optim
-    arguments = training_arguments(dataclasses.replace(config, optim=optim), folder, adam_epsilon=config.adam_epsilon)
+    arguments = training_arguments(dataclasses.replace(config, optim=optim), folder)
     trainer = MergerTrainer(
         merger, arguments, dam_objective(config, merger),
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
     history, stopper = HistoryCallback(folder / "history.jsonl").attach(trainer), StopCallback()
     trainer.add_callback(stopper)
+    trainer.add_callback(NoiseGate(config.noise_floor))
     trainer.add_callback(ProgressBar(history, "training coefficients"))
     return trainer, history, stopper
 
