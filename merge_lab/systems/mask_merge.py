@@ -80,7 +80,7 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
                 "Set source_keys, e.g. [0, 0, 1] for two datasets of the first component."
             )
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #71ed2307
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #2974d10e
 DEMO_TASKS = ("rewrite", "summarize")
 
 
@@ -91,16 +91,12 @@ def demo_config(
 ) -> MaskMergeConfig:
     "A config that merges bundled experts in about half a minute; each further expert takes 100 steps more."
     defaults = dict(
-        mode="vector_output", learning_rate=3e-2, max_steps=100 * len(tasks) - 100,
-        per_device_train_batch_size=16 * len(tasks), save_steps=100, dtype="float32",
-    )
-    return MaskMergeConfig(
         model_paths=[str(bundled_path(f"models/{task}")) for task in tasks],
         dataset_configs={str(bundled_path(f"tasks/{task}")): None for task in tasks},
-        base_model=str(bundled_path("models/base")),
-        output_dir=output_dir,
-        **{**defaults, **options},
+        base_model=str(bundled_path("models/base")), output_dir=output_dir, dtype="float32", mode="vector_output",
+        learning_rate=3e-2, max_steps=100 * len(tasks) - 100, per_device_train_batch_size=16 * len(tasks), save_steps=100,
     )
+    return MaskMergeConfig(**{**defaults, **options})
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #74ed60d6
 @dataclasses.dataclass
