@@ -25,10 +25,10 @@ def exported(notebook: Path) -> str | None:
     return found and found.group(1)
 
 
-def layer(notebook: Path) -> tuple[int, int]:
-    "Number of the notebook, and of the system inside its layer."
+def layer(notebook: Path) -> tuple[int, int, bool]:
+    "Number of the notebook, of the system inside its layer, and whether it comes after the system's parts."
     numbers = re.findall(r"(?:^|/)(\d\d)_", notebook.relative_to(ROOT / "nbs").as_posix())
-    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0, not notebook.stem.endswith("_parts")
 
 
 MODULES = {exported(p): layer(p) for p in NOTEBOOKS if exported(p)}
