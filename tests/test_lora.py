@@ -15,19 +15,22 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from merge_lab.systems.lora import (
     LoRAPipelineConfig,
     SmoLoRA,
-    encode_rows,
-    find_target_modules,
     grow_rank,
     load_adapter,
     load_base,
-    make_lora_config,
     merge_adapter,
+    probe_logits,
+    quiet_peft,
+    use_curriculum,
+)
+from merge_lab.systems.lora_parts import (
+    encode_rows,
+    find_target_modules,
+    make_lora_config,
     prepare_dataset,
     presets,
-    probe_logits,
     training_curves,
     training_diagnostics,
-    use_curriculum,
 )
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 
@@ -82,7 +85,8 @@ def adapted(architecture, seed=0, **options):
     "A peft model whose adapters do something."
     torch.manual_seed(seed)
     base = tiny_model(architecture)
-    model = get_peft_model(base, make_lora_config(base, options))
+    with quiet_peft():
+        model = get_peft_model(base, make_lora_config(base, options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)

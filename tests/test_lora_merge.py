@@ -14,8 +14,8 @@ from merge_lab.masks import MODES, MergeState
 from merge_lab.systems.lora import (
     load_adapter,
     load_base,
-    make_lora_config,
     probe_logits,
+    quiet_peft,
 )
 from merge_lab.systems.lora_merge import (
     AdapterLinear,
@@ -25,6 +25,7 @@ from merge_lab.systems.lora_merge import (
     run,
     save_adapter,
 )
+from merge_lab.systems.lora_parts import make_lora_config
 from merge_lab.tasks import chat_row, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_model
 
@@ -39,7 +40,8 @@ def adapter(architecture, folder, seed, **options):
     "Save a random adapter."
     torch.manual_seed(seed)
     base = tiny_model(architecture)
-    model = get_peft_model(base, make_lora_config(base, options))
+    with quiet_peft():
+        model = get_peft_model(base, make_lora_config(base, options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)

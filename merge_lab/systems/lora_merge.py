@@ -192,7 +192,7 @@ class LoRAMergeConfig(TrainConfig):
         if self.adapters and self.datasets and len(self.adapters) != len(self.datasets):
             raise ValueError(f"{len(self.adapters)} adapters and {len(self.datasets)} datasets: expected one dataset per adapter.")
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #770eee18
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #c05933d2
 class AdapterMerger(Merger):
     "A base with n adapters and the masks that blend them."
 
@@ -232,7 +232,7 @@ class AdapterMerger(Merger):
         for _, leaf, key in self.masked_parameters():
             leaf.set_alphas(key, mask_init.get("factors") or [1 / n] * n)
 
-
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #7552591e
 def base_path(config: LoRAMergeConfig) -> str:
     "Where the base is."
     return config.base_model or str(bundled_path("models/base"))
@@ -319,7 +319,7 @@ def _save_plain(self: AdapterMerger, folder: str | Path) -> dict:  # report of `
 AdapterMerger.save_pretrained, AdapterMerger.save_merged = _save_masks, _save_plain
 AdapterMerger.from_pretrained = classmethod(_load_masked)
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #2189ede9
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #8793df48
 BASELINES = {
     "linear": {},
     "cat": {},
@@ -343,7 +343,8 @@ def peft_baselines(
         model = load_adapter(load_base(base, device), adapters[0])
         names = ["default"]
         for i, folder in enumerate(adapters[1:], 1):
-            model.load_adapter(str(folder), adapter_name=f"adapter_{i}")
+            with quiet_peft():
+                model.load_adapter(str(folder), adapter_name=f"adapter_{i}")
             names.append(f"adapter_{i}")
         torch.manual_seed(seed)
         with quiet_peft():
@@ -351,7 +352,7 @@ def peft_baselines(
         model.set_adapter("blend")
         yield method, model.eval()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #13a8d0ba
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #6c7fef89
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter."
     if len(config.datasets) != len(config.adapters):
@@ -376,7 +377,7 @@ def train_adapter_masks(
     trainer.train()
     return history.frame()
 
-
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #c4d844fd
 def run(
     config: LoRAMergeConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button

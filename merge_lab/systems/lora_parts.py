@@ -190,7 +190,7 @@ def find_target_modules(
         raise ValueError(f"{type(model).__name__}: no attention projection was found. Give target_modules as a list of names.")
     return sorted(set(chosen), key=chosen.index)
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #61779b91
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #6aee6a73
 rank_by_task = {"domain_adaptation": 4, "style_transfer": 8, "new_capabilities": 16}
 lora_defaults = dict(r=8, lora_alpha=16, lora_dropout=0.1, bias="none", task_type="CAUSAL_LM")
 
@@ -202,7 +202,7 @@ def lora_for_task(
     rank = rank_by_task[check_choice("task", task, rank_by_task, "Or give r and lora_alpha yourself.")]
     return dict(r=rank, lora_alpha=2 * rank)
 
-
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #1fc55a36
 def check_names(
     what: str,  # "lora" or "sft", as the user wrote it
     given: dict,  # options by name
