@@ -1,9 +1,15 @@
 "DAM across modules: what comes from where, teachers from disk, the run, and the published command lines."
 
 import dataclasses
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -228,8 +234,6 @@ def test_hub_is_only_used_when_asked(lab, tmp_path, monkeypatch):
 
 
 def test_hub_datasets_by_name_and_configuration(monkeypatch):
-    import datasets
-
     seen = {}
 
     def load(path, part, split, cache_dir):
@@ -466,8 +470,105 @@ def test_published_options_word_for_word(config):
         (dict(hf_disk_dataset_dir="nowhere"), "dam-topk"),
         (dict(untrained_merged_model_name="nowhere"), "nowhere"),
         (dict(use_kl=False), "nothing is left to learn"),
+        (
+            dict(generate_logits_on_fly=True, use_all_logits=False, k=65),
+            "k=65: expected at most 64",
+        ),
+        (dict(optim="unheard"), "unheard"),
     ],
 )
-def test_errors_say_what_to_do(lab, tmp_path, options, message):
+def test_errors_say_what_to_do_and_leave_no_run(lab, tmp_path, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         dam.train(train_config(lab, tmp_path / "run", **options))
+    dam.train(train_config(lab, tmp_path / "run", max_steps=1))  # nothing in the way
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(k=65), "k=65: expected at most 64"),
+        (dict(dataset_names=["first.jsonl", "nowhere/data"]), "nowhere/data"),
+        (dict(model_ids=["nowhere/a", "nowhere/b"]), "no such folder"),
+        (dict(device="cuda:77"), "device='cuda:77'"),
+        (dict(example_count=9), "9"),
+    ],
+)
+def test_what_cannot_be_stored_is_said_before_teachers_run(
+    lab, tmp_path, monkeypatch, options, message
+):
+    def refuse(*arguments):
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr(dam, "load_teacher", refuse)
+    if "dataset_names" in options:
+        options["dataset_names"] = [lab["topk"].dataset_names[0], "nowhere/data"]
+    folder = tmp_path / "dataset"
+    config = dataclasses.replace(
+        lab["topk"], hf_disk_dataset_dir=str(folder), **options
+    )
+    with pytest.raises((ValueError, OSError), match=message):
+        dam.create_dataset_topk_logits(config)
+    assert not folder.exists()
+
+
+def test_device_that_is_not_there(lab, tmp_path):
+    config = dam.DAMConfig(
+        lab["base"], lab["experts"], str(tmp_path / "out"), device="cuda:77"
+    )
+    with pytest.raises(ValueError, match="device='cuda:77'.*Use 'cpu' or 'auto'"):
+        dam.merge(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_in_another_order_than_the_models(lab, tmp_path):
+    turned = lab["experts"][::-1]
+    dam.merge(dam.DAMConfig(lab["base"], turned, str(tmp_path / "turned")))
+    options = dict(untrained_merged_model_name=str(tmp_path / "turned"))
+    with pytest.raises(ValueError, match="expert0, expert1: expected .* expert1, e"):
+        dam.train(train_config(lab, tmp_path / "run", **options))
+
+
+def test_resuming_passes_over_a_checkpoint_that_was_cut_off(lab, tmp_path):
+    config = train_config(lab, tmp_path / "run", max_steps=4, save_steps=2)
+    whole = dam.train(config)
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
+    assert dam.last_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    again = dam.train(dataclasses.replace(config, resume=True))
+    for name, mask in whole.merger.mask_state().items():
+        assert torch.equal(mask, again.merger.mask_state()[name]), name
+
+
+def test_a_killed_process_goes_on(lab, tmp_path):
+    "dam-topk as a command, killed without warning after its first part, and started again."
+    folder = tmp_path / "dataset"
+    words = ["--k", "8", "--dataset_names", *lab["topk"].dataset_names]
+    words += ["--model_ids", *lab["experts"], "--base_model_name", lab["base"]]
+    words += ["--hf_disk_dataset_dir", str(folder), "--device", "cpu"]
+    words += ["--batch_size", "1", "--part_size", "1"]
+    code = "import sys; from merge_lab.cli import main; sys.exit(main())"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("TQDM_DISABLE", None)
+    command = [sys.executable, "-c", code, "dam-topk", *words]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        first = folder / "parts" / "000-000000000-000000001"
+        deadline = time.monotonic() + 120
+        while not first.exists() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+        said = process.stderr.read().decode()
+    assert process.returncode == -signal.SIGKILL, said
+    assert "1/2" in said and "row" in said  # progress
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert datasets.load_from_disk(str(folder))[:] == lab["dataset"][:]
+
+
+def test_parts_of_another_size_are_not_taken_for_these(lab, tmp_path):
+    config = dataclasses.replace(
+        lab["topk"], hf_disk_dataset_dir=str(tmp_path / "again"), part_size=7
+    )
+    begun = dam.write_parts(config, 0, tmp_path / "again" / "parts")
+    dam.open_dataset(tmp_path / "again", dam.dataset_facts(config), False)
+    next(begun), begun.close()
+    again = dam.create_dataset_topk_logits(dataclasses.replace(config, part_size=3))
+    assert again[:] == lab["dataset"][:]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', 'ANSWERS', 'DATASET_FILE', 'other_name',
            'DAMConfig', 'take_unmerged', 'DAMMerger', 'dam_from_pretrained', 'dam_save_pretrained', 'dam_save_merged',
-           'chat_tokenizer', 'kind_of', 'randomise', 'local_path', 'merge', 'push', 'as_conversation',
+           'chat_tokenizer', 'kind_of', 'randomise', 'find_device', 'local_path', 'merge', 'push', 'as_conversation',
            'load_conversations', 'DAMTopkConfig', 'dataset_features', 'stored_teacher', 'write_parts', 'encoded_rows',
-           'load_teacher', 'with_teacher', 'create_dataset_topk_logits', 'dataset_facts', 'open_dataset',
-           'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective', 'momentum_filter', 'MoFOAdamW', 'DAMRun',
-           'load_untrained', 'load_training_data', 'dam_optimizer', 'NoiseGate', 'make_trainer', 'train', 'show_merge',
-           'show_dataset', 'show_run']
+           'load_teacher', 'with_teacher', 'check_topk', 'check_k', 'create_dataset_topk_logits', 'dataset_facts',
+           'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective', 'momentum_filter',
+           'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'NoiseGate',
+           'make_trainer', 'last_checkpoint', 'train', 'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #273c1d79
+# %% ../../nbs/40_systems/02_dam.ipynb #f871678e
 import dataclasses
 import json
 import logging
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ..components import check_components, load_components, load_model, load_tokenizer
+from merge_lab.components import (
+    check_components, component_names, load_components, load_model, load_tokenizer, read_component,
+)
 from merge_lab.core import (
     best_device, check_choice, check_options, config_to_yaml, open_run, option, set_seed, write_json, write_text,
 )
@@ -175,7 +177,7 @@ def chat_tokenizer(path: str | Path, others: Sequence[str | Path]):
 
 DAMMerger.save_merged = dam_save_merged
 
-# %% ../../nbs/40_systems/02_dam.ipynb #656c5511
+# %% ../../nbs/40_systems/02_dam.ipynb #d22d687c
 def kind_of(leaf: MaskedModule) -> str:  # one of INIT_KINDS
     "Kind of a masked layer."
     return "embedding" if isinstance(leaf, MaskedEmbedding) else "norm" if isinstance(leaf, MaskedNorm) else "linear"
@@ -190,6 +192,14 @@ def randomise(merger: Merger, kinds: Sequence[str], seed: int = 0):
             leaf.set_alphas(key, initial_alphas({"strategy": "random"}, weights, shape, name, 0.0, generator))
 
 
+def find_device(name: str) -> torch.device:
+    "The device of that name; auto: the best there is. Raises `ValueError` if it is not there."
+    try:
+        return torch.empty(0, device=best_device() if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:  # torch raises either
+        raise ValueError(f"device={name!r}: {str(error).splitlines()[0]} Use 'cpu' or 'auto'.") from error
+
+
 def local_path(path: str, cache_dir: str | None) -> str:
     "A hub name as the folder in `cache_dir` that holds it; anything else as it is."
     if cache_dir is None or Path(path).expanduser().exists():
@@ -198,7 +208,7 @@ def local_path(path: str, cache_dir: str | None) -> str:
 
     return snapshot_download(path, cache_dir=cache_dir, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*/*"])
 
-# %% ../../nbs/40_systems/02_dam.ipynb #1902f66e
+# %% ../../nbs/40_systems/02_dam.ipynb #1af6cd39
 def merge(config: DAMConfig) -> DAMMerger:
     "Create the merged model with untrained coefficients and save it. Raises `ValueError` if models are missing."
     if not config.base_model_id or len(config.model_ids) + config.use_base_model < 2:
@@ -206,12 +216,13 @@ def merge(config: DAMConfig) -> DAMMerger:
             f"base_model_id={config.base_model_id!r}, model_ids={config.model_ids}: expected a base and at least two models "
             "to blend. Name another model, or blend the base too (use_base_model)."
         )
+    device = find_device(config.device)
     kinds = ["linear"] + ["embedding"] * config.use_embedding_layers + ["norm"] * config.merge_layernorms
     paths = [local_path(path, config.cache_dir) for path in (*config.model_ids, config.base_model_id)]
     constrain_mode = NON_LINEARITIES[config.non_linearity]
     blended = MergerConfig(paths, "vector_input", constrain_mode, target_kinds=kinds, dtype=config.dtype)
     merger = DAMMerger.from_config(blended, config.use_base_model)
-    merger.to(best_device() if config.device == "auto" else config.device)
+    merger.to(device)
     randomise(merger, config.random_init, config.seed)
     folder = open_run(config.output_path, overwrite=config.overwrite)
     write_text(folder / "config.yaml", config_to_yaml(config))
@@ -331,7 +342,7 @@ def stored_teacher(
     split = [part.cpu().to(dtype).split(lengths) for part, dtype in zip(found, types)]
     return [{name: part.flatten().numpy() for name, part in zip(STORED_TOPK, parts)} for parts in zip(*split)]
 
-# %% ../../nbs/40_systems/02_dam.ipynb #450d815b
+# %% ../../nbs/40_systems/02_dam.ipynb #5d6f2c23
 def write_parts(
     config: DAMTopkConfig,
     source: int,  # component, and the dataset that is its own
@@ -346,8 +357,8 @@ def write_parts(
     teacher, collate = None, ChatCollator(tokenizer)
     with tqdm(total=len(rows), desc=f"{source + 1}/{len(config.dataset_names)} {name}", unit="row") as bar:
         for start in range(0, len(rows), config.part_size):
-            part = folder / f"{source:03d}-{start:09d}"
             chunk = rows[start : start + config.part_size]
+            part = folder / f"{source:03d}-{start:09d}-{start + len(chunk):09d}"
             if not part.exists():
                 if config.compute_logits:
                     teacher = load_teacher(config, model_id) if teacher is None else teacher
@@ -358,7 +369,7 @@ def write_parts(
             bar.update(min(start + config.part_size, len(rows)) - bar.n)
             yield part
 
-# %% ../../nbs/40_systems/02_dam.ipynb #a122751c
+# %% ../../nbs/40_systems/02_dam.ipynb #dd93e0fb
 def encoded_rows(config: DAMTopkConfig, source: int, tokenizer) -> list[dict]:
     "Tokens and labels of one dataset."
     name, rows = config.dataset_names[source], []
@@ -370,7 +381,7 @@ def encoded_rows(config: DAMTopkConfig, source: int, tokenizer) -> list[dict]:
 def load_teacher(config: DAMTopkConfig, path: str) -> Merger:
     "A component alone, with the interface of a merger."
     teacher = Merger([load_model(path, dtype=config.dtype)], MergerConfig())
-    return teacher.to(best_device() if config.device == "auto" else config.device).eval()
+    return teacher.to(find_device(config.device)).eval()
 
 
 def with_teacher(config: DAMTopkConfig, teacher: Merger, rows: list[dict], collate: ChatCollator, bar) -> list[dict]:
@@ -383,21 +394,37 @@ def with_teacher(config: DAMTopkConfig, teacher: Merger, rows: list[dict], colla
         bar.update(len(batch))
     return found
 
-# %% ../../nbs/40_systems/02_dam.ipynb #77d5aee8
+# %% ../../nbs/40_systems/02_dam.ipynb #46a0efa8
 DATASET_FILE = "dam_dataset.json"
 _HOW = {"batch_size", "part_size", "device", "overwrite", "hf_disk_dataset_dir", "cache_dir"}  # what it holds is the same
+
+
+def check_topk(config: DAMTopkConfig):
+    "Raise what would be raised hours later: for a model, a dataset, a device or a k that does not fit."
+    if not config.base_model_name or len(config.dataset_names) != len(config.model_ids) or not config.model_ids:
+        raise ValueError(
+            f"{len(config.dataset_names)} dataset_names, {len(config.model_ids)} model_ids, base_model_name="
+            f"{config.base_model_name!r}: expected a base model and one dataset per model, in the same order."
+        )
+    paths = [local_path(path, config.cache_dir) for path in (*config.model_ids, config.base_model_name)]
+    check_components(paths)
+    check_k(config.k, read_component(paths[-1]).text_config.vocab_size)
+    find_device(config.device)
+    for name in config.dataset_names:
+        load_conversations(name, config.example_count, config.split, config.seed, config.cache_dir)
+
+
+def check_k(k: int, vocab_size: int):
+    "Raises `ValueError` if a vocabulary has no k tokens."
+    if k > vocab_size:
+        raise ValueError(f"k={k}: expected at most {vocab_size}, the vocabulary. Use k=50 unless storage is no concern.")
 
 
 def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
     "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
     from datasets import concatenate_datasets, load_from_disk
 
-    if not config.base_model_name or len(config.dataset_names) != len(config.model_ids) or not config.model_ids:
-        raise ValueError(
-            f"{len(config.dataset_names)} dataset_names, {len(config.model_ids)} model_ids, base_model_name="
-            f"{config.base_model_name!r}: expected a base model and one dataset per model, in the same order."
-        )
-    check_components([local_path(path, config.cache_dir) for path in (*config.model_ids, config.base_model_name)])
+    check_topk(config)
     folder, facts = Path(config.hf_disk_dataset_dir), dataset_facts(config)
     if not open_dataset(folder, facts, config.overwrite):
         parts = [part for source in range(len(config.model_ids)) for part in write_parts(config, source, folder / "parts")]
@@ -453,7 +480,7 @@ class TopkCollator(ChatCollator):
             batch[name][scored] = values
         return batch
 
-# %% ../../nbs/40_systems/02_dam.ipynb #a2dc998e
+# %% ../../nbs/40_systems/02_dam.ipynb #d4435425
 _PENALTIES = {
     "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
     "lambda_coef_angle": "angle_overlap",
@@ -505,7 +532,7 @@ class DAMTrainConfig(LoopConfig):
         if not (self.use_kl or self.use_mse or self.use_entropy):
             raise ValueError("use_kl, use_mse and use_entropy are all off: nothing is left to learn. Switch one on.")
 
-# %% ../../nbs/40_systems/02_dam.ipynb #e6200517
+# %% ../../nbs/40_systems/02_dam.ipynb #b99ca516
 def task_angles(merger: DAMMerger) -> dict[str, Tensor]:  # by parameter, (n, n) radians
     "Angles between the components' task vectors in every masked weight."
     base = None if merger.use_base_model else load_model(merger.base_path, dtype=merger.merger_config.dtype)
@@ -524,9 +551,10 @@ def dam_objective(config: DAMTrainConfig, merger: DAMMerger) -> Objective:
     switches = {"kl": config.use_kl, "mse": config.use_mse, "entropy": config.use_entropy}
     losses = {name: getattr(config, f"{name}_weight") for name, on in switches.items() if on}
     penalties = {name: getattr(config, field) for field, name in _PENALTIES.items() if getattr(config, field)}
+    k = config.k if config.generate_logits_on_fly and not config.use_all_logits else None
+    check_k(k or 1, merger.config.get_text_config().vocab_size)
     return Objective(
-        losses, config.temperature, penalties, config.logit_chunk,
-        k=config.k if config.generate_logits_on_fly and not config.use_all_logits else None,
+        losses, config.temperature, penalties, config.logit_chunk, k=k,
         angles=task_angles(merger) if "angle_overlap" in penalties else None,
     )
 
@@ -557,7 +585,7 @@ class MoFOAdamW(torch.optim.AdamW):
             parameter.copy_(torch.where(passes, parameter, old))
         return loss
 
-# %% ../../nbs/40_systems/02_dam.ipynb #f7c5ddad
+# %% ../../nbs/40_systems/02_dam.ipynb #39212d67
 class DAMRun(NamedTuple):
     "What `train` gives back."
 
@@ -571,14 +599,21 @@ def load_untrained(config: DAMTrainConfig) -> DAMMerger:
     paths = read_merger_config(config.untrained_merged_model_name).model_paths
     if config.base_model_name:
         paths = [*paths[:-1], config.base_model_name]
-    merger = DAMMerger.from_pretrained(
+    return DAMMerger.from_pretrained(
         config.untrained_merged_model_name, [local_path(path, config.cache_dir) for path in paths]
     )
-    if config.gradient_checkpointing:
-        merger.checkpoint_activations()
-    return merger
 
-# %% ../../nbs/40_systems/02_dam.ipynb #368e3fbd
+# %% ../../nbs/40_systems/02_dam.ipynb #3d4b8b8a
+def check_models(folder: Path, found: Sequence[str], wanted: Sequence[str]):
+    "Raises `ValueError` if a dataset has data of other models, or of the same in another order."
+    moved = sorted(found) == sorted(wanted)  # names say nothing where models lie elsewhere now
+    if len(found) != len(wanted) or moved and list(found) != list(wanted):
+        raise ValueError(
+            f"{folder} has data of {', '.join(found)}: expected that of dam-merge, {', '.join(wanted)}, in this order. "
+            "Run dam-topk with the models of dam-merge."
+        )
+
+
 def load_training_data(config: DAMTrainConfig, merger: DAMMerger):  # dataset and its collator
     "The dataset of dam-topk. Raises `ValueError` if it does not fit the model or the options."
     from datasets import load_from_disk
@@ -590,8 +625,7 @@ def load_training_data(config: DAMTrainConfig, merger: DAMMerger):  # dataset an
     n_models = merger.n_components - merger.use_base_model
     if not facts.get("complete"):
         raise ValueError(f"{folder} is not complete. Run dam-topk with the same options again; it goes on where it stopped.")
-    if len(facts["model_ids"]) != n_models:
-        raise ValueError(f"{folder} has data of {len(facts['model_ids'])} models: expected {n_models}, those of dam-merge.")
+    check_models(folder, component_names(facts["model_ids"]), component_names(merger.merger_config.model_paths[:n_models]))
     dataset, tokenizer = load_from_disk(str(folder)).with_format("numpy"), load_tokenizer(merger.base_path)
     if config.generate_logits_on_fly:
         columns = ["input_ids", "labels", "source"]
@@ -613,7 +647,7 @@ def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Opti
     masks = [mask for mask in merger.parameters() if mask.requires_grad]
     return MoFOAdamW(masks, config.mofo_fraction, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #6585ddaa
+# %% ../../nbs/40_systems/02_dam.ipynb #5897a85b
 class NoiseGate(TrainerCallback):
     "Takes a gradient that is rounding noise for zero, before the optimizer makes a step of it."
 
@@ -634,7 +668,7 @@ def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, H
     optim = "adamw_torch" if config.optim == "mofo" else config.optim
     arguments = training_arguments(dataclasses.replace(config, optim=optim), folder)
     trainer = MergerTrainer(
-        merger, arguments, dam_objective(config, merger),
+        merger, arguments, dam_objective(config, merger), config.gradient_checkpointing,
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
     history, stopper = HistoryCallback(folder / "history.jsonl").attach(trainer), StopCallback()
@@ -644,15 +678,19 @@ def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, H
     return trainer, history, stopper
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    "The newest checkpoint that a kill did not cut off."
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge."
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = open_run(config.output_dir, config.resume, config.overwrite)
-    write_text(folder / "config.yaml", config_to_yaml(config))
     set_seed(config.seed)
     trainer, history, stopper = make_trainer(config, folder)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if config.resume else None)
+    write_text(folder / "config.yaml", config_to_yaml(config))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if config.resume else None)
     merger, main = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.args.should_save
     merger.save_pretrained(folder, is_main_process=main)
     if stopper.requested.is_set():
