@@ -1,13 +1,18 @@
 "Layer merging: what is trained is what is exported, for every kind of decoder."
 
 import copy
+import importlib.util
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from merge_lab.core import bundled_path
 from merge_lab.systems import layer_merge as lm
+from merge_lab.systems import layer_merge_parts as parts
+from merge_lab.tasks import format_choice, text_corpus
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
@@ -324,7 +329,7 @@ def test_best_disjoint_is_the_best():
                 if all(b - a > 1 for a, b in itertools.pairwise(c))
             ]
             best = max(sets, key=lambda c: sum(scores[i] for i in c))
-            assert lm.best_disjoint(scores, n_pairs) == list(best)
+            assert parts.best_disjoint(scores, n_pairs) == list(best)
 
 
 def test_calibration_never_asks_test_questions():
@@ -341,7 +346,7 @@ def test_calibration_never_asks_test_questions():
         for row in rows:
             assert (
                 str(row) in dev
-                or lm.choice_prompt("x", row, [], "letter", "") not in told
+                or parts.choice_prompt("x", row, [], "letter", "") not in told
             )
     for batch in loader:
         hidden = batch["attention_mask"] == 0
@@ -380,6 +385,79 @@ def test_run_writes_a_model_that_loads(tmp_path):
         lm.run(config, progress=False)
 
 
+@pytest.mark.parametrize("per_module", [False, True])
+def test_a_searched_start_is_no_worse_than_any_baseline(per_module):
+    batches = [batch_of(seed) for seed in range(3)]
+    model = mergeable(strategy="similarity", per_module=per_module)
+    tried = lm.search_start(model, batches, n_batches=3)
+    found = lm.mean_loss(model, batches)
+    assert found == pytest.approx(tried["loss"].min(), abs=1e-6)
+    for alpha in (0.5, lm.PUBLISHED_ALPHA, 0.98):
+        fixed = mergeable(pairs=[(1, 2, alpha), (3, 4, alpha)])
+        assert found <= lm.mean_loss(fixed, batches) + 1e-6
+    chosen = [pair[2] for pair in model.merge_record.pairs]
+    assert set(lm.alpha_table(model)["before"]) == set(chosen)
+    shares = lm.alpha_table(model).groupby("into")["after"].mean()
+    assert list(shares) == pytest.approx(chosen, abs=1e-5)
+
+
+def test_mean_loss_counts_every_token_once():
+    model, wide = mergeable(), batch_of(20, (3, 14))
+    rows = [{k: v[i : i + 1] for k, v in wide.items()} for i in range(3)]
+    with torch.no_grad():
+        together = lm.alpha_loss(model, wide).item()
+    assert lm.mean_loss(model, rows) == pytest.approx(together, abs=1e-5)
+
+
+def run_config(tmp_path, **options):
+    "A short run on a tiny model, saved here."
+    save_tiny(
+        tiny_model("llama", num_hidden_layers=6), tmp_path / "model", tiny_tokenizer()
+    )
+    text = "\n\n".join(["The cat saw a small bird on the river road today ."] * 8)
+    (tmp_path / "text.txt").write_text(text)
+    given = {
+        "model_path": str(tmp_path / "model"),
+        "output_dir": str(tmp_path / "run"),
+        "data_dir": str(tmp_path / "text.txt"),
+        "num_steps": 3,
+        "n_pairs": 2,
+        "device": "cpu",
+    }
+    return lm.LayerMergeConfig(**given | options)
+
+
+def test_a_run_draws_its_figures(tmp_path):
+    options = {"eval_text": str(tmp_path / "text.txt"), "compare": True}
+    result = lm.run(run_config(tmp_path, **options), progress=False)
+    for name in ("similarity", "alphas", "scores", "loss"):
+        picture = (tmp_path / f"run/plots/{name}.png").read_bytes()
+        assert picture.startswith(b"\x89PNG") and len(picture) > 2000
+    assert list(result.table.index)[-1] == "this run" and len(result.table) == 6
+    assert set(result.alphas["before"]) <= set(lm.START_ALPHAS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data_dir": "nowhere"}, "data_dir='nowhere': there is no such file"),
+        ({"n_pairs": 4}, "n_pairs=4: expected 1 to 3"),
+        ({"merge_pairs": ["1,9"]}, "pair (1, 9): expected layers 0 to 5"),
+        ({"merge_pairs": ["1,2", "2,3"]}, "a layer can be in one pair only"),
+        ({"eval_text": "nowhere.txt"}, "eval_text='nowhere.txt': there is no such"),
+        ({"mmlu_dir": "nowhere"}, "nowhere"),
+        ({"per_module": True, "blend": "outputs"}, "outputs have one share"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_run_begins(options, said, tmp_path):
+    (tmp_path / "run").mkdir()
+    kept = tmp_path / "run/config.yaml"
+    kept.write_text("seed: 1")
+    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+        lm.run(run_config(tmp_path, overwrite=True, **options), progress=False)
+    assert kept.read_text() == "seed: 1"
+
+
 def test_bundled_model_is_deep_small_and_has_learned():
     folder = bundled_path("models/deep")
     assert sum(f.stat().st_size for f in folder.iterdir()) < 2 * 2**20
@@ -387,3 +465,42 @@ def test_bundled_model_is_deep_small_and_has_learned():
     assert len(lm.decoder_layers(model)) >= 12
     text = "The value of the expression is the object that the name is bound to."
     assert lm.perplexity(model, tokenizer, text) < len(tokenizer) / 10
+
+
+def benchmark():
+    "The module benchmarks/layer_merge.py."
+    path = Path(__file__).resolve().parent.parent / "benchmarks/layer_merge.py"
+    spec = importlib.util.spec_from_file_location("benchmark_layer_merge", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_bundled_models_training_text_holds_nothing_that_is_measured_on():
+    paragraphs, sets = benchmark().training_text()
+    split = parts.split_text(text_corpus("prose", None))
+    assert len(split["test"]) == 40 and len(split["validation"]) > 80
+    flat = " ".join(" ".join(re.findall(r"\w+", p.lower())) for p in paragraphs)
+    for text in split["test"] + split["validation"]:
+        words = re.findall(r"\w+", text.lower())
+        starts = range(max(1, len(words) - 15)) if len(words) >= 12 else []
+        assert not any(" ".join(words[i : i + 16]) in flat for i in starts)
+    asked = {
+        q for text in sets for q in re.findall(r"^(.+)\nA\. ", text, flags=re.MULTILINE)
+    }
+    tests = lm.load_mmlu(bundled_path("mmlu"), "test")
+    assert len(asked) > 20
+    read = set(sets)
+    for row in [row for rows in tests.values() for row in rows]:
+        assert not any(format_choice(row) in text for text in read)
+
+
+def test_split_leaves_out_what_is_repeated():
+    line = "one two three four five six seven eight nine ten eleven twelve"
+    rest = [f"paragraph number {i} is here" for i in range(97)]
+    paragraphs = [line.upper() + "!", *rest[:87], *rest[87:], line, f"more {line} more"]
+    split = parts.split_text(paragraphs, n_test=11, train_share=0.89)
+    assert line.upper() + "!" not in split["train"]
+    assert [len(part) for part in split.values()] == [88, 0, 11]
+    assert parts.apart_from(["a b c", "A, B; c d"], ["x A b C"], 3) == []
+    assert parts.apart_from(["a b c"], ["x A b C"], 12) == ["a b c"]

@@ -1,0 +1,304 @@
+"""What a learned share of two layers is worth: the bundled deep model, and every way to make it shorter.
+
+    python benchmarks/layer_merge.py --make-model data/models/deep   # train the model again: about 10 minutes on one core
+    python benchmarks/layer_merge.py                                 # measure it: writes data/benchmarks/layer_merge.json
+
+Text is the documentation of the running Python, split so that no run of twelve words stands on two sides
+(`merge_lab.systems.layer_merge_parts.split_text`); questions are those of data/mmlu, whose test questions are never trained on.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import transformers
+
+from merge_lab.components import load_model, load_tokenizer
+from merge_lab.core import bundled_path, write_json
+from merge_lab.systems.layer_merge import VARIANTS, compare_variants
+from merge_lab.systems.layer_merge_parts import (
+    apart_from,
+    find_merge_pairs,
+    layer_similarity,
+    prepare_calibration_data,
+    split_text,
+)
+from merge_lab.tasks import (
+    choice_key,
+    format_choice,
+    letters,
+    load_mmlu,
+    subjects,
+    text_corpus,
+    text_hash,
+)
+from merge_lab.tinylm import save_tiny, tiny_model, train_tokenizer
+
+SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=160,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
+    max_position_embeddings=1024,
+    initializer_range=0.05,
+)
+STAGES = [(3, 500, 5e-3), (6, 300, 4e-3), (12, 160, 3e-3)]  # layers, steps, rate
+CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
+TRAINING = dict(num_steps=100, learning_rate=0.1)
+DEFAULT = "learned per weight, best start (KL)"  # what `merge-lab layer-merge` does
+
+
+def held_questions() -> set:
+    "Keys of the questions that accuracy is measured on."
+    tests = load_mmlu(bundled_path("mmlu"), "test")
+    return {
+        choice_key([row["question"], *row["choices"]])
+        for rows in tests.values()
+        for row in rows
+    }
+
+
+def question_sets(n: int, seed: int) -> Iterator[str]:
+    "Prompts of six solved questions on one subject, none of them held out."
+    source, held = random.Random(seed), held_questions()
+    for _ in range(n):
+        subject = source.choice(list(subjects))
+        title = subject.replace("_", " ")
+        parts = [
+            f"The following are multiple choice questions (with answers) about {title}."
+        ]
+        while len(parts) < 7:
+            row = subjects[subject](source)
+            if choice_key(row) not in held:
+                answer = letters.index(row[5])
+                asked = dict(question=row[0], choices=row[1:5], answer=answer)
+                parts.append(format_choice(asked, "letter"))
+        yield "\n\n".join(parts)
+
+
+def training_text() -> tuple[list[str], list[str]]:  # prose, sets of questions
+    "All that the model reads. Raises `ValueError` if a held-out text or question is in it."
+    text, sets = split_text(text_corpus("prose", None)), list(question_sets(1460, 1))
+    held = text["test"] + text["validation"]
+    if len(apart_from(text["train"], held)) < len(text["train"]):
+        raise ValueError("a held-out paragraph is in the training text.")
+    read = "\n\n".join(sets)
+    for rows in load_mmlu(bundled_path("mmlu"), "test").values():
+        for row in rows:
+            if format_choice(row) in read:
+                raise ValueError(f"a test question is in the training text: {row}")
+    return text["train"], sets
+
+
+def grown(shallow):
+    "The model with every layer twice in a row."
+    tall = shaped(shallow.config.vocab_size, 2 * shallow.config.num_hidden_layers)
+    weights = shallow.state_dict()
+
+    def source(name: str) -> str:
+        return re.sub(r"layers\.(\d+)\.", lambda m: f"layers.{int(m[1]) // 2}.", name)
+
+    tall.load_state_dict({name: weights[source(name)] for name in tall.state_dict()})
+    return tall
+
+
+def shaped(vocab_size: int, n_layers: int):
+    return tiny_model("llama", vocab_size, num_hidden_layers=n_layers, **SHAPE)
+
+
+def train(model, prose, questions, n_steps: int, rate: float, draw: torch.Generator):
+    "Next tokens of windows of 256: six of prose, two of questions a step."
+    optimizer = torch.optim.AdamW(
+        model.parameters(), rate, weight_decay=0.1, betas=(0.9, 0.95)
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=n_steps, pct_start=0.1
+    )
+    for step in range(n_steps):
+        streams = [questions if i % 4 == 3 else prose for i in range(8)]
+        starts = [
+            int(torch.randint(len(stream) - 256, (1,), generator=draw))
+            for stream in streams
+        ]
+        rows = torch.stack(
+            [s[start : start + 256] for s, start in zip(streams, starts)]
+        )
+        loss = model.train()(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            depth = model.config.num_hidden_layers
+            print(f"{depth} layers, step {step}: loss {loss.item():.3f}", flush=True)
+    return model.eval()
+
+
+def make_model(folder: str | Path):
+    "Train the bundled deep model: three layers, doubled twice."
+    paragraphs, sets = training_text()
+    tokenizer = train_tokenizer(paragraphs + sets[:30], 768)
+    prose, questions = (
+        torch.tensor([t for text in part for t in encode(tokenizer, text)])
+        for part in (paragraphs, sets)
+    )
+    draw, model = torch.Generator().manual_seed(0), None
+    for n_layers, n_steps, rate in STAGES:
+        model = grown(model) if model else shaped(len(tokenizer), n_layers)
+        model = train(model, prose, questions, n_steps, rate, draw)
+    save_tiny(model.to(torch.bfloat16), folder, tokenizer)
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    return [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+
+
+def loader_of(tokenizer, seed: int, n_samples: int = 100):
+    "The function that makes the calibration batches of a seed."
+    path = Path(tempfile.gettempdir()) / f"layer_merge_{os.getpid()}.txt"
+    text = split_text(text_corpus("prose", None))["train"]
+    path.write_text("\n\n".join(text), encoding="utf-8")
+    return functools.partial(
+        prepare_calibration_data, tokenizer, path, n_samples, 4, 128, seed=seed
+    )
+
+
+def chosen(model, loader, n_pairs: int, seed: int) -> tuple:  # similarity, pairs
+    similarity = layer_similarity(model, loader(), "npib", seed=seed)
+    return similarity, find_merge_pairs(similarity, n_pairs)
+
+
+def plain(table) -> list[dict]:
+    "Rows of a table for JSON; the time of a pass is not measured here."
+    return table.drop(columns="seconds_per_token").reset_index().to_dict("records")
+
+
+def measure_choice(model, tokenizer, text: dict, seed: int) -> list[dict]:
+    "Validation perplexity of the learned variants under each of `CHOICES`."
+    loader, rows = loader_of(tokenizer, seed), []
+    similarity, pairs = chosen(model, loader, 3, seed)
+    for steps, rate in CHOICES:
+        table = compare_variants(
+            model,
+            tokenizer,
+            pairs,
+            loader,
+            [name for name, variant in VARIANTS.items() if variant.search],
+            similarity,
+            dict(texts=text["validation"]),
+            num_steps=steps,
+            learning_rate=rate,
+            progress=False,
+        )
+        setting = dict(seed=seed, num_steps=steps, learning_rate=rate)
+        rows += [{**row, **setting} for row in plain(table) if row["alphas"]]
+    return rows
+
+
+def measure_seed(model, tokenizer, text: dict, seed: int) -> list[dict]:
+    "Test perplexity of every variant with a quarter of the layers removed."
+    loader = loader_of(tokenizer, seed)
+    similarity, pairs = chosen(model, loader, 3, seed)
+    table = compare_variants(
+        model,
+        tokenizer,
+        pairs,
+        loader,
+        similarity=similarity,
+        evaluation=dict(texts=text["test"]),
+        progress=False,
+        **TRAINING,
+    )
+    depth = range(len(similarity) - 1)
+    beside = [float(similarity.loc[i, i + 1]) for i in depth]
+    return [dict(row, seed=seed, pairs=pairs, beside=beside) for row in plain(table)]
+
+
+def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
+    "Test perplexity and accuracy with this many layers removed, seed 0."
+    loader = loader_of(tokenizer, 0)
+    similarity, pairs = chosen(model, loader, n_pairs, 0)
+    table = compare_variants(
+        model,
+        tokenizer,
+        pairs,
+        loader,
+        ["remove the same layers", "published ratio", DEFAULT],
+        similarity,
+        dict(texts=text["test"], mmlu_dir=bundled_path("mmlu")),
+        progress=False,
+        **TRAINING,
+    )
+    return [dict(row, n_pairs=n_pairs) for row in plain(table)]
+
+
+def described(text: dict) -> dict:
+    "What the figures are, and what they were measured on."
+    return dict(
+        what="Perplexity of a 12-layer Llama (0.57 M parameters) with layers merged, removed or kept",
+        command="python benchmarks/layer_merge.py",
+        settings=dict(calibration="100 paragraphs, up to 128 tokens", batch_size=4)
+        | TRAINING,
+        versions=dict(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+        ),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, CPU, "
+        f"{torch.get_num_threads()} thread",
+        text={name: text_hash(part) for name, part in text.items()},
+        paragraphs={name: len(part) for name, part in text.items()},
+    )
+
+
+def measure(parts: list[str], seeds: list[int], depths: list[int], out: Path):
+    "Measure, and write after every seed; rows of what is not asked for stay."
+    text, folder = split_text(text_corpus("prose", None)), bundled_path("models/deep")
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype="float32")
+    jobs = [("choices", measure_choice, "seed", seed) for seed in seeds]
+    jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
+    jobs += [("depths", measure_depth, "n_pairs", depth) for depth in depths]
+    for name, job, key, value in (job for job in jobs if job[0] in parts):
+        start = time.perf_counter()
+        rows = job(model, tokenizer, text, value)
+        held = json.loads(out.read_text()) if out.exists() else {}
+        kept = [row for row in held.get(name, []) if row[key] != value]
+        merged = sorted(kept + rows, key=lambda row: row[key])
+        write_json(out, {**held, **described(text), name: merged})
+        print(f"{name}, {key} {value}: {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--make-model", metavar="FOLDER", help="train the model, save it here, stop")
+    add("--parts", nargs="+", default=["choices", "seeds", "depths"])
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--depths", nargs="+", type=int, default=[1, 3, 5], help="layers to remove")
+    add("--out", type=Path, default=bundled_path("benchmarks") / "layer_merge.json")
+    add("--threads", type=int, default=1, help="of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.make_model:
+        make_model(options.make_model)
+    else:
+        measure(options.parts, options.seeds, options.depths, options.out)
+
+
+if __name__ == "__main__":
+    main()
