@@ -9,6 +9,7 @@ memory, tokens per second, and the share of the measured matrix-product rate tha
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -29,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from merge_lab.losses import shift_labels
+from merge_lab.masks import IMPLS
 from merge_lab.memory import estimate_memory, track_memory
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.objective import Objective
@@ -73,6 +76,15 @@ TOKENS = {
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
+def masked_weights(x, weights, alphas, bias, merged):
+    "`x @ (mask_a * w_a + mask_b * w_b).T` left to autograd: the weight masks of earlier systems."
+    dtype = weights[0].dtype
+    return F.linear(x, sum(a.to(dtype) * w for a, w in zip(alphas, weights)), bias)
+
+
+IMPLS["autograd"] = (masked_weights, "for comparison only")
+
+
 def plain_kl(merger, input_ids, labels, source, attention_mask=None, **_):
     "Full logits of student and teacher in fp32, as earlier systems compute it."
     student = merger.model(input_ids=input_ids).logits
@@ -82,13 +94,15 @@ def plain_kl(merger, input_ids, labels, source, attention_mask=None, **_):
             for row, i in zip(input_ids, source)
         ]
     )
-    return {"loss": _full_kl(student, teacher)}
+    return {"loss": _full_kl(student, teacher, labels)}
 
 
-def _full_kl(student, teacher):
-    log_q = F.log_softmax(student[:, :-1].float(), -1)
-    log_p = F.log_softmax(teacher[:, :-1].float(), -1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+def _full_kl(student, teacher, labels):
+    log_q = F.log_softmax(student.float(), -1)
+    log_p = F.log_softmax(teacher.float(), -1)
+    token_losses = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    scored = shift_labels(labels) != -100
+    return (token_losses * scored).sum() / scored.sum()
 
 
 class FunctionalCall:
@@ -136,7 +150,17 @@ class FunctionalCall:
                     for row, i in zip(input_ids, source)
                 ]
             )
-        return {"loss": _full_kl(student, teacher)}
+        return {"loss": _full_kl(student, teacher, labels)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    "One setting."
+
+    n: int  # components
+    batch: int  # samples
+    tokens: int  # per sample
+    scored: float = 1.0  # share of the tokens that the loss is taken on
 
 
 @dataclass
@@ -153,9 +177,10 @@ class Contestant:
 def contestants(merger: Merger) -> list[Contestant]:
     ours = Objective({"kl": 1.0}, fused=True)
     return [
-        Contestant("accurate", "accurate", plain_kl, earlier=True),
-        Contestant("efficient", "efficient", plain_kl, earlier=True),
-        Contestant("functional_call", "accurate", FunctionalCall(merger)),
+        Contestant("masks on weights", "autograd", plain_kl, earlier=True),
+        Contestant("masks on input", "efficient", plain_kl, earlier=True),
+        Contestant("functional_call", "autograd", FunctionalCall(merger)),
+        Contestant("accurate + full logits", "accurate", plain_kl),
         Contestant("ours", "fused", ours),
         Contestant("ours + checkpointing", "fused", ours, checkpointing=True),
     ]
@@ -185,15 +210,19 @@ def build(size: str, n: int, device: str, kinds: list[str]) -> Merger:
     return merger
 
 
-def batch_of(merger: Merger, batch: int, tokens: int) -> dict[str, torch.Tensor]:
-    "Random token ids without padding; sources take turns."
+def batch_of(
+    merger: Merger, batch: int, tokens: int, scored: float = 1.0
+) -> dict[str, torch.Tensor]:
+    "Random token ids without padding, the last share of them scored; sources take turns."
     generator = torch.Generator().manual_seed(tokens)
     ids = torch.randint(
         3, merger.config.vocab_size, (batch, tokens), generator=generator
     ).to(merger.device)
     source = (torch.arange(batch) % merger.n_components).to(merger.device)
+    labels = ids.clone()
+    labels[:, : tokens - round(scored * tokens)] = -100
     return dict(
-        input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, source=source
+        input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels, source=source
     )
 
 
@@ -263,19 +292,18 @@ def free():
 
 
 def run_cell(
-    merger, everyone, batch_size, tokens, args, hopeless: set[str]
+    merger, everyone, cell: "Cell", args, hopeless: set[str]
 ) -> list[dict]:
     "One setting: everyone takes turns."
-    batch = batch_of(merger, batch_size, tokens)
+    batch = batch_of(merger, cell.batch, cell.tokens, cell.scored)
     trained = [p for p in merger.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)  # all see the same masks
     rows = {}
     for who in everyone:  # the first step warms up, its memory is read
         row = {
             "contestant": who.name,
-            "n": merger.n_components,
-            "batch": batch_size,
-            "tokens": tokens,
+            "earlier": who.earlier,
+            **dataclasses.asdict(cell),
             "times": [],
         }
         rows[who.name] = row
@@ -348,7 +376,7 @@ def finish(rows: list[dict], merger: Merger, rate: float):
     earlier = [
         r["seconds"]
         for r in rows
-        if r["contestant"] in ("accurate", "efficient") and r["seconds"]
+        if r["earlier"] and r["seconds"]
     ]
     for row in rows:
         if row["seconds"]:
@@ -365,7 +393,7 @@ def finish(rows: list[dict], merger: Merger, rate: float):
 def add_estimate(row: dict, config, everyone, kinds, device: str):
     "What estimate_memory says of the same step."
     who = next(w for w in everyone if w.name == row["contestant"])
-    if isinstance(who.objective, FunctionalCall):
+    if isinstance(who.objective, FunctionalCall) or row["scored"] != 1:
         return
     estimate = estimate_memory(
         config,
@@ -410,11 +438,11 @@ def processor() -> str:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        f"{'n':>2} {'batch':>5} {'tokens':>6} {'contestant':22s} {'s/step':>8} {'ratio':>6} {'spread':>6} "
+        f"{'n':>2} {'batch':>5} {'tokens':>6} {'scored':>6} {'contestant':22s} {'s/step':>8} {'ratio':>6} {'spread':>6} "
         f"{'GiB':>7} {'est.':>7} {'tok/s':>8} {'util':>5}"
     ]
     for r in rows:
-        head = f"{r['n']:2d} {r['batch']:5d} {r['tokens']:6d} {r['contestant']:22s} "
+        head = f"{r['n']:2d} {r['batch']:5d} {r['tokens']:6d} {r['scored']:6.2f} {r['contestant']:22s} "
         if r.get("oom") or not r["seconds"]:
             lines.append(
                 head
@@ -448,14 +476,17 @@ def write(args, result: dict):
             (Path(folder) / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def settings(args) -> list[tuple[int, int, int]]:  # (n, batch, tokens)
-    "All lengths at the first n and batch; the middle length at the others."
-    middle = min(2048, max(args.tokens))
-    cells = [(args.components[0], args.batches[0], tokens) for tokens in args.tokens]
-    cells += [
-        (args.components[0], batch, min(512, middle)) for batch in args.batches[1:]
+def settings(args) -> list[Cell]:
+    "All lengths at the first n, batch and share; other batches, n and shares at one length."
+    n, batch, scored = args.components[0], args.batches[0], args.scored[0]
+    longest = max(args.tokens)
+    cells = [Cell(n, batch, tokens, scored) for tokens in args.tokens]
+    for share in args.scored[1:]:
+        cells += [Cell(n, batch, tokens, share) for tokens in args.tokens]
+    cells += [Cell(n, b, min(512, longest), scored) for b in args.batches[1:]]
+    return cells + [
+        Cell(m, batch, min(512, longest), scored) for m in args.components[1:]
     ]
-    return cells + [(n, args.batches[0], middle) for n in args.components[1:]]
 
 
 def main():
@@ -472,6 +503,13 @@ def main():
     )
     parser.add_argument("--components", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument(
+        "--scored",
+        type=float,
+        nargs="+",
+        default=[1.0, 0.5],
+        help="share of the tokens that the loss is taken on; in chat data the prompt is not scored",
+    )
     parser.add_argument(
         "--kinds", nargs="+", default=["linear"], help="kinds of module that are masked"
     )
@@ -509,34 +547,31 @@ def main():
         "cells": [],
     }
     merger = None
-    for n, batch, tokens in settings(args):
+    for cell in settings(args):
         if time.perf_counter() - begun > args.seconds:
-            print(
-                f"out of time: n={n}, batch={batch}, tokens={tokens} left out",
-                flush=True,
-            )
+            print(f"out of time: {cell} left out", flush=True)
             continue
-        if merger is None or merger.n_components != n:
+        if merger is None or merger.n_components != cell.n:
             merger = everyone = None
             free()
-            merger = build(args.size, n, args.device, args.kinds)
+            merger = build(args.size, cell.n, args.device, args.kinds)
             everyone, hopeless = contestants(merger), set()
             components = sum(
                 p.numel() * p.element_size()
                 for p in merger.parameters()
                 if not p.requires_grad
             )
-            result.setdefault("floor_bytes", {})[n] = components
+            result.setdefault("floor_bytes", {})[cell.n] = components
             if "gradient_difference" not in result:
                 small = batch_of(merger, 1, 128)
                 plain, ours = (
-                    gradients(merger, everyone[i], small).double() for i in (0, 3)
+                    gradients(merger, everyone[i], small).double() for i in (0, 4)
                 )
                 result["gradient_difference"] = (
                     (plain - ours).norm() / plain.norm()
                 ).item()
         rows = run_cell(
-            merger, everyone, batch, tokens, args, hopeless if batch == 1 else set()
+            merger, everyone, cell, args, hopeless if cell.batch == 1 else set()
         )
         finish(rows, merger, rate)
         result["cells"] += rows

@@ -161,18 +161,28 @@ def _check_temperature(temperature: float):
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r}: expected a number > 0. Use 1.0 for the plain distributions.")
 
-# %% ../nbs/11_losses.ipynb #6cadeb2c
+# %% ../nbs/11_losses.ipynb #28ba1fbc
+def _log_softmax(z: Tensor, temperature: float) -> Tensor:
+    "Log-probabilities at a temperature; a temperature of 1 costs no pass over the logits."
+    return torch.log_softmax(z if temperature == 1 else z / temperature, -1)
+
+
 def _kl_to(z: Tensor, log_p: Tensor, temperature: float):
     "KL of each row to log-probabilities; `z` are the student's logits."
-    log_q = torch.log_softmax(z / temperature, -1)
+    log_q = _log_softmax(z, temperature)
     p = log_p.exp()
     terms = (log_p - log_q).mul_(p).masked_fill_(p == 0, 0)
-    return terms.sum(-1) * temperature**2, lambda: log_q.exp_().sub_(p).mul_(temperature)
+
+    def gradient():
+        difference = log_q.exp_().sub_(p)
+        return difference if temperature == 1 else difference.mul_(temperature)
+
+    return terms.sum(-1) * temperature**2, gradient
 
 
 def _kl_rows(z: Tensor, teacher: Tensor, temperature: float):
     "KL of each row to the softmax of the teacher's logits."
-    return _kl_to(z, torch.log_softmax(teacher.to(z.dtype) / temperature, -1), temperature)
+    return _kl_to(z, _log_softmax(teacher.to(z.dtype), temperature), temperature)
 
 
 def kl_loss(
@@ -400,15 +410,22 @@ def logits_head(
 
     return head
 
-# %% ../nbs/11_losses.ipynb #92367b9d
+# %% ../nbs/11_losses.ipynb #f65600bd
+_LEAST_LOGITS, _MOST_LOGITS = 64 * 2**20, 256 * 2**20  # bytes of all logit buffers together
+
+
 def choose_chunk_size(
     vocab_size: int,
     n_teachers: int = 1,  # 0 for cross-entropy and entropy, n for a mixture
-    budget_bytes: int = 256 * 2**20,  # for all (chunk, vocab) buffers together
+    budget_bytes: int | None = None,  # for all (chunk, vocab) buffers together; None: the head's own size within bounds
     dtype: torch.dtype = torch.bfloat16,  # of the logits
     softcap: bool = False,  # whether the logits are capped
+    hidden_size: int | None = None,  # d of the head, (vocab, d); None: a large one
 ) -> int:  # tokens; a multiple of 64 where the budget allows 64
     "Tokens per chunk so that the live logit buffers fit into `budget_bytes`; at least 1."
+    if budget_bytes is None:
+        head_bytes = vocab_size * hidden_size * dtype.itemsize if hidden_size else _MOST_LOGITS
+        budget_bytes = min(max(head_bytes, _LEAST_LOGITS), _MOST_LOGITS)
     buffers = 2 + n_teachers + softcap
     tokens = int(budget_bytes // (buffers * vocab_size * dtype.itemsize))
     return max(1, tokens - tokens % 64 if tokens >= 64 else tokens)
@@ -502,7 +519,7 @@ def _parts(index: Tensor | None, n_tokens: int, chunk_size: int) -> list[slice] 
         return [slice(start, start + chunk_size) for start in range(0, n_tokens, chunk_size)]
     return index.split(chunk_size) if len(index) else ()
 
-# %% ../nbs/11_losses.ipynb #be772bdd
+# %% ../nbs/11_losses.ipynb #7263ba79
 def chunked_linear_loss(
     hidden: Tensor,  # (..., d) hidden states after the final norm
     weight: Tensor | Callable,  # (vocab, d), or a head: hidden (tokens, d) -> logits (tokens, vocab)
@@ -525,7 +542,8 @@ def chunked_linear_loss(
     n_scored = len(flat) if index is None else len(index)
     if chunk_size is None:
         chunk_size = choose_chunk_size(
-            _vocab_size(weight, flat) if n_scored else 1, n_teachers, dtype=hidden.dtype, softcap=softcap is not None
+            _vocab_size(weight, flat) if n_scored else 1, n_teachers, dtype=hidden.dtype, softcap=softcap is not None,
+            hidden_size=hidden.shape[-1],
         )
     parts = _parts(index, len(flat), chunk_size)
     trained = _trained(weight, bias, tuple(parameters)) if torch.is_grad_enabled() else []

@@ -142,13 +142,14 @@ def blend(
         )
     return _Blend.apply(len(alphas), *alphas, *weights)
 
-# %% ../nbs/12_masks.ipynb #431060d0
+# %% ../nbs/12_masks.ipynb #486e594a
 _OPERATIONS_PER_ELEMENT = {"cpu": 60, "cuda": 500}  # matmul flops in the time of one pass over one element
 
 
 def backward_route(
     n: int,  # components
     tokens: int,  # rows of the input
+    weight_shape: Sequence[int],  # (out_features, in_features)
     shape: Sequence[int],  # of one alpha
     needs_dx: bool = True,  # whether the input needs a gradient
     device_type: str = "cpu",
@@ -157,20 +158,20 @@ def backward_route(
     if len(shape) == 2:  # per output row: the input route would need the products of the forward again
         return "weight"
     per_pass = _OPERATIONS_PER_ELEMENT.get(device_type, 500)
-    by_input = 2 * tokens * n
+    by_input = 2 * tokens * n + n * (2 + needs_dx) * per_pass * tokens / weight_shape[0]
     rebuild = (n + 1) * per_pass if needs_dx else 0
     by_weight = 2 * tokens * (1 + needs_dx) + rebuild + 2 * n * per_pass
     return "input" if by_input <= by_weight else "weight"
 
-# %% ../nbs/12_masks.ipynb #e6bd68a7
+# %% ../nbs/12_masks.ipynb #1e2a4380
 def _input_route(dy, x, weights, alphas, needs_dx):
     "Gradients from one product per component: no weight-sized memory."
-    dx = torch.zeros_like(x) if needs_dx else None
-    gradients = []
+    dx, gradients = None, []
     for weight, alpha in zip(weights, alphas):
         h = dy @ weight
         if needs_dx:
-            dx.addcmul_(h, _broadcast(alpha, h))
+            alpha_row = _broadcast(alpha, h)
+            dx = torch.mul(h, alpha_row, out=torch.empty_like(h)) if dx is None else dx.addcmul_(h, alpha_row)
         h.mul_(x)
         per_column = h.sum(0, dtype=_compute_dtype(alpha))
         gradients.append((per_column if alpha.ndim else per_column.sum()).to(alpha.dtype))
@@ -186,7 +187,7 @@ def _weight_route(dy, x, weights, alphas, needs_dx, merged):
     gradient = dy.t() @ x
     return dx, [_reduce_product(gradient, w, a) for w, a in zip(weights, alphas)]
 
-# %% ../nbs/12_masks.ipynb #56333c77
+# %% ../nbs/12_masks.ipynb #b0be5162
 class _FusedLinear(torch.autograd.Function):
     "Accurate forward, efficient backward; saves the input, the alphas and references to the weights."
 
@@ -205,7 +206,7 @@ class _FusedLinear(torch.autograd.Function):
         needs_dx, needs_bias = ctx.needs_input_grad[:2]
         needed = ctx.needs_input_grad[4 : n + 4]
         dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        route = backward_route(n, len(x2), alphas[0].shape, needs_dx, x.device.type)
+        route = backward_route(n, len(x2), weights[0].shape, alphas[0].shape, needs_dx, x.device.type)
         if not any(needed):
             merged = _blend(weights, alphas) if ctx.merged is None else ctx.merged
             dx, gradients = dy2 @ merged, [None] * n
