@@ -28,7 +28,11 @@ import transformers
 
 from merge_lab.components import load_model, load_tokenizer
 from merge_lab.core import bundled_path, write_json
-from merge_lab.systems.layer_merge import VARIANTS, compare_variants
+from merge_lab.systems.layer_merge import (
+    VARIANTS,
+    LayerMergeConfig,
+    compare_variants,
+)
 from merge_lab.systems.layer_merge_parts import (
     apart_from,
     find_merge_pairs,
@@ -58,8 +62,9 @@ SHAPE = dict(
 )
 STAGES = [(3, 500, 5e-3), (6, 300, 4e-3), (12, 160, 3e-3)]  # layers, steps, rate
 CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
+PARTS = ["choices", "seeds", "command", "depths"]
 TRAINING = dict(num_steps=100, learning_rate=0.1)
-DEFAULT = "learned per weight, best start (KL)"  # what `merge-lab layer-merge` does
+DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge` does
 
 
 def held_questions() -> set:
@@ -189,7 +194,7 @@ def plain(table) -> list[dict]:
 
 
 def measure_choice(model, tokenizer, text: dict, seed: int) -> list[dict]:
-    "Validation perplexity of the learned variants under each of `CHOICES`."
+    "Validation perplexity of the best variants under each of `CHOICES`."
     loader, rows = loader_of(tokenizer, seed), []
     similarity, pairs = chosen(model, loader, 3, seed)
     for steps, rate in CHOICES:
@@ -198,7 +203,11 @@ def measure_choice(model, tokenizer, text: dict, seed: int) -> list[dict]:
             tokenizer,
             pairs,
             loader,
-            [name for name, variant in VARIANTS.items() if variant.search],
+            [
+                name
+                for name, kind in VARIANTS.items()
+                if kind.search and kind.per_module
+            ],
             similarity,
             dict(texts=text["validation"]),
             num_steps=steps,
@@ -227,6 +236,25 @@ def measure_seed(model, tokenizer, text: dict, seed: int) -> list[dict]:
     depth = range(len(similarity) - 1)
     beside = [float(similarity.loc[i, i + 1]) for i in depth]
     return [dict(row, seed=seed, pairs=pairs, beside=beside) for row in plain(table)]
+
+
+def measure_command(model, tokenizer, text: dict, seed: int) -> list[dict]:
+    "Test perplexity of what the command line does by default: more steps at a lower rate."
+    loader, config = loader_of(tokenizer, seed), LayerMergeConfig()
+    similarity, pairs = chosen(model, loader, config.n_pairs, seed)
+    setting = dict(num_steps=config.num_steps, learning_rate=config.learning_rate)
+    table = compare_variants(
+        model,
+        tokenizer,
+        pairs,
+        loader,
+        [DEFAULT],
+        similarity,
+        dict(texts=text["test"]),
+        progress=False,
+        **setting,
+    )
+    return [dict(row, seed=seed, **setting) for row in plain(table) if row["alphas"]]
 
 
 def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
@@ -272,6 +300,7 @@ def measure(parts: list[str], seeds: list[int], depths: list[int], out: Path):
     tokenizer, model = load_tokenizer(folder), load_model(folder, dtype="float32")
     jobs = [("choices", measure_choice, "seed", seed) for seed in seeds]
     jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
+    jobs += [("command", measure_command, "seed", seed) for seed in seeds]
     jobs += [("depths", measure_depth, "n_pairs", depth) for depth in depths]
     for name, job, key, value in (job for job in jobs if job[0] in parts):
         start = time.perf_counter()
@@ -287,7 +316,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--make-model", metavar="FOLDER", help="train the model, save it here, stop")
-    add("--parts", nargs="+", default=["choices", "seeds", "depths"])
+    add("--parts", nargs="+", default=PARTS, choices=PARTS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--depths", nargs="+", type=int, default=[1, 3, 5], help="layers to remove")
     add("--out", type=Path, default=bundled_path("benchmarks") / "layer_merge.json")

@@ -367,6 +367,7 @@ def test_run_writes_a_model_that_loads(tmp_path):
         num_steps=2,
         learning_rate=0.1,
         loss="kl",
+        per_module=False,
         heal_steps=2,
         device="cpu",
     )
