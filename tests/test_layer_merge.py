@@ -505,3 +505,50 @@ def test_split_leaves_out_what_is_repeated():
     assert [len(part) for part in split.values()] == [88, 0, 11]
     assert parts.apart_from(["a b c", "A, B; c d"], ["x A b C"], 3) == []
     assert parts.apart_from(["a b c"], ["x A b C"], 12) == ["a b c"]
+
+
+def test_every_option_has_a_control_and_three_faces(tmp_path):
+    import dataclasses
+
+    from merge_lab.cli import parse
+    from merge_lab.core import config_from_yaml, config_to_yaml
+    from merge_lab.widgets import ConfigPanel, controls_of
+
+    names = [field.name for field in dataclasses.fields(lm.LayerMergeConfig)]
+    assert list(controls_of(lm.LayerMergeConfig)) == names
+    panel = ConfigPanel(lm.LayerMergeConfig, command="merge-lab layer-merge")
+    panel.set("learning_rate", 0.01)
+    panel.set("merge_pairs", ["3,4", "6,7,0.7"])
+    assert not panel.errors
+    words = panel.faces()["Command line"].split()[2:]
+    assert parse("layer-merge", words) == panel.config
+    (tmp_path / "config.yaml").write_text(config_to_yaml(panel.config))
+    read = config_from_yaml(lm.LayerMergeConfig, tmp_path / "config.yaml")
+    assert read == panel.config
+    panel.set("n_pairs", 1000)
+    assert "n_pairs" in panel.errors
+
+
+def test_the_guides_hyperparameters_are_the_defaults():
+    config = lm.LayerMergeConfig()
+    assert (config.num_steps, config.learning_rate) == (5000, 1e-3)
+    assert (config.batch_size, config.gradient_accumulation_steps) == (4, 1)
+    assert config.num_samples == 100
+
+
+def test_the_command_line_says_what_is_wrong(capsys, tmp_path, monkeypatch):
+    from merge_lab.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "--merge_pairs 5,12": "pair (5, 12): expected layers 0 to 11",
+        "--merge_pairs 3,4 4,5": "a layer can be in one pair only",
+        "--n_pairs 7": "n_pairs=7: expected 1 to 6",
+        "--data_dir nowhere": "data_dir='nowhere': there is no such file",
+        "--merge_pairs 3-4": "'3-4' is not a pair",
+        "--pair_strategy best": "invalid choice: 'best'",
+    }
+    for words, said in cases.items():
+        assert main(["layer-merge", *words.split()]) == 2
+        shown = capsys.readouterr().err.strip()
+        assert said in shown and "\n" not in shown and "Traceback" not in shown
