@@ -2,24 +2,30 @@
 
 import filecmp
 import json
+import pickle
+import re
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from merge_lab.core import bundled_path
+from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.tasks import (
     ChatCollator,
     answer_of,
     build_dataset,
+    chat_row,
     encode_chat,
     generate_tasks,
     load_mmlu,
     load_task,
     make_mmlu,
     make_tasks,
+    place_of,
     task_tokenizer,
     tasks,
+    write_jsonl,
 )
 from merge_lab.tinylm import tiny_tokenizer
 
@@ -174,12 +180,110 @@ def test_sources_are_positions_unless_given(tokenizer):
         build_dataset(paths, tokenizer, "test", source_keys=[1])
 
 
-def test_too_short_max_length_names_dataset_and_row(tokenizer):
-    path = str(bundled_path("tasks/summarize"))
-    with pytest.raises(
-        ValueError, match=r"tasks/summarize \(test\), row 1: .*max_length=8"
-    ):
-        build_dataset({path: None}, tokenizer, "test", max_length=8)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_too_short_max_length_names_dataset_and_row(tokenizer, tmp_path, seed):
+    names = [f"prompt {number}" for number in range(30)]
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = [json.dumps(chat_row(name, "the cat saw it.")) for name in names]
+    (folder / "test.jsonl").write_text("\n\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="max_length=3") as caught:
+        build_dataset({str(folder): 5}, tokenizer, "test", max_length=3, seed=seed)
+    file, line, said = re.match(r"(.*):(\d+): (.*)", str(caught.value)).groups()
+    assert file == str(folder / "test.jsonl")
+    held = json.loads((folder / "test.jsonl").read_text().splitlines()[int(line) - 1])
+    assert repr(held["messages"][0]["content"]) in said
+
+
+def test_where_a_row_was_read_does_not_reach_the_data(tokenizer, tmp_path):
+    rows = [chat_row("who?", "the cat."), chat_row("when?", "one night.")]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    read = load_task(tmp_path / "x.jsonl")
+    assert read == rows and json.dumps(read) == json.dumps(rows)
+    assert [place_of(row) for row in read] == [
+        f"{tmp_path / 'x.jsonl'}:{line}" for line in (1, 2)
+    ]
+    assert place_of(rows[0], "row 1") == "row 1"
+    assert [place_of(row) for row in pickle.loads(pickle.dumps(read))] == [
+        place_of(row) for row in read
+    ]
+    columns = build_dataset({str(tmp_path / "x.jsonl"): None}, tokenizer).column_names
+    assert columns == ["input_ids", "labels", "source"]
+
+
+@pytest.mark.parametrize("size", [10, 11, 19, 20, 105])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_splits_of_one_file_share_no_row(tmp_path, tokenizer, size, seed):
+    path = tmp_path / "a.jsonl"
+    rows = [chat_row(f"who saw {number}?", f"cat {number}.") for number in range(size)]
+    write_jsonl(path, rows * 2)
+    parts = {split: load_task(path, split, seed=seed) for split in splits}
+    said = {split: {answer_of(row) for row in part} for split, part in parts.items()}
+    assert {split: len(held) for split, held in said.items()} == {
+        "train": size - 2 * (size // 10),
+        "validation": size // 10,
+        "test": size // 10,
+    }
+    assert len(set.union(*said.values())) == size  # no answer in two of them
+    for split, part in parts.items():
+        lines = [int(place_of(row).rpartition(":")[2]) for row in part]
+        assert lines == sorted(lines)
+        sample = load_task(path, split, n=len(part), seed=seed)
+        assert {answer_of(row) for row in sample} == said[split]
+    for every in ("all", None):
+        assert load_task(path, every) == rows * 2
+        assert len(build_dataset({str(path): None}, tokenizer, every)) == 2 * size
+    assert len(build_dataset({str(path): None}, tokenizer, "test")) == len(
+        parts["test"]
+    )
+
+
+def test_splits_of_one_file_do_not_hang_on_the_order_of_its_lines(tmp_path):
+    rows = [chat_row(f"who saw {number}?", "the cat.") for number in range(40)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", rows[::-1])
+    for split in splits:
+        one, two = (
+            load_task(tmp_path / name, split) for name in ("a.jsonl", "b.jsonl")
+        )
+        assert one == two[::-1] != two
+
+
+def test_a_file_too_small_to_split_is_all_training_rows(tmp_path):
+    path = tmp_path / "few.jsonl"
+    write_jsonl(path, [chat_row(f"who saw {i % 9}?", "the cat.") for i in range(30)])
+    assert len(load_task(path)) == 30
+    for split in ("test", "validation"):
+        with pytest.raises(
+            ValueError, match=rf"few\.jsonl.*train\.jsonl and {split}\.jsonl"
+        ):
+            load_task(path, split)
+    with pytest.raises(ValueError, match="split='dev'.*'train', 'validation', 'test'"):
+        load_task(path, "dev")
+
+
+def test_all_rows_of_a_folder_are_those_of_its_files(tmp_path):
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / "t" / f"{split}.jsonl", [chat_row("who?", split)])
+    for every in (None, "all"):
+        said = [answer_of(row) for row in load_task(tmp_path / "t", every)]
+        assert sorted(said) == ["test", "train"]
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_too_many_rows_says_how_to_have_all(tmp_path, layout):
+    path = tmp_path / ("a.jsonl" if layout == "file" else "a")
+    rows = [chat_row(f"who saw {i}?", "the cat.") for i in range(20)]
+    write_jsonl(path if layout == "file" else path / "train.jsonl", rows)
+    held = 16 if layout == "file" else 20
+    with pytest.raises(ValueError, match=f"n=21: expected 1 to {held}") as caught:
+        load_task(path, n=21)
+    said = str(caught.value)
+    assert "the path alone or path=all" in said and "None" in said
+    assert ("keeps rows back" in said) is (layout == "file")
+    for written in (f"{path}=all", str(path)):
+        ((name, n),) = parse_datasets([written]).items()
+        assert len(load_task(name, n=n)) == held
 
 
 @pytest.mark.parametrize(
