@@ -10,19 +10,27 @@ from transformers import HfArgumentParser
 
 from merge_lab.components import load_model, load_tokenizer
 from merge_lab.core import bundled_path
-from merge_lab.systems import router
+from merge_lab.systems import router_parts
 from merge_lab.systems.router import (
     LayerwiseQuantizeForCausalLM,
     QuantizeConfig,
     RouterConfig,
     RouterTrainer,
-    collate,
-    decoder_layers,
-    layer_linears,
+    fit_costs,
+    fit_price,
+    greedy_assignments,
+    measure_costs,
     run,
     run_quantize,
     score_windows,
+    set_static,
     text_windows,
+)
+from merge_lab.systems.router_parts import (
+    Routers,
+    collate,
+    decoder_layers,
+    layer_linears,
     window_losses,
 )
 from merge_lab.tinylm import save_tiny, tiny_model
@@ -184,21 +192,21 @@ def test_a_quantisation_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     save_tiny(tiny_model("llama"), tmp_path / "model")
     options = dict(num_examples=2, **SMALL)
     whole = run_quantize(QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "whole"), **options))
-    real = router.quantize_layer
+    real = router_parts.quantize_layer
 
     def fail_at_layer_1(layer, prefix, *rest):
         if prefix.endswith(".1"):
             raise KeyboardInterrupt
         return real(layer, prefix, *rest)
 
-    monkeypatch.setattr(router, "quantize_layer", fail_at_layer_1)
+    monkeypatch.setattr(router_parts, "quantize_layer", fail_at_layer_1)
     cut = QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "cut"), **options)
     with pytest.raises(KeyboardInterrupt):
         run_quantize(cut)
     with pytest.raises(ValueError, match="--resume"):
         LayerwiseQuantizeForCausalLM.from_quantized(tmp_path / "cut")
     done = []
-    monkeypatch.setattr(router, "quantize_layer", lambda *a: done.append(a[1]) or real(*a))
+    monkeypatch.setattr(router_parts, "quantize_layer", lambda *a: done.append(a[1]) or real(*a))
     run_quantize(dataclasses.replace(cut, resume=True))
     assert [name[-2:] for name in done] == [".1"]
     files = sorted(path.name for path in whole.iterdir())
@@ -250,7 +258,7 @@ def test_a_training_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     [
         dict(gate="sparsemax", curriculum=True, precisions=[3, 8]),
         dict(straight_through=True, schedule="linear", weight_ce=0.0, weight_precision=1.0),
-        dict(target_bits=5.0, pretrain="sensitivity", keep_weights=True),
+        dict(target_bits=5.0, pretrain="none", keep_weights=True),
     ],
     ids=["sparsemax", "straight-through", "target"],
 )
@@ -265,21 +273,95 @@ def test_options(tiny, tmp_path, options):
 
 def test_a_price_alone_is_learned(tiny, tmp_path):
     "From many bits downwards: with no weight on the cross-entropy the routers go to the fewest bits."
-    config = router_config(tiny, tmp_path / "run", weight_ce=0.0, weight_precision=1.0, num_epochs=10, learning_rate=0.05)
+    options = dict(weight_ce=0.0, weight_precision=1.0, num_epochs=10, learning_rate=0.05, pretrain="none")
+    config = router_config(tiny, tmp_path / "run", **options)
     model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
     for layer in model.routers.layers:
-        layer[-1].bias.data[-1] = 2.0
+        layer[-1].bias.data[-1] = -1.0  # the most bits seem to cost least
     windows = text_windows(load_tokenizer(tiny), ["tasks"], 24, 8)
     assert score_windows(model, windows, 8).bits.mean() == 8
     epochs = RouterTrainer(model, config, windows, windows).fit()
     assert epochs.average_bits.iloc[-1] == 3
 
 
+@pytest.fixture(scope="module")
+def measured(tiny):
+    "A model, windows, and the costs of every layer and precision."
+    model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
+    windows = text_windows(load_tokenizer(tiny), ["tasks"], 24, 20)
+    return model, windows, *measure_costs(model, windows, 8, batch_size=7)
+
+
+def test_a_cost_is_the_divergence_that_one_layer_makes(measured):
+    model, windows, costs, pooled = measured
+    ids = torch.stack([window.input_ids for window in windows])
+    for layer, bits in ((0, 3), (1, 5)):
+        assignment = [8, 8]
+        assignment[layer] = bits
+        with model.set_precision(8):
+            exact = model.infer_forward(ids).logits[:, 7:-1].double().log_softmax(-1)
+        with model.set_precision(assignment):
+            found = model.infer_forward(ids).logits[:, 7:-1].double().log_softmax(-1)
+        wanted = (exact.exp() * (exact - found)).sum(-1).mean(1)
+        torch.testing.assert_close(costs[:, layer, bits - 3], wanted.float(), atol=1e-7, rtol=1e-3)
+    embedded = model.model.get_input_embeddings()(ids[:, :8]).mean(1)
+    torch.testing.assert_close(pooled[:, 0], embedded, atol=1e-5, rtol=1e-5)
+
+
+def test_routers_that_know_nothing_are_the_static_assignment(measured):
+    "Without factors every prompt gets one assignment, and at any price it lies on the greedy path."
+    model, windows, costs, _ = measured
+    mean = costs.mean(0)
+    set_static(model.routers, mean)
+    path = greedy_assignments(
+        lambda a: sum(mean[n, bits - 3].item() for n, bits in enumerate(a)), 2, model.precisions
+    )
+    known, seen = [assignment for assignment, _ in path], []
+    for price in (0.0, *(2.0**-k for k in range(20))):
+        model.routers.price.fill_(price)
+        bits = score_windows(model, windows, 8)[["layer_0", "layer_1"]].to_numpy()
+        assert (bits == bits[0]).all()
+        seen.append(bits[0].tolist())
+    assert all(assignment in known for assignment in seen)
+    assert len({tuple(assignment) for assignment in seen}) > 5
+
+
+def test_what_the_prompt_says_is_used(measured):
+    "Costs ten times as high for half of the windows: those get more bits, at the same average."
+    model, _, costs, pooled = measured
+    marked = torch.arange(20) % 2 == 0
+    shifted = pooled + 50 * torch.where(marked, 1.0, -1.0)[:, None, None] * torch.eye(1, pooled.shape[-1])
+    torch.manual_seed(0)
+    routers = Routers(2, pooled.shape[-1], model.precisions)
+    share = fit_costs(routers, costs.mean(0) * torch.where(marked, 10.0, 1.0)[:, None, None], shifted)
+    assert share > 0.9
+    routers.price.fill_(0.05)
+    bits = torch.stack([routers(n, shifted[:, n]).argmax(-1) for n in range(2)], 1).float().mean(1)
+    assert bits[marked].min() >= bits[~marked].max() + 1
+
+
+@pytest.mark.parametrize("target", [3.0, 8.0])
+def test_a_budget_at_either_end_is_met(measured, target):
+    model, windows, costs, pooled = measured
+    fit_costs(model.routers, costs, pooled)
+    assert fit_price(model, windows, 8, target) == target
+
+
+def test_a_start_from_costs_obeys_the_weights(tiny, tmp_path):
+    "Without a target the price is the objective's: the dearer a bit, the fewer are chosen, before any training."
+    bits = []
+    for weight in (1e-7, 1e-4, 1.0):
+        options = dict(weight_ce=1.0, weight_precision=weight, num_epochs=0)
+        _, epochs = run(router_config(tiny, tmp_path / str(weight), **options))
+        bits.append(epochs.average_bits.iloc[0])
+    assert bits[0] > bits[1] > bits[2] == 3
+
+
 def test_eight_bits_keep_the_perplexity_on_held_out_text(tmp_path):
-    original = bundled_path("models/base")
-    config = QuantizeConfig(str(original), str(tmp_path / "any"), dataset=["tasks"], seq_len=64, num_examples=12, dtype="float32", device="cpu")
+    original = bundled_path("models/deep")
+    config = QuantizeConfig(str(original), str(tmp_path / "any"), dataset=["prose"], seq_len=64, num_examples=12, dtype="float32", device="cpu")
     model = LayerwiseQuantizeForCausalLM.from_quantized(run_quantize(config))
-    windows = text_windows(load_tokenizer(original), ["tasks"], 64, 24, "test")
+    windows = text_windows(load_tokenizer(original), ["prose"], 64, 24, "test")
     ids, labels = collate(windows, 16)
     with torch.no_grad():
         dense = window_losses(load_model(original)(input_ids=ids).logits, labels).mean()
