@@ -11,8 +11,8 @@ __all__ = ['logger', 'BLENDS', 'INIT_STRATEGIES', 'ALPHA_LOSSES', 'START_ALPHAS'
            'has_stalled', 'optimise', 'mergeable_layers', 'set_alpha', 'mean_loss', 'search_start',
            'train_alpha_parameters', 'alpha_table', 'extract_learned_alphas', 'fuse_layer', 'fuse_mergeable_layers',
            'heal', 'healing_loss', 'Variant', 'shorten', 'seconds_per_token', 'evaluate_depth', 'compare_variants',
-           'LayerMergeConfig', 'parse_pair', 'Prepared', 'prepare', 'LayerMergeResult', 'run', 'first_rows', 'learn',
-           'alpha_points', 'score_bars', 'make_plots', 'save_result', 'show_result']
+           'LayerMergeConfig', 'parse_pair', 'Prepared', 'prepare', 'LayerMergeResult', 'share_table', 'run',
+           'first_rows', 'learn', 'alpha_points', 'score_bars', 'make_plots', 'save_result']
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #ef043e02
 import copy
@@ -850,7 +850,7 @@ def prepare(config: LayerMergeConfig) -> Prepared:
     pairs = find_merge_pairs(similarity, config.n_pairs, by_hand or config.pair_strategy)
     return Prepared(tokenizer, model, loader, evaluation, pairs, similarity)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #abe97d59
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #92d6975b
 @dataclass
 class LayerMergeResult:
     "What `run` made."
@@ -862,6 +862,19 @@ class LayerMergeResult:
     similarity: pd.DataFrame  # layers x layers
     folder: Path  # of the run; the checkpoint is in merged/
     config: LayerMergeConfig
+
+    def __str__(self):
+        "What the command line prints."
+        table = self.table.to_string(float_format="{:.4g}".format)
+        return f"\n{table}\n\n{share_table(self.alphas).to_string()}\n\n{self.folder}: checkpoint in merged/, pictures in plots/"
+
+
+def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a row per weight
+    "Shares of the layer that stays; one row where a pair has one share."
+    pairs = [f"{into} + {removed}" for into, removed in zip(alphas["into"], alphas["removed"])]
+    weights = [name.split(f".{into}", 1)[1].lstrip(".") or "layer" for name, into in zip(alphas["layer"], alphas["into"])]
+    table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
+    return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
 
 def run(
@@ -924,7 +937,7 @@ def learn(config, made, on_step, progress) -> tuple[pd.DataFrame, pd.DataFrame]:
     beside = [made.similarity.loc[into, removed] for into, removed in zip(alphas["into"], alphas["removed"])]
     return alphas.assign(similarity=beside), model.merge_record.history
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #5f07466b
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #92c5338e
 METHOD_NAMES = {"cka": "CKA", "npib": "NPIB"}
 
 
@@ -934,15 +947,15 @@ def alpha_points(alphas: pd.DataFrame, method: str):
 
     figure, axes = new_figure("Where the shares ended: 1 keeps the first layer, 0 the second", size=(6.4, 3.8))
     axis, names = axes[0, 0], ("learned", "start of the pair")
-    for (into, removed), rows in alphas.groupby(["into", "removed"]):
+    for number, ((into, removed), rows) in enumerate(alphas.sort_values("similarity").groupby(["into", "removed"], sort=False)):
         place, first = rows["similarity"].iloc[0], rows["before"].mean()
         labels = names if axis.get_legend_handles_labels()[0] == [] else (None, None)
         axis.plot([place] * len(rows), rows["after"], "o", color=colour_of(1), alpha=0.75, markersize=6, label=labels[0])
         axis.plot(place, first, "D", color=INK, markerfacecolor="none", markersize=9, label=labels[1])
-        axis.annotate(f"{into} + {removed}", (place, 1.07), ha="center", fontsize=8.5, color=MUTED)
+        axis.annotate(f"{into} + {removed}", (place, 1.06 + 0.07 * (number % 2)), ha="center", fontsize=8.5, color=MUTED)
     axis.set(
         xlabel=f"{METHOD_NAMES.get(method, method)} of the two layers (no unit)", ylabel="share of the layer that stays",
-        ylim=(-0.06, 1.16),
+        ylim=(-0.06, 1.22),
     )
     axis.margins(x=0.1)
     add_legend(axis)
@@ -973,9 +986,9 @@ def score_bars(table: pd.DataFrame):
 
 def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
     "The figures of a run."
-    from merge_lab.viz import loss_curves, similarity_heatmap
+    from merge_lab.viz import INK, TITLE_FONT, loss_curves, similarity_heatmap
 
-    method = result.config.similarity_method
+    config, method = result.config, result.config.similarity_method
     pairs = list(dict.fromkeys(zip(result.alphas["into"], result.alphas["removed"])))
     plots = {
         "similarity": similarity_heatmap(result.similarity, pairs, label=f"{METHOD_NAMES.get(method, method)} (no unit)"),
@@ -983,10 +996,13 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
         "scores": score_bars(result.table),
     }
     if len(result.history):
-        plots["loss"] = loss_curves(result.history[["step", "loss"]])
+        once = math.ceil(config.num_samples / config.batch_size / config.gradient_accumulation_steps)
+        plots["loss"] = loss_curves(result.history[["step", "loss"]], span=once)
+        title = "Loss on the calibration data, smoothed over one pass: it should fall"
+        plots["loss"].suptitle(title, x=0.012, ha="left", font=TITLE_FONT, color=INK)
     return {name: figure for name, figure in plots.items() if figure is not None}
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #611dce3f
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #7ad88180
 def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
     from merge_lab.viz import save_figure
@@ -1001,9 +1017,3 @@ def save_result(result: LayerMergeResult, tokenizer):
     (result.folder / "plots").mkdir()
     for name, figure in make_plots(result).items():
         save_figure(figure, result.folder / "plots" / f"{name}.png")
-
-
-def show_result(result: LayerMergeResult):
-    "Print what a run on the command line made."
-    print(f"\n{result.table.to_string(float_format='{:.4g}'.format)}")
-    print(f"\n{result.alphas.round(3).to_string(index=False)}\n\n{result.folder}: checkpoint in merged/, pictures in plots/")
