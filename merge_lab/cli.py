@@ -101,7 +101,7 @@ def run_demo(config: DemoConfig) -> int:
     demo(config.output_dir)
     return 0
 
-# %% ../nbs/60_cli.ipynb #01d92002
+# %% ../nbs/60_cli.ipynb #ccfb547c
 def _is_mapping(annotation) -> bool:
     kinds = (annotation, *typing.get_args(annotation))
     return any(typing.get_origin(kind) is dict or kind is dict for kind in kinds)
@@ -117,6 +117,8 @@ def shadow_of(config_class: type) -> type:
         metadata["help"] = metadata.get("help", "").replace("%", "%%")
         facts = dict(metadata=metadata, default=field.default, default_factory=field.default_factory)
         kind = hints[field.name]
+        if type(None) in typing.get_args(kind) and {int, float} & set(typing.get_args(kind)):
+            kind = str | None  # a number or "none": the config says which
         if _is_mapping(kind):
             default = None if field.default_factory is dataclasses.MISSING else [json.dumps(field.default_factory())]
             kind, facts = list[str], dict(metadata=metadata, default_factory=lambda d=default: d)
@@ -133,14 +135,23 @@ def parser_of(name: str, command: Command, config_class: type) -> argparse.Argum
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("arguments", nargs="*", help=_positional_help(command))
+    parser.error = _refuse  # one sentence instead of the whole usage
+    for action in parser._actions:
+        if any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help, action.default = f"Switch {action.dest} off", argparse.SUPPRESS
     return parser
+
+
+def _refuse(message: str):
+    "What argparse does with a mistake: a sentence with the nearest flag's name is enough."
+    raise ValueError(f"{message}. --help lists the options.")
 
 
 def _positional_help(command: Command) -> str:
     named = ", ".join(command.positional)
     return f"{named}, or a YAML file with options" if named else "YAML file with options; flags win over it"
 
-# %% ../nbs/60_cli.ipynb #ef866989
+# %% ../nbs/60_cli.ipynb #c330c0b0
 def _mapping_of(words: list[str]):
     "What the words of a mapping option say: one YAML mapping, or a list for the config to read."
     return yaml.safe_load(words[0]) if len(words) == 1 and words[0].lstrip().startswith("{") else words
@@ -148,7 +159,7 @@ def _mapping_of(words: list[str]):
 
 def parse(name: str, words: list[str]):
     "The config that the words of a command line describe. Raises `ValueError` for an option or file that is not there."
-    from merge_lab.core import config_from_dict
+    from merge_lab.core import check_names, config_from_dict, read_yaml
 
     command = COMMANDS[name]
     config_class = getattr(importlib.import_module(f"merge_lab.{command.module}"), command.config)
@@ -157,23 +168,29 @@ def parse(name: str, words: list[str]):
         parser.parse_args(["--help"])
     for action in parser._actions:  # --help showed the defaults; what is read here is only what was written
         action.default = argparse.SUPPRESS
+    _check_flags(parser, words)
     written = vars(parser.parse_args(words))
     values, places = {}, written.pop("arguments", [])
     if places and Path(places[0]).suffix in (".yaml", ".yml"):
-        values = _read_yaml(places.pop(0))
+        path = places.pop(0)
+        values = read_yaml(path)
+        check_names(config_class, values, path)
     values |= _place(command, config_class, places)
     hints = typing.get_type_hints(config_class)
     values |= {key: _mapping_of(value) if _is_mapping(hints[key]) else value for key, value in written.items()}
-    return config_from_dict(config_class, values, f"merge-lab {name}")
+    return config_from_dict(config_class, values, "command line")
 
 
-def _read_yaml(path: str) -> dict:
-    if not Path(path).exists():
-        raise FileNotFoundError(f"{path}: no such file. Give a YAML file with options, or flags.")
-    values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected lines 'name: value', got {type(values).__name__}.")
-    return values
+def _check_flags(parser: argparse.ArgumentParser, words: list[str]):
+    "Raise `ValueError` for a flag that is not there, with the nearest one."
+    import difflib
+
+    known = parser._option_string_actions
+    for word in words:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in known and len(flag) > 2:
+            near = difflib.get_close_matches(flag, known, n=1)
+            raise ValueError(f"unknown option {flag}. {f'Did you mean {near[0]}?' if near else '--help lists the options.'}")
 
 
 def _place(command: Command, config_class: type, places: list[str]) -> dict:
@@ -208,7 +225,7 @@ def show_tables(result):
         elif isinstance(value, (str, Path)) or (value is result and result is not None):
             print(f"{name}: {value}" if name else value)
 
-# %% ../nbs/60_cli.ipynb #48b2b96e
+# %% ../nbs/60_cli.ipynb #7401b7e4
 def usage() -> str:
     "The overview that `merge-lab --help` prints."
     width = max(map(len, COMMANDS))
@@ -256,7 +273,8 @@ def main(words: list[str] | None = None) -> int:
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "RunInterrupted":
             raise
-        print(f"merge-lab {words[0]}: {error or 'interrupted'}", file=sys.stderr)
+        stopped = "interrupted outside training. What was trained is kept; --resume goes on from the last checkpoint."
+        print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
         return 130
 
 

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'expect_fail', 'set_seed', 'best_device', 'atomic_path', 'write_text', 'write_json',
-           'check_disk_space', 'open_run', 'bundled_path', 'option', 'check_options', 'changed_options',
-           'config_to_yaml', 'config_to_python', 'config_from_dict', 'config_from_yaml', 'narrow', 'config_to_cli']
+           'check_disk_space', 'check_run', 'open_run', 'bundled_path', 'option', 'check_type', 'check_options',
+           'changed_options', 'config_to_yaml', 'config_to_python', 'check_names', 'config_from_dict', 'read_yaml',
+           'config_from_yaml', 'narrow', 'config_to_cli']
 
-# %% ../nbs/00_core.ipynb #ce561735
+# %% ../nbs/00_core.ipynb #bc172c8a
 import dataclasses
+import difflib
 import json
 import os
 import random
@@ -70,7 +72,14 @@ def best_device() -> torch.device:
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/00_core.ipynb #e203a7c4
+# %% ../nbs/00_core.ipynb #ba6d0ade
+def _umask() -> int:
+    "What the user takes away from the rights of new files."
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic_path(path: str | Path):  # final place of the file
     "Yield a temporary path beside `path`; rename it over `path` if the block succeeds, remove it if not."
@@ -80,6 +89,7 @@ def atomic_path(path: str | Path):  # final place of the file
     os.close(handle)
     try:
         yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())  # mkstemp's are for the owner alone
         os.replace(name, path)
     finally:
         if os.path.exists(name):
@@ -96,7 +106,7 @@ def write_json(path: str | Path, value):
     "Write `value` as indented JSON in one step; keys keep their order."
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
-# %% ../nbs/00_core.ipynb #8bf907f3
+# %% ../nbs/00_core.ipynb #0ce5082e
 def check_disk_space(
     folder: str | Path,  # existing or future folder
     n_bytes: int,  # space that the work will take
@@ -112,29 +122,38 @@ def check_disk_space(
             "Free some space or choose an output folder on another disk."
         )
 
-
-def open_run(
+# %% ../nbs/00_core.ipynb #6c94ef92
+def check_run(
     folder: str | Path,  # folder of the run
     resume: bool = False,  # go on with the run that is there
     overwrite: bool = False,  # clear the run that is there
 ) -> Path:
-    "Create the folder of a run. Raises `FileExistsError` if it holds files and neither flag is set."
+    "What `open_run` refuses, without touching anything. Raises `FileExistsError`, or `FileNotFoundError` on resuming nothing."
     folder = Path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file. Choose a folder for the run.")
     held = folder.is_dir() and any(folder.iterdir())
-    if held and overwrite and not resume:
-        if not (folder / "config.yaml").exists():
-            raise FileExistsError(
-                f"{folder} holds files but no config.yaml, so it is not a run and is not cleared. "
-                "Choose another output_dir or empty it by hand."
-            )
-        shutil.rmtree(folder)
-    elif held and not resume:
+    is_run = (folder / "config.yaml").exists()
+    if resume and not is_run:
+        raise FileNotFoundError(f"{folder} holds no run that could be resumed. Leave out resume (--resume) to start one.")
+    if held and overwrite and not resume and not is_run:
+        raise FileExistsError(
+            f"{folder} holds files but no config.yaml, so it is not a run and is not cleared. "
+            "Choose another output_dir or empty it by hand."
+        )
+    if held and not resume and not overwrite:
         raise FileExistsError(
             f"{folder} already holds a run. Go on with resume=True (--resume), replace it with overwrite=True "
             "(--overwrite), or choose another output_dir."
         )
+    return folder
+
+
+def open_run(folder: str | Path, resume: bool = False, overwrite: bool = False) -> Path:  # as in `check_run`
+    "Create the folder of a run, cleared if it is overwritten. Call it after every other check: what it clears is gone."
+    folder = check_run(folder, resume, overwrite)
+    if overwrite and not resume and folder.is_dir():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -171,21 +190,54 @@ def option(
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
-# %% ../nbs/00_core.ipynb #9ce4c0a1
+# %% ../nbs/00_core.ipynb #e923d718
+_NOTHING = ("none", "None", "all")  # how a command line says None
+
+
+def check_type(name: str, value, hint):
+    "The value as the annotation wants it. Raises `ValueError` that names the field."
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    if value in _NOTHING and type(None) in typing.get_args(hint):
+        return None
+    if isinstance(value, (list, tuple)):
+        value = [str(item) if isinstance(item, os.PathLike) else item for item in value]
+    value = str(value) if isinstance(value, os.PathLike) else value
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        expected = wrong["msg"][0].lower() + wrong["msg"][1:]
+        remedy = ""
+        if isinstance(value, (int, float)) and "string" in expected:
+            remedy = " In YAML, quote it."
+        elif isinstance(value, str) and "list" in expected:
+            remedy = f" Write [{value}]."
+        raise ValueError(f"{name}={value!r}: {expected.replace('input should be', 'expected')}.{remedy}") from None
+
+
 def check_options(config):  # a dataclass instance whose fields were made by `option`
-    "Check choices and ranges of every field. Raises `ValueError` that names the field."
+    "Check type, choices and range of every field. Raises `ValueError` that names the field."
+    hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, facts = getattr(config, field.name), field.metadata
-        if value is None:
-            continue
-        if "choices" in facts:
-            check_choice(field.name, value, facts["choices"])
-        low, high = facts.get("low"), facts.get("high")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
-            raise ValueError(f"{field.name}={value!r}: expected a number from {bounds}. {facts.get('help', '')}".strip())
+        if field.init:
+            setattr(config, field.name, check_type(field.name, getattr(config, field.name), hints[field.name]))
+        _check_value(field, getattr(config, field.name))
+
+
+def _check_value(field: dataclasses.Field, value):
+    "Choices and range of one field."
+    if value is None:
+        return
+    if "choices" in field.metadata:
+        check_choice(field.name, value, field.metadata["choices"])
+    low, high = field.metadata.get("low"), field.metadata.get("high")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        bounds = f"{'-inf' if low is None else low} to {'inf' if high is None else high}"
+        meaning = field.metadata.get("help", "")
+        raise ValueError(f"{field.name}={value!r}: expected a number from {bounds}{f' ({meaning})' if meaning else ''}.")
 
 # %% ../nbs/00_core.ipynb #3b46bd81
 def changed_options(config) -> dict:
@@ -212,36 +264,46 @@ def config_to_python(config) -> str:
     arguments = ",\n".join(f"    {name}={value!r}" for name, value in changed_options(config).items())
     return f"{type(config).__name__}(\n{arguments},\n)" if arguments else f"{type(config).__name__}()"
 
-# %% ../nbs/00_core.ipynb #986db8bf
-def config_from_dict(cls: type, values: dict, origin: str = "config"):
-    "Make a config from plain values. Raises `ValueError` for a key that no field has, suggesting the nearest."
-    import difflib
-
-    if not isinstance(values, dict):
-        raise ValueError(f"{origin}: expected 'name: value' lines, got {type(values).__name__}.")
+# %% ../nbs/00_core.ipynb #4ece857d
+def check_names(cls: type, values: dict, origin: str = "config"):
+    "Raise `ValueError` for a key that no field of the config class has, suggesting the nearest."
     names = [field.name for field in dataclasses.fields(cls) if field.init]
     for key in values:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known options: {', '.join(names)}."
             raise ValueError(f"{origin}: unknown option {key!r} of {cls.__name__}. {hint}")
+
+
+def config_from_dict(cls: type, values: dict, origin: str = "config"):
+    "Make a config from plain values. Raises `ValueError` as `check_names` does."
+    check_names(cls, values, origin)
     return cls(**values)
+
+
+def read_yaml(path: str | Path) -> dict:
+    "The 'name: value' lines of a YAML file. Raises `FileNotFoundError`, or `ValueError` that names the file."
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file. Give a YAML file with options, or flags.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, (dict, type(None))):
+        raise ValueError(f"{path}: expected 'name: value' lines, got {type(values).__name__}.")
+    return values or {}
 
 
 def config_from_yaml(cls: type, path: str | Path):
     "Read a config from a YAML file. Raises `ValueError` that names the file."
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
-    return config_from_dict(cls, {} if values is None else values, str(path))
+    return config_from_dict(cls, read_yaml(path), str(path))
 
 # %% ../nbs/00_core.ipynb #33bffc42
 def narrow(config, cls: type):  # a config dataclass that `config`'s class extends
     "The fields of `config` that `cls` has, as a `cls`."
     return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls) if field.init})
 
-# %% ../nbs/00_core.ipynb #d1158d2a
+# %% ../nbs/00_core.ipynb #525a6fb1
 def config_to_cli(config, command: str) -> str:  # e.g. "merge-lab mask-merge"
     "The config as a shell command with flags."
     import shlex
@@ -252,6 +314,8 @@ def config_to_cli(config, command: str) -> str:  # e.g. "merge-lab mask-merge"
             words = [str(item) for item in value]
         elif isinstance(value, dict):
             words = [json.dumps(value)]
+        elif value is None:
+            words = ["none"]
         else:
             words = [str(value)]
         parts += [f"--{name}", *map(shlex.quote, words)]

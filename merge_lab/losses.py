@@ -7,8 +7,8 @@ __all__ = ['LOSSES', 'PENALTIES', 'shift_labels', 'reduce_tokens', 'scored_index
            'mixture_targets', 'mixture_kl_loss', 'entropy_loss', 'ce_loss', 'mse_loss', 'topk_teacher', 'topk_kl_loss',
            'logits_head', 'choose_chunk_size', 'chunked_linear_loss', 'linear_kl_loss', 'linear_mse_loss',
            'linear_mixture_kl_loss', 'linear_entropy_loss', 'linear_ce_loss', 'linear_topk_kl_loss',
-           'similarity_penalty', 'l1_penalty', 'l2_penalty', 'overlap_penalty', 'angle_weighted_overlap',
-           'task_vector_angles', 'mask_decay', 'mean_over_modules']
+           'linear_topk_mse_loss', 'similarity_penalty', 'l1_penalty', 'l2_penalty', 'overlap_penalty',
+           'angle_weighted_overlap', 'task_vector_angles', 'mask_decay', 'mean_over_modules']
 
 # %% ../nbs/11_losses.ipynb #aff195c8
 from collections.abc import Callable, Iterable, Sequence
@@ -683,7 +683,7 @@ def linear_ce_loss(
 
     return chunked_linear_loss(hidden, weight, token_loss, labels != -100, **options)
 
-# %% ../nbs/11_losses.ipynb #7da47b86
+# %% ../nbs/11_losses.ipynb #e65a457c
 def linear_topk_kl_loss(
     hidden: Tensor,  # (..., d)
     weight: Tensor | Callable,  # (vocab, d), or a head
@@ -710,6 +710,26 @@ def linear_topk_kl_loss(
         return token_losses(logits, rows, *_topk_constants(*stored, logits.shape[-1]))
 
     return chunked_linear_loss(hidden, weight, token_loss, mask, **options)
+
+
+def linear_topk_mse_loss(
+    hidden: Tensor,  # (tokens, d)
+    weight: Tensor | Callable,  # (vocab, d), or a head: hidden -> logits
+    topk_log_probs: Tensor,  # (tokens, k) of the teacher, taken at `temperature`
+    topk_indices: Tensor,  # (tokens, k)
+    topk_tail: Tensor | None = None,  # not needed: taken so that both losses are called alike
+    *,
+    temperature: float = 1.0,
+    **options,  # those of `losses.chunked_linear_loss`
+) -> Tensor:
+    "Mean squared difference of temperature x log-probabilities on the teacher's top-k."
+
+    def token_loss(logits, part):
+        log_q = torch.log_softmax(logits.to(work_dtype(logits.dtype)) / temperature, -1)
+        difference = log_q.gather(-1, topk_indices[part].long()) - topk_log_probs[part]
+        return (difference * temperature).square().mean(-1)
+
+    return chunked_linear_loss(hidden, weight, token_loss, **options)
 
 # %% ../nbs/11_losses.ipynb #54714f2b
 def _pair_mean(function: Callable, alphas: Sequence[Tensor]) -> Tensor:

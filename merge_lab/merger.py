@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'MergerConfig', 'check_mask_init', 'depth_value',
-           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'full', 'Merger', 'checkpoint_activations',
-           'leaves', 'plain_name', 'masked_parameters', 'init_masks', 'alphas', 'alpha_values', 'mask_state',
-           'load_mask_state', 'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors',
-           'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head',
-           'fused_head_agrees']
+           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'Merger', 'checkpoint_activations', 'leaves',
+           'plain_name', 'masked_parameters', 'init_masks', 'alphas', 'alpha_values', 'mask_state', 'load_mask_state',
+           'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
+           'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #d3183340
+# %% ../nbs/20_merger.ipynb #e3676146
 import dataclasses
 import functools
 import json
@@ -24,18 +23,19 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from pydantic import FiniteFloat
 from torch import Tensor, nn
 
 from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    check_choice, check_disk_space, check_options, config_from_dict, narrow, option, write_json, write_text,
+    atomic_path, check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, write_json, write_text,
 )
-from .masks import IMPLS, MODES, MaskedModule, MergeState, masked_class
+from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/20_merger.ipynb #681225a1
+# %% ../nbs/20_merger.ipynb #a348f935
 KINDS = ("linear", "embedding", "norm", "other")
 STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend")
 
@@ -80,19 +80,28 @@ class MergerConfig:
         for kind in self.target_kinds:
             check_choice("target_kinds", kind, KINDS)
         check_mask_init(self.mask_init, len(self.model_paths) or None)
+        for pattern in self.target_modules or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"target_modules: {pattern!r} is not a regular expression: {error}. Escape it by \\.") from error
         if self.model_paths and self.fallback >= len(self.model_paths):
             raise ValueError(
                 f"fallback={self.fallback}: expected 0 to {len(self.model_paths) - 1}, one of the "
                 f"{len(self.model_paths)} components."
             )
 
-# %% ../nbs/20_merger.ipynb #30fd2a71
+# %% ../nbs/20_merger.ipynb #c8df5511
 _INIT_KEYS = {
     "uniform": {"factors"},
     "odd_one_out": {"selected_idx"},
     "random": {"seed"},
     "spherical": {"parameters"},
     "blend": {"parameters", "selected_idx"},
+}
+_Value = FiniteFloat | list[FiniteFloat]
+_INIT_TYPES = {
+    "factors": list[FiniteFloat] | None, "selected_idx": int, "seed": int, "parameters": _Value | dict[str, _Value],
 }
 
 
@@ -108,6 +117,10 @@ def check_mask_init(
     if unknown:
         allowed = ", ".join(sorted(_INIT_KEYS[strategy]))
         raise ValueError(f"mask_init has {sorted(unknown)}: strategy {strategy!r} takes {allowed}.")
+    for key in set(mask_init) & set(_INIT_TYPES):
+        check_type(f"mask_init {key}", mask_init[key], _INIT_TYPES[key])
+    if mask_init.get("parameters") == []:
+        raise ValueError("mask_init parameters=[]: expected at least one value. Give one number, or a list over depth.")
     factors = mask_init.get("factors")
     if factors is not None and n is not None and len(factors) != n:
         raise ValueError(f"mask_init factors {factors}: expected {n} numbers, one per component, got {len(factors)}.")
@@ -233,12 +246,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #59dd6406
-def full(tensor: Tensor) -> Tensor:
-    "A sharded (DTensor) tensor gathered whole; any other as it is."
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
+# %% ../nbs/20_merger.ipynb #eb61dd8f
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
@@ -248,6 +256,7 @@ class Merger(nn.Module):
         config: MergerConfig,
     ):
         super().__init__()
+        self.seed = getattr(config, "seed", 0)  # of random masks
         self.merger_config = narrow(config, MergerConfig)
         self.names = component_names(config.model_paths) or [f"component {i}" for i in range(len(models))]
         for model in models:
@@ -313,7 +322,7 @@ def checkpoint_activations(model: nn.Module):  # a transformers model
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
 
-# %% ../nbs/20_merger.ipynb #498a89b2
+# %% ../nbs/20_merger.ipynb #e6a0dff3
 def _method(function):
     "Add a function to `Merger` under its own name."
     setattr(Merger, function.__name__, function)
@@ -347,7 +356,7 @@ def init_masks(self, mask_init: dict):
     "Start the masks from the alphas that `mask_init` describes."
     depths = [layer_of(name) for name in self.leaves()]
     last = max([d for d in depths if d is not None], default=0) or 1
-    generator = torch.Generator().manual_seed(mask_init.get("seed", 0))
+    generator = torch.Generator().manual_seed(mask_init.get("seed", self.seed))
     head = self.model.get_output_embeddings()
     for name, leaf, key in self.masked_parameters():
         layer = layer_of(name)
@@ -499,7 +508,7 @@ def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     return {name: make() for name, make in self.merged_tensors()}
 
-# %% ../nbs/20_merger.ipynb #48319e43
+# %% ../nbs/20_merger.ipynb #571af03f
 def _empty_like(leaf_or_tensor) -> Tensor:
     "A tensor of the same shape and dtype that takes no memory."
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
@@ -522,6 +531,7 @@ def save_merged(
     folder: str | Path,  # of the checkpoint
     max_shard_size: str = "2GB",  # also the memory that export takes
     is_main_process: bool = True,  # only this rank writes; a sharded run must call it on all
+    recipe: dict | None = None,  # options for the model card; None: those of the merger
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small."
     folder, plan = Path(folder), _checkpoint_plan(self, max_shard_size)
@@ -533,8 +543,9 @@ def save_merged(
         tensors = {name: makers[name]().cpu().contiguous() for name in names}
         if is_main_process:
             _save_shard(tensors, folder / filename)
-    card = model_card(self)  # every rank gathers, one writes
+    card = model_card(self, recipe)  # every rank gathers, one writes
     if is_main_process:
+        _remove_stale(folder, plan)
         if plan.is_sharded:
             index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)
@@ -544,9 +555,18 @@ def save_merged(
 def _save_shard(tensors: dict[str, Tensor], file: Path):
     from safetensors.torch import save_file
 
-    save_file({name: t.clone() if t._is_view() else t for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    tensors = {name: t.clone() if t._is_view() else t for name, t in tensors.items()}
+    with atomic_path(file) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
-# %% ../nbs/20_merger.ipynb #46092dc5
+
+def _remove_stale(folder: Path, plan):
+    "Remove weights of an earlier export: a plain model.safetensors would be loaded in place of new shards."
+    for file in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
+        if file.name not in plan.filename_to_tensors:
+            file.unlink()
+
+# %% ../nbs/20_merger.ipynb #17563a3b
 def _save_companions(merger: Merger, folder: Path, card: str):
     "Config, generation config, tokenizer and model card beside the weights."
     import copy
@@ -564,9 +584,9 @@ def _save_companions(merger: Merger, folder: Path, card: str):
     write_text(folder / "README.md", card)
 
 
-def model_card(merger: Merger) -> str:
+def model_card(merger: Merger, recipe: dict | None = None) -> str:
     "Markdown with the metadata that the hub reads: base models, tags and the recipe."
-    recipe = dataclasses.asdict(merger.merger_config)
+    recipe = dict(recipe or dataclasses.asdict(merger.merger_config))
     recipe["model_paths"] = [p if not Path(p).exists() else name for p, name in zip(recipe["model_paths"], merger.names)]
     front = {"base_model": recipe["model_paths"], "library_name": "transformers", "tags": ["merge", "merge_lab"]}
     means = merger.alphas().groupby("component")[["mean", "min", "max"]].agg({"mean": "mean", "min": "min", "max": "max"})

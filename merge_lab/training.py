@@ -6,8 +6,9 @@
 __all__ = ['logger', 'LoopConfig', 'TrainConfig', 'objective_of', 'training_arguments', 'MergerTrainer', 'first_nonfinite',
            'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history', 'StopCallback', 'ProgressBar']
 
-# %% ../nbs/31_training.ipynb #112dcc7f
+# %% ../nbs/31_training.ipynb #d20593c6
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import OptimizerNames
 
 from . import losses as L
 from .core import option, write_text
@@ -29,7 +32,7 @@ from .objective import Objective
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #31c873bd
+# %% ../nbs/31_training.ipynb #97b707ca
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -47,7 +50,7 @@ class LoopConfig:
     weight_decay: float = option(0.0, "AdamW's pull of the masks towards zero", low=0, high=1, group="Training")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0: no clipping", low=0, group="Training")
     optim: str = option("adamw_torch", "Optimizer, by transformers' name", group="Training")
-    seed: int = option(0, "Of data order and random masks", low=0, group="Training")
+    seed: int = option(0, "Of data order; of random masks unless mask_init names a seed", low=0, group="Training")
     save_steps: int = option(100, "Optimizer steps between checkpoints; 0: only at the end", low=0, group="Output")
     save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output")
     logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output")
@@ -69,11 +72,19 @@ class TrainConfig(LoopConfig):
         0.0, "Weight of the mean squared distance of the masks to their start", low=0, high=10, group="Objective"
     )
 
-# %% ../nbs/31_training.ipynb #9aaabc90
+# %% ../nbs/31_training.ipynb #691306df
 def objective_of(config: TrainConfig) -> Objective:
     "The objective that a config describes."
     penalties = {"mask_decay": config.mask_decay} if config.mask_decay else {}
     return Objective({config.loss_func_name: 1.0}, config.temperature, penalties, config.logit_chunk)
+
+
+def _check_optimizer(name: str):
+    "Raise `ValueError` for an optimizer that transformers does not know, with the nearest names."
+    known = [optimizer.value for optimizer in OptimizerNames]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or ["adamw_torch", "sgd", "adafactor"]
+        raise ValueError(f"optim={name!r}: transformers has no such optimizer. Nearest: {', '.join(near)}.")
 
 
 _OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing"}
@@ -89,6 +100,9 @@ def training_arguments(
         raise ValueError("device='cuda': no CUDA device is visible. Use device='cpu' or 'auto'.")
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps': not available on this machine. Use device='cpu' or 'auto'.")
+    _check_optimizer(config.optim)
+    if config.max_steps == 0:
+        raise ValueError("max_steps=0: expected at least one step, or -1 for num_train_epochs passes over the data.")
     names = {field.name for field in dataclasses.fields(LoopConfig)} - _OURS
     return TrainingArguments(
         output_dir=str(output_dir),
@@ -103,7 +117,10 @@ def training_arguments(
         **others,
     )
 
-# %% ../nbs/31_training.ipynb #a3113d89
+# %% ../nbs/31_training.ipynb #852adaef
+_REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
+
+
 class MergerTrainer(Trainer):
     "Trainer of a merger's masks. Keeps per-step sums for the history and stops on a loss that is not finite."
 
@@ -123,7 +140,15 @@ class MergerTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.objective = Objective() if objective is None else objective
         self.sums: dict[str, Tensor] = {}
-        self._good_masks = None
+        self._good_masks, self._good_step = None, -1
+
+    def train(self, *args, **kwargs):
+        "Train; whatever happens, signals and bars are given back."
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                getattr(callback, "close", lambda: None)()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         results = model(objective=self.objective, num_items_in_batch=num_items_in_batch, **inputs)
@@ -150,12 +175,18 @@ class MergerTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         merger = self.accelerator.unwrap_model(self.model)
-        merger.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+        folder = Path(output_dir or self.args.output_dir)
+        merger.save_pretrained(folder, is_main_process=self.args.should_save)
+        if self.objective.mask_reference is not None and self.args.should_save:
+            save_file({name: full(mask).cpu() for name, mask in self.objective.mask_reference.items()}, folder / _REFERENCE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
+        reference = Path(resume_from_checkpoint) / _REFERENCE
+        if reference.exists():
+            self.objective.mask_reference = load_file(reference)
 
-# %% ../nbs/31_training.ipynb #7c130113
+# %% ../nbs/31_training.ipynb #75afd092
 @torch.no_grad()
 def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
     "Name of the first masked module that gives NaN or infinity on this input."
@@ -181,7 +212,8 @@ def _check_finite(self, loss: Tensor, inputs: dict):
     "Raise `FloatingPointError` that names the module, after putting the last good masks back."
     merger = self.accelerator.unwrap_model(self.model)
     if loss.isfinite():
-        if self._good_masks is None or not self.sums:  # once per optimizer step
+        if self._good_step != self.state.global_step:  # once per optimizer step
+            self._good_step = self.state.global_step
             self._good_masks = {name: leaf.masks[key].detach().clone() for name, leaf, key in merger.masked_parameters()}
         return
     where = first_nonfinite(merger, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -276,7 +308,7 @@ def read_history(path: str | Path) -> pd.DataFrame:
             break
     return pd.DataFrame(rows)
 
-# %% ../nbs/31_training.ipynb #66cb896a
+# %% ../nbs/31_training.ipynb #d2f9676f
 class StopCallback(TrainerCallback):
     "Ends training after the current step, with a checkpoint, when asked to by `stop()`, SIGINT or SIGTERM."
 
@@ -297,12 +329,13 @@ class StopCallback(TrainerCallback):
         if self.requested.is_set():
             control.should_training_stop = control.should_save = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self):
+        "Give the signals back."
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-# %% ../nbs/31_training.ipynb #13aaf890
+# %% ../nbs/31_training.ipynb #7602e462
 class ProgressBar(TrainerCallback):
     "A tqdm bar over optimizer steps, with the losses of the last one."
 
@@ -323,6 +356,6 @@ class ProgressBar(TrainerCallback):
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", **shown, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def close(self):
         if self.bar is not None:
             self.bar.close()

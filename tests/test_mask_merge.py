@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,21 +18,35 @@ from transformers import AutoModelForCausalLM
 from merge_lab.cli import main
 from merge_lab.core import bundled_path, config_to_yaml
 from merge_lab.evaluation import evaluate_tasks
-from merge_lab.systems.mask_merge import LEARNED, UNIFORM, RunInterrupted, demo_config, run
+from merge_lab.systems.mask_merge import (
+    LEARNED,
+    UNIFORM,
+    RunInterrupted,
+    demo_config,
+    run,
+)
 from merge_lab.tasks import load_task
 from merge_lab.tinylm import save_tiny, tiny_model
 from merge_lab.training import read_history
 
 
 def small(tmp_path, **options):
-    defaults = dict(max_steps=6, eval_samples=8, per_device_train_batch_size=4, report=False, save_steps=2)
+    defaults = dict(
+        max_steps=6,
+        eval_samples=8,
+        per_device_train_batch_size=4,
+        report=False,
+        save_steps=2,
+    )
     return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    return run(demo_config(output_dir=str(folder / "run"), eval_samples=100), progress=False)
+    return run(
+        demo_config(output_dir=str(folder / "run"), eval_samples=100), progress=False
+    )
 
 
 def test_learned_masks_do_both_jobs(demo):
@@ -44,7 +59,9 @@ def test_learned_masks_do_both_jobs(demo):
 
 
 def test_the_checkpoint_scores_as_the_merger_did(demo):
-    merged = AutoModelForCausalLM.from_pretrained(demo.folder / "merged", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(
+        demo.folder / "merged", dtype=torch.float32
+    )
     tasks = {"rewrite": load_task(bundled_path("tasks/rewrite"), "test")[:100]}
     again = evaluate_tasks(merged, demo.tokenizer, tasks, progress=False)
     learned = demo.scores.set_index(["model", "task"]).loc[(LEARNED, "rewrite")]
@@ -53,11 +70,21 @@ def test_the_checkpoint_scores_as_the_merger_did(demo):
 
 
 def test_everything_is_written(demo):
-    for name in ("config.yaml", "history.jsonl", "scores.csv", "report.html", "masks/masks.safetensors"):
+    for name in (
+        "config.yaml",
+        "history.jsonl",
+        "scores.csv",
+        "report.html",
+        "masks/masks.safetensors",
+    ):
         assert (demo.folder / name).stat().st_size > 0
     assert len(list((demo.folder / "plots").glob("*.png"))) == 6
     html = (demo.folder / "report.html").read_text(encoding="utf-8")
-    assert "data:image/png;base64," in html and "<script src" not in html and 'src="http' not in html
+    assert (
+        "data:image/png;base64," in html
+        and "<script src" not in html
+        and 'src="http' not in html
+    )
     assert pd.read_csv(demo.folder / "scores.csv").model.nunique() == 5
     assert len(read_history(demo.folder / "history.jsonl")) == demo.history.step.max()
 
@@ -86,18 +113,29 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path):
     config = small(tmp_path, max_steps=400, save_steps=2, save_merged=False)
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config), encoding="utf-8")
-    command = [str(Path(sys.executable).with_name("merge-lab")), "mask-merge", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        str(Path(sys.executable).with_name("merge-lab")),
+        "mask-merge",
+        str(file),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     history = tmp_path / "run" / "history.jsonl"
     deadline = time.time() + 180
-    while time.time() < deadline and not (history.exists() and history.read_text().count("\n") >= 5):
+    while time.time() < deadline and not (
+        history.exists() and history.read_text().count("\n") >= 5
+    ):
         time.sleep(0.2)
     process.kill()
     process.wait()
     steps = read_history(history).step.max()
     assert steps >= 5
     done = subprocess.run(
-        [*command, "--resume", "--max_steps", str(steps + 4)], capture_output=True, text=True, check=False
+        [*command, "--resume", "--max_steps", str(steps + 4)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert read_history(history).step.tolist() == list(range(1, steps + 5))
@@ -106,7 +144,9 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path):
 def bad(tmp_path, **options):
     with pytest.raises((ValueError, OSError)) as caught:
         run(small(tmp_path, **options), progress=False)
-    assert not (tmp_path / "run" / "history.jsonl").exists()
+    assert not (
+        tmp_path / "run"
+    ).exists()  # nothing was begun, so a corrected command can be given at once
     return str(caught.value)
 
 
@@ -116,20 +156,121 @@ def test_bad_input_is_refused_before_any_work(tmp_path):
     other = str(save_tiny(tiny_model("gpt2"), tmp_path / "gpt2"))
     wide = str(save_tiny(tiny_model("llama", hidden_size=64), tmp_path / "wide"))
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n')
+    broken.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{oops\n'
+    )
     silent = tmp_path / "silent.jsonl"
-    silent.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    silent.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n"
+    )
     assert "nowhere" in bad(tmp_path, model_paths=[good, str(tmp_path / "nowhere")])
     assert "empty" in bad(tmp_path, model_paths=[good, str(tmp_path / "empty")])
     assert "gpt2" in bad(tmp_path, model_paths=[good, other])
     assert "hidden_size" in bad(tmp_path, model_paths=[good, wide])
-    assert "broken.jsonl:2" in bad(tmp_path, dataset_configs={str(broken): None, str(bundled_path("tasks/rewrite")): 4})
-    assert "silent.jsonl:1" in bad(tmp_path, dataset_configs={str(silent): None, str(bundled_path("tasks/rewrite")): 4})
-    for option, value in dict(mode="vector", constrain_mode="softmax", impl="fast").items():
+    assert "broken.jsonl:2" in bad(
+        tmp_path,
+        dataset_configs={str(broken): None, str(bundled_path("tasks/rewrite")): 4},
+    )
+    assert "silent.jsonl:1" in bad(
+        tmp_path,
+        dataset_configs={str(silent): None, str(bundled_path("tasks/rewrite")): 4},
+    )
+    assert "vocab" in bad(
+        tmp_path,
+        model_paths=[
+            good,
+            str(save_tiny(tiny_model("llama", vocab_size=64), tmp_path / "words")),
+        ],
+    )
+    cut = tmp_path / "cut"
+    shutil.copytree(good, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in bad(tmp_path, model_paths=[good, str(cut)])
+    for option, value in dict(
+        loss_func_name="l1", mode="vector", constrain_mode="softmax", impl="fast"
+    ).items():
         with pytest.raises(ValueError, match=f"{option}='{value}'"):
             small(tmp_path, **{option: value})
     with pytest.raises(ValueError, match="expected 2 numbers"):
         small(tmp_path, mask_init={"strategy": "uniform", "factors": [1, 2, 3]})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(optim="adamx"),
+        dict(target_modules=["no_such_module"]),
+        dict(
+            constrain_mode="01",
+            mask_init={"strategy": "uniform", "factors": [1.5, 0.5]},
+        ),
+        dict(max_steps=0),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_bad_option_does_not_clear_the_run_that_it_would_replace(options, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "precious").write_text("masks")
+    with pytest.raises(ValueError):
+        run(small(tmp_path, overwrite=True, **options), progress=False)
+    assert (folder / "precious").read_text() == "masks"
+
+
+def test_resume_refuses_other_options_and_nothing(tmp_path):
+    config = small(tmp_path, save_merged=False, max_steps=2)
+    with pytest.raises(FileNotFoundError, match="no run that could be resumed"):
+        run(small(tmp_path, resume=True), progress=False)
+    run(config, progress=False)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="mode='scalar', but the run"):
+        run(small(tmp_path, resume=True, mode="scalar"), progress=False)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_mask_decay_pulls_to_the_same_start_after_a_resume(tmp_path):
+    options = dict(
+        mask_decay=5.0, save_merged=False, save_steps=3, lr_scheduler_type="constant"
+    )
+    whole = run(small(tmp_path / "whole", **options), progress=False)
+    run(small(tmp_path / "cut", max_steps=3, **options), progress=False)
+    resumed = run(small(tmp_path / "cut", resume=True, **options), progress=False)
+    for name, mask in whole.merger.mask_state().items():
+        assert torch.equal(mask, resumed.merger.mask_state()[name]), name
+
+
+def test_the_run_seeds_random_masks(tmp_path):
+    from merge_lab.merger import Merger
+
+    def masks(seed):
+        config = small(tmp_path, seed=seed, mask_init={"strategy": "random"})
+        return torch.cat(
+            [m.flatten() for m in Merger.from_config(config).mask_state().values()]
+        )
+
+    assert torch.equal(masks(0), masks(0)) and not torch.equal(masks(0), masks(1))
+
+
+def test_values_of_the_wrong_type_are_named(tmp_path):
+    assert small(tmp_path, learning_rate="1e-2").learning_rate == 0.01
+    for option, value in dict(
+        report="nein",
+        max_steps="two",
+        target_modules="norm",
+        mode=None,
+        constrain_mode=1,
+    ).items():
+        with pytest.raises(ValueError, match=f"^{option}="):
+            small(tmp_path, **{option: value})
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "GiB are needed" in bad(tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_kept(tmp_path, capsys):
@@ -149,7 +290,9 @@ def test_checkpoints_hold_masks_only(tmp_path):
     weights = sum(p.numel() for p in result.merger.parameters() if not p.requires_grad)
     masks = load_file(checkpoint / "masks.safetensors")
     assert sum(mask.numel() for mask in masks.values()) < 0.1 * weights
-    assert not list(checkpoint.glob("model*.safetensors")) and not list(checkpoint.glob("*.bin"))
+    assert not list(checkpoint.glob("model*.safetensors")) and not list(
+        checkpoint.glob("*.bin")
+    )
 
 
 def test_help_and_unknown_commands(capsys):
