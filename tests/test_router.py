@@ -253,6 +253,25 @@ def test_a_training_that_was_cut_off_goes_on(tiny, tmp_path, monkeypatch):
     assert histories[0] == histories[1] and len(histories[0]["epochs"]) == 4
 
 
+def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, monkeypatch):
+    "A wrong name is corrected and run again: nothing may lie in the way."
+    monkeypatch.setattr("merge_lab.systems.router_parts.HUB_TEXT", {"c4": dict(path=str(tmp_path / "no-hub"))})
+    for wrong, message in (
+        (dict(dataset=["poems"]), "dataset='poems'"),
+        (dict(dataset=["c4"]), "Check the network"),
+        (dict(precisions=[2, 4]), "precisions=2"),
+        (dict(model_path=tmp_path / "none"), "no such folder"),
+        (dict(model_path=bundled_path("models/base")), "Quantise the model first"),
+    ):
+        options = dict(model_path=tiny) | wrong
+        with pytest.raises(ValueError, match=message):
+            run(router_config(options.pop("model_path"), tmp_path / "run", **options))
+    for wrong, message in ((dict(dataset=["poems"]), "dataset='poems'"), (dict(dataset=["c4"]), "Check the network")):
+        with pytest.raises(ValueError, match=message):
+            run_quantize(QuantizeConfig(str(bundled_path("models/base")), str(tmp_path / "run"), **(SMALL | wrong)))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [

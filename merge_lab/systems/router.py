@@ -9,7 +9,7 @@ __all__ = ['logger', 'greedy_assignments', 'measure_costs', 'factor_error', 'exp
            'last_checkpoint', 'run', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig', 'run_quantize', 'score_windows',
            'text_windows']
 
-# %% ../../nbs/40_systems/05_router.ipynb #7d5e9e5d
+# %% ../../nbs/40_systems/05_router.ipynb #d28b759a
 import copy
 import json
 import logging
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..components import load_tokenizer
-from ..core import atomic_path, best_device, check_options, open_run, option, set_seed, write_json
+from ..core import atomic_path, best_device, check_options, check_run, open_run, option, set_seed, write_json
 from .router_parts import GATES, LayerwiseQuantizeForCausalLM, QuantizeConfig, Routers, Window
 from .router_parts import collate, read_quantized, run_quantize, same_run
 from .router_parts import score_windows, text_windows, window_divergences
@@ -364,7 +364,7 @@ def start_from_costs(self: RouterTrainer):
 
 RouterTrainer.start_from_costs = start_from_costs
 
-# %% ../../nbs/40_systems/05_router.ipynb #a1d4b94d
+# %% ../../nbs/40_systems/05_router.ipynb #f6df37f1
 def end_epoch(self: RouterTrainer):
     "Validate, keep the best, write checkpoint and history."
     validation = self.validate() | dict(epoch=self.epoch)
@@ -396,7 +396,8 @@ def fit(self: RouterTrainer) -> pd.DataFrame:  # the epochs
         with tqdm(starts, desc=f"Epoch {self.epoch + 1}/{config.num_epochs}", unit="step") as bar:
             for start in bar:
                 row = self.step(order[start : start + config.batch_size])
-                bar.set_postfix(Loss=f"{row['loss']:.4f}", CE=f"{row['ce']:.4f}", Prec=f"{row['precision']:.4f}", AvgPrec=f"{row['average_bits']:.2f}")
+                shown = dict(Loss=row["loss"], CE=row["ce"], Prec=row["precision"])
+                bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | dict(AvgPrec=f"{row['average_bits']:.2f}"))
         self.epoch += 1
         self.end_epoch()
     self.model.eval()
@@ -405,7 +406,7 @@ def fit(self: RouterTrainer) -> pd.DataFrame:  # the epochs
 
 RouterTrainer.end_epoch, RouterTrainer.fit = end_epoch, fit
 
-# %% ../../nbs/40_systems/05_router.ipynb #045d8150
+# %% ../../nbs/40_systems/05_router.ipynb #2324210c
 def last_checkpoint(folder: Path) -> Path | None:
     "The checkpoint of the last whole epoch, if there is one."
     return max(folder.glob("router_checkpoint_epoch_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]), default=None)
@@ -416,8 +417,7 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     if not config.model_path:
         raise ValueError("model_path='': expected a folder made by `merge-lab quantize`. Say which model gets routers.")
     read_quantized(Path(config.model_path))
-    folder = open_run(config.save_dir, config.resume, config.overwrite)
-    same_run(folder, config)
+    check_run(config.save_dir, config.resume, config.overwrite)
     set_seed(config.random_state)
     device = torch.device(config.device or best_device())
     tokenizer = load_tokenizer(config.model_path)
@@ -428,6 +428,8 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.seq_len, seed=config.random_state)
     train = text_windows(n=config.num_examples, split="train", **text)
     validation = text_windows(n=config.num_validation, split="validation", **text)
+    folder = open_run(config.save_dir, config.resume, config.overwrite)
+    same_run(folder, config)
     trainer = RouterTrainer(model, config, train, validation)
     checkpoint = last_checkpoint(folder) if config.resume else None
     if checkpoint is not None:

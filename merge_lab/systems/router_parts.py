@@ -13,7 +13,7 @@ __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text',
            'from_quantized', 'router_state', 'load_state_dict', 'memory_table', 'read_bytes', 'collate',
            'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #9f40269c
+# %% ../../nbs/40_systems/05_router_parts.ipynb #e53add9c
 import json
 import logging
 import math
@@ -37,6 +37,7 @@ from merge_lab.core import (
     check_choice,
     check_disk_space,
     check_options,
+    check_run,
     config_to_yaml,
     open_run,
     option,
@@ -311,21 +312,22 @@ def write_description(model, tokenizer, config: QuantizeConfig, folder: Path):
     description = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": section}
     write_text(folder / "config.json", json.dumps(description, indent=2, default=str) + "\n")
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #4e028ee8
+# %% ../../nbs/40_systems/05_router_parts.ipynb #fb6c1a8d
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
     "Quantise a checkpoint at all precisions from seed to parent."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
-    folder = open_run(config.output_dir, config.resume, config.overwrite)
-    same_run(folder, config)
+    check_run(config.output_dir, config.resume, config.overwrite)
     device = torch.device(config.device or best_device())
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(config.model_path, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
-    check_disk_space(folder, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     layers, prefix = decoder_layers(model), layers_prefix(model)
+    windows = text_windows(tokenizer, config.dataset, config.seq_len, config.num_examples, "train", config.random_state)
+    check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
+    folder = open_run(config.output_dir, config.resume, config.overwrite)
+    same_run(folder, config)
     files = [folder / f"layer-{n:05d}.safetensors" for n in range(len(layers))]
     if not all(file.exists() for file in files):
-        windows = text_windows(tokenizer, config.dataset, config.seq_len, config.num_examples, "train", config.random_state)
         sensitivity = weight_sensitivity(model, windows, device)
         for n, file in enumerate(tqdm(files, desc="quantise", unit="layer")):
             own = {name.split(".", 1)[1]: value for name, value in sensitivity.items() if name.split(".", 1)[0] == str(n)}
@@ -651,9 +653,11 @@ def generate(
 for method in (hard_bits, start_plan, infer_forward, generate):
     setattr(LayerwiseQuantizeForCausalLM, method.__name__, method)
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #00973e00
+# %% ../../nbs/40_systems/05_router_parts.ipynb #d7b7e73d
 def read_quantized(folder: Path) -> dict:
     "The config of a quantised folder. Raises `ValueError` for a folder that is not one."
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Give one that `merge-lab quantize` has written.")
     file = folder / "config.json"
     description = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if description.get("quantization_config", {}).get("quant_method") != "merge_lab_anyprec":
