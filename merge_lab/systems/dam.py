@@ -480,7 +480,7 @@ class TopkCollator(ChatCollator):
             batch[name][scored] = values
         return batch
 
-# %% ../../nbs/40_systems/02_dam.ipynb #d4435425
+# %% ../../nbs/40_systems/02_dam.ipynb #e44dbefe
 _PENALTIES = {
     "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
     "lambda_coef_angle": "angle_overlap",
@@ -492,6 +492,7 @@ class DAMTrainConfig(LoopConfig):
     "How the coefficients are trained, and towards what."
 
     learning_rate: float = option(3e-2, "Step size of the optimizer on the masks", low=0, high=1, log=True, group="Training")
+    max_steps: int = option(600, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
     lr_scheduler_type: str = option(
         "linear", "Course of the learning rate", group="Training",
         choices=["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"],
