@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-# %% ../nbs/60_cli.ipynb #37da33da
+# %% ../nbs/60_cli.ipynb #22852254
 @dataclasses.dataclass
 class Command:
     "One subcommand."
@@ -59,7 +59,7 @@ COMMANDS = {
     "router": Command(
         "systems.router", "RouterConfig", "run", "train a router that chooses each layer's precision", ("model_path",)
     ),
-    "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",)),
+    "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",), show="show_fit"),
     "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",)),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
 }
@@ -225,7 +225,7 @@ def show_tables(result):
         elif isinstance(value, (str, Path)) or (value is result and result is not None):
             print(f"{name}: {value}" if name else value)
 
-# %% ../nbs/60_cli.ipynb #7401b7e4
+# %% ../nbs/60_cli.ipynb #d6d5a97b
 def usage() -> str:
     "The overview that `merge-lab --help` prints."
     width = max(map(len, COMMANDS))
@@ -245,8 +245,8 @@ def call(name: str, words: list[str]) -> int:
     result = getattr(module, command.function)(config)
     if isinstance(result, int):
         return result
-    (getattr(module, command.show) if command.show else show_tables)(result)
-    return 0
+    status = (getattr(module, command.show) if command.show else show_tables)(result)
+    return status or 0
 
 
 def main(words: list[str] | None = None) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'MemoryUse', 'readable', 'MemoryEstimate',
            'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
-           'MemoryConfig', 'run']
+           'fit_run', 'MemoryConfig', 'run', 'show_fit']
 
 # %% ../nbs/30_memory.ipynb #f979d708
 import dataclasses
@@ -252,7 +252,7 @@ def track_memory(
             torch.cuda.synchronize()
             use.overhead_bytes = torch.cuda.max_memory_allocated() - sum(use.parts.values())
 
-# %% ../nbs/30_memory.ipynb #c4b395bc
+# %% ../nbs/30_memory.ipynb #3e03b1b4
 _REAL = 2**24  # largest integer tensor that is held for real
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -419,7 +419,7 @@ def estimate_memory(
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
     return MemoryEstimate(read_peak(ledger, start), title)
 
-# %% ../nbs/30_memory.ipynb #a68aea77
+# %% ../nbs/30_memory.ipynb #d16eb114
 RESERVE = 0.05  # share of the budget that is kept free
 
 
@@ -445,6 +445,7 @@ class FitReport:
 
     budget_bytes: int
     tried: list[tuple[dict, MemoryEstimate]]  # changes so far, estimate; the first is what was asked for
+    options: dict = dataclasses.field(default_factory=dict)  # that were asked for
 
     @property
     def fits(self) -> bool:
@@ -479,7 +480,7 @@ class FitReport:
 def _words(changes: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or "as asked"
 
-# %% ../nbs/30_memory.ipynb #c9f6af87
+# %% ../nbs/30_memory.ipynb #d9489b67
 def free_memory(device: str | None = None) -> int:  # "cuda" or "cpu"; None: CUDA where there is one
     "Bytes that a new run could take on this machine."
     if device != "cpu" and torch.cuda.is_available():
@@ -501,7 +502,7 @@ def fit_report(
     "Whether training fits into a budget, and if not what makes it fit."
     config = load_config(config)
     device = options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    report = FitReport(budget_bytes or free_memory(device), [({}, estimate_memory(config, **options))])
+    report = FitReport(budget_bytes or free_memory(device), [({}, estimate_memory(config, **options))], options)
     changes = {}
     for cure in _cures(options):
         if report.remedy is not None:
@@ -510,7 +511,31 @@ def fit_report(
         report.tried.append((changes, estimate_memory(config, **{**options, **changes})))
     return report
 
-# %% ../nbs/30_memory.ipynb #c45a01e9
+# %% ../nbs/30_memory.ipynb #df4fcbd6
+_OF_RUN = {  # option of a run -> option of `estimate_memory`
+    "mode": "mode", "impl": "impl", "dtype": "dtype", "target_kinds": "target_kinds", "target_modules": "target_modules",
+    "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
+    "per_device_train_batch_size": "batch_size",
+}
+
+
+def fit_run(
+    config,  # of a run: the fields of MergerConfig and TrainConfig
+    seq_len: int,  # tokens of the longest sample
+    device: str = "cuda",  # "cuda" or "cpu"
+    budget_bytes: int | None = None,  # None: what is free here
+) -> FitReport:
+    "Whether a run fits; if recomputing activations was left open, with that choice made."
+    options = {ours: getattr(config, theirs) for theirs, ours in _OF_RUN.items()}
+    options |= dict(n_components=len(config.model_paths), seq_len=max(seq_len, 2), device=device)
+    asked = config.gradient_checkpointing
+    budget_bytes = budget_bytes or free_memory(device)
+    report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=bool(asked))
+    if asked is None and not report.fits:
+        report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=True)
+    return report
+
+# %% ../nbs/30_memory.ipynb #6c361d7e
 @dataclasses.dataclass
 class MemoryConfig:
     "What `merge-lab memory` estimates."
@@ -542,5 +567,13 @@ def run(config: MemoryConfig) -> FitReport:
         raise ValueError("model_paths=[]: expected at least one model. Give a folder or a hub name.")
     options = dataclasses.asdict(config)
     paths, budget = options.pop("model_paths"), options.pop("budget_gib")
+    for path in paths[1:]:
+        load_config(path)  # a slip of the pen is an error, not a component like the first
     n = len(paths) if len(paths) > 1 else options["n_components"]
     return fit_report(paths[0], int(budget * 2**30) if budget else None, **{**options, "n_components": n})
+
+
+def show_fit(report: FitReport) -> int:  # exit status: 0 if it fits
+    "Print what `merge-lab memory` found."
+    print(report)
+    return int(not report.fits)

@@ -32,7 +32,7 @@ from .objective import Objective
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #97b707ca
+# %% ../nbs/31_training.ipynb #b3b1ae70
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -55,7 +55,10 @@ class LoopConfig:
     save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output")
     logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output")
     report_to: str = option("none", "tensorboard, wandb or none", group="Output")
-    gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, a third more time", group="Memory")
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations in backward: less memory, a third more time; none given: if it would not fit otherwise",
+        group="Memory",
+    )
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
     device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")
     torch_compile: bool = option(False, "Compile the model with torch.compile", group="Training")

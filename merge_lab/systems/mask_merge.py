@@ -9,12 +9,13 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_CAPTIONS', 'LOADI
            'make_plots', 'save_plots', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result',
            'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #9c69f1df
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #6c1136dc
 import dataclasses
 import logging
 from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 
 from ..components import check_components, component_bytes, component_names, load_tokenizer
@@ -23,6 +24,7 @@ from merge_lab.core import (
     write_text,
 )
 from ..evaluation import confusion, evaluate_tasks, generate_answers
+from ..memory import FitReport, fit_run, readable
 from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, load_task, prompt_of
 from merge_lab.training import (
@@ -31,7 +33,7 @@ from merge_lab.training import (
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #2d2f4a12
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #c7d2b5ae
 def parse_datasets(
     value: dict | list | str | None,  # {"path": 1000}, ["path=1000", "path"], or either as YAML text
 ) -> dict[str, int | None]:  # path or hub name -> number of samples, None for all
@@ -71,6 +73,7 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
     report: bool = option(True, "Write plots and report.html", group="Output")
     resume: bool = option(False, "Go on with the run in output_dir", group="Output")
     overwrite: bool = option(False, "Replace the run in output_dir", group="Output")
+    dry_run: bool = option(False, "Check everything, estimate the memory, and stop", group="Output")
 
     def __post_init__(self):
         self.dataset_configs = parse_datasets(self.dataset_configs)
@@ -105,7 +108,7 @@ def demo_config(
     )
     return MaskMergeConfig(**{**defaults, **options})
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #1a8407de
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #e564b642
 @dataclasses.dataclass
 class Prepared:
     "What a run needs, checked."
@@ -116,6 +119,13 @@ class Prepared:
     tokenizer: object
     dataset: object  # tokenised training rows with their source
     tests: dict[str, list]  # task -> rows that scores are taken on
+    memory: FitReport | None  # estimate of the peak against what is free; None: it could not be made
+
+    @property
+    def recompute(self) -> bool:
+        "Whether activations are computed again in backward."
+        asked = self.config.gradient_checkpointing
+        return bool(self.memory and self.memory.options["gradient_checkpointing"]) if asked is None else asked
 
     @property
     def merged_dir(self) -> Path:
@@ -144,7 +154,24 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     if config.save_merged:
         dtype = None if config.dtype == "auto" else config.dtype
         check_disk_space(folder, component_bytes(config.model_paths[0], dtype))
-    return Prepared(config, folder, component_names(config.model_paths), tokenizer, dataset, tests)
+    memory = _estimate(config, max(map(len, dataset["input_ids"])))
+    return Prepared(config, folder, component_names(config.model_paths), tokenizer, dataset, tests, memory)
+
+
+def _estimate(config: MaskMergeConfig, longest: int) -> FitReport | None:
+    "Will it fit? Says so before anything is loaded, and warns if not."
+    device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
+    try:
+        report = fit_run(config, longest, device)
+    except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # cannot be traced
+        logger.warning("the memory that training takes could not be estimated: %s", error)
+        return None
+    if report.fits:
+        peak, free = readable(report.tried[0][1].peak_bytes), readable(report.budget_bytes)
+        logger.info("training takes about %s (an estimate, evaluation not counted); %s are free", peak, free)
+    else:
+        logger.warning("%s", report)
+    return report
 
 
 def _check_inputs(config: MaskMergeConfig):
@@ -162,7 +189,7 @@ def _check_inputs(config: MaskMergeConfig):
 
 # what a resumed run may change: how long it trains, what is measured and written, how it is computed
 _RESUMABLE = {
-    "max_steps", "num_train_epochs", "resume", "overwrite", "output_dir", "base_model", "eval_samples", "eval_split", "report",
+    "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "base_model", "eval_samples", "eval_split", "report",
     "save_merged", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "dataloader_num_workers",
     "torch_compile", "impl", "keep_merged", "gradient_checkpointing", "logit_chunk",
 }
@@ -234,7 +261,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #d19e0a9b
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #14ab9cc2
 class RunInterrupted(RuntimeError):
     "A run was stopped by the user; the message says where its masks are and how to go on."
 
@@ -248,7 +275,7 @@ def make_trainer(
     "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
     config = ready.config
     trainer = MergerTrainer(
-        merger, training_arguments(config, ready.folder), objective_of(config), config.gradient_checkpointing,
+        merger, training_arguments(config, ready.folder), objective_of(config), ready.recompute,
         train_dataset=ready.dataset, data_collator=ChatCollator(ready.tokenizer), callbacks=list(callbacks),
     )
     history, stopper = HistoryCallback(ready.folder / "history.jsonl").attach(trainer), StopCallback()
@@ -276,7 +303,7 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
             f"{last_checkpoint(ready.folder)}. Go on with: merge-lab mask-merge {ready.folder / 'config.yaml'} --resume"
         )
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #7fa5a2af
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #e7955df8
 @dataclasses.dataclass
 class MaskMergeResult:
     "What a run gives back."
@@ -293,7 +320,7 @@ class MaskMergeResult:
 def recipe_of(config: MaskMergeConfig) -> dict:
     "What a model card should tell: every option that says what was merged, on what and how it was trained."
     recipe = dataclasses.asdict(config)
-    for name in ("output_dir", "save_merged", "report", "resume", "overwrite", "base_model", "report_to", "device"):
+    for name in ("output_dir", "dry_run", "save_merged", "report", "resume", "overwrite", "base_model", "report_to", "device"):
         del recipe[name]
     recipe["dataset_configs"] = {Path(path).name: n for path, n in config.dataset_configs.items()}
     return recipe
@@ -303,9 +330,11 @@ def run(
     config: MaskMergeConfig,
     callbacks: tuple = (),  # further TrainerCallbacks
     progress: bool = True,
-) -> MaskMergeResult:
+) -> MaskMergeResult | Prepared:  # the latter after a dry run
     "Merge with learned masks. Raises before any long work if something is wrong, `RunInterrupted` if stopped."
     ready = prepare(config)
+    if config.dry_run:
+        return ready
     set_seed(config.seed)
     merger = Merger.from_config(config)
     trainer, history, stopper = make_trainer(merger, ready, callbacks, progress)
@@ -423,7 +452,7 @@ def write_report(result: MaskMergeResult, config: MaskMergeConfig, more: tuple =
     title = f"One model for {' and '.join(result.scores.task.unique())}"
     return report_html(title, [*report_sections(result, config, plots), *more], result.folder / "report.html")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #1e88adc7
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #8cd20935
 def print_scores(result: MaskMergeResult, title: str):
     "The final table of a run, for the command line."
     wide = result.scores.pivot(index="model", columns="task", values=["exact_match", "loss"])
@@ -434,11 +463,16 @@ def print_scores(result: MaskMergeResult, title: str):
     print(f"\n{title} (loss in nats per answer token)\n\n{wide.to_string(float_format='{:.3f}'.format)}\n")
 
 
-def show_result(result: MaskMergeResult):
-    "Print the scores and where things are."
+def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
+    "Print the scores and where things are; after a dry run, what would be done."
+    if isinstance(result, Prepared):
+        print(f"{len(result.dataset)} training samples for {', '.join(result.names)}; scores on {', '.join(result.tests)}.\n")
+        print(result.memory or "The memory could not be estimated.")
+        return int(result.memory is not None and not result.memory.fits)
     print_scores(result, "Scores of the base, the components, their average and the learned masks")
     kept = [p for p in ("masks", "merged", "report.html") if (result.folder / p).exists()]
     print("Written: " + ", ".join(str(result.folder / p) for p in kept))
+    return 0
 
 
 def demo(
