@@ -123,3 +123,15 @@ def test_gradients_at_a_fixed_precision_reach_the_input():
 def test_imports_no_transformers():
     code = "import merge_lab.anyprec, sys; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_a_seed_of_many_bits_is_no_worse_than_a_nested_model_of_as_many(bits):
+    weight, sensitivity = torch.randn(6, 640), torch.rand(6, 640)
+    share = sensitivity / sensitivity.mean(1, keepdim=True) + 1e-3
+
+    def error(nested):
+        return (share * (nested.dequantize(bits) - weight).square()).sum()
+
+    alone = quantize_weight(weight, sensitivity, bits, bits)
+    assert error(alone) < 1.15 * error(quantize_weight(weight, sensitivity, 3, bits))
