@@ -648,7 +648,7 @@ def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Opti
     masks = [mask for mask in merger.parameters() if mask.requires_grad]
     return MoFOAdamW(masks, config.mofo_fraction, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #5897a85b
+# %% ../../nbs/40_systems/02_dam.ipynb #cfc6bd8f
 class NoiseGate(TrainerCallback):
     "Takes a gradient that is rounding noise for zero, before the optimizer makes a step of it."
 
@@ -661,7 +661,7 @@ class NoiseGate(TrainerCallback):
             for gradient in gradients:
                 gradient.zero_()
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #5081b71f
 def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "Trainer of a config, with its history and a way to stop it."
     merger = load_untrained(config)
@@ -700,17 +700,22 @@ def train(config: DAMTrainConfig) -> DAMRun:
         merger.save_merged(folder / "merged", is_main_process=main)
     return DAMRun(merger, history.frame(), folder)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #3d768dd2
+# %% ../../nbs/40_systems/02_dam.ipynb #d21bd29c
 def show_merge(merger: DAMMerger):
     "Print what was made."
     what = "blended" if merger.use_base_model else "not blended"
-    print(f"{merger.n_components} components ({', '.join(merger.names)}), base {what}: {len(merger.mask_state())} masks, all at 1/n or random_init")
+    alphas = merger.alphas()
+    print(
+        f"{merger.n_components} components ({', '.join(merger.names)}), base {what}: {len(merger.mask_state())} weights with "
+        f"coefficients from {alphas['min'].min():.3f} to {alphas['max'].max():.3f}"
+    )
 
 
 def show_dataset(dataset):
     "Print what a dataset holds."
     stored = "with stored teachers" if STORED_TOPK[0] in dataset.column_names else "without teachers"
-    print(f"{len(dataset)} rows of {len(set(dataset['source']))} components, {stored}")
+    folder = Path(dataset.cache_files[0]["filename"]).parent
+    print(f"{len(dataset)} rows of {len(set(dataset['source']))} components, {stored}, in {folder}")
 
 
 def show_run(run: DAMRun):
