@@ -53,7 +53,7 @@ def test_one_hot_is_the_component(architecture, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("constrain_mode", [c for c in CONSTRAINTS if c != "spherical"])
+@pytest.mark.parametrize("constrain_mode", CONSTRAINTS)
 def test_identical_components_give_themselves_back(architecture, mode, constrain_mode):
     model = tiny_model(**ARCHITECTURES[architecture])
     wanted = logits_of(model)
@@ -96,6 +96,30 @@ def test_exported_is_trained(architecture, mode, untie, tmp_path):
     merger.save_pretrained(tmp_path / "masks")
     again = Merger.from_pretrained(tmp_path / "masks")
     assert torch.equal(logits_of(again), logits_of(merger))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("constrain_mode", CONSTRAINTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_combination_trains_a_step_and_is_what_it_exports(
+    architecture, mode, constrain_mode, dtype
+):
+    start = "spherical" if constrain_mode == "spherical" else "uniform"
+    merger = merger_of(
+        architecture,
+        dtype=dtype,
+        mode=mode,
+        constrain_mode=constrain_mode,
+        mask_init={"strategy": start},
+    )
+    masks = [p for p in merger.parameters() if p.requires_grad]
+    merger(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(mask.grad.isfinite().all() for mask in masks)
+    assert any(mask.grad.any() for mask in masks)
+    torch.optim.SGD(masks, lr=0.1).step()
+    plain = tiny_model(dtype=dtype, **ARCHITECTURES[architecture])
+    plain.load_state_dict(merger.merged_state_dict(), strict=False)
+    assert_close(logits_of(plain), logits_of(merger), atol=1e-5, rtol=1e-5)
 
 
 def test_masks_stay_fp32_over_bf16_weights_and_move():
