@@ -394,7 +394,7 @@ def with_teacher(config: DAMTopkConfig, teacher: Merger, rows: list[dict], colla
         bar.update(len(batch))
     return found
 
-# %% ../../nbs/40_systems/02_dam.ipynb #46a0efa8
+# %% ../../nbs/40_systems/02_dam.ipynb #b7969793
 DATASET_FILE = "dam_dataset.json"
 _HOW = {"batch_size", "part_size", "device", "overwrite", "hf_disk_dataset_dir", "cache_dir"}  # what it holds is the same
 
@@ -419,7 +419,7 @@ def check_k(k: int, vocab_size: int):
     if k > vocab_size:
         raise ValueError(f"k={k}: expected at most {vocab_size}, the vocabulary. Use k=50 unless storage is no concern.")
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #19d21ce4
 def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
     "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
     from datasets import concatenate_datasets, load_from_disk
