@@ -311,17 +311,21 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
-# %% ../nbs/30_memory.ipynb #597fa07a
+# %% ../nbs/30_memory.ipynb #55c2aba5
 @contextmanager
-def _as_if_on(device: str):
-    "Let meta tensors be treated like those of a device."
+def _as_if_on(device: str, offload: bool = False):
+    "Let meta tensors be treated like those of a device, to which components are brought if they are offloaded."
     tables = (losses._BLOCK, masks._OPERATIONS_PER_ELEMENT)
+    bring = masks.bring
     for table in tables:
         table["meta"] = table[device]
     F.scaled_dot_product_attention = _attention
+    if offload:
+        masks.bring = lambda tensor, to: tensor if to is None else tensor.clone()  # what comes from the host takes memory here
     try:
         yield
     finally:
+        masks.bring = bring
         F.scaled_dot_product_attention = _attend
         for table in tables:
             table.pop("meta", None)
@@ -341,7 +345,7 @@ def _pretend_batch(batch_size: int, seq_len: int, n: int, vocab_size: int) -> di
     ids = (torch.arange(batch_size * seq_len) % vocab_size).view(batch_size, seq_len)
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, source=torch.arange(batch_size) % n)
 
-# %% ../nbs/30_memory.ipynb #e550cb4e
+# %% ../nbs/30_memory.ipynb #6090f544
 def load_config(config):  # a transformers config, a folder or a hub name
     "The transformers config."
     if not isinstance(config, (str, Path)):
@@ -365,6 +369,7 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     merger = Merger(models, merger_config)
     models.clear()
     _own_merger(ledger, merger)
+    merger.state.device = merger.device if merger_config.offload else None
     if gradient_checkpointing:
         merger.checkpoint_activations()
     merger.train()
@@ -377,7 +382,7 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     training_step(merger, batch, objective, optimizer)
     return start
 
-# %% ../nbs/30_memory.ipynb #2d12d8fe
+# %% ../nbs/30_memory.ipynb #24c68511
 OPTIMIZERS = {"adamw": "two numbers per mask value", "sgd": "no state"}
 
 
@@ -412,14 +417,16 @@ def estimate_memory(
     objective = objective or _default_objective(loss, fused_loss, logit_chunk)
     vocab_size = config.get_text_config().vocab_size
     ledger = Ledger(vocab_size)
-    with _as_if_on(device), _watching(ledger, _Pretend(ledger, device)):
+    offload = merger_config.offload
+    with _as_if_on(device, offload), _watching(ledger, _Pretend(ledger, device)):
         models = _pretend_models(config, n_components, dtype)
         batch = _pretend_batch(batch_size, seq_len, n_components, vocab_size)
         start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
-    return MemoryEstimate(read_peak(ledger, start), title)
+    parts = read_peak(ledger, start)
+    return MemoryEstimate({**parts, "components": 0} if offload else parts, title)
 
-# %% ../nbs/30_memory.ipynb #d16eb114
+# %% ../nbs/30_memory.ipynb #8ad01e5f
 RESERVE = 0.05  # share of the budget that is kept free
 
 
@@ -431,6 +438,7 @@ def _cures(options: dict) -> Iterable[dict]:
         {"fused_loss": True},
         {"gradient_checkpointing": True},
         {"batch_size": 1},
+        *([{"offload": True}] if options.get("device") == "cuda" else []),
     ]
     yield from (cure for cure in cures if options.get(*cure) not in (None, *cure.values()))
     seq_len = options.get("seq_len", 2048)
@@ -511,10 +519,10 @@ def fit_report(
         report.tried.append((changes, estimate_memory(config, **{**options, **changes})))
     return report
 
-# %% ../nbs/30_memory.ipynb #df4fcbd6
+# %% ../nbs/30_memory.ipynb #15317388
 _OF_RUN = {  # option of a run -> option of `estimate_memory`
     "mode": "mode", "impl": "impl", "dtype": "dtype", "target_kinds": "target_kinds", "target_modules": "target_modules",
-    "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
+    "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "offload": "offload", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
     "per_device_train_batch_size": "batch_size",
 }
 
@@ -535,7 +543,7 @@ def fit_run(
         report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=True)
     return report
 
-# %% ../nbs/30_memory.ipynb #6c361d7e
+# %% ../nbs/30_memory.ipynb #94766e55
 @dataclasses.dataclass
 class MemoryConfig:
     "What `merge-lab memory` estimates."
@@ -554,6 +562,7 @@ class MemoryConfig:
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget", low=1)
     optimizer: str = option("adamw", "Optimizer of the masks", choices=OPTIMIZERS)
     keep_merged: bool = option(False, "Keep merged weights between micro-steps")
+    offload: bool = option(False, "Components stay in host memory, weights are brought when they are used")
     device: str = option("cuda", "Whose choices are made", choices=["cuda", "cpu"])
     budget_gib: float | None = option(None, "Memory to fit into; none given: what is free here", low=0)
 

@@ -35,7 +35,7 @@ from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/20_merger.ipynb #a348f935
+# %% ../nbs/20_merger.ipynb #4c80fbfd
 KINDS = ("linear", "embedding", "norm", "other")
 STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend")
 
@@ -69,6 +69,10 @@ class MergerConfig:
     dtype: str = option(
         "auto", "Weights in memory and in the checkpoint; auto: as stored", group="Memory",
         choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    offload: bool = option(
+        False, "Components stay in host memory and weights are brought to the device when used: least memory, slower",
+        group="Memory",
     )
     keep_merged: bool = option(
         False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory"
@@ -246,7 +250,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #eb61dd8f
+# %% ../nbs/20_merger.ipynb #13195f73
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
@@ -262,7 +266,7 @@ class Merger(nn.Module):
         for model in models:
             silence_dropout(model)
         check_mask_init(config.mask_init, len(models))
-        self.state = MergeState(config.impl, config.keep_merged)
+        self.state = MergeState(config.impl, config.keep_merged, config.offload)
         self.model = wrap(models, config, self.state)
         self.init_masks(config.mask_init)
 
@@ -314,7 +318,18 @@ class Merger(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        "Where it computes; components that are offloaded are elsewhere."
+        return next((p for p in self.parameters() if p.requires_grad), next(self.parameters())).device
+
+    def _apply(self, fn, recurse=True):
+        "Move or convert; with `offload` the components stay, pinned so that they travel fast."
+        super()._apply(fn, recurse)
+        if self.state.offload:
+            self.state.device = self.device
+            for weight in (p for p in self.parameters() if not p.requires_grad):
+                if self.device.type == "cuda" and weight.device.type == "cpu" and not weight.is_pinned():
+                    weight.data = weight.data.pin_memory()
+        return self
 
 # %% ../nbs/20_merger.ipynb #44fdcbe9
 def checkpoint_activations(model: nn.Module):  # a transformers model

@@ -105,7 +105,7 @@ def _explain_fused(merger: Merger) -> bool:
     )
     return False
 
-# %% ../nbs/22_objective.ipynb #85c82898
+# %% ../nbs/22_objective.ipynb #e03e489b
 def _teacher_context(merger: Merger):
     "Inference mode; plain no_grad where parameters are sharded, since gathered ones must stay usable for training."
     sharded = any(hasattr(p, "device_mesh") for p in merger.parameters())
@@ -122,7 +122,8 @@ def _teacher_hidden(merger: Merger, batch: Batch, i: int, rows: Tensor) -> Tenso
 def _head_tensors(merger: Merger, i: int) -> tuple[Tensor, Tensor | None]:
     "Weight and bias of component i's head."
     head = merger.model.get_output_embeddings()
-    return head.weights["weight"][i], head.weights["bias"][i] if "bias" in head.weights else None
+    with merger.as_component(i):
+        return head.tensor("weight"), head.tensor("bias") if "bias" in head.weights else None
 
 
 def _teacher_logits(merger: Merger, batch: Batch, i: int, rows: Tensor) -> Tensor:  # (scored tokens, vocab)

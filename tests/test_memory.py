@@ -185,3 +185,15 @@ def test_what_fits_is_left_alone_and_what_does_not_is_cured():
         estimate_memory(config, **{**options, **report.remedy}).peak_bytes
         <= 0.8 * asked
     )
+
+
+def test_offloading_leaves_little_on_the_device():
+    from merge_lab.tinylm import tiny_config
+
+    config = tiny_config("llama", vocab_size=512, hidden_size=256, num_hidden_layers=8)
+    here = estimate_memory(config, 3, 64, dtype="bfloat16")
+    away = estimate_memory(config, 3, 64, dtype="bfloat16", offload=True)
+    assert away.parts["components"] == 0 < here.parts["components"]
+    largest = 2 * max(config.intermediate_size, config.vocab_size) * config.hidden_size
+    assert here.peak_bytes - here.parts["components"] <= away.peak_bytes
+    assert away.peak_bytes < here.peak_bytes - here.parts["components"] + 8 * largest

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from merge_lab import masks
 from merge_lab.components import load_model
 from merge_lab.constraints import CONSTRAINTS
 from merge_lab.masks import IMPLS, MODES
@@ -120,6 +121,34 @@ def test_every_combination_trains_a_step_and_is_what_it_exports(
     plain = tiny_model(dtype=dtype, **ARCHITECTURES[architecture])
     plain.load_state_dict(merger.merged_state_dict(), strict=False)
     assert_close(logits_of(plain), logits_of(merger), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_offloaded_components_stay_and_weights_are_brought(
+    architecture, impl, monkeypatch
+):
+    "The meta device stands for an accelerator: a weight that was not brought there would be refused."
+
+    def bring(tensor, device):
+        if tensor.is_meta and device is not None and device.type == "cpu":  # token ids
+            return torch.zeros_like(tensor, device=device)
+        return plain_bring(tensor, device)
+
+    plain_bring = masks.bring
+    monkeypatch.setattr(masks, "bring", bring)
+    wanted = merger_of(architecture, impl=impl)
+    merger = merger_of(architecture, impl=impl, offload=True)
+    assert torch.equal(logits_of(merger), logits_of(wanted))  # at home it changes nothing
+    merger.config.pad_token_id = None  # else GPT-2 reads the ids, to warn
+    merger.to("meta")
+    held = {p.requires_grad: p.device.type for p in merger.parameters()}
+    assert held == {True: "meta", False: "cpu"} and merger.device.type == "meta"
+    ids = IDS.to("meta")
+    merger(input_ids=ids).logits.sum().backward()
+    assert all(p.grad.is_meta for p in merger.parameters() if p.requires_grad)
+    with merger.as_component(1):
+        assert merger(input_ids=ids).logits.is_meta
+    assert all(not p.is_meta for p in merger.parameters() if not p.requires_grad)
 
 
 def test_masks_stay_fp32_over_bf16_weights_and_move():

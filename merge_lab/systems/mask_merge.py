@@ -33,7 +33,7 @@ from merge_lab.training import (
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #c7d2b5ae
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #c4c5bb86
 def parse_datasets(
     value: dict | list | str | None,  # {"path": 1000}, ["path=1000", "path"], or either as YAML text
 ) -> dict[str, int | None]:  # path or hub name -> number of samples, None for all
@@ -66,7 +66,7 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
     source_keys: list[int] | None = option(None, "Component that each dataset belongs to; none given: in order", group="Data")
     max_length: int = option(2048, "Tokens per sample; longer ones are cut", low=8, high=131072, log=True, group="Data")
     eval_samples: int | None = option(200, "Test samples per task; none given: all", low=1, group="Data")
-    eval_split: str = option("test", "Split that the scores are taken on", group="Data")
+    eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Data")
     base_model: str | None = option(None, "The ancestor, for comparison in the table", group="Components")
     output_dir: str = option("runs/mask_merge", "Folder of the run", group="Output")
     save_merged: bool = option(True, "Write the merged checkpoint", group="Output")
@@ -108,7 +108,7 @@ def demo_config(
     )
     return MaskMergeConfig(**{**defaults, **options})
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #e564b642
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #e1ef87ed
 @dataclasses.dataclass
 class Prepared:
     "What a run needs, checked."
@@ -191,7 +191,8 @@ def _check_inputs(config: MaskMergeConfig):
 _RESUMABLE = {
     "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "base_model", "eval_samples", "eval_split", "report",
     "save_merged", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "dataloader_num_workers",
-    "torch_compile", "impl", "keep_merged", "gradient_checkpointing", "logit_chunk",
+    "torch_compile", "impl", "keep_merged", "offload", "gradient_checkpointing",
+    "logit_chunk",
 }
 
 
