@@ -62,7 +62,7 @@ SHAPE = dict(
 )
 STAGES = [(3, 500, 5e-3), (6, 300, 4e-3), (12, 160, 3e-3)]  # layers, steps, rate
 CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
-PARTS = ["choices", "seeds", "command", "depths"]
+PARTS = ["choices", "seeds", "defaults", "depths"]
 TRAINING = dict(num_steps=100, learning_rate=0.1)
 DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge` does
 
@@ -238,7 +238,7 @@ def measure_seed(model, tokenizer, text: dict, seed: int) -> list[dict]:
     return [dict(row, seed=seed, pairs=pairs, beside=beside) for row in plain(table)]
 
 
-def measure_command(model, tokenizer, text: dict, seed: int) -> list[dict]:
+def measure_defaults(model, tokenizer, text: dict, seed: int) -> list[dict]:
     "Test perplexity of what the command line does by default: more steps at a lower rate."
     loader, config = loader_of(tokenizer, seed), LayerMergeConfig()
     similarity, pairs = chosen(model, loader, config.n_pairs, seed)
@@ -300,7 +300,7 @@ def measure(parts: list[str], seeds: list[int], depths: list[int], out: Path):
     tokenizer, model = load_tokenizer(folder), load_model(folder, dtype="float32")
     jobs = [("choices", measure_choice, "seed", seed) for seed in seeds]
     jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
-    jobs += [("command", measure_command, "seed", seed) for seed in seeds]
+    jobs += [("defaults", measure_defaults, "seed", seed) for seed in seeds]
     jobs += [("depths", measure_depth, "n_pairs", depth) for depth in depths]
     for name, job, key, value in (job for job in jobs if job[0] in parts):
         start = time.perf_counter()
