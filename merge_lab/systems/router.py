@@ -6,8 +6,8 @@
 __all__ = ['logger', 'greedy_assignments', 'measure_costs', 'factor_error', 'explained', 'set_static', 'fit_costs',
            'average_bits', 'fit_price', 'precision_term', 'RouterConfig', 'RouterTrainer', 'step', 'epoch_order',
            'validate', 'save_checkpoint', 'load_checkpoint', 'objective_price', 'start_from_costs', 'end_epoch', 'fit',
-           'last_checkpoint', 'run', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig', 'run_quantize', 'score_windows',
-           'text_windows']
+           'last_checkpoint', 'run', 'quantized_note', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig', 'run_quantize',
+           'score_windows', 'text_windows']
 
 # %% ../../nbs/40_systems/05_router.ipynb #d28b759a
 import copy
@@ -183,42 +183,42 @@ def precision_term(
     low, high = precisions[0], precisions[-1]
     return (average - low) / max(high - low, 1) * ce.detach()
 
-# %% ../../nbs/40_systems/05_router.ipynb #b9588ac0
+# %% ../../nbs/40_systems/05_router.ipynb #117b0e81
 @dataclass
 class RouterConfig:
     "Options of `merge-lab router`."
 
-    model_path: str = option("", "Quantised model: a folder made by `merge-lab quantize`")
-    dataset: list[str] = option(["prose", "code", "tasks"], "Text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path")
-    seq_len: int = option(512, "Tokens of a window", low=2, high=131072)
-    prefix_length: int = option(64, "Tokens at the start of a window that the router sees; the rest is scored", low=1)
-    num_examples: int = option(1000, "Windows for training", low=1)
-    num_validation: int = option(100, "Windows for validation", low=1)
-    batch_size: int = option(4, "Windows per step", low=1)
-    num_epochs: int = option(10, "Passes over the training windows", low=0)
-    learning_rate: float = option(1e-4, "Step size of AdamW on the routers", low=0, high=10, log=True)
-    weight_decay: float = option(0.01, "Weight decay of AdamW", low=0)
-    schedule: str = option("cosine", "Learning rate over the run", choices=["constant", "linear", "cosine"])
-    weight_ce: float = option(0.7, "Weight of the cross-entropy", low=0)
-    weight_precision: float = option(0.3, "Weight of the precision term", low=0)
-    target_bits: float | None = option(None, "Average bits to spend; none: a price on bits instead", low=1, high=8)
-    precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has")
-    gate: str = option("softmax", "How logits become probabilities", choices=list(GATES))
-    straight_through: bool = option(False, "Hard choices in each forward pass, soft gradients")
-    temperature_start: float = option(1.0, "Temperature at the beginning", low=1e-3)
-    temperature_end: float = option(0.05, "Temperature at the end", low=1e-3)
-    pretrain: str = option("costs", "What the routers start from: costs measured layer by layer, or nothing", choices=["costs", "none"])
-    num_costs: int = option(240, "Training windows that costs are measured on", low=2)
-    curriculum: bool = option(False, "Begin with the windows that are easy at full precision")
-    router_hidden: int = option(64, "Width of the routers", low=1)
-    dropout: float = option(0.0, "Dropout in the routers", low=0, high=0.9)
-    keep_weights: bool = option(False, "Keep all layers dequantised: faster, more memory")
-    save_dir: str = option("router_checkpoints", "Folder of checkpoints and history")
-    random_state: int = option(42, "Seed of windows, routers and order")
-    device: str | None = option(None, "Device; none for the best there is")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model")
-    resume: bool = option(False, "Go on with a run that was cut off")
-    overwrite: bool = option(False, "Replace a run that is there")
+    model_path: str = option("", "Quantised model: a folder made by `merge-lab quantize`", group="Model and text")
+    dataset: list[str] = option(["prose", "code", "tasks"], "Text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
+    seq_len: int = option(512, "Tokens of a window", low=2, high=131072, group="Model and text")
+    prefix_length: int = option(64, "Tokens at the start of a window that the router sees; the rest is scored", low=1, group="Model and text")
+    num_examples: int = option(1000, "Windows for training", low=1, group="Model and text")
+    num_validation: int = option(100, "Windows for validation", low=1, group="Model and text")
+    batch_size: int = option(4, "Windows per step", low=1, group="Training")
+    num_epochs: int = option(10, "Passes over the training windows", low=0, group="Training")
+    learning_rate: float = option(1e-4, "Step size of AdamW on the routers", low=0, high=10, log=True, group="Training")
+    weight_decay: float = option(0.01, "Weight decay of AdamW", low=0, group="Training")
+    schedule: str = option("cosine", "Learning rate over the run", choices=["constant", "linear", "cosine"], group="Training")
+    weight_ce: float = option(0.7, "Weight of the cross-entropy", low=0, group="Objective")
+    weight_precision: float = option(0.3, "Weight of the precision term", low=0, group="Objective")
+    target_bits: float | None = option(None, "Average bits to spend; none: a price on bits instead", low=1, high=8, group="Objective")
+    precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has", group="Model and text")
+    gate: str = option("softmax", "How logits become probabilities", choices=list(GATES), group="Router")
+    straight_through: bool = option(False, "Hard choices in each forward pass, soft gradients", group="Router")
+    temperature_start: float = option(1.0, "Temperature at the beginning", low=1e-3, group="Router")
+    temperature_end: float = option(0.05, "Temperature at the end", low=1e-3, group="Router")
+    pretrain: str = option("costs", "What the routers start from: costs measured layer by layer, or nothing", choices=["costs", "none"], group="Training")
+    num_costs: int = option(240, "Training windows that costs are measured on", low=2, group="Training")
+    curriculum: bool = option(False, "Begin with the windows that are easy at full precision", group="Training")
+    router_hidden: int = option(64, "Width of the routers", low=1, group="Router")
+    dropout: float = option(0.0, "Dropout in the routers", low=0, high=0.9, group="Router")
+    keep_weights: bool = option(False, "Keep all layers dequantised: faster, more memory", group="Run")
+    save_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run")
+    random_state: int = option(42, "Seed of windows, routers and order", group="Run")
+    device: str | None = option(None, "Device; none for the best there is", group="Run")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
+    resume: bool = option(False, "Go on with a run that was cut off", group="Run")
+    overwrite: bool = option(False, "Replace a run that is there", group="Run")
 
     def __post_init__(self):
         check_options(self)
@@ -437,3 +437,9 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     epochs = trainer.fit()
     model.load_state_dict(torch.load(folder / "best_router_checkpoint.pt", weights_only=True)["model_state_dict"])
     return model, epochs
+
+# %% ../../nbs/40_systems/05_router.ipynb #bc21587a
+def quantized_note(path: str, values: dict) -> str:
+    "What a panel says about a quantised folder. Raises `ValueError` if it is not one."
+    section = read_quantized(Path(path))["quantization_config"] if path else {}
+    return f"precisions {section['seed_precision']} to {section['parent_precision']}" if section else ""

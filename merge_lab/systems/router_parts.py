@@ -225,24 +225,24 @@ def weight_sensitivity(
         model.requires_grad_(False)
     return {name: value / len(windows) for name, value in total.items()}
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #6a5c4143
+# %% ../../nbs/40_systems/05_router_parts.ipynb #13b3a60d
 @dataclass
 class QuantizeConfig:
     "Options of `merge-lab quantize`."
 
-    model_path: str = option("", "Model to quantise: a folder or a hub name")
-    output_dir: str = option("runs/quantized", "Folder of the quantised model")
-    seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8)
-    parent_precision: int = option(8, "Most bits per weight", low=1, high=8)
-    dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path")
-    seq_len: int = option(512, "Tokens of a calibration window", low=2, high=131072)
-    num_examples: int = option(128, "Calibration windows in all", low=1, high=1_000_000)
-    dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"])
-    device: str | None = option(None, "Device; none for the best there is")
-    random_state: int = option(42, "Seed of the calibration windows")
-    trust_remote_code: bool = option(False, "Run Python code that comes with the model")
-    resume: bool = option(False, "Go on with a run that was cut off")
-    overwrite: bool = option(False, "Replace a run that is there")
+    model_path: str = option("", "Model to quantise: a folder or a hub name", group="Model and text")
+    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run")
+    seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
+    parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
+    dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
+    seq_len: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text")
+    num_examples: int = option(128, "Calibration windows in all", low=1, high=1_000_000, group="Model and text")
+    dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
+    device: str | None = option(None, "Device; none for the best there is", group="Run")
+    random_state: int = option(42, "Seed of the calibration windows", group="Run")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
+    resume: bool = option(False, "Go on with a run that was cut off", group="Run")
+    overwrite: bool = option(False, "Replace a run that is there", group="Run")
 
     def __post_init__(self):
         check_options(self)
