@@ -850,7 +850,7 @@ def prepare(config: LayerMergeConfig) -> Prepared:
     pairs = find_merge_pairs(similarity, config.n_pairs, by_hand or config.pair_strategy)
     return Prepared(tokenizer, model, loader, evaluation, pairs, similarity)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #92d6975b
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #f4a67fff
 @dataclass
 class LayerMergeResult:
     "What `run` made."
@@ -876,7 +876,7 @@ def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a r
     table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
     return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #69281dc9
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
@@ -937,7 +937,7 @@ def learn(config, made, on_step, progress) -> tuple[pd.DataFrame, pd.DataFrame]:
     beside = [made.similarity.loc[into, removed] for into, removed in zip(alphas["into"], alphas["removed"])]
     return alphas.assign(similarity=beside), model.merge_record.history
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #92c5338e
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #ceab631c
 METHOD_NAMES = {"cka": "CKA", "npib": "NPIB"}
 
 
@@ -961,7 +961,7 @@ def alpha_points(alphas: pd.DataFrame, method: str):
     add_legend(axis)
     return figure
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #f23181c6
 def score_bars(table: pd.DataFrame):
     "Figure: perplexity and accuracy of every model in a run's table; None if neither was measured."
     from merge_lab.viz import INK, MUTED, colour_of, new_figure
@@ -983,7 +983,7 @@ def score_bars(table: pd.DataFrame):
     axes[0, 0].invert_yaxis()
     return figure
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #c9637156
 def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
     "The figures of a run."
     from merge_lab.viz import INK, TITLE_FONT, loss_curves, similarity_heatmap
