@@ -80,6 +80,9 @@ def test_two_processes_train_the_same_masks(runs):
     assert runs[2][0]["trainer_wrapper"] == "DDP"
     one, two = runs[1][1]["masks"], runs[2][1]["masks"]
     assert one.keys() == two.keys()
+    assert (
+        max((mask - mask.mean()).abs().max() for mask in one.values()) > 1e-2
+    )  # they moved
     for name in one:
         assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
 
@@ -107,3 +110,26 @@ def test_a_sharded_run_saves_resumes_and_exports(runs):
         assert one.keys() == two.keys()
         for name in one:
             assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_notebook_launches_two_processes(tmp_path):
+    from safetensors.torch import load_file
+
+    worker = Path(__file__).with_name("launcher_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for n in (1, 2):
+        command = [sys.executable, str(worker), str(tmp_path), str(n)]
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (
+        load_file(tmp_path / f"masks-{n}" / "masks.safetensors") for n in (1, 2)
+    )
+    for name in one:
+        assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
