@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ VARIANTS = {  # name -> options of dam-merge
     "DAM, linear layers only": [],
 }
 TRAINING = {"learning_rate": 3e-2, "max_steps": 600, "per_device_train_batch_size": 32}
-SHORT = {"max_steps": 200}  # where runs are only compared with each other
+SHORT = {"max_steps": 150}  # where runs are only compared with each other
 PENALTIES = {  # name -> option of dam-train, weight
     "none": None,
     "similarity": ("lambda_coef", 1.0),
@@ -69,10 +70,15 @@ def options_of(values: dict) -> list[str]:
 class Lab:
     "Where runs are kept, and what every part needs."
 
-    def __init__(self, folder: Path, seeds: int, training: dict):
-        self.folder, self.seeds, self.training = folder, range(seeds), training
+    def __init__(self, folder: Path, seeds: int, training: dict, output: Path):
+        self.folder, self.seeds, self.training, self.output = folder, range(seeds), training, output
         self.tokenizer = load_tokenizer(BASE)
         self.tests = {task: load_task(path, "test") for task, path in zip(TASKS, DATA)}
+
+    def keep(self, found: dict):
+        "Write what was found; what else the file holds stays."
+        held = json.loads(self.output.read_text()) if self.output.exists() else {}
+        write_json(self.output, held | facts(self) | found)
 
     def untrained(self, variant: str) -> str:
         "The untrained model of a variant, made once."
@@ -140,19 +146,20 @@ def measure_baselines(lab: Lab) -> dict:
 
 def measure_scores(lab: Lab) -> dict:
     "DAM in its variants and a mask merge, on every task."
-    rows = []
-    for seed in lab.seeds:
-        for variant in list(VARIANTS)[:2]:
-            rows += lab.score_merged(lab.train(variant, f"seed {seed}", seed=seed), variant, seed=seed)
-        rows += lab.score_merged(train_masks(lab, seed), "mask merge, output rows", seed=seed)
-    variant = list(VARIANTS)[2]
-    rows += lab.score_merged(lab.train(variant, "seed 0", seed=0), variant, seed=0)
+    rows, (off, on, linear) = [], VARIANTS
+    makers = {variant: partial(lab.train, variant) for variant in (off, on)}
+    makers["mask merge, output rows"] = partial(train_masks, lab)
+    plan = [(model, seed) for seed in lab.seeds for model in makers] + [(linear, 0)]
+    makers[linear] = partial(lab.train, linear)
+    for model, seed in plan:
+        rows += lab.score_merged(makers[model](f"seed {seed}", seed=seed), model, seed=seed)
+        lab.keep({"scores": rows})  # it takes long: what is there is worth keeping
     return {"scores": rows, **coefficients(lab)}
 
 
-def train_masks(lab: Lab, seed: int) -> Path:
+def train_masks(lab: Lab, name: str, seed: int) -> Path:
     "A mask merge with one coefficient per output row, on the same data, steps and teachers; the folder of the run."
-    folder = lab.folder / "mask merge" / f"seed {seed}"
+    folder = lab.folder / "mask merge" / name
     config = mask_merge.MaskMergeConfig(
         model_paths=EXPERTS,
         dataset_configs=dict.fromkeys(DATA),
@@ -343,7 +350,7 @@ PARTS = {
 }
 
 
-def facts(lab: Lab, arguments: argparse.Namespace) -> dict:
+def facts(lab: Lab) -> dict:
     "What the figures depend on."
     return {
         "command": "python benchmarks/dam.py",
@@ -370,11 +377,9 @@ def main():
     os.chdir(ROOT)
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        lab = Lab(arguments.folder or Path(temporary), arguments.seeds, dict(TRAINING))
+        lab = Lab(arguments.folder or Path(temporary), arguments.seeds, dict(TRAINING), arguments.output)
         for part in arguments.parts:
-            found = PARTS[part](lab)
-            held = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-            write_json(arguments.output, held | facts(lab, arguments) | found)
+            lab.keep(PARTS[part](lab))
 
 
 if __name__ == "__main__":
