@@ -151,7 +151,7 @@ def _positional_help(command: Command) -> str:
     named = ", ".join(command.positional)
     return f"{named}, or a YAML file with options" if named else "YAML file with options; flags win over it"
 
-# %% ../nbs/60_cli.ipynb #c330c0b0
+# %% ../nbs/60_cli.ipynb #48c8487e
 def _mapping_of(words: list[str]):
     "What the words of a mapping option say: one YAML mapping, or a list for the config to read."
     return yaml.safe_load(words[0]) if len(words) == 1 and words[0].lstrip().startswith("{") else words
@@ -180,7 +180,7 @@ def parse(name: str, words: list[str]):
     values |= {key: _mapping_of(value) if _is_mapping(hints[key]) else value for key, value in written.items()}
     return config_from_dict(config_class, values, "command line")
 
-
+# %% ../nbs/60_cli.ipynb #988b5afa
 def _check_flags(parser: argparse.ArgumentParser, words: list[str]):
     "Raise `ValueError` for a flag that is not there, with the nearest one."
     import difflib
@@ -225,7 +225,7 @@ def show_tables(result):
         elif isinstance(value, (str, Path)) or (value is result and result is not None):
             print(f"{name}: {value}" if name else value)
 
-# %% ../nbs/60_cli.ipynb #d6d5a97b
+# %% ../nbs/60_cli.ipynb #6ad85951
 def usage() -> str:
     "The overview that `merge-lab --help` prints."
     width = max(map(len, COMMANDS))
@@ -248,7 +248,7 @@ def call(name: str, words: list[str]) -> int:
     status = (getattr(module, command.show) if command.show else show_tables)(result)
     return status or 0
 
-
+# %% ../nbs/60_cli.ipynb #51e26bbd
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words

@@ -291,7 +291,7 @@ def read_tokenizer(
         raise UnreadableComponent(folder, f"the tokenizer cannot be read ({error}).", COPY_AGAIN) from error
     return _tokens_and_rules(backend)
 
-# %% ../nbs/03_components.ipynb #1b00eaad
+# %% ../nbs/03_components.ipynb #20f0e575
 def _follows(backend, written: dict) -> bool:
     "Whether a loaded tokenizer keeps the ids and rules that its file holds; it may have more tokens."
     loaded = _tokens_and_rules(backend)
@@ -312,7 +312,7 @@ def load_tokenizer(path: str | Path):  # folder or hub name
             return tokenizer
     except Exception as error:  # the class of error depends on the tokenizer's family
         remedy = "Copy the tokenizer files of its base model into the folder."
-        raise UnreadableComponent(path, f"no tokenizer can be loaded ({error}).", remedy) from error
+        raise UnreadableComponent(path, f"no tokenizer can be loaded ({str(error).splitlines()[0]}).", remedy) from error
 
 # %% ../nbs/03_components.ipynb #7d3a84a0
 def read_chat_template(folder: str | Path) -> str | None:

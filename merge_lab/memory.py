@@ -426,7 +426,7 @@ def estimate_memory(
     parts = read_peak(ledger, start)
     return MemoryEstimate({**parts, "components": 0} if offload else parts, title)
 
-# %% ../nbs/30_memory.ipynb #8ad01e5f
+# %% ../nbs/30_memory.ipynb #cf2426e4
 RESERVE = 0.05  # share of the budget that is kept free
 
 
@@ -446,7 +446,7 @@ def _cures(options: dict) -> Iterable[dict]:
         seq_len //= 2
         yield {"seq_len": seq_len}
 
-
+# %% ../nbs/30_memory.ipynb #a1e061e6
 @dataclasses.dataclass
 class FitReport:
     "What was tried to make a merge fit."

@@ -35,7 +35,7 @@ from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/20_merger.ipynb #4c80fbfd
+# %% ../nbs/20_merger.ipynb #afcfa3b6
 KINDS = ("linear", "embedding", "norm", "other")
 STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend")
 
@@ -44,7 +44,7 @@ def _plain(value):
     "A dict or list given as YAML or JSON text, as the command line does."
     return yaml.safe_load(value) if isinstance(value, str) else value
 
-
+# %% ../nbs/20_merger.ipynb #dcee6091
 @dataclasses.dataclass
 class MergerConfig:
     "How components become one model."
@@ -523,7 +523,7 @@ def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     return {name: make() for name, make in self.merged_tensors()}
 
-# %% ../nbs/20_merger.ipynb #571af03f
+# %% ../nbs/20_merger.ipynb #6146a0f6
 def _empty_like(leaf_or_tensor) -> Tensor:
     "A tensor of the same shape and dtype that takes no memory."
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
@@ -566,7 +566,7 @@ def save_merged(
             write_json(folder / "model.safetensors.index.json", index)
         _save_companions(self, folder, card)
 
-
+# %% ../nbs/20_merger.ipynb #a19b18e5
 def _save_shard(tensors: dict[str, Tensor], file: Path):
     from safetensors.torch import save_file
 

@@ -257,7 +257,7 @@ def memory_in_use() -> int:  # bytes
     except (OSError, ValueError):
         return 0
 
-# %% ../nbs/31_training.ipynb #7b76521d
+# %% ../nbs/31_training.ipynb #400e286f
 class HistoryCallback(TrainerCallback):
     "Collects one row per optimizer step; `frame()` gives them as a DataFrame."
 
@@ -300,7 +300,7 @@ class HistoryCallback(TrainerCallback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-
+# %% ../nbs/31_training.ipynb #add134dc
 def read_history(path: str | Path) -> pd.DataFrame:
     "History of a run. A last line that was cut off by a kill is left out."
     rows = []

@@ -33,7 +33,7 @@ from merge_lab.training import (
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #c4c5bb86
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #3a98910e
 def parse_datasets(
     value: dict | list | str | None,  # {"path": 1000}, ["path=1000", "path"], or either as YAML text
 ) -> dict[str, int | None]:  # path or hub name -> number of samples, None for all
@@ -55,7 +55,7 @@ def parse_datasets(
     except (TypeError, ValueError) as error:
         raise ValueError(f"dataset_configs={value!r}: the number of samples must be a whole number, or 'all'.") from error
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #0ecf94e2
 @dataclasses.dataclass
 class MaskMergeConfig(TrainConfig, MergerConfig):
     "Everything a mask merge needs."
@@ -108,7 +108,7 @@ def demo_config(
     )
     return MaskMergeConfig(**{**defaults, **options})
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #e1ef87ed
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #662810cd
 @dataclasses.dataclass
 class Prepared:
     "What a run needs, checked."
@@ -136,7 +136,7 @@ class Prepared:
         open_run(self.config.output_dir, self.config.resume, self.config.overwrite)
         write_text(self.folder / "config.yaml", config_to_yaml(self.config))
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #8716bb28
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     _check_inputs(config)
@@ -157,7 +157,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     memory = _estimate(config, max(map(len, dataset["input_ids"])))
     return Prepared(config, folder, component_names(config.model_paths), tokenizer, dataset, tests, memory)
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #bd5b74dd
 def _estimate(config: MaskMergeConfig, longest: int) -> FitReport | None:
     "Will it fit? Says so before anything is loaded, and warns if not."
     device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
@@ -173,7 +173,7 @@ def _estimate(config: MaskMergeConfig, longest: int) -> FitReport | None:
         logger.warning("%s", report)
     return report
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #d1bb9bc0
 def _check_inputs(config: MaskMergeConfig):
     "Raise `ValueError` unless there are components and data for each."
     n, data = len(config.model_paths), len(config.dataset_configs)
@@ -186,7 +186,7 @@ def _check_inputs(config: MaskMergeConfig):
     if len({str(Path(path).absolute()) for path in config.model_paths}) < n:
         logger.warning("model_paths names a model twice: its two copies cannot be told apart by training.")
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #656729ab
 # what a resumed run may change: how long it trains, what is measured and written, how it is computed
 _RESUMABLE = {
     "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "base_model", "eval_samples", "eval_split", "report",
