@@ -35,12 +35,12 @@ from merge_lab.systems.router import (
     fit_price,
     greedy_assignments,
     measure_costs,
-    set_static,
 )
 from merge_lab.systems.router_parts import (
     LOCAL_TEXT,
     LayerwiseQuantizeForCausalLM,
     QuantizeConfig,
+    Routers,
     bits_by_kind,
     collate,
     exact_logits,
@@ -220,41 +220,41 @@ def measure_opponents(bench: Bench, costs: torch.Tensor):
                 bench.score(method, assignment)
 
 
-def other_ways(bench: Bench, target: float = 4.0):
-    "Routers trained end to end, from nothing and from measured costs, at one budget."
-    ways = {
-        "soft, annealed": dict(pretrain="none", learning_rate=1e-2),
-        "straight-through": dict(
-            pretrain="none", learning_rate=1e-2, straight_through=True
-        ),
-        "costs, then end to end": dict(learning_rate=1e-3, straight_through=True),
-    }
+WAYS = {
+    "soft": dict(pretrain="none", learning_rate=1e-2),
+    "straight-through": dict(
+        pretrain="none", learning_rate=1e-2, straight_through=True
+    ),
+    "end-to-end": dict(learning_rate=1e-3, straight_through=True),  # from costs
+}
+
+
+def other_way(bench: Bench, method: str, target: float = 4.0):
+    "Routers trained end to end at one budget; the best epoch by validation."
+    folder = bench.folder / f"{method}-{bench.seed}"
     train, validation = bench.windows["train"][::2], bench.windows["validation"][::3]
-    for method, options in ways.items():
-        folder = (
-            bench.folder / f"{method.replace(', ', '-').replace(' ', '-')}-{bench.seed}"
-        )
-        torch.manual_seed(bench.seed)
-        model = bench.model
-        set_static(model.routers, torch.ones_like(model.routers.costs))
-        config = RouterConfig(
-            "quantized",
-            seq_len=SEQ_LEN,
-            prefix_length=PREFIX,
-            batch_size=4,
-            num_epochs=3,
-            target_bits=target,
-            weight_ce=1.0,
-            weight_precision=0.1,
-            keep_weights=True,
-            save_dir=str(folder),
-            **options,
-        )
-        RouterTrainer(model, config, train, validation).fit()
-        best = torch.load(folder / "best_router_checkpoint.pt", weights_only=True)
-        model.load_state_dict(best["model_state_dict"])
-        fit_price(model, bench.windows["validation"], PREFIX, target)
-        bench.score(method, target=target, epoch=best["epoch"])
+    torch.manual_seed(bench.seed)
+    model = bench.model
+    shape = len(model.routers.layers), model.config.hidden_size, model.precisions
+    model.routers = Routers(*shape)
+    config = RouterConfig(
+        "quantized",
+        seq_len=SEQ_LEN,
+        prefix_length=PREFIX,
+        batch_size=4,
+        num_epochs=3,
+        target_bits=target,
+        weight_ce=1.0,
+        weight_precision=0.1,
+        keep_weights=True,
+        save_dir=str(folder),
+        **WAYS[method],
+    )
+    RouterTrainer(model, config, train, validation).fit()
+    best = torch.load(folder / "best_router_checkpoint.pt", weights_only=True)
+    model.load_state_dict(best["model_state_dict"])
+    fit_price(model, bench.windows["validation"], PREFIX, target)
+    bench.score(method, target=target, epoch=best["epoch"])
 
 
 def noise_of(bench: Bench, costs: torch.Tensor) -> list[dict]:
@@ -372,12 +372,8 @@ def update(file: Path, seed: int, facts: dict | None, rows: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        default=["base", "core", "ways"],
-        choices=["base", "core", "ways"],
-    )
+    parts = ["base", "core", *WAYS]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument(
         "--folder",
         type=Path,
@@ -390,11 +386,12 @@ def main():
     logging.disable(logging.WARNING)
     for seed in args.seeds:
         make_base(args.folder / f"base-{seed}", seed)
-        if {"core", "ways"} & {*args.parts}:
+        if {*args.parts} - {"base"}:
             bench = Bench(seed, args.folder)
             facts = measure_core(bench) if "core" in args.parts else None
-            if "ways" in args.parts:
-                other_ways(bench)
+            for method in WAYS:
+                if method in args.parts:
+                    other_way(bench, method)
             update(args.out, seed, facts, bench.rows)
 
 
