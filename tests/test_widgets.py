@@ -1,28 +1,34 @@
 """Panels, sessions, explorer and run browser without a browser: plain state, and widgets that mirror it."""
 
 import dataclasses
+import importlib
+import shlex
 import threading
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from merge_lab.cli import COMMANDS, parse
 from merge_lab.core import config_from_dict, option
 from merge_lab.merger import MergerConfig
 from merge_lab.systems.mask_merge import (
     MaskMergeConfig,
     demo_config,
+    last_checkpoint,
     make_trainer,
     prepare,
 )
+from merge_lab.runs import CommandRun, CommandRunView, RunBrowser
 from merge_lab.widgets import (
     Bench,
     ConfigPanel,
     Dials,
     LatestWorker,
     MergeExplorer,
-    RunBrowser,
     SessionView,
     TrainingSession,
     alpha_svg,
@@ -92,8 +98,6 @@ def test_every_option_gets_a_control_that_holds_its_value():
 def test_faces_describe_the_same_config():
     panel = ConfigPanel(small_config(mode="scalar", temperature=2.0))
     faces = panel.faces()
-    import yaml
-
     read = config_from_dict(MaskMergeConfig, yaml.safe_load(faces["YAML"]))
     assert read == panel.config
     assert eval(faces["Python"], {"MaskMergeConfig": MaskMergeConfig}) == panel.config
@@ -177,6 +181,69 @@ def test_a_panel_comes_from_any_config():
     panel.set("name", "x y")
     assert panel.faces()["Command line"] == "other --name 'x y'"
     assert isinstance(panel.view(), widgets.VBox)
+
+
+CHANGES = {  # a value other than the default, by the kind of control
+    "flag": lambda control, value: not value,
+    "slider": lambda control, value: control.low,
+    "log": lambda control, value: control.high,
+    "toggle": lambda control, value: control.choices[-1],
+    "dropdown": lambda control, value: control.choices[-1],
+}
+SUITABLE = {  # control by the type of the value
+    bool: {"flag", "toggle"},
+    int: {"slider", "log", "number"},
+    float: {"slider", "log", "number"},
+    str: {"toggle", "dropdown", "text"},
+    list: {"lines"},
+    dict: {"mapping"},
+}
+
+
+@pytest.fixture(params=sorted(COMMANDS))
+def system(request):
+    command = COMMANDS[request.param]
+    module = importlib.import_module(f"merge_lab.{command.module}")
+    config_class = getattr(module, command.config)
+    return request.param, ConfigPanel(
+        config_class, command=f"merge-lab {request.param}"
+    )
+
+
+def test_every_system_has_a_panel_with_suitable_controls(system):
+    _, panel = system
+    assert not panel.errors
+    view = panel.view()
+    for name, control in panel.controls.items():
+        value = panel.values[name]
+        row = field_of(view, name)
+        assert read_value(control, show_value(control, value)) == value
+        assert control.help and control.help in row.children[0].children[1].tooltip
+        if value is not None:
+            assert control.kind in SUITABLE[type(value)], (name, value, control.kind)
+        if (
+            control.low is not None
+            and control.high is not None
+            and control.optional is False
+        ):
+            small = isinstance(value, float) or control.high - control.low <= 256
+            assert control.kind in ("slider", "log") or not small
+
+
+def test_faces_of_every_system_read_back_equal(system):
+    name, panel = system
+    options = [c.name for c in panel.controls.values() if c.kind in CHANGES]
+    for option_name in options:  # each that can be changed alone
+        control, before = panel.controls[option_name], panel.values[option_name]
+        panel.set(option_name, CHANGES[control.kind](control, before))
+        if panel.errors:
+            panel.set(option_name, before)
+    assert not panel.errors
+    faces, config_class = panel.faces(), panel.config_class
+    read = yaml.safe_load(faces["YAML"]) or {}
+    assert config_from_dict(config_class, read) == panel.config
+    assert eval(faces["Python"], {config_class.__name__: config_class}) == panel.config
+    assert parse(name, shlex.split(faces["Command line"])[2:]) == panel.config
 
 
 # --- the worker -----------------------------------------------------------------------
@@ -278,11 +345,43 @@ def test_stop_ends_early_and_a_second_start_begins_anew():
     session.start()
     until(lambda: session.state == "paused")
     session.stop()
-    assert session.join(60) == "stopped" and 1 <= session.step < 5
+    assert session.join(60) == "stopped" and session.step == 1
+    assert Path("runs/a/checkpoint-1/trainer_state.json").exists()
     session.listeners.clear()
     panel.set("max_steps", 1)
     session.start()
     assert session.join(60) == "finished" and session.step == 1
+
+
+def test_a_stopped_run_is_resumed_where_it_was():
+    options = dict(max_steps=4, lr_scheduler_type="constant")
+    panel = ConfigPanel(small_config(**options))
+    session = session_of(panel, Bench(panel))
+    listener = pause_at(session, 2)
+    session.start()
+    until(lambda: session.state == "paused")
+    session.stop()
+    session.join(60)
+    session.listeners.remove(listener)
+    panel.set("overwrite", False)
+    panel.set("resume", True)
+    session.checkpoint = lambda trainer: last_checkpoint(Path("runs/a"))
+    session.start()
+    assert session.join(60) == "finished" and len(session.durations) == 2
+    resumed = session.frame["loss"].tolist()
+    panel = ConfigPanel(small_config(**options))
+    whole = session_of(panel, Bench(panel))
+    whole.start()
+    whole.join(60)
+    assert resumed == whole.frame["loss"].tolist() and len(resumed) == 4
+
+
+def test_stop_while_preparing_trains_nothing():
+    panel = ConfigPanel(small_config())
+    session = session_of(panel, Bench(panel))
+    session.start()
+    session.stop()
+    assert session.join(60) == "stopped" and session.step == 0
 
 
 def test_an_exception_is_kept_shown_and_raised():
@@ -437,6 +536,8 @@ def test_runs_are_listed_compared_loaded_and_exported(lab):
     )
     assert (browser.export("a") / "model.safetensors").exists()
     assert len(browser.compare("a").axes) == 2
+    titles = [axis.get_title() for axis in browser.compare_alphas("a").axes]
+    assert titles[:2] == ["a: rewrite", "a: summarize"]
     with pytest.raises(ValueError, match="'a'"):
         browser.compare("b")
 
@@ -448,3 +549,41 @@ def test_threads_end_after_work():
     assert all(
         t.daemon for t in threading.enumerate() if t.name.startswith("merge_lab")
     )
+
+
+# --- runs of commands -----------------------------------------------------------------
+
+
+def test_a_command_runs_logs_and_shows_its_progress():
+    panel = ConfigPanel(small_config(report=False, save_merged=False, max_steps=3))
+    run = CommandRun(panel)
+    view = CommandRunView(run)
+    seen = []
+    run.listeners.append(lambda run: seen.append(run.output))
+    view.start.click()
+    assert run.state == "running" and run.join(120) == "finished", run.output
+    view.painter.wait()
+    assert len(seen) > 3 and "learned masks" in run.output
+    assert (view.bar.value, view.bar.max) == (3, 3) and "finished" in view.state.value
+    assert len(pd.read_json(run.folder / "history.jsonl", lines=True)) == 3
+
+
+def test_a_command_that_is_stopped_leaves_a_checkpoint():
+    panel = ConfigPanel(small_config(report=False, save_merged=False, max_steps=5000))
+    run = CommandRun(panel)
+    run.start()
+    with pytest.raises(RuntimeError, match="stop it"):
+        run.start()
+    until(lambda: (run.folder / "history.jsonl").exists() and "5000 [" in run.output)
+    run.stop()
+    assert run.join(60) == "stopped" and list(
+        run.folder.glob("checkpoint-*/trainer_state.json")
+    )
+
+
+def test_a_wrong_config_starts_no_command():
+    panel = ConfigPanel(small_config())
+    panel.set("model_paths", "./nowhere")
+    view = CommandRunView(CommandRun(panel))
+    view.start.click()
+    assert view.run.process is None and "no such folder" in view.trouble.value
