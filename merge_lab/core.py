@@ -122,7 +122,7 @@ def check_disk_space(
             "Free some space or choose an output folder on another disk."
         )
 
-# %% ../nbs/00_core.ipynb #6c94ef92
+# %% ../nbs/00_core.ipynb #63a9d653
 def check_run(
     folder: str | Path,  # folder of the run
     resume: bool = False,  # go on with the run that is there
@@ -143,8 +143,8 @@ def check_run(
         )
     if held and not resume and not overwrite:
         raise FileExistsError(
-            f"{folder} already holds a run. Go on with resume=True (--resume), replace it with overwrite=True "
-            "(--overwrite), or choose another output_dir."
+            f"{folder} already holds a run. Choose another folder, replace it with overwrite=True (--overwrite), or, where "
+            "the command can, go on with resume=True (--resume)."
         )
     return folder
 

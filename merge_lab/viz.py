@@ -456,7 +456,7 @@ def alpha_curve(
     axes[1, 0].set_ylim(min(0, slope.min() * 1.15), max(slope.max() * 1.15, 1e-6))
     return figure
 
-# %% ../nbs/33_viz.ipynb #792f0990
+# %% ../nbs/33_viz.ipynb #4da13fe7
 def numbered_columns(
     history: pd.DataFrame,
     prefix: str,  # e.g. "alpha_mean_"
@@ -478,11 +478,12 @@ def loss_curves(
     names: Sequence[str] | None = None,  # of the sources
     span: float | None = None,  # steps of the moving average; default: a twentieth of the run
     unit: str = "nats per scored token",
+    title: str = "Every source should fall: loss while the masks train",
 ) -> Figure:
     "Loss over the steps, in total and per source; raw values pale, smoothed ones strong."
     need_columns(history, ["step", "loss"], "loss_curves")
     span = max(span or len(history) / 20, 1)
-    figure, axes = new_figure("Every source should fall: loss while the masks train", size=(6.4, 3.5))
+    figure, axes = new_figure(title, size=(6.4, 3.5))
     axis = axes[0, 0]
     curves = [("total", "loss", INK)]
     for source, column in numbered_columns(history, "loss_source_").items():
@@ -716,7 +717,7 @@ def draw_spread(axis, rows: pd.DataFrame, colour: str, name: str, connect: bool,
     for px, py, text in zip(x, y, rows[key] if key else []):
         axis.annotate(str(text), (px, py), (6, 6), textcoords="offset points", fontsize=8.5, color=MUTED)
 
-# %% ../nbs/33_viz.ipynb #91995ee1
+# %% ../nbs/33_viz.ipynb #9bd1c75d
 def similarity_heatmap(
     similarity: pd.DataFrame,  # square: layers x layers, in the same order
     pairs: Sequence[tuple] = (),  # (row label, column label) to frame
@@ -738,7 +739,7 @@ def similarity_heatmap(
     image = draw_image(axis, values, cmap, norm, names, names, text, gaps=count <= 40, aspect="equal")
     for row, column in pairs:
         corner = names.get_loc(column) - 0.5, names.get_loc(row) - 0.5
-        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=2.4))
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=PALETTE[1], linewidth=2.4, zorder=5))
     step = max(1, math.ceil(count / 16))
     axis.set_xticks(range(0, count, step), names[::step])
     axis.set_yticks(range(0, count, step), names[::step])
