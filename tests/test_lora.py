@@ -1,10 +1,12 @@
 """The LoRA pipeline across architectures, processes and settings."""
 
 import json
+import logging
+import os
 import pathlib
+import signal
 import subprocess
 import sys
-import warnings
 
 import datasets
 import pytest
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab.systems.lora import (
     LoRAPipelineConfig,
+    RunInterrupted,
     SmoLoRA,
     grow_rank,
     load_adapter,
@@ -21,6 +24,8 @@ from merge_lab.systems.lora import (
     merge_adapter,
     probe_logits,
     quiet_peft,
+    run,
+    task_names,
     use_curriculum,
 )
 from merge_lab.systems.lora_parts import (
@@ -53,6 +58,27 @@ CHAT = [
         ]
     }
 ] * 8
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::FutureWarning"),
+    pytest.mark.filterwarnings("error:.*deprecated:DeprecationWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated():
+    "Fail on deprecations that transformers, peft and trl log instead of warning of them."
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl")]
+    for one in loggers:
+        one.addHandler(handler)
+    yield
+    for one in loggers:
+        one.removeHandler(handler)
+    assert not [text for text in said if "deprecated" in text.lower()]
 
 
 @pytest.fixture(autouse=True)
@@ -139,15 +165,10 @@ def test_save_and_inference_in_later_processes(base, layout):
     assert float(difference) < 1e-4 and said == wanted
 
 
-def test_training_touches_adapters_only_and_warns_of_nothing_deprecated(base):
+def test_training_touches_adapters_only(base):
     lora = quick(base, output_dir="run")
     before = load_base(base, "cpu").state_dict()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", category=FutureWarning)
-        warnings.filterwarnings(
-            "error", category=DeprecationWarning, module="transformers"
-        )
-        curves = lora.train()
+    curves = lora.train()
     assert curves.loss.iloc[-1] < curves.loss.iloc[0]
     state = lora.model.get_base_model().state_dict()
     for name, tensor in before.items():
@@ -277,9 +298,117 @@ def test_folders_of_splits_and_samples():
         prepare_dataset("task", n=9)
 
 
-def test_resuming_needs_checkpoints():
-    with pytest.raises(ValueError, match="expected save_steps"):
-        LoRAPipelineConfig(resume=True)
+def quick_config(**options):
+    "A run of a few steps."
+    pathlib.Path("rows.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    )
+    few = dict(max_steps=4, gradient_accumulation_steps=1, logging_steps=1)
+    few |= dict(base_model="base", datasets=["rows.jsonl"], device="cpu")
+    return LoRAPipelineConfig(**few | {"output_dir": "run"} | options)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(datasets=["nowhere"]), "no such file or folder here"),
+        (dict(max_length=8, datasets=["long.jsonl"]), "cuts all of its answer"),
+        (dict(base_model="config_only"), "holds no weights"),
+        (dict(datasets=["run/kept.jsonl"]), "overwrite would clear run"),
+        (dict(n_samples=99), "n=99: expected 1 to 8"),
+    ],
+)
+def test_what_cannot_run_clears_nothing(base, options, says):
+    folder = pathlib.Path("run")
+    folder.mkdir()
+    for name in ("config.yaml", "kept.jsonl"):
+        (folder / name).write_text('{"text": "kept"}\n')
+    long = {"messages": [{"role": "user", "content": "the cat " * 9}]}
+    long["messages"].append({"role": "assistant", "content": "a dog."})
+    pathlib.Path("long.jsonl").write_text(json.dumps(long) + "\n")
+    save_tiny(tiny_model(), "config_only", tiny_tokenizer())
+    pathlib.Path("config_only/model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError), match=says):
+        run(quick_config(overwrite=True, **options), disable_tqdm=True)
+    assert {p.name for p in folder.iterdir()} == {"config.yaml", "kept.jsonl"}
+
+
+class Interrupt(TrainerCallback):
+    "Ctrl-C in the second step."
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_adapter(base):
+    with pytest.raises(RunInterrupted, match="stopped after step 2 of 4"):
+        run(quick_config(), [Interrupt()], disable_tqdm=True)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert pathlib.Path("run/adapter_checkpoint/adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match="seed=9, but the run in run was begun"):
+        run(quick_config(resume=True, seed=9), disable_tqdm=True)
+    resumed = run(quick_config(resume=True), disable_tqdm=True)
+    whole = run(quick_config(output_dir="whole"), disable_tqdm=True)
+    assert resumed["curves"].loss.tolist() == whole["curves"].loss.tolist()
+    models = [found["lora"].model.eval() for found in (resumed, whole)]
+    assert torch.equal(*map(probe_logits, models))
+    lines = pathlib.Path("run/history.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert [row["step"] for row in steps if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_an_interrupted_run_of_growing_ranks_stops(base):
+    with pytest.raises(RunInterrupted, match="Growing ranks start anew"):
+        run(quick_config(ranks=[2, 4]), [Interrupt()], disable_tqdm=True)
+    assert not pathlib.Path("run/checkpoint_r4").exists()
+
+
+def test_resuming_needs_a_checkpoint(base):
+    run(quick_config(), disable_tqdm=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
+        run(quick_config(resume=True))
+    with pytest.raises(ValueError, match="resume=True with ranks"):
+        LoRAPipelineConfig(resume=True, ranks=[4, 8])
+
+
+def test_validation_needs_no_further_options(base):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    lora = SmoLoRA(base, rows, eval_dataset=rows, device="cpu")
+    assert lora.sft_config.eval_strategy == "steps" and lora.sft_config.eval_steps == 10
+
+
+def test_weights_have_the_precision_that_was_asked_for(base):
+    lora = quick(base, output_dir="run", sft=dict(bf16=True, max_steps=1))
+    lora.train()
+    kept = {p.dtype for p in lora.model.parameters() if not p.requires_grad}
+    assert kept == {torch.bfloat16}
+    plain = quick(base, output_dir="run", sft=dict(max_steps=1))
+    plain.train()
+    assert {p.dtype for p in plain.model.parameters()} == {torch.float32}
+
+
+def test_an_adapter_of_another_base_is_refused(base):
+    adapted("llama").save_pretrained("adapter")
+    save_tiny(tiny_model(hidden_size=64), "wide")
+    save_tiny(tiny_model(num_hidden_layers=1), "short")
+    for other, says in (("wide", "of size"), ("short", "which it lacks")):
+        with pytest.raises(ValueError, match=f"another base than {other}.*{says}"):
+            load_adapter(load_base(other, "cpu"), "adapter")
+
+
+def test_prefixes_are_spelt_as_the_tokenizer_knows_them():
+    tokenizer = tiny_tokenizer()
+    assert task_names(["x/dog", "x/bird.jsonl"], tokenizer) == ["dog", "bird"]
+    with pytest.raises(ValueError, match="the same to the tokenizer"):
+        task_names(["x/zzz", "x/qqq"], tokenizer)
+
+
+def test_growing_ranks_are_checked_early():
+    with pytest.raises(ValueError, match="expected rising ranks"):
+        LoRAPipelineConfig(ranks=[8, 4])
+    with pytest.raises(ValueError, match="expected a step for each rank"):
+        LoRAPipelineConfig(ranks=[4, 8], max_steps=1)
 
 
 def test_curves_of_a_log():
