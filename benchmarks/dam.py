@@ -269,11 +269,11 @@ def measure_teachers(lab: Lab) -> dict:
     }.items():
         merger = dam.DAMMerger.from_pretrained(folder).eval()
         loss, reference = gradient_of(merger, live)
-        found.append({"when": when, "k": 0, "loss": loss, "cosine": 1.0})
+        found.append({"when": when, "k": 0, "loss": loss, "cosine": 1.0, "norm": reference.norm().item()})
         for k in (1, 2, 5, 10, 20, 50, 100, len(lab.tokenizer)):
             loss, gradient = gradient_of(merger, stored_batch(teachers, rows, lab.tokenizer, k))
             cosine = torch.cosine_similarity(gradient, reference, dim=0).item()
-            found.append({"when": when, "k": k, "loss": loss, "cosine": cosine})
+            found.append({"when": when, "k": k, "loss": loss, "cosine": cosine, "norm": gradient.norm().item()})
     return {"teachers": found, "vocabulary": len(lab.tokenizer)}
 
 
