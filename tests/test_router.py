@@ -392,6 +392,36 @@ def test_eight_bits_keep_the_perplexity_on_held_out_text(tmp_path):
     assert losses[0] > losses[1]
 
 
+@pytest.fixture(scope="module")
+def benchmark():
+    "The committed measurement: rows and facts by seed."
+    return json.loads((bundled_path("benchmarks") / "router.json").read_text())
+
+
+def test_measured_routers_beat_every_choice_that_ignores_the_input(benchmark):
+    "At each budget, over three seeds: below fixed bits and below both static assignments, at equal average bits."
+    rows = [row for row in benchmark["rows"] if row["method"] == "router"]
+    budgets = {row["target"] for row in rows}
+    assert len(budgets) == 8 and {row["seed"] for row in rows} == {0, 1, 2}
+    for budget in budgets:
+        found = [row for row in rows if row["target"] == budget]
+        assert len(found) == 3 and all(abs(row["bits"] - budget) <= 0.05 for row in found)
+        assert len(found[0]["against"]) == 3
+        for opponent in found[0]["against"]:
+            gaps = [row["against"][opponent]["mean"] for row in found]
+            assert sum(gaps) / 3 <= 0, (budget, opponent, gaps)
+
+
+def test_measured_models_keep_the_perplexity_at_eight_bits(benchmark):
+    for facts in benchmark["facts"]:
+        (at_eight,) = [
+            row["ce"]
+            for row in benchmark["rows"]
+            if (row["seed"], row["method"], row["bits"]) == (facts["seed"], "fixed", 8)
+        ]
+        assert abs(math.exp(at_eight - facts["float_ce"]) - 1) < 0.005
+
+
 @pytest.mark.parametrize("kind", [QuantizeConfig, RouterConfig])
 def test_the_command_line_reads_the_config(kind):
     fields = [
