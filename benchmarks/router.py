@@ -232,7 +232,7 @@ WAYS = {
 def other_way(bench: Bench, method: str, target: float = 4.0):
     "Routers trained end to end at one budget; the best epoch by validation."
     folder = bench.folder / f"{method}-{bench.seed}"
-    train, validation = bench.windows["train"][::2], bench.windows["validation"][::3]
+    train, validation = bench.windows["train"][::2], bench.windows["validation"][::5]
     torch.manual_seed(bench.seed)
     model = bench.model
     shape = len(model.routers.layers), model.config.hidden_size, model.precisions
@@ -242,7 +242,8 @@ def other_way(bench: Bench, method: str, target: float = 4.0):
         seq_len=SEQ_LEN,
         prefix_length=PREFIX,
         batch_size=4,
-        num_epochs=3,
+        num_epochs=2,
+        num_costs=80,
         target_bits=target,
         weight_ce=1.0,
         weight_precision=0.1,
