@@ -51,7 +51,7 @@ VARIANTS = {  # name -> options of dam-merge
     "DAM, linear layers only": [],
 }
 TRAINING = {"learning_rate": 3e-2, "max_steps": 600, "per_device_train_batch_size": 32}
-SHORT = {"max_steps": 150}  # where runs are only compared with each other
+SHORT = {"max_steps": 100}  # where runs are only compared with each other
 PENALTIES = {  # name -> option of dam-train, weight
     "none": None,
     "similarity": ("lambda_coef", 1.0),
@@ -220,6 +220,7 @@ def measure_regularisers(lab: Lab) -> dict:
                 **{f"exact_match_{row['task']}": row["exact_match"] for row in scores},
                 **({"histogram": histogram(merger)} if seed == 0 else {}),
             })
+            lab.keep({"regularisers": rows})
     return {"regularisers": rows}
 
 
