@@ -6,7 +6,7 @@
 __all__ = ['SMALL_DATA', 'CHECKS', 'STYLE', 'LOG_FLOOR', 'LOG_STEP', 'STATES', 'ACTIVE', 'ADJUSTABLE', 'DEPTHS', 'FILTERS',
            'Control', 'control_kind', 'control_of', 'controls_of', 'show_value', 'read_number', 'read_value',
            'read_quietly', 'is_hub_name', 'components_note', 'data_note', 'places_note', 'folder_note', 'method_of',
-           'ConfigPanel', 'field_in', 'block', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
+           'ConfigPanel', 'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
            'LatestWorker', 'svg_text', 'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench', 'Gate', 'Rest',
            'TrainingSession', 'set_learning_rate', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials',
            'Dials', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
@@ -360,14 +360,20 @@ def block(text, kind: str, tag: str = "div") -> str:
     "Text as a piece of HTML of one of `STYLE`'s classes."
     return f'<{tag} class="ml-{kind}">{html.escape(str(text))}</{tag}>' if text else ""
 
-# %% ../nbs/34_widgets.ipynb #3710bcee
+# %% ../nbs/34_widgets.ipynb #d80db3d5
 LOG_FLOOR = 1e-6  # where a logarithmic slider starts if its range starts at 0
 LOG_STEP = 0.05  # of its exponent: an eighth more at each step
 
 
-def tidy(value: float) -> float:
+def log_start(value: float, low: float | None) -> float:  # at most log10(low)
+    "Exponent where a logarithmic slider starts, so that `value` is one of its steps: a browser shows its steps only."
+    exponent, low = math.log10(value), math.log10(low or LOG_FLOOR)
+    return exponent - math.ceil((exponent - low) / LOG_STEP - 1e-9) * LOG_STEP
+
+
+def tidy(value: float, start: float) -> float:  # start: of the slider
     "A logarithmic slider's value: its own steps rounded to two figures, a typed number as it is."
-    steps = math.log10(value) / LOG_STEP
+    steps = (math.log10(value) - start) / LOG_STEP
     return float(f"{value:.2g}") if abs(steps - round(steps)) < 1e-6 else value
 
 
@@ -391,9 +397,10 @@ def make_control(control: Control, value):
     if control.kind == "flag":
         return w.Checkbox(value=value, indent=False, description="", **common)
     if control.kind == "log":
-        low, high = math.log10(control.low or LOG_FLOOR), math.log10(control.high)
-        shown = ".0f" if control.number is int else ".2g"
-        return w.FloatLogSlider(value=max(value, 10**low), min=low, max=high, step=LOG_STEP, readout_format=shown, **common)
+        value = max(value, control.low or LOG_FLOOR)
+        start, shown = log_start(value, control.low), ".0f" if control.number is int else ".2g"
+        end = math.log10(control.high)
+        return w.FloatLogSlider(value=value, min=start, max=end, step=LOG_STEP, readout_format=shown, **common)
     if control.kind == "slider":
         if control.number is int:
             return w.IntSlider(value=value, min=control.low, max=control.high, **common)
@@ -405,7 +412,7 @@ def make_control(control: Control, value):
         return w.Textarea(value=text, rows=rows, placeholder="one per line", **common)
     return w.Text(value=text, placeholder="none" if control.optional else "", **common)
 
-# %% ../nbs/34_widgets.ipynb #58b867d8
+# %% ../nbs/34_widgets.ipynb #a2367f83
 def make_field(panel: ConfigPanel, control: Control):
     "Label, control and message of one option, bound to the panel."
     import ipywidgets as w
@@ -421,7 +428,7 @@ def make_field(panel: ConfigPanel, control: Control):
         if control.kind == "log":
             if not moved(panel.values[control.name], value):
                 return
-            value = tidy(value)
+            value = max(tidy(value, widget.min), control.low or LOG_FLOOR)
         if not syncing:
             panel.set(control.name, value)
 
@@ -438,6 +445,8 @@ def make_field(panel: ConfigPanel, control: Control):
             return
         if name not in panel.unread and read_quietly(control, widget.value) != panel.values[name]:
             syncing.append(True)
+            if control.kind == "log":
+                widget.min = log_start(held, control.low)
             widget.value = show_value(control, panel.values[name])
             syncing.clear()
 
@@ -1055,7 +1064,7 @@ class AdjustDials:
         columns = [column("Step size", [self.rate]), column("Loss weights", losses), column("Regulariser strength", penalties)]
         self.box = w.VBox([w.HBox(columns), self.note])
 
-# %% ../nbs/34_widgets.ipynb #6db98255
+# %% ../nbs/34_widgets.ipynb #c76edb7f
 @method_of(AdjustDials)
 def send(self, **changes):
     "Pass a change on to the session; a refusal is shown below the dials."
@@ -1073,7 +1082,7 @@ def send_rate(self, rate: float):
     "Pass the learning rate on if a hand moved it."
     trainer = self.session.trainer
     if trainer is not None and moved(trainer.optimizer.param_groups[0]["initial_lr"], rate):
-        self.send(learning_rate=tidy(rate))
+        self.send(learning_rate=tidy(rate, self.rate.min))
 
 
 @method_of(AdjustDials)
@@ -1088,7 +1097,9 @@ def refresh(self):
         return
     self._syncing = True
     try:
-        self.rate.value = trainer.optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
+        rate = trainer.optimizer.param_groups[0].get("initial_lr", trainer.args.learning_rate)
+        self.rate.min = log_start(rate, LOG_FLOOR)
+        self.rate.value = rate
         for (kind, name), dial in self.weights.items():
             dial.value = getattr(trainer.objective, kind).get(name, 0.0)
     finally:

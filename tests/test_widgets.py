@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import shlex
 import threading
 import time
@@ -124,8 +125,15 @@ def test_a_sliders_own_rounding_changes_no_option():
     rate.value = 0.0316  # the nearest step, where a browser puts it
     field_of(view, "max_length").children[0].children[1].value = 1995.26
     assert panel.config.learning_rate == 0.03 and panel.config.max_length == 2048
-    rate.value = 0.0398
-    assert panel.config.learning_rate == 0.04
+    rate.value = 0.03 * 10**0.05  # one step on
+    assert panel.config.learning_rate == 0.034
+    rate.value = 0.0123  # typed
+    assert panel.config.learning_rate == 0.0123
+    panel.set("learning_rate", 0.07)  # is a step of the slider too, so the browser shows it
+    steps = (math.log10(0.07) - rate.min) / rate.step
+    assert rate.value == 0.07 and abs(steps - round(steps)) < 1e-6
+    rate.value = 10**rate.min  # its end, which is a little below the lowest allowed
+    assert not panel.errors
 
 
 def test_errors_stand_at_their_fields_and_go_when_mended():
