@@ -1,8 +1,12 @@
 """Blended adapters: equal to peft as components, equal to dense arithmetic as a blend, never dense themselves."""
 
+import dataclasses
 import logging
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +14,11 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 from merge_lab.masks import MODES, MergeState
 from merge_lab.systems.lora import (
+    RunInterrupted,
     load_adapter,
     load_base,
     probe_logits,
@@ -22,6 +28,7 @@ from merge_lab.systems.lora_merge import (
     AdapterLinear,
     AdapterMerger,
     LoRAMergeConfig,
+    base_path,
     peft_baselines,
     run,
     save_adapter,
@@ -58,10 +65,10 @@ def in_empty_folder(tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
 
-def adapter(architecture, folder, seed, **options):
-    "Save a random adapter."
+def adapter(folder, seed, **options):
+    "Save a random adapter of the base that is there."
     torch.manual_seed(seed)
-    base = tiny_model(architecture)
+    base = load_base("base", "cpu")
     with quiet_peft():
         model = get_peft_model(base, make_lora_config(base, options))
     for name, parameter in model.named_parameters():
@@ -73,8 +80,8 @@ def adapter(architecture, folder, seed, **options):
 def random_merger(architecture="llama", mode="vector_output", rslora=True, **options):
     "A merger of two unlike adapters with random alphas."
     save_tiny(tiny_model(architecture), "base")
-    adapter(architecture, "one", 1, r=4, lora_alpha=8, use_rslora=rslora)
-    adapter(architecture, "two", 2, r=2, lora_alpha=6, target_modules="aggressive")
+    adapter("one", 1, r=4, lora_alpha=8, use_rslora=rslora)
+    adapter("two", 2, r=2, lora_alpha=6, target_modules="aggressive")
     config = dict(base_model="base", adapters=["one", "two"], mode=mode, device="cpu")
     merger = AdapterMerger.from_config(LoRAMergeConfig(**config | options))
     torch.manual_seed(3)
@@ -205,27 +212,102 @@ def test_alpha_one_is_the_sum_and_one_hot_is_the_adapter():
         assert torch.allclose(probe_logits(merger.model), wanted, atol=1e-5)
 
 
-def test_a_run_moves_masks_towards_the_right_adapter():
+def ready(**options):
+    "Two adapters, their data, and a config of a short run."
     random_merger()
     for name, answer in (("one", "the cat."), ("two", "a dog ran.")):
         write_jsonl(f"data/{name}/train.jsonl", [chat_row("who ran?", answer)] * 8)
-    config = LoRAMergeConfig(
-        base_model="base",
-        adapters=["one", "two"],
-        datasets=["data/one", "data/two"],
-        max_steps=15,
-        per_device_train_batch_size=4,
-        learning_rate=0.1,
-        device="cpu",
-        output_dir="run",
-    )
-    result = run(config)
+    short = dict(max_steps=15, per_device_train_batch_size=4, learning_rate=0.1)
+    short |= dict(adapters=["one", "two"], datasets=["data/one", "data/two"])
+    short |= dict(base_model="base", device="cpu", output_dir="run")
+    return LoRAMergeConfig(**short | options)
+
+
+def test_a_run_moves_masks_towards_the_right_adapter():
+    result = run(ready())
     assert result["history"].loss.iloc[-1] < 0.8 * result["history"].loss.iloc[0]
     exported = load_adapter(load_base("base", "cpu"), "run/adapter")
     merger = result["merger"].eval()
     assert (probe_logits(exported) - probe_logits(merger.model)).abs().max() < 1e-4
     again = AdapterMerger.from_pretrained("run/masks")
     assert torch.equal(probe_logits(again.model), probe_logits(merger.model))
+
+
+class Interrupt(TrainerCallback):
+    "Ctrl-C in the second step."
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_masks():
+    config = ready(max_steps=4)
+    with pytest.raises(RunInterrupted, match="stopped after step 2 of 4"):
+        run(config, [Interrupt()])
+    with pytest.raises(ValueError, match="mode='scalar', but the run in run"):
+        run(dataclasses.replace(config, resume=True, mode="scalar"))
+    resumed = run(dataclasses.replace(config, resume=True))
+    whole = run(dataclasses.replace(config, output_dir="whole"))
+    assert resumed["history"].loss.tolist() == whole["history"].loss.tolist()
+    masks = [result["merger"].mask_state() for result in (resumed, whole)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+
+
+def test_recomputed_activations_change_no_loss():
+    config = ready(max_steps=3, constrain_mode="sum1")
+    plain = run(config)["history"].loss
+    thrifty = dict(gradient_checkpointing=True, output_dir="thrifty")
+    result = run(dataclasses.replace(config, **thrifty))
+    assert any(m.gradient_checkpointing for m in layers_of(result["merger"].model))
+    assert torch.allclose(torch.tensor(plain), torch.tensor(result["history"].loss))
+
+
+def layers_of(model):
+    return [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (dict(adapters=["one", "nowhere"]), "nowhere has no adapter_config.json"),
+        (dict(base_model="other"), "one was trained on base, whose weights differ"),
+        (dict(base_model="wide"), "an adapter of another base than wide"),
+        (dict(datasets=["data/one", "data/three"]), "data/three"),
+        (dict(initial_alpha=1.5, constrain_mode="01"), "alpha=1.5"),
+        (dict(adapters=["one", "run"]), "overwrite would clear run"),
+        (dict(optim="adamm"), "no such optimizer"),
+    ],
+)
+def test_what_cannot_run_clears_nothing(options, says):
+    config = ready(overwrite=True, **options)
+    save_tiny(tiny_model(seed=7), "other")
+    save_tiny(tiny_model(hidden_size=64), "wide")
+    adapter("run", 3, r=2)
+    held = {p.name for p in Path("run").iterdir()}
+    Path("run/config.yaml").touch()
+    with pytest.raises((ValueError, OSError), match=says):
+        run(config)
+    assert {p.name for p in Path("run").iterdir()} == held | {"config.yaml"}
+
+
+def test_a_run_of_the_pipeline_stands_for_its_adapter_and_names_its_base():
+    random_merger()
+    adapter("lora/adapter_checkpoint", 3, r=2)
+    config = LoRAMergeConfig(adapters=["lora", "one"], device="cpu")
+    assert base_path(config) == "base"
+    merger = AdapterMerger.from_config(config)
+    assert merger.names == ["lora", "one"]
+    with merger.as_component(0):
+        alone = load_adapter(load_base("base", "cpu"), "lora/adapter_checkpoint")
+        assert torch.allclose(
+            probe_logits(merger.model), probe_logits(alone), atol=1e-4
+        )
+
+
+def test_nothing_is_named_twice():
+    with pytest.raises(ValueError, match="datasets=.* named twice"):
+        LoRAMergeConfig(adapters=["a", "b"], datasets=["c", "c"])
 
 
 def test_every_adapter_needs_its_data():

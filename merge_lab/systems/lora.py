@@ -9,9 +9,10 @@ __all__ = ['logger', 'RESUMABLE', 'default_dtype', 'load_base', 'skeleton', 'exp
            'inference', 'add_task_prefix', 'mix_tasks', 'row_text', 'count_words', 'curriculum', 'use_curriculum',
            'adapter_layers', 'grow_rank', 'fixed_loss', 'check_ranks', 'was_stopped', 'train_with_ranks',
            'LoRAPipelineConfig', 'lora_options', 'sft_options', 'task_names', 'config_rows', 'make_lora',
-           'RunInterrupted', 'check_lora_run', 'check_outside', 'run', 'show_result']
+           'RunInterrupted', 'check_lora_run', 'check_resumed', 'last_checkpoint', 'check_outside', 'run',
+           'show_result']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #ab3efb16
+# %% ../../nbs/40_systems/04_lora.ipynb #bc6aec75
 import dataclasses
 import difflib
 import gc
@@ -36,7 +37,7 @@ from ..components import load_tokenizer, read_component
 from ..core import best_device, bundled_path, check_options, check_run, config_from_yaml, config_to_yaml
 from ..core import open_run, option, set_seed, write_json, write_text
 from .lora_parts import advice, device_settings, encode_rows, make_lora_config, make_sft_config
-from .lora_parts import prepare_dataset, presets, rank_by_task, remake, trainable_parameters
+from .lora_parts import prepare_dataset, presets, quiet_datasets, rank_by_task, remake, trainable_parameters
 from .lora_parts import training_curves, training_diagnostics
 from ..tasks import ChatCollator
 from ..training import StopCallback, memory_in_use
@@ -101,7 +102,7 @@ class quiet_peft(warnings.catch_warnings):
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return entered
 
-# %% ../../nbs/40_systems/04_lora.ipynb #6ca54e7b
+# %% ../../nbs/40_systems/04_lora.ipynb #c0085897
 def build_trainer(
     model: nn.Module,  # a base, or a model that has its adapter already
     tokenizer,
@@ -116,7 +117,7 @@ def build_trainer(
     from trl import SFTTrainer
 
     model.config.use_cache = False
-    with quiet_peft():
+    with quiet_peft(), quiet_datasets():
         trainer = SFTTrainer(
             model=model,
             args=args,
@@ -283,7 +284,7 @@ class SmoLoRA:
         "Whether the model in memory is a base with an adapter."
         return hasattr(self.model, "peft_config")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #e3ecfb97
+# %% ../../nbs/40_systems/04_lora.ipynb #1eca927e
 class HistoryLog(TrainerCallback):
     "Writes each log entry, with the memory in use, to a file as it happens."
 
@@ -295,6 +296,10 @@ class HistoryLog(TrainerCallback):
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= state.global_step + self.done))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        "The last step is logged whatever logging_steps is."
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -711,7 +716,7 @@ def make_lora(
         use_curriculum(lora)
     return lora
 
-# %% ../../nbs/40_systems/04_lora.ipynb #c32a22a4
+# %% ../../nbs/40_systems/04_lora.ipynb #c723b2e7
 class RunInterrupted(RuntimeError):
     "A run was stopped by the user; the message says where it is and how to go on."
 
@@ -723,14 +728,24 @@ def check_lora_run(config: LoRAPipelineConfig):
     "Raise for what would make a run fail, before anything of an older run is cleared."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     check_outside(folder, [config.base_model, config.eval_dataset, *config.datasets], config.overwrite)
-    if not config.resume:
-        return
-    begun = config_from_yaml(LoRAPipelineConfig, folder / "config.yaml")
+    if config.resume:
+        check_resumed(config, folder, RESUMABLE)
+
+
+def check_resumed(config, folder: Path, free: set[str]):  # options that may differ
+    "Raise unless the folder holds a checkpoint of a run that was begun with these options."
+    begun = config_from_yaml(type(config), folder / "config.yaml")
     for name, value in dataclasses.asdict(config).items():
-        if name not in RESUMABLE and getattr(begun, name) != value:
+        if name not in free and getattr(begun, name) != value:
             raise ValueError(f"resume: {name}={value!r}, but the run in {folder} was begun with {getattr(begun, name)!r}. Leave it as it was.")
-    if not any((path / "trainer_state.json").exists() for path in folder.glob("checkpoint-*")):
+    if last_checkpoint(folder) is None:
         raise FileNotFoundError(f"{folder} has no checkpoint to go on from. Start again with overwrite=True (--overwrite) and save_steps.")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    "The newest whole checkpoint of a run."
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def check_outside(folder: Path, inputs: Sequence[str], overwrite: bool):
@@ -739,7 +754,7 @@ def check_outside(folder: Path, inputs: Sequence[str], overwrite: bool):
         if overwrite and path and Path(path).exists() and folder.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
             raise ValueError(f"overwrite would clear {folder}, which holds {path}. Choose another output_dir.")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #bb528d22
+# %% ../../nbs/40_systems/04_lora.ipynb #871212c5
 def run(
     config: LoRAPipelineConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
@@ -753,7 +768,8 @@ def run(
     stopper = StopCallback()
     lora = make_lora(config, [*callbacks, stopper], **sft)
     read_component(lora.base_model_name)
-    encode_rows(lora.dataset, lora.tokenizer, config.max_length)
+    if config.overwrite:
+        encode_rows(lora.dataset, lora.tokenizer, config.max_length)
     folder = open_run(config.output_dir, config.resume, config.overwrite)
     write_text(folder / "config.yaml", config_to_yaml(config))
     stages = _train_until_stopped(lora, config, stopper)

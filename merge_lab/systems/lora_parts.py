@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['logger', 'file_readers', 'presets', 'rank_by_task', 'lora_defaults', 'sft_defaults', 'advice', 'chunk_by_words',
-           'read_text_files', 'read_table', 'read_source', 'prepare_dataset', 'encode_rows', 'encode_text', 'is_linear',
-           'linear_names', 'find_target_modules', 'lora_for_task', 'check_names', 'check_targets', 'make_lora_config',
-           'check_device', 'device_settings', 'make_sft_config', 'remake', 'trainable_parameters', 'training_curves',
-           'training_diagnostics']
+           'read_text_files', 'quiet_datasets', 'read_table', 'read_source', 'prepare_dataset', 'encode_rows',
+           'encode_text', 'is_linear', 'linear_names', 'find_target_modules', 'lora_for_task', 'check_names',
+           'check_targets', 'make_lora_config', 'check_device', 'device_settings', 'make_sft_config', 'remake',
+           'trainable_parameters', 'training_curves', 'training_diagnostics']
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #27400e1f
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #c97b8e3d
 import dataclasses
 import difflib
 import logging
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def chunk_by_words(
     words, step = text.split(), n_words - overlap
     return [" ".join(words[start : start + n_words]) for start in range(0, max(len(words) - overlap, 1), step) if words]
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #5c33784f
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #44ba0ee0
 file_readers = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -64,14 +65,33 @@ def read_text_files(path: Path) -> "datasets.Dataset":
     return Dataset.from_dict({"text": [file.read_text(encoding="utf-8") for file in files]})
 
 
+@contextmanager
+def quiet_datasets():
+    "`datasets` without its progress bars, and without logging what it raises anyway."
+    import datasets
+
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
 def read_table(path: Path) -> "datasets.Dataset":
     "Rows of one CSV, JSON or Parquet file. Raises `ValueError` for an unknown ending or a file that cannot be read."
     from datasets import load_dataset
 
     check_choice("file type", path.suffix, [*file_readers, ".txt"], f"{path.name} must be one of these.")
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty.")
     options = {"sep": "\t"} if path.suffix == ".tsv" else {}
     try:
-        return load_dataset(file_readers[path.suffix], data_files=str(path), split="train", **options)
+        with quiet_datasets():
+            return load_dataset(file_readers[path.suffix], data_files=str(path), split="train", **options)
     except Exception as error:  # datasets wraps the cause in errors of its own
         cause = error.__cause__ or error
         raise ValueError(f"{path}: cannot be read as {file_readers[path.suffix]} ({cause}).") from error
@@ -136,14 +156,17 @@ def prepare_dataset(
         raise ValueError(f"n={n}: expected 1 to {len(rows)}, the rows of {source}. Use None for all of them.")
     return rows.shuffle(seed=seed).select(range(n))
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #500dd164
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #022189be
 def encode_rows(
     rows: "datasets.Dataset",  # column text or messages
     tokenizer,
     max_length: int | None = 1024,  # tokens; what is longer is cut at the end
 ) -> "datasets.Dataset":  # columns input_ids and labels
     "Ids and labels of all rows; how many were cut is logged. Raises `ValueError` if nothing of a row can be learned."
-    encoded = [encode_chat(tokenizer, row["messages"]) if "messages" in row else encode_text(tokenizer, row["text"]) for row in rows]
+    from tqdm.auto import tqdm
+
+    bar = tqdm(rows, desc="encoding rows", unit="row", disable=len(rows) < 5000)
+    encoded = [encode_chat(tokenizer, row["messages"]) if "messages" in row else encode_text(tokenizer, row["text"]) for row in bar]
     longer = [i for i, row in enumerate(encoded) if max_length and len(row["input_ids"]) > max_length]
     if longer:
         logger.warning(
@@ -265,11 +288,11 @@ def make_lora_config(
     fused = any(type(module).__name__ == "Conv1D" for module in model.modules())
     return LoraConfig(**{"fan_in_fan_out": fused} | options)
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #64f449dd
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #33ff4ff5
 sft_defaults = dict(
     per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=2e-4, max_steps=500,
     logging_steps=10, logging_first_step=True, optim="adamw_torch", max_length=1024, lr_scheduler_type="linear", warmup_steps=0,
-    save_strategy="no", report_to="none", dataset_text_field="text",
+    save_strategy="no", report_to="none", dataset_text_field="text", disable_tqdm=False,
 )  # fmt: skip
 
 
