@@ -428,7 +428,7 @@ def train_adapter_masks(
         )
     return history.frame()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #24e2d190
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #5ab3a772
 RESUMABLE = {"max_steps", "resume", "overwrite", "output_dir", "device", "merged", "save_steps", "save_total_limit", "logging_steps"}
 
 
@@ -461,6 +461,7 @@ def show_result(result: dict):  # from `run`
     merger, history = result["merger"], result["history"]
     table = result["alphas"].groupby("component").agg({"mean": "mean", "min": "min", "max": "max"})
     print(table.rename(index=dict(enumerate(merger.names))).round(3).to_string())
-    print(f"KL to each sample's own adapter: {history.loss.iloc[0]:.3g} at first, {history.loss.iloc[-1]:.3g} at last.")
+    name = {"kl": "KL to each sample's own adapter"}.get(merger.adapter_config.loss_func_name, "loss")
+    print(f"{name}: {history.loss.iloc[0]:.3g} at first, {history.loss.iloc[-1]:.3g} at last.")
     folder = Path(merger.adapter_config.output_dir)
     print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged") if (folder / p).exists()))
