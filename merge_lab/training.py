@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'LoopConfig', 'TrainConfig', 'objective_of', 'training_arguments', 'MergerTrainer', 'first_nonfinite',
-           'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history', 'StopCallback', 'ProgressBar']
+           'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history', 'StopCallback', 'ProgressBar',
+           'RunInterrupted', 'attach_watchers', 'last_checkpoint']
 
 # %% ../nbs/31_training.ipynb #d20593c6
 import dataclasses
@@ -362,3 +363,26 @@ class ProgressBar(TrainerCallback):
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+# %% ../nbs/31_training.ipynb #78652229
+class RunInterrupted(RuntimeError):
+    "A run was stopped by the user; the message says where its masks are and how to go on."
+
+
+def attach_watchers(
+    trainer: MergerTrainer,
+    folder: Path,  # of the run
+    description: str | None = "training masks",  # of the progress bar; None: no bar
+) -> tuple[HistoryCallback, StopCallback]:
+    "History on disk, a stop that loses nothing, and a progress bar."
+    history, stopper = HistoryCallback(folder / "history.jsonl").attach(trainer), StopCallback()
+    trainer.add_callback(stopper)
+    if description is not None:
+        trainer.add_callback(ProgressBar(history, description))
+    return history, stopper
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    "The newest checkpoint of a run that a kill did not cut off."
+    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

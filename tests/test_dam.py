@@ -532,7 +532,7 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_off(lab, tmp_path):
     config = train_config(lab, tmp_path / "run", max_steps=4, save_steps=2)
     whole = dam.train(config)
     (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
-    assert dam.last_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    assert dam.last_checkpoint(tmp_path / "run").name == "checkpoint-2"
     again = dam.train(dataclasses.replace(config, resume=True))
     for name, mask in whole.merger.mask_state().items():
         assert torch.equal(mask, again.merger.mask_state()[name]), name

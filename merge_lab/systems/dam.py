@@ -10,9 +10,9 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', '
            'load_teacher', 'with_teacher', 'check_topk', 'check_k', 'create_dataset_topk_logits', 'dataset_facts',
            'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective', 'momentum_filter',
            'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'NoiseGate',
-           'make_trainer', 'last_checkpoint', 'train', 'show_merge', 'show_dataset', 'show_run']
+           'make_trainer', 'train', 'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #f871678e
+# %% ../../nbs/40_systems/02_dam.ipynb #6b5b8bd8
 import dataclasses
 import json
 import logging
@@ -40,7 +40,9 @@ from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_config
 from ..tasks import ChatCollator, chat_row, check_row, encode_chat, load_task
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
-from ..training import HistoryCallback, LoopConfig, MergerTrainer, ProgressBar, StopCallback, training_arguments
+from merge_lab.training import (
+    HistoryCallback, LoopConfig, MergerTrainer, StopCallback, attach_watchers, last_checkpoint, training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -661,7 +663,7 @@ class NoiseGate(TrainerCallback):
             for gradient in gradients:
                 gradient.zero_()
 
-# %% ../../nbs/40_systems/02_dam.ipynb #5081b71f
+# %% ../../nbs/40_systems/02_dam.ipynb #031dc111
 def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "Trainer of a config, with its history and a way to stop it."
     merger = load_untrained(config)
@@ -672,17 +674,8 @@ def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, H
         merger, arguments, dam_objective(config, merger), config.gradient_checkpointing,
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
-    history, stopper = HistoryCallback(folder / "history.jsonl").attach(trainer), StopCallback()
-    trainer.add_callback(stopper)
     trainer.add_callback(NoiseGate(config.noise_floor))
-    trainer.add_callback(ProgressBar(history, "training coefficients"))
-    return trainer, history, stopper
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    "The newest checkpoint that a kill did not cut off."
-    whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    return trainer, *attach_watchers(trainer, folder, "training coefficients")
 
 
 def train(config: DAMTrainConfig) -> DAMRun:
@@ -691,7 +684,8 @@ def train(config: DAMTrainConfig) -> DAMRun:
     set_seed(config.seed)
     trainer, history, stopper = make_trainer(config, folder)
     write_text(folder / "config.yaml", config_to_yaml(config))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if config.resume else None)
+    checkpoint = last_checkpoint(folder) if config.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     merger, main = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.args.should_save
     merger.save_pretrained(folder, is_main_process=main)
     if stopper.requested.is_set():

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_CAPTIONS', 'LOADING', 'parse_datasets', 'MaskMergeConfig',
            'demo_config', 'Prepared', 'prepare', 'score', 'score_baselines', 'sample_answers', 'manners',
-           'RunInterrupted', 'make_trainer', 'last_checkpoint', 'train', 'MaskMergeResult', 'recipe_of', 'run',
-           'make_plots', 'save_plots', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result',
-           'demo']
+           'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'headline',
+           'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #6c1136dc
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #0d7dc93a
 import dataclasses
 import logging
 from pathlib import Path
@@ -28,7 +27,8 @@ from ..memory import FitReport, fit_run, readable
 from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, load_task, prompt_of
 from merge_lab.training import (
-    HistoryCallback, MergerTrainer, ProgressBar, StopCallback, TrainConfig, objective_of, training_arguments,
+    HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, last_checkpoint, objective_of,
+    training_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -262,11 +262,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #14ab9cc2
-class RunInterrupted(RuntimeError):
-    "A run was stopped by the user; the message says where its masks are and how to go on."
-
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #0d67d75a
 def make_trainer(
     merger: Merger,
     ready: Prepared,
@@ -279,18 +275,9 @@ def make_trainer(
         merger, training_arguments(config, ready.folder), objective_of(config), ready.recompute,
         train_dataset=ready.dataset, data_collator=ChatCollator(ready.tokenizer), callbacks=list(callbacks),
     )
-    history, stopper = HistoryCallback(ready.folder / "history.jsonl").attach(trainer), StopCallback()
-    trainer.add_callback(stopper)
-    if progress:
-        trainer.add_callback(ProgressBar(history))
+    history, stopper = attach_watchers(trainer, ready.folder, "training masks" if progress else None)
     ready.open_folder()
     return trainer, history, stopper
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    "The newest whole checkpoint of a run."
-    whole = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-    return max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
