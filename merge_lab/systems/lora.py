@@ -131,7 +131,7 @@ def build_trainer(
         trainer.remove_callback(PrinterCallback)
     return trainer
 
-# %% ../../nbs/40_systems/04_lora.ipynb #366890de
+# %% ../../nbs/40_systems/04_lora.ipynb #3af14f33
 @torch.inference_mode()
 def probe_logits(
     model: nn.Module,
@@ -142,7 +142,7 @@ def probe_logits(
     ids = torch.randint(model.config.get_text_config().vocab_size, (2, n_tokens), generator=generator)
     return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
-
+# %% ../../nbs/40_systems/04_lora.ipynb #5e344ef6
 def check_fits(base: nn.Module, folder: str | Path):
     "Raise `ValueError` unless the base has the modules of an adapter, in its sizes. Reads the file's header only."
     modules = dict(base.named_modules())
@@ -541,7 +541,7 @@ def grow_rank(
     for layer in adapter_layers(model, adapter_name).values():
         layer.lora_alpha[adapter_name] = config.lora_alpha
 
-# %% ../../nbs/40_systems/04_lora.ipynb #e80b1864
+# %% ../../nbs/40_systems/04_lora.ipynb #50500f57
 @torch.inference_mode()
 def fixed_loss(
     model: nn.Module,
@@ -558,7 +558,7 @@ def fixed_loss(
     model.train(training)
     return loss
 
-
+# %% ../../nbs/40_systems/04_lora.ipynb #2adf0fef
 def check_ranks(ranks: Sequence[int], max_steps: int):
     "Raise `ValueError` unless ranks rise from 1 or more and each has a step."
     if not ranks or list(ranks) != sorted(set(ranks)) or min(ranks) < 1:
@@ -754,7 +754,7 @@ def check_outside(folder: Path, inputs: Sequence[str], overwrite: bool):
         if overwrite and path and Path(path).exists() and folder.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
             raise ValueError(f"overwrite would clear {folder}, which holds {path}. Choose another output_dir.")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #871212c5
+# %% ../../nbs/40_systems/04_lora.ipynb #87dc15ed
 def run(
     config: LoRAPipelineConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
@@ -782,7 +782,7 @@ def run(
     found = dict(lora=lora, curves=curves, diagnostics=diagnostics, parameters=parameters, report=report)
     return found | ({} if stages is None else {"stages": stages})
 
-
+# %% ../../nbs/40_systems/04_lora.ipynb #9271cbaa
 def _train_until_stopped(lora: SmoLoRA, config: LoRAPipelineConfig, stopper: StopCallback) -> pd.DataFrame | None:
     "Train, in stages if ranks grow; their table. Raises `RunInterrupted` after SIGINT or SIGTERM, once the adapter is saved."
     try:

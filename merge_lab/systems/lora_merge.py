@@ -36,7 +36,7 @@ from ..training import objective_of, training_arguments
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #6ce86e81
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #96e16773
 def check_adapter(folder: str | Path):
     "Raise `ValueError` for an adapter that is more than low-rank deltas of linear layers."
     file = Path(folder) / "adapter_config.json"
@@ -58,7 +58,7 @@ def check_adapter(folder: str | Path):
                 "Merge it into the base, and merge the models."
             )
 
-
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #d0cdc6e3
 def adapter_folder(path: str | Path) -> Path:
     "The adapter of a folder, which may be a whole run of the pipeline."
     inner = Path(path) / "adapter_checkpoint"
@@ -86,7 +86,7 @@ def check_same_base(base: nn.Module, folder: str | Path, factors: "Factors"):
             "Blend adapters of one base, or merge each into its own and merge the models."
         )
 
-
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #66163437
 Factors = dict[str, tuple[Tensor, Tensor]]  # module -> A (r, in), scaled B (out, r)
 
 

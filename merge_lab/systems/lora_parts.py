@@ -47,7 +47,7 @@ def chunk_by_words(
     words, step = text.split(), n_words - overlap
     return [" ".join(words[start : start + n_words]) for start in range(0, max(len(words) - overlap, 1), step) if words]
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #44ba0ee0
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #d148f33d
 file_readers = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -80,7 +80,7 @@ def quiet_datasets():
         if not bars:
             datasets.enable_progress_bars()
 
-
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #690e079e
 def read_table(path: Path) -> "datasets.Dataset":
     "Rows of one CSV, JSON or Parquet file. Raises `ValueError` for an unknown ending or a file that cannot be read."
     from datasets import load_dataset
@@ -241,7 +241,7 @@ def lora_for_task(
     rank = rank_by_task[check_choice("task", task, rank_by_task, "Or give r and lora_alpha yourself.")]
     return dict(r=rank, lora_alpha=2 * rank)
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #7c255832
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #badb19c6
 def check_names(
     what: str,  # "lora" or "sft", as the user wrote it
     given: dict,  # options by name
@@ -268,7 +268,7 @@ def check_targets(model: nn.Module, targets: str | list[str]):
     for name in targets:
         check_choice("target_modules", name.split(".")[-1], known, "Use a preset if unsure.")
 
-
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #1929aa77
 def make_lora_config(
     model: nn.Module,  # the base
     lora=None,  # dict of changes to `lora_defaults`, or a peft LoraConfig; target_modules may be a preset
