@@ -75,7 +75,7 @@ def read_alphas(folder: str | Path) -> pd.DataFrame:  # a row per masked paramet
         rows += [{**facts, "component": i, "mean": alpha.mean().item()} for i, alpha in enumerate(alphas)]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
-# %% ../nbs/36_runs.ipynb #f967a9f0
+# %% ../nbs/36_runs.ipynb #b38655eb
 def compare_alphas(
     alphas: dict[str, pd.DataFrame],  # run -> its alphas, as from `read_alphas`
     names: Sequence[str] | None = None,  # of the components
@@ -95,7 +95,7 @@ def compare_alphas(
             if axis.get_visible():
                 image = draw_layers(axis, layer_grid(table[table["component"] == i]), cmap, norm)
                 axis.set_title(f"{run}: {name_of(i, names)}", fontsize=10)
-                axis.tick_params(labelbottom=row is axes[-1])
+                axis.tick_params(labelbottom=run == list(alphas)[-1])
     add_colour_bar(figure, image, axes, "mean alpha")
     return figure
 

@@ -5,6 +5,7 @@ MERGE_LAB_SCREENSHOTS=folder keeps a screenshot of every panel.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ SETTINGS = {
     },
 }
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+STATUS = ".ml-explorer .ml-status"
 PROBE = 'print("session is", session.state)'
 RAN = """() => {
   const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
@@ -206,7 +208,7 @@ def test_a_wrong_path_shows_at_its_field(page):
 
 
 def test_looking_at_a_panel_changes_nothing_and_labels_fit(page):
-    yaml = page.locator(".ml-face").inner_text()
+    yaml = page.locator(".ml-face").first.inner_text()
     assert "learning_rate: 0.03\n" in yaml and "max_length" not in yaml
     clipped = page.evaluate(
         """() => [...document.querySelectorAll('.ml-panel .lm-TabBar-tabLabel,'
@@ -224,6 +226,36 @@ def test_the_share_changes_the_scores(page):
         page.keyboard.press("ArrowRight")
     wait_text(page, ".ml-scores", "text !== argument", before)
     picture(page, ".ml-explorer", "4-explorer")
+
+
+def test_forty_positions_make_few_merges_and_end_on_the_last(page):
+    count = lambda: int(re.search(r"merge (\d+)", page.locator(STATUS).inner_text())[1])
+    page.locator(".ml-share .noUi-handle").focus()
+    page.keyboard.press("Home")
+    wait_text(page, ".ml-share .widget-readout", "text.trim() === '0.00'")
+    settle(page)
+    before = count()
+    for _ in range(40):  # steps of 0.025, from 0 to 1
+        page.keyboard.press("ArrowRight")
+        time.sleep(0.03)
+    wait_text(page, ".ml-share .widget-readout", "text.trim() === '1.00'")
+    same = "([...document.querySelectorAll('.ml-scores tr')].slice(-2)" + (
+        ".map(row => [...row.cells].slice(1).map(cell => cell.innerText).join()))"
+    )
+    page.wait_for_function(f"() => {{ const [a, b] = {same}; return a === b }}")
+    settle(page)
+    assert 1 <= count() - before <= 15
+    summarize, merged = page.evaluate(same)
+    assert merged == summarize  # a share of one is the second component
+
+
+def settle(page):
+    "Wait until no merge has been made for two seconds."
+    text, since = page.locator(STATUS).inner_text(), time.monotonic()
+    while time.monotonic() - since < 2:
+        if (now := page.locator(STATUS).inner_text()) != text:
+            text, since = now, time.monotonic()
+        time.sleep(0.1)
 
 
 def test_train_pause_resume_stop_export(page, lab):
@@ -257,10 +289,14 @@ def test_train_pause_resume_stop_export(page, lab):
     wait_text(page, ".ml-progress", "text.includes('exported')")
     picture(page, ".ml-session", "6-exported")
 
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "runs/workbench/merged")
     assert model.config.model_type == "llama"
+    with torch.no_grad():
+        logits = model(torch.tensor([[1, 5, 9, 12]])).logits
+    assert logits.isfinite().all() and logits.std() > 0
 
 
 def watch_pictures(page, wanted: int) -> set[str]:
@@ -280,5 +316,18 @@ def test_runs_are_listed_and_compared(page):
     page.locator(".ml-browser select").select_option(["workbench", "script"])
     press(page, ".ml-browser", "Compare")
     wait_text(page, ".ml-browser-status", "text.includes('2 compared')")
-    time.sleep(1)
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.ml-browser img')].length === 2 &&"
+        " [...document.querySelectorAll('.ml-browser img')].every(i => i.naturalWidth)"
+    )
     picture(page, ".ml-browser", "7-runs")
+
+
+def test_another_system_runs_from_its_panel(page, lab):
+    _, folder = lab
+    press(page, ".ml-run", "Run")
+    state = "['finished', 'failed'].includes(text.trim()) && text.trim()"
+    wait_text(page, ".ml-run .ml-state", state)
+    picture(page, ".ml-run", "8-run")
+    assert page.locator(".ml-run .ml-state").inner_text().strip() == "finished"
+    assert (folder / "runs/shorter/merged/config.json").exists()
