@@ -1143,7 +1143,7 @@ class Outcome:
     alphas: pd.DataFrame
     seconds: float
 
-# %% ../nbs/34_widgets.ipynb #7a440021
+# %% ../nbs/34_widgets.ipynb #6bea19a5
 class MergeExplorer:
     "Merges and scores while dials move; the newest position wins."
 
@@ -1161,7 +1161,8 @@ class MergeExplorer:
         self.tasks = {task: list(given)[:rows] for task, given in tasks.items()}
         self.prompts = [row for given in self.tasks.values() for row in given[:prompts]]
         self.lock = nullcontext() if lock is None else lock
-        self.dials, self.visits, self.listeners = Dials(), [], []
+        self.dials, self.visits = Dials(), []
+        self.listeners, self.followers = [], []  # called with the explorer after a merge, and with each move's dials
         self.outcome, self.error = None, None  # of the newest merge
         self.worker = LatestWorker(self._work)
         self._known = None  # the merger that the components' scores are of, and the scores
@@ -1176,7 +1177,7 @@ class MergeExplorer:
         "The explorer as widgets."
         return ExplorerView(self).box()
 
-# %% ../nbs/34_widgets.ipynb #65e68c05
+# %% ../nbs/34_widgets.ipynb #8741018e
 @method_of(MergeExplorer)
 def move(self, share: float | None = None, component: int | None = None, **shifts):  # shifts: attention=0.1, first_layers=..
     "Move dials; the merge follows in a thread. Raises `ValueError` for an unknown dial."
@@ -1191,6 +1192,8 @@ def move(self, share: float | None = None, component: int | None = None, **shift
     )
     if component not in (None, dials.component):
         self.visits = []  # another component's share is another axis
+    for follower in list(self.followers):
+        follower(self.dials)
     self.worker.submit(self.dials)
 
 
@@ -1320,7 +1323,7 @@ def answers_html(answers: pd.DataFrame) -> str:
         body += f"<tr>{cells}</tr>"
     return f'<table class="ml-table">{"<tr>" + head + "</tr>"}{body}</table>'
 
-# %% ../nbs/34_widgets.ipynb #e23e01a0
+# %% ../nbs/34_widgets.ipynb #ea96101b
 class ExplorerView:
     "Widgets that mirror an explorer."
 
@@ -1337,11 +1340,11 @@ class ExplorerView:
         self.share.add_class("ml-share")
         self.component = w.Dropdown(description="of component", options=[("second", 1)], style=style, layout=layout)
         self.shifts = {name: shift(name) for name in (*DEPTHS, *FILTERS)}
-        self.share.observe(lambda change: explorer.move(share=change["new"]), "value")
         self._quiet = False
+        self.share.observe(lambda change: self._quiet or explorer.move(share=change["new"]), "value")
         self.component.observe(lambda change: self._quiet or explorer.move(component=change["new"]), "value")
         for name, dial in self.shifts.items():
-            dial.observe(lambda change, name=name: explorer.move(**{name: change["new"]}), "value")
+            dial.observe(lambda change, name=name: self._quiet or explorer.move(**{name: change["new"]}), "value")
         self.reset = w.Button(description="Shifts to zero", icon="undo", layout=w.Layout(width="150px"))
         self.use = w.Button(description="Set as initial masks", icon="arrow-right", button_style="primary", layout=w.Layout(width="180px"))
         self.reset.on_click(lambda _: [setattr(dial, "value", 0.0) for dial in self.shifts.values()])
@@ -1349,9 +1352,20 @@ class ExplorerView:
         self.status, self.scores, self.path, self.heatmap, self.answers = (w.HTML() for _ in range(5))
         self.status.add_class("ml-status")
         explorer.listeners.append(lambda _: self.draw())
+        explorer.followers.append(self.follow)
         explorer.move()
 
-# %% ../nbs/34_widgets.ipynb #ff41b98b
+# %% ../nbs/34_widgets.ipynb #eed723ec
+@method_of(ExplorerView)
+def follow(self, dials: Dials):
+    "Stand where the dials stand, whoever moved them."
+    before, self._quiet = self._quiet, True
+    self.share.value = dials.share
+    for name, shift in {**dials.depth, **dials.kinds}.items():
+        self.shifts[name].value = shift
+    self._quiet = before
+
+
 @method_of(ExplorerView)
 def _use(self, _):
     try:

@@ -28,6 +28,7 @@ from merge_lab.widgets import (
     Bench,
     ConfigPanel,
     Dials,
+    ExplorerView,
     LatestWorker,
     MergeExplorer,
     SessionView,
@@ -129,7 +130,9 @@ def test_a_sliders_own_rounding_changes_no_option():
     assert panel.config.learning_rate == 0.034
     rate.value = 0.0123  # typed
     assert panel.config.learning_rate == 0.0123
-    panel.set("learning_rate", 0.07)  # is a step of the slider too, so the browser shows it
+    panel.set(
+        "learning_rate", 0.07
+    )  # is a step of the slider too, so the browser shows it
     steps = (math.log10(0.07) - rate.min) / rate.step
     assert rate.value == 0.07 and abs(steps - round(steps)) < 1e-6
     rate.value = 10**rate.min  # its end, which is a little below the lowest allowed
@@ -489,6 +492,16 @@ def test_exploring_in_a_pause_leaves_training_as_it_was(lab):
         return session.frame["loss"].tolist()
 
     assert losses(True) == losses(False)
+
+
+def test_the_sliders_follow_a_move_in_python(lab):
+    _, _, explorer = lab
+    view = ExplorerView(explorer)
+    explorer.move(share=0.25, attention=0.1)
+    assert view.share.value == 0.25 and view.shifts["attention"].value == 0.1
+    view.share.value = 0.75
+    assert explorer.dials.share == 0.75 and explorer.dials.kinds["attention"] == 0.1
+    assert explorer.worker.wait() and explorer.visits[-1]["share"] == 0.75
 
 
 def test_an_error_of_a_merge_is_shown_not_lost(lab):
