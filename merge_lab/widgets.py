@@ -360,7 +360,7 @@ def block(text, kind: str, tag: str = "div") -> str:
     "Text as a piece of HTML of one of `STYLE`'s classes."
     return f'<{tag} class="ml-{kind}">{html.escape(str(text))}</{tag}>' if text else ""
 
-# %% ../nbs/34_widgets.ipynb #d80db3d5
+# %% ../nbs/34_widgets.ipynb #fe449f0a
 LOG_FLOOR = 1e-6  # where a logarithmic slider starts if its range starts at 0
 LOG_STEP = 0.05  # of its exponent: an eighth more at each step
 
@@ -381,7 +381,7 @@ def moved(value: float, shown: float) -> bool:  # value held, value that the sli
     "Whether a hand moved a logarithmic slider: a browser puts it on its nearest step by itself."
     return value <= 0 or abs(math.log10(shown / value)) > 0.52 * LOG_STEP
 
-
+# %% ../nbs/34_widgets.ipynb #3115980d
 def make_control(control: Control, value):
     "The widget of one option."
     import ipywidgets as w
