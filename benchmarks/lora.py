@@ -1,6 +1,6 @@
 """What LoRA learns of the bundled tasks, and what is left of it when two adapters become one.
 
-    python benchmarks/lora.py                            # everything, seeds 42, 43, 44: about 25 minutes of one core
+    python benchmarks/lora.py                            # everything, seeds 42, 43, 44: about 35 minutes of one core
     python benchmarks/lora.py --parts adapters merge --seeds 43
 
 Writes data/benchmarks/lora.json and lora_merge.json; rows of other parts and seeds that the files hold are kept. Adapters
@@ -198,8 +198,6 @@ def blend(folder, adapters, seed, mode) -> dict:
 def merges(folder, seed):
     "Rows of the two adapters, of peft's combinations and of the trained blends."
     adapters = [str(folder / f"{t}-{seed}" / "adapter_checkpoint") for t in TASKS]
-    for mode in reversed(MODES):
-        yield blend(folder, adapters, seed, mode)
     for task, path in zip(TASKS, adapters):
         single = load_adapter(load_base(BASE, "cpu"), path)
         yield row_of(single, method=f"adapter {task}", seed=seed)
@@ -207,6 +205,8 @@ def merges(folder, seed):
         combined = peft_baselines(BASE, adapters, weight, device="cpu", seed=seed)
         for method, model in combined:
             yield row_of(model, method=f"peft {method}", weight=weight, seed=seed)
+    for mode in MODES:
+        yield blend(folder, adapters, seed, mode)
 
 
 KEYS = ("method", "mode", "weight", "task", "rank", "curriculum", "prefix", "seed")
