@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-# %% ../nbs/60_cli.ipynb #22852254
+# %% ../nbs/60_cli.ipynb #7808ae1f
 @dataclasses.dataclass
 class Command:
     "One subcommand."
@@ -49,9 +49,9 @@ COMMANDS = {
     "layer-merge": Command(
         "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter by merging similar layers", ("model_path",)
     ),
-    "lora": Command("systems.lora", "LoRAPipelineConfig", "run", "fine-tune a LoRA adapter, diagnose it, merge it"),
+    "lora": Command("systems.lora", "LoRAPipelineConfig", "run", "fine-tune a LoRA adapter, diagnose it, merge it", show="show_result"),
     "lora-merge": Command(
-        "systems.lora_merge", "LoRAMergeConfig", "run", "merge adapters of one base with learned coefficients"
+        "systems.lora_merge", "LoRAMergeConfig", "run", "merge adapters of one base with learned coefficients", show="show_result"
     ),
     "quantize": Command(
         "systems.router", "QuantizeConfig", "run_quantize", "quantise a model at nested precisions", ("model_path",)
@@ -248,7 +248,7 @@ def call(name: str, words: list[str]) -> int:
     status = (getattr(module, command.show) if command.show else show_tables)(result)
     return status or 0
 
-# %% ../nbs/60_cli.ipynb #51e26bbd
+# %% ../nbs/60_cli.ipynb #bfddf717
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
@@ -267,7 +267,7 @@ def main(words: list[str] | None = None) -> int:
     _quiet()
     try:
         return call(words[0], words[1:])
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"merge-lab {words[0]}: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, RuntimeError) as error:
