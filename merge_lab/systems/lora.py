@@ -9,10 +9,9 @@ __all__ = ['logger', 'RESUMABLE', 'default_dtype', 'load_base', 'skeleton', 'exp
            'inference', 'add_task_prefix', 'mix_tasks', 'row_text', 'count_words', 'curriculum', 'use_curriculum',
            'adapter_layers', 'grow_rank', 'fixed_loss', 'check_ranks', 'was_stopped', 'train_with_ranks',
            'LoRAPipelineConfig', 'lora_options', 'sft_options', 'task_names', 'config_rows', 'make_lora',
-           'RunInterrupted', 'check_lora_run', 'check_resumed', 'last_checkpoint', 'check_outside', 'run',
-           'show_result']
+           'check_lora_run', 'check_resumed', 'check_outside', 'run', 'show_result']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #bc6aec75
+# %% ../../nbs/40_systems/04_lora.ipynb #7e9f1bb1
 import dataclasses
 import difflib
 import gc
@@ -40,7 +39,7 @@ from .lora_parts import advice, device_settings, encode_rows, make_lora_config, 
 from .lora_parts import prepare_dataset, presets, quiet_datasets, rank_by_task, remake, trainable_parameters
 from .lora_parts import training_curves, training_diagnostics
 from ..tasks import ChatCollator
-from ..training import StopCallback, memory_in_use
+from ..training import RunInterrupted, StopCallback, last_checkpoint, memory_in_use
 
 if TYPE_CHECKING:
     import datasets
@@ -716,11 +715,7 @@ def make_lora(
         use_curriculum(lora)
     return lora
 
-# %% ../../nbs/40_systems/04_lora.ipynb #c723b2e7
-class RunInterrupted(RuntimeError):
-    "A run was stopped by the user; the message says where it is and how to go on."
-
-
+# %% ../../nbs/40_systems/04_lora.ipynb #1a91a41c
 RESUMABLE = {"max_steps", "logging_steps", "save_steps", "merge", "resume", "overwrite", "output_dir", "device"}
 
 
@@ -740,12 +735,6 @@ def check_resumed(config, folder: Path, free: set[str]):  # options that may dif
             raise ValueError(f"resume: {name}={value!r}, but the run in {folder} was begun with {getattr(begun, name)!r}. Leave it as it was.")
     if last_checkpoint(folder) is None:
         raise FileNotFoundError(f"{folder} has no checkpoint to go on from. Start again with overwrite=True (--overwrite) and save_steps.")
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    "The newest whole checkpoint of a run."
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def check_outside(folder: Path, inputs: Sequence[str], overwrite: bool):

@@ -8,7 +8,7 @@ __all__ = ['logger', 'Factors', 'SHARES', 'BASELINES', 'RESUMABLE', 'check_adapt
            'AdapterMerger', 'base_path', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks', 'run',
            'show_result']
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #28634d50
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #c155ab9c
 import dataclasses
 import json
 import logging
@@ -28,11 +28,11 @@ from ..core import bundled_path, check_choice, check_options, check_run, config_
 from ..core import write_json, write_text
 from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, masked_linear
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
-from .lora import RunInterrupted, check_outside, check_resumed, last_checkpoint
+from .lora import check_outside, check_resumed
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
 from ..tasks import ChatCollator, build_dataset
-from ..training import HistoryCallback, MergerTrainer, ProgressBar, StopCallback, TrainConfig
-from ..training import objective_of, training_arguments
+from ..training import HistoryCallback, MergerTrainer, ProgressBar, RunInterrupted, StopCallback, TrainConfig
+from ..training import last_checkpoint, objective_of, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -396,7 +396,7 @@ def peft_baselines(
         model.set_adapter("blend")
         yield method, model.eval()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #73533551
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #3afdee2a
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter."
     if len(config.datasets) != len(config.adapters):
@@ -420,7 +420,8 @@ def train_adapter_masks(
     )  # fmt: skip
     history = HistoryCallback(folder / "history.jsonl").attach(trainer)
     trainer.add_callback(ProgressBar(history))
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if config.resume else None)
+    checkpoint = last_checkpoint(folder) if config.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stopper.requested.is_set():
         raise RunInterrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "
