@@ -248,7 +248,7 @@ def call(name: str, words: list[str]) -> int:
     status = (getattr(module, command.show) if command.show else show_tables)(result)
     return status or 0
 
-# %% ../nbs/60_cli.ipynb #bfddf717
+# %% ../nbs/60_cli.ipynb #f1b51b0b
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
@@ -264,8 +264,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"merge-lab: unknown command {words[0]!r}.\n\n{usage()}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s | %(levelname)s] %(message)s", datefmt="%H:%M:%S")
-    _quiet()
     try:
+        _quiet()
         return call(words[0], words[1:])
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"merge-lab {words[0]}: {error}", file=sys.stderr)
@@ -273,7 +273,7 @@ def main(words: list[str] | None = None) -> int:
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "RunInterrupted":
             raise
-        stopped = "interrupted outside training. What was trained is kept; --resume goes on from the last checkpoint."
+        stopped = "interrupted. If a checkpoint was written, --resume goes on from the last one."
         print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
         return 130
 

@@ -43,7 +43,7 @@ def alpha_shape(
     alpha[kept] = shape[kept]
     return tuple(alpha) if len(shape) > 2 or kept == -2 else (shape[-1],)
 
-# %% ../nbs/12_masks.ipynb #940dc174
+# %% ../nbs/12_masks.ipynb #18cf53a0
 _BLOCK = 2**22  # elements of a weight that are handled at once: 16 MiB in fp32
 
 
@@ -62,7 +62,9 @@ def _broadcast(alpha: Tensor, weight: Tensor) -> Tensor:
 
 def bring(tensor: Tensor, device: torch.device | None) -> Tensor:
     "The tensor on a device: itself if it is there already, else a copy that lives as long as it is used."
-    return tensor if device is None or tensor.device == device else tensor.to(device, non_blocking=True)
+    if device is None or tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu")  # on the CPU it would be read before it has arrived
 
 
 def _rows(tensor: Tensor, rows: slice) -> Tensor:

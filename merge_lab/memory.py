@@ -488,7 +488,7 @@ class FitReport:
 def _words(changes: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or "as asked"
 
-# %% ../nbs/30_memory.ipynb #d9489b67
+# %% ../nbs/30_memory.ipynb #de233f0a
 def free_memory(device: str | None = None) -> int:  # "cuda" or "cpu"; None: CUDA where there is one
     "Bytes that a new run could take on this machine."
     if device != "cpu" and torch.cuda.is_available():
@@ -510,7 +510,7 @@ def fit_report(
     "Whether training fits into a budget, and if not what makes it fit."
     config = load_config(config)
     device = options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    report = FitReport(budget_bytes or free_memory(device), [({}, estimate_memory(config, **options))], options)
+    report = FitReport(free_memory(device) if budget_bytes is None else budget_bytes, [({}, estimate_memory(config, **options))], options)
     changes = {}
     for cure in _cures(options):
         if report.remedy is not None:
@@ -519,7 +519,7 @@ def fit_report(
         report.tried.append((changes, estimate_memory(config, **{**options, **changes})))
     return report
 
-# %% ../nbs/30_memory.ipynb #15317388
+# %% ../nbs/30_memory.ipynb #06d73a1f
 _OF_RUN = {  # option of a run -> option of `estimate_memory`
     "mode": "mode", "impl": "impl", "dtype": "dtype", "target_kinds": "target_kinds", "target_modules": "target_modules",
     "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "offload": "offload", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
@@ -537,13 +537,13 @@ def fit_run(
     options = {ours: getattr(config, theirs) for theirs, ours in _OF_RUN.items()}
     options |= dict(n_components=len(config.model_paths), seq_len=max(seq_len, 2), device=device)
     asked = config.gradient_checkpointing
-    budget_bytes = budget_bytes or free_memory(device)
+    budget_bytes = free_memory(device) if budget_bytes is None else budget_bytes
     report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=bool(asked))
     if asked is None and not report.fits:
         report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=True)
     return report
 
-# %% ../nbs/30_memory.ipynb #94766e55
+# %% ../nbs/30_memory.ipynb #dd6ffbd6
 @dataclasses.dataclass
 class MemoryConfig:
     "What `merge-lab memory` estimates."
@@ -579,7 +579,7 @@ def run(config: MemoryConfig) -> FitReport:
     for path in paths[1:]:
         load_config(path)  # a slip of the pen is an error, not a component like the first
     n = len(paths) if len(paths) > 1 else options["n_components"]
-    return fit_report(paths[0], int(budget * 2**30) if budget else None, **{**options, "n_components": n})
+    return fit_report(paths[0], None if budget is None else int(budget * 2**30), **{**options, "n_components": n})
 
 
 def show_fit(report: FitReport) -> int:  # exit status: 0 if it fits

@@ -9,7 +9,7 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'Merger
            'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
            'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #e3676146
+# %% ../nbs/20_merger.ipynb #54011165
 import dataclasses
 import functools
 import json
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    atomic_path, check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, write_json, write_text,
+    check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, save_tensors, write_json,
+    write_text,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class
 
@@ -410,7 +411,7 @@ def alpha_values(
         tables.append(pd.DataFrame({"component": i, "alpha": values[::step].numpy()}))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/20_merger.ipynb #f6636cd4
+# %% ../nbs/20_merger.ipynb #890b6325
 MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 
@@ -445,15 +446,13 @@ def load_mask_state(self, masks: dict[str, Tensor]):
 @_method
 def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; components are referred to, not copied."
-    from safetensors.torch import save_file
-
     folder, masks = Path(folder), self.mask_state()  # every rank gathers, one writes
     if not is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(self.merger_config)
     paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in self.merger_config.model_paths]
-    save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
+    save_tensors(folder / MASKS_FILE, masks)
     write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths})
 
 # %% ../nbs/20_merger.ipynb #1c3973c5
@@ -523,7 +522,7 @@ def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     return {name: make() for name, make in self.merged_tensors()}
 
-# %% ../nbs/20_merger.ipynb #6146a0f6
+# %% ../nbs/20_merger.ipynb #a4e39751
 def _empty_like(leaf_or_tensor) -> Tensor:
     "A tensor of the same shape and dtype that takes no memory."
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
@@ -557,7 +556,7 @@ def save_merged(
     for filename, names in plan.filename_to_tensors.items():
         tensors = {name: makers[name]().cpu().contiguous() for name in names}
         if is_main_process:
-            _save_shard(tensors, folder / filename)
+            save_tensors(folder / filename, tensors)
     card = model_card(self, recipe)  # every rank gathers, one writes
     if is_main_process:
         _remove_stale(folder, plan)
@@ -566,15 +565,7 @@ def save_merged(
             write_json(folder / "model.safetensors.index.json", index)
         _save_companions(self, folder, card)
 
-# %% ../nbs/20_merger.ipynb #a19b18e5
-def _save_shard(tensors: dict[str, Tensor], file: Path):
-    from safetensors.torch import save_file
-
-    tensors = {name: t.clone() if t._is_view() else t for name, t in tensors.items()}
-    with atomic_path(file) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-
-
+# %% ../nbs/20_merger.ipynb #4099a624
 def _remove_stale(folder: Path, plan):
     "Remove weights of an earlier export: a plain model.safetensors would be loaded in place of new shards."
     for file in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:

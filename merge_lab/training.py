@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'LoopConfig', 'TrainConfig', 'objective_of', 'training_arguments', 'MergerTrainer', 'first_nonfinite',
            'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history', 'StopCallback', 'ProgressBar',
-           'RunInterrupted', 'attach_watchers', 'last_checkpoint']
+           'RunInterrupted', 'attach_watchers', 'last_checkpoint', 'train_from']
 
-# %% ../nbs/31_training.ipynb #d20593c6
+# %% ../nbs/31_training.ipynb #d88ffb7f
 import dataclasses
 import difflib
 import json
@@ -20,14 +20,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from . import losses as L
-from .core import option, write_text
+from .core import check_choice, option, save_tensors, write_text
 from .merger import Merger, full
 from .objective import Objective
 
@@ -76,7 +77,7 @@ class TrainConfig(LoopConfig):
         0.0, "Weight of the mean squared distance of the masks to their start", low=0, high=10, group="Objective"
     )
 
-# %% ../nbs/31_training.ipynb #691306df
+# %% ../nbs/31_training.ipynb #29fc96b8
 def objective_of(config: TrainConfig) -> Objective:
     "The objective that a config describes."
     penalties = {"mask_decay": config.mask_decay} if config.mask_decay else {}
@@ -105,6 +106,7 @@ def training_arguments(
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device='mps': not available on this machine. Use device='cpu' or 'auto'.")
     _check_optimizer(config.optim)
+    check_choice("report_to", config.report_to, ["none", "all", *INTEGRATION_TO_CALLBACK])
     if config.max_steps == 0:
         raise ValueError("max_steps=0: expected at least one step, or -1 for num_train_epochs passes over the data.")
     names = {field.name for field in dataclasses.fields(LoopConfig)} - _OURS
@@ -121,7 +123,7 @@ def training_arguments(
         **others,
     )
 
-# %% ../nbs/31_training.ipynb #852adaef
+# %% ../nbs/31_training.ipynb #dacb71c7
 _REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
 
 
@@ -182,7 +184,7 @@ class MergerTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         merger.save_pretrained(folder, is_main_process=self.args.should_save)
         if self.objective.mask_reference is not None and self.args.should_save:
-            save_file({name: full(mask).cpu() for name, mask in self.objective.mask_reference.items()}, folder / _REFERENCE)
+            save_tensors(folder / _REFERENCE, {name: full(mask) for name, mask in self.objective.mask_reference.items()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
@@ -386,3 +388,21 @@ def last_checkpoint(folder: Path) -> Path | None:
     "The newest checkpoint of a run that a kill did not cut off."
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+# %% ../nbs/31_training.ipynb #a05f1f92
+def train_from(trainer: MergerTrainer, checkpoint: Path | None):
+    "Train, from a checkpoint if there is one; where it has all steps already, its masks and history are only read."
+    if checkpoint is None:
+        trainer.train()
+        return
+    done, asked = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], trainer.args.max_steps
+    if 0 < asked < done:
+        raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
+    if done != asked:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))  # transformers would take one step before it looks at the limit
+    trainer.state.global_step = trainer.state.max_steps = done
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, HistoryCallback) and callback.path and callback.path.exists():
+            callback.rows = read_history(callback.path).to_dict("records")

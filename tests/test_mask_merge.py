@@ -301,3 +301,18 @@ def test_help_and_unknown_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["mask-merge", "--help"])
     assert stopped.value.code == 0 and "--constrain_mode" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    options = dict(save_merged=False, max_steps=3, lr_scheduler_type="constant")
+    first = run(small(tmp_path, **options), progress=False)
+    masks = (first.folder / "masks" / "masks.safetensors").read_bytes()
+    again = run(small(tmp_path, resume=True, **options), progress=False)
+    assert (first.folder / "masks" / "masks.safetensors").read_bytes() == masks
+    assert again.history.step.tolist() == [1, 2, 3]
+
+
+def test_a_dry_run_finds_what_the_run_would_refuse(tmp_path):
+    for options in (dict(optim="adamw_torhc"), dict(report_to="wandbb")):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            run(small(tmp_path, dry_run=True, **options), progress=False)

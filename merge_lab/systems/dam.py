@@ -12,7 +12,7 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', '
            'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'NoiseGate',
            'make_trainer', 'train', 'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #6b5b8bd8
+# %% ../../nbs/40_systems/02_dam.ipynb #117f9bbd
 import dataclasses
 import json
 import logging
@@ -41,7 +41,7 @@ from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_con
 from ..tasks import ChatCollator, chat_row, check_row, encode_chat, load_task
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from merge_lab.training import (
-    HistoryCallback, LoopConfig, MergerTrainer, StopCallback, attach_watchers, last_checkpoint, training_arguments,
+    HistoryCallback, LoopConfig, MergerTrainer, StopCallback, attach_watchers, last_checkpoint, train_from, training_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -663,7 +663,7 @@ class NoiseGate(TrainerCallback):
             for gradient in gradients:
                 gradient.zero_()
 
-# %% ../../nbs/40_systems/02_dam.ipynb #031dc111
+# %% ../../nbs/40_systems/02_dam.ipynb #bcb08c53
 def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "Trainer of a config, with its history and a way to stop it."
     merger = load_untrained(config)
@@ -685,7 +685,7 @@ def train(config: DAMTrainConfig) -> DAMRun:
     trainer, history, stopper = make_trainer(config, folder)
     write_text(folder / "config.yaml", config_to_yaml(config))
     checkpoint = last_checkpoint(folder) if config.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    train_from(trainer, checkpoint)
     merger, main = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.args.should_save
     merger.save_pretrained(folder, is_main_process=main)
     if stopper.requested.is_set():

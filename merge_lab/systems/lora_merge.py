@@ -8,7 +8,7 @@ __all__ = ['logger', 'Factors', 'SHARES', 'BASELINES', 'RESUMABLE', 'check_adapt
            'AdapterMerger', 'base_path', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks', 'run',
            'show_result']
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #c155ab9c
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #7aeac88d
 import dataclasses
 import json
 import logging
@@ -19,20 +19,19 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..components import load_tokenizer
 from ..constraints import CONSTRAINTS
 from ..core import bundled_path, check_choice, check_options, check_run, config_to_yaml, open_run, option, set_seed
-from ..core import write_json, write_text
+from ..core import save_tensors, write_json, write_text
 from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, masked_linear
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
 from .lora import check_outside, check_resumed
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
 from ..tasks import ChatCollator, build_dataset
 from ..training import HistoryCallback, MergerTrainer, ProgressBar, RunInterrupted, StopCallback, TrainConfig
-from ..training import last_checkpoint, objective_of, training_arguments
+from ..training import last_checkpoint, objective_of, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +299,7 @@ def _share_masks(merger: AdapterMerger, share: str):
             key = layer_of(name) if share == "layer" else None
             leaf.masks["weight"] = first.setdefault(key, leaf.masks["weight"])
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #52dafe7b
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #5464ba1a
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     "The same factors with zero rows and columns up to `rank`."
     missing = rank - len(a)
@@ -330,16 +329,16 @@ def save_adapter(
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "adapter_model.safetensors", tensors)
     return folder
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #36702483
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #024e2fd7
 def _save_masks(self: AdapterMerger, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; base and adapters are referred to, not copied."
     folder, masks = Path(folder), self.mask_state()
     if is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(masks, folder / MASKS_FILE, metadata={"format": "pt"})
+        save_tensors(folder / MASKS_FILE, masks)
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self.adapter_config))
 
 
@@ -396,7 +395,7 @@ def peft_baselines(
         model.set_adapter("blend")
         yield method, model.eval()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #3afdee2a
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #e31ed3bd
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter."
     if len(config.datasets) != len(config.adapters):
@@ -421,7 +420,7 @@ def train_adapter_masks(
     history = HistoryCallback(folder / "history.jsonl").attach(trainer)
     trainer.add_callback(ProgressBar(history))
     checkpoint = last_checkpoint(folder) if config.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    train_from(trainer, checkpoint)
     if stopper.requested.is_set():
         raise RunInterrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "

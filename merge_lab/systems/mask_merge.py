@@ -8,7 +8,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_CAPTIONS', 'LOADI
            'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'headline',
            'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #0d7dc93a
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #14b74ad7
 import dataclasses
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, load_task, prompt_of
 from merge_lab.training import (
     HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, last_checkpoint, objective_of,
-    training_arguments,
+    train_from, training_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,11 +136,12 @@ class Prepared:
         open_run(self.config.output_dir, self.config.resume, self.config.overwrite)
         write_text(self.folder / "config.yaml", config_to_yaml(self.config))
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #8716bb28
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #916797e3
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     _check_inputs(config)
     folder = check_run(config.output_dir, config.resume, config.overwrite)
+    training_arguments(config, folder)
     if config.resume:
         _check_resumed(config, folder)
     check_components([*config.model_paths, *([config.base_model] if config.base_model else [])])
@@ -262,7 +263,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #0d67d75a
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #c03b150a
 def make_trainer(
     merger: Merger,
     ready: Prepared,
@@ -283,7 +284,7 @@ def make_trainer(
 def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     "Train, from the last checkpoint if resuming. Raises `RunInterrupted` if it was stopped."
     checkpoint = last_checkpoint(ready.folder) if ready.config.resume else None
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    train_from(trainer, checkpoint)
     trainer.model.save_pretrained(ready.folder / "masks", is_main_process=trainer.args.should_save)
     if stopper.requested.is_set():
         raise RunInterrupted(
