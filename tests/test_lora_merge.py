@@ -313,3 +313,23 @@ def test_nothing_is_named_twice():
 def test_every_adapter_needs_its_data():
     with pytest.raises(ValueError, match="2 adapters and 1 datasets"):
         LoRAMergeConfig(adapters=["a", "b"], datasets=["c"])
+
+
+def test_a_base_that_is_not_there_is_not_replaced_by_another(tmp_path):
+    from merge_lab.systems.lora_merge import base_path
+
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").touch()
+    config = folder / "adapter_config.json"
+    config.write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "/gone/other-base"}'
+    )
+    with pytest.raises(ValueError, match="names '/gone/other-base' as its base"):
+        base_path(LoRAMergeConfig(adapters=[str(folder), "another"]))
+    config.write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "/gone/models/base"}'
+    )
+    assert base_path(LoRAMergeConfig(adapters=[str(folder), "another"])).endswith(
+        "models/base"
+    )

@@ -270,15 +270,18 @@ class AdapterMerger(Merger):
         for _, leaf, key in self.masked_parameters():
             leaf.set_alphas(key, mask_init.get("factors") or [1 / n] * n)
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #1bc3eb7b
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #35eca1b6
 def base_path(config: LoRAMergeConfig) -> str:
-    "Where the base is: as given, as the first adapter says, or the bundled one if that is not there."
+    "Where the base is: as given, or as the first adapter says. Raises `ValueError` if that is not there."
     if config.base_model or not config.adapters:
         return config.base_model or str(bundled_path("models/base"))
     check_adapter(adapter_folder(config.adapters[0]))
     named = recorded_base(config.adapters[0])
-    gone = not named or Path(named).is_absolute() and not Path(named).is_dir()
-    return str(bundled_path("models/base")) if gone else named
+    if named and (not Path(named).is_absolute() or Path(named).is_dir()):
+        return named
+    if named and Path(named).parts[-2:] == ("models", "base"):  # the bundled one, of an installation that has moved
+        return str(bundled_path("models/base"))
+    raise ValueError(f"base_model: {config.adapters[0]} names {named!r} as its base, which is not there. Say where it is.")
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module):
