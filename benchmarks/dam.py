@@ -1,6 +1,6 @@
 """What DAM does on the bundled models: scores, coefficients, regularisers, and teachers that run against stored ones.
 
-    python benchmarks/dam.py                    # everything: about half an hour on one core
+    python benchmarks/dam.py                    # everything: about an hour on one core
     python benchmarks/dam.py --parts teachers cost
     python benchmarks/dam.py --parts scores --seeds 1
 
@@ -9,10 +9,12 @@ transformers. Each part replaces its own rows in data/benchmarks/dam.json and le
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,6 +69,16 @@ def options_of(values: dict) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
+def alone(command: str, words: list[str]) -> dict[str, float]:
+    "Run a command in a process of its own; what it took, its start included."
+    program = "import sys, torch; torch.set_num_threads(int(sys.argv[1])); from merge_lab.cli import main; sys.exit(main(sys.argv[2:]))"
+    process = subprocess.Popen([sys.executable, "-c", program, str(torch.get_num_threads()), command, *words])
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{command} {' '.join(words)} ended with status {status}")
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+
+
 class Lab:
     "Where runs are kept, and what every part needs."
 
@@ -91,15 +103,17 @@ class Lab:
         return path
 
     def dataset(self) -> str:
-        "The data with stored teachers, made once."
+        "The data with stored teachers, made once, in a process of its own."
         path = str(self.folder / "dataset")
         words = ["--k", "50", "--dataset_names", *DATA, "--model_ids", *EXPERTS]
         words += ["--base_model_name", BASE, "--hf_disk_dataset_dir", path, "--dtype", "float32"]
-        call("dam-topk", [*words, "--device", "cpu", "--batch_size", "64"])
+        if not (self.folder / "dataset.json").exists():
+            words += ["--device", "cpu", "--batch_size", "64", "--overwrite"]
+            write_json(self.folder / "dataset.json", alone("dam-topk", words))
         return path
 
     def train(self, variant: str, name: str, **options) -> Path:
-        "Train from stored teachers, once; the folder of the run."
+        "Train once, from stored teachers unless told otherwise, in a process of its own; the folder of the run."
         path = self.folder / variant / name
         if not (path / "merged" / "model.safetensors").exists():
             values = {
@@ -113,7 +127,7 @@ class Lab:
                 **self.training,
                 **options,
             }
-            call("dam-train", options_of(values))
+            write_json(path / "cost.json", alone("dam-train", options_of(values)))
         return path
 
     def score(self, model, name: str, **labels) -> list[dict]:
@@ -148,7 +162,7 @@ def measure_scores(lab: Lab) -> dict:
     "DAM in its variants and a mask merge, on every task."
     rows, (off, on, linear) = [], VARIANTS
     makers = {variant: partial(lab.train, variant) for variant in (off, on)}
-    makers["mask merge, output rows"] = partial(train_masks, lab)
+    makers |= {name: partial(train_masks, lab, name) for name in MASKS}
     plan = [(model, seed) for seed in lab.seeds for model in makers] + [(linear, 0)]
     makers[linear] = partial(lab.train, linear)
     for model, seed in plan:
@@ -157,13 +171,30 @@ def measure_scores(lab: Lab) -> dict:
     return {"scores": rows, **coefficients(lab)}
 
 
-def train_masks(lab: Lab, name: str, seed: int) -> Path:
-    "A mask merge with one coefficient per output row, on the same data, steps and teachers; the folder of the run."
-    folder = lab.folder / "mask merge" / name
+MASKS = {  # comparison with fewer or other coefficients -> mode of the mask merge
+    "mask merge, output rows": "vector_output",
+    "mask merge, one per weight": "scalar",
+    "one per component": "scalar",
+}
+
+
+class OneForAll(transformers.TrainerCallback):
+    "Gives all masks the sum of their gradients: what starts equal stays equal, as one coefficient per component."
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        masks = [mask for mask in model.parameters() if mask.grad is not None]
+        total = torch.stack([mask.grad for mask in masks]).sum(0)
+        for mask in masks:
+            mask.grad.copy_(total)
+
+
+def train_masks(lab: Lab, model: str, name: str, seed: int) -> Path:
+    "A mask merge on the same data, steps and teachers; the folder of the run."
+    folder = lab.folder / model / name
     config = mask_merge.MaskMergeConfig(
         model_paths=EXPERTS,
         dataset_configs=dict.fromkeys(DATA),
-        mode="vector_output",
+        mode=MASKS[model],
         dtype="float32",
         temperature=2.0,
         lr_scheduler_type="linear",
@@ -180,6 +211,8 @@ def train_masks(lab: Lab, name: str, seed: int) -> Path:
     set_seed(config.seed)
     merger = Merger.from_config(config)
     trainer, _, stopper = mask_merge.make_trainer(merger, ready, progress=False)
+    if model == "one per component":
+        trainer.add_callback(OneForAll())
     mask_merge.train(trainer, stopper, ready)
     merger.eval().save_merged(ready.merged_dir)
     return folder
@@ -278,9 +311,41 @@ def measure_teachers(lab: Lab) -> dict:
     return {"teachers": found, "vocabulary": len(lab.tokenizer)}
 
 
-def bundled_rows(lab: Lab) -> list[dict]:
+def bundled_rows(lab: Lab, split: str = "train") -> list[dict]:
     "Thirty-two rows of every task."
-    return list(build_dataset(dict.fromkeys(DATA, 32), lab.tokenizer))
+    return list(build_dataset(dict.fromkeys(DATA, 32), lab.tokenizer, split))
+
+
+LIVE, STORED = "components run", "top-50 stored"
+
+
+def measure_runs(lab: Lab) -> dict:
+    "Whole runs with components as teachers and with 50 stored tokens: what they end with, and what they take."
+    batch, rows, coefficients = ChatCollator(lab.tokenizer)(bundled_rows(lab, "test")), [], {}
+    for seed in lab.seeds:
+        for teachers, name in {LIVE: f"components run, seed {seed}", STORED: f"seed {seed}"}.items():
+            run = lab.train("DAM", name, seed=seed, generate_logits_on_fly=teachers == LIVE)
+            merger = dam.DAMMerger.from_pretrained(run).eval()
+            coefficients[teachers, seed] = torch.tensor(merger.alpha_values()["alpha"].tolist())
+            with torch.inference_mode():
+                kl, kl_top = (merger(objective=Objective(temperature=2.0, k=k), **batch)["loss"].item() for k in (None, 50))
+            scores = {row["task"]: row for row in lab.score_merged(run, f"DAM, {teachers}", seed=seed)}
+            rows.append({
+                "teachers": teachers, "seed": seed, **json.loads((run / "cost.json").read_text()), "kl": kl, "kl_top50": kl_top,
+                **{f"{name}_{task}": row[name] for task, row in scores.items() for name in ("loss", "exact_match")},
+            })
+            lab.keep({"runs": rows})
+    storing = json.loads((lab.folder / "dataset.json").read_text())
+    return {"runs": rows, "storing": storing, "apart": distances(coefficients)}
+
+
+def distances(coefficients: dict[tuple[str, int], Tensor]) -> list[dict]:
+    "Root mean square between the coefficients of every two runs."
+    found = []
+    for (first, one), (second, other) in itertools.combinations(coefficients, 2):
+        apart = (coefficients[first, one] - coefficients[second, other]).square().mean().sqrt().item()
+        found.append({"first": first, "first_seed": one, "second": second, "second_seed": other, "rms": apart})
+    return found
 
 
 def wide_rows(vocabulary: int, rows: int = 6, length: int = 96) -> list[dict]:
@@ -305,7 +370,7 @@ def measure_cost(lab: Lab, repeats: int = 9) -> dict:
         stored = stored_batch([single(model(i)) for i in range(3)], rows, lab.tokenizer, 50)
         live = {name: value for name, value in stored.items() if name not in STORED_TOPK}
         merger = Merger([model(i) for i in range(3)], MergerConfig(mode="vector_input"))
-        for name, cost in compare_cost(merger, {"components run": live, "top-50 stored": stored}, repeats).items():
+        for name, cost in compare_cost(merger, {LIVE: live, STORED: stored}, repeats).items():
             found.append({"setup": setup, "teachers": name, "scored tokens": scored(live), **cost})
             print(found[-1], flush=True)
     files = list(Path(lab.dataset()).glob("*.arrow"))
@@ -347,6 +412,7 @@ PARTS = {
     "scores": measure_scores,
     "regularisers": measure_regularisers,
     "teachers": measure_teachers,
+    "runs": measure_runs,
     "cost": measure_cost,
 }
 
