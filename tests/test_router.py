@@ -33,7 +33,7 @@ from merge_lab.systems.router_parts import (
     layer_linears,
     window_losses,
 )
-from merge_lab.tinylm import save_tiny, tiny_model
+from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfloat16)]
 SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")
@@ -214,6 +214,36 @@ def test_a_quantisation_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     for name in files:
         if name.endswith(".safetensors"):
             assert (whole / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_the_splits_of_every_kind_of_text_are_apart_and_complete(tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Number {i % 20}?"},
+                {"role": "assistant", "content": f"It is {i % 20}."},
+            ]
+        }
+        for i in range(40)  # each conversation twice
+    ]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paragraphs = [f"Paragraph {i % 20}." for i in range(40)]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    tokenizer = tiny_tokenizer()
+    for name, count in (
+        (tmp_path / "chat.jsonl", 20),
+        (tmp_path / "text.txt", 20),
+        ("prose", None),
+        ("code", None),
+    ):
+        sides = [
+            set(router_parts.read_documents(str(name), split, tokenizer))
+            for split in ("train", "validation", "test")
+        ]
+        train, validation, test = sides
+        assert not (train & validation or train & test or validation & test)
+        if count:
+            assert [len(side) for side in sides] == [16, 2, 2]
 
 
 def router_config(folder, save_dir, **options):

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text', 'split_documents', 'whole_corpus',
            'read_documents', 'Window', 'text_windows', 'decoder_layers', 'layer_linears', 'check_finite',
-           'guard_layers', 'weight_sensitivity', 'QuantizeConfig', 'same_run', 'save_tensors', 'quantize_layer',
-           'other_tensors', 'layers_prefix', 'write_description', 'run_quantize', 'pool_prompt', 'Routers', 'sparsemax',
+           'guard_layers', 'weight_sensitivity', 'QuantizeConfig', 'same_run', 'quantize_layer', 'other_tensors',
+           'layers_prefix', 'write_description', 'run_quantize', 'pool_prompt', 'Routers', 'sparsemax',
            'gate_probabilities', 'Plan', 'prompt_mask', 'NestedModel', 'Restore', 'as_assignment', 'set_precision',
            'RoutedOutput', 'LayerwiseQuantizeForCausalLM', 'scored_labels', 'train_forward', 'hard_bits', 'start_plan',
            'infer_forward', 'generate', 'read_quantized', 'pick_precisions', 'load_nested', 'load_skeleton',
            'from_quantized', 'router_state', 'load_state_dict', 'memory_table', 'read_bytes', 'collate',
            'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #e53add9c
+# %% ../../nbs/40_systems/05_router_parts.ipynb #bbfdfc45
 import json
 import logging
 import math
@@ -31,7 +31,6 @@ from tqdm.auto import tqdm
 from ..anyprec import NestedLinear, NestedWeight, WeightSlot, check_precisions, quantize_weight
 from ..components import LOAD_LOCK, load_model, load_tokenizer
 from merge_lab.core import (
-    atomic_path,
     best_device,
     bundled_path,
     check_choice,
@@ -41,6 +40,7 @@ from merge_lab.core import (
     config_to_yaml,
     open_run,
     option,
+    save_tensors,
     write_text,
 )
 from ..losses import kl_loss
@@ -79,12 +79,12 @@ def hub_text(name: str, n: int = 20_000) -> list[str]:
             f"on every machine: {', '.join(LOCAL_TEXT)}, or the path of a text file."
         ) from error
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #4bd1af0b
+# %% ../../nbs/40_systems/05_router_parts.ipynb #e3dc1125
 def split_documents(documents: list[str], split: str) -> list[str]:
-    "Of every ten documents, eight for 'train', one for 'validation' and one for 'test'."
+    "Of every ten different documents, eight for 'train', one for 'validation' and one for 'test'."
     check_choice("split", split, ["train", "validation", "test"])
     held = {"train": range(8), "validation": (8,), "test": (9,)}[split]
-    return [document for i, document in enumerate(documents) if i % 10 in held]
+    return [document for i, document in enumerate(dict.fromkeys(documents)) if i % 10 in held]
 
 
 @lru_cache
@@ -108,10 +108,8 @@ def read_documents(
         folders = sorted(folder for folder in bundled_path("tasks").iterdir() if folder.is_dir())
         rows = [row for folder in folders for row in load_task(folder, split)]
         return chat_text(random.Random(0).sample(rows, len(rows)), tokenizer)
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".jsonl" and path.exists()):
         return chat_text(load_task(path, split), tokenizer)
-    if path.suffix == ".jsonl" and path.exists():
-        return split_documents(chat_text(load_task(path), tokenizer), split)
     if path.is_file():
         return split_documents(path.read_text(encoding="utf-8").split("\n\n"), split)
     known = [*LOCAL_TEXT, *HUB_TEXT]
@@ -248,7 +246,7 @@ class QuantizeConfig:
         check_options(self)
         check_precisions(self.seed_precision, self.parent_precision)
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #1d56c371
+# %% ../../nbs/40_systems/05_router_parts.ipynb #a0b88aab
 def same_run(folder: Path, config, ignore: tuple = ("resume", "overwrite", "device")):
     "Raise `ValueError` if `folder` was begun with other options."
     text = config_to_yaml(type(config)(**{**asdict(config), **{name: getattr(type(config)(), name) for name in ignore}}))
@@ -256,14 +254,6 @@ def same_run(folder: Path, config, ignore: tuple = ("resume", "overwrite", "devi
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ValueError(f"{file} has other options than this run. Use the same ones to resume, or another folder.")
     write_text(file, text)
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path):
-    "Write a safetensors file in one step."
-    from safetensors.torch import save_file
-
-    with atomic_path(file) as temporary:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(temporary), metadata={"format": "pt"})
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #f950e36a
 def quantize_layer(
@@ -312,7 +302,7 @@ def write_description(model, tokenizer, config: QuantizeConfig, folder: Path):
     description = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": section}
     write_text(folder / "config.json", json.dumps(description, indent=2, default=str) + "\n")
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #fb6c1a8d
+# %% ../../nbs/40_systems/05_router_parts.ipynb #ebc4ad83
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
     "Quantise a checkpoint at all precisions from seed to parent."
     if not config.model_path:
@@ -332,8 +322,8 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
         for n, file in enumerate(tqdm(files, desc="quantise", unit="layer")):
             own = {name.split(".", 1)[1]: value for name, value in sensitivity.items() if name.split(".", 1)[0] == str(n)}
             if not file.exists():
-                save_tensors(quantize_layer(layers[n], f"{prefix}{n}", own, config.seed_precision, config.parent_precision), file)
-    save_tensors(other_tensors(model, prefix), folder / "others.safetensors")
+                save_tensors(file, quantize_layer(layers[n], f"{prefix}{n}", own, config.seed_precision, config.parent_precision))
+    save_tensors(folder / "others.safetensors", other_tensors(model, prefix))
     write_description(model, tokenizer, config, folder)
     logger.info("quantised model in %s", folder)
     return folder
