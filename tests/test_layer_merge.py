@@ -353,6 +353,57 @@ def test_calibration_never_asks_test_questions():
         assert batch["labels"][hidden].eq(-100).all()
 
 
+@pytest.mark.parametrize("max_length", [300, 150, 110, 40])
+def test_a_long_prompt_loses_examples_and_keeps_its_question(max_length):
+    tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
+    generator = torch.Generator().manual_seed(0)
+    drawn = parts.draw_questions(bundled_path("mmlu"), "dev", 12, generator)
+    counts = []
+    for subject, row, examples in drawn:
+        encoded = parts.encode_solved(tokenizer, subject, row, examples, max_length)
+        text = tokenizer.decode(encoded["input_ids"], skip_special_tokens=True)
+        assert len(encoded["input_ids"]) <= max_length
+        assert encoded["input_ids"][-1] == tokenizer.eos_token_id
+        asked = f"{format_choice(row)} {'ABCD'[row['answer']]}"
+        if max_length == 40:  # too long by itself: the end of it
+            prompt = parts.choice_prompt(subject, row, [], "letter", parts.INTRO)
+            assert f"{prompt} {'ABCD'[row['answer']]}".endswith(text[1:])
+            assert len(encoded["input_ids"]) == max_length
+        else:
+            assert text.startswith("The following") and text.endswith(asked)
+        counts.append(text.count("Answer:") - 1)
+        for example in examples[: counts[-1]]:
+            assert format_choice(example, "letter") in text
+    assert {300: 4, 150: 1, 110: 0, 40: 0}[max_length] in counts
+
+
+def test_every_kind_of_chat_data_has_its_split(tmp_path):
+    tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Number {i}?"},
+                {"role": "assistant", "content": f"It is {i}."},
+            ]
+        }
+        for i in range(20)
+    ]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    found = {}
+    for split in ("train", "validation", "test", None):
+        loader = lm.prepare_calibration_data(tokenizer, file, split=split)
+        found[split] = {tuple(row["input_ids"]) for row in loader.dataset}
+    assert [len(found[name]) for name in found] == [16, 2, 2, 16]
+    assert found["train"] == found[None]
+    assert not found["train"] & (found["validation"] | found["test"])
+    with pytest.raises(ValueError, match="split='dev'"):
+        lm.prepare_calibration_data(tokenizer, file, split="dev")
+    folder = bundled_path("tasks/rewrite")
+    with pytest.raises(ValueError, match="dev.jsonl: missing"):
+        lm.prepare_calibration_data(tokenizer, folder, split="dev")
+
+
 def test_run_writes_a_model_that_loads(tmp_path):
     tokenizer = tiny_tokenizer()
     save_tiny(tiny_model("qwen2", num_hidden_layers=6), tmp_path / "model", tokenizer)

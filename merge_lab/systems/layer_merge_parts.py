@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'find_layers', 'decoder_layers', 'depth_settings', 'set_depth',
-           'set_layer_index', 'shortened', 'check_depth_free', 'remove_layers', 'question_prompts', 'text_paragraphs',
-           'calibration_rows', 'prepare_calibration_data', 'word_runs', 'apart_from', 'split_text', 'layer_similarity',
-           'published_alpha', 'best_disjoint', 'find_merge_pairs', 'check_pair_count', 'check_merge_pairs']
+           'set_layer_index', 'shortened', 'check_depth_free', 'remove_layers', 'draw_questions', 'encode_solved',
+           'text_paragraphs', 'calibration_rows', 'prepare_calibration_data', 'word_runs', 'apart_from', 'split_text',
+           'layer_similarity', 'published_alpha', 'best_disjoint', 'find_merge_pairs', 'check_pair_count',
+           'check_merge_pairs']
 
 # %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #dbd8d4a8
 import math
@@ -102,28 +103,39 @@ def remove_layers(
     set_depth(model, nn.ModuleList([own[i] for i in kept]), settings)
     return model
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #81e5d29e
-def question_prompts(
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #6c17b4b3
+def draw_questions(
     data_dir: str | Path,  # holds dev/ and test/
     split: str,  # where the question comes from; examples come from dev
     n: int,
     generator: torch.Generator,
     n_shot: int = 5,  # solved examples before the question, at most
-) -> list[str]:
-    "Few-shot questions with their answers; over again in other orders where there are fewer than n."
+) -> list[tuple[str, dict, list[dict]]]:  # subject, question, examples
+    "Questions and what is solved before them; over again with others where there are fewer than n."
     dev, asked = load_mmlu(data_dir, "dev"), load_mmlu(data_dir, split)
     rows = [(subject, row) for subject, subject_rows in asked.items() for row in subject_rows]
-    prompts = []
-    while len(prompts) < n:
+    drawn = []
+    while len(drawn) < n:
         for place in torch.randperm(len(rows), generator=generator).tolist():
             subject, row = rows[place]
             others = [other for other in dev.get(subject, []) if other != row]
             order = torch.randperm(len(others), generator=generator).tolist()[:n_shot]
-            answer = f" {'ABCD'[row['answer']]}"
-            prompts.append(choice_prompt(subject, row, [others[i] for i in order], "letter", INTRO) + answer)
-    return prompts[:n]
+            drawn.append((subject, row, [others[i] for i in order]))
+    return drawn[:n]
 
 
+def encode_solved(
+    tokenizer, subject: str, row: dict, examples: Sequence[dict], max_length: int
+) -> dict[str, list[int]]:  # input_ids, labels
+    "A question and its answer behind as many examples as fit; of one too long by itself, the end."
+    answer = f" {'ABCD'[row['answer']]}"
+    for count in range(len(examples), -1, -1):
+        encoded = encode_text(tokenizer, choice_prompt(subject, row, examples[:count], "letter", INTRO) + answer)
+        if len(encoded["input_ids"]) <= max_length:
+            return encoded
+    return {name: values[-max_length:] for name, values in encoded.items()}
+
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #500b2609
 def text_paragraphs(path: str | Path) -> list[str]:
     "Paragraphs of a text file, or of every .txt file in a folder. Raises `ValueError` if there is none."
     path = Path(path)
@@ -133,18 +145,22 @@ def text_paragraphs(path: str | Path) -> list[str]:
         raise ValueError(f"{path}: no text found. Expected dev/ and test/ with CSV files, chat .jsonl, or .txt files.")
     return found
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #073cd4b0
-def calibration_rows(tokenizer, data_dir: str | Path, n: int, split: str, seed: int, n_shot: int) -> list[dict]:
-    "Encoded samples of whatever `data_dir` holds."
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #3887bc12
+def calibration_rows(
+    tokenizer, data_dir: str | Path, n: int, split: str | None, seed: int, n_shot: int, max_length: int
+) -> list[dict]:  # of at most max_length tokens
+    "Encoded samples of whatever `data_dir` holds. Raises `ValueError` for a split that it does not have."
     folder, generator = Path(data_dir), torch.Generator().manual_seed(seed)
     if not folder.exists():
         raise ValueError(f"data_dir={str(data_dir)!r}: there is no such file or folder.")
-    if folder.suffix == ".jsonl" or (folder / f"{split}.jsonl").exists() or (folder / "train.jsonl").exists():
-        chat_split = split if (folder / f"{split}.jsonl").exists() else "train"
-        return [encode_chat(tokenizer, row["messages"]) for row in load_task(folder, chat_split)]
     if (folder / "dev").is_dir():
-        return [encode_text(tokenizer, text) for text in question_prompts(folder, split, n, generator, n_shot)]
-    return [encode_text(tokenizer, text) for text in text_paragraphs(folder)]
+        drawn = draw_questions(folder, split or "dev", n, generator, n_shot)
+        return [encode_solved(tokenizer, *question, max_length) for question in drawn]
+    if folder.suffix == ".jsonl" or any(folder.glob("*.jsonl")):
+        rows = [encode_chat(tokenizer, row["messages"]) for row in load_task(folder, split or "train")]
+    else:
+        rows = [encode_text(tokenizer, text) for text in text_paragraphs(folder)]
+    return [{name: values[:max_length] for name, values in row.items()} for row in rows]
 
 
 def prepare_calibration_data(
@@ -152,14 +168,13 @@ def prepare_calibration_data(
     data_dir: str | Path = "./data",  # MMLU folders, chat .jsonl (or a folder of splits), or .txt
     num_samples: int = 100,  # drawn without replacement where there are more
     batch_size: int = 4,
-    max_length: int = 512,  # tokens; the rest of a sample is cut off
-    split: str = "dev",  # of MMLU questions; "test" is what accuracy is measured on
+    max_length: int = 512,  # tokens of a sample: questions lose examples, other text its end
+    split: str | None = None,  # None: "dev" of MMLU questions ("test" gives the accuracy), "train" of chat rows; text has none
     seed: int = 0,  # of the choice of samples and their order
     n_shot: int = 5,  # solved examples in a question's prompt
 ):  # torch DataLoader of input_ids, attention_mask, labels
     "Batches to learn alphas on. Raises `ValueError` if there is nothing to learn from."
-    rows = calibration_rows(tokenizer, data_dir, num_samples, split, seed, n_shot)
-    rows = [{k: v[:max_length] for k, v in row.items()} for row in rows]
+    rows = calibration_rows(tokenizer, data_dir, num_samples, split, seed, n_shot, max_length)
     rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
     if not rows:
         raise ValueError(f"data_dir={str(data_dir)!r}: no sample has a token to predict within max_length={max_length}.")
