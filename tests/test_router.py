@@ -30,6 +30,7 @@ from merge_lab.systems.router_parts import (
     Routers,
     collate,
     decoder_layers,
+    exact_logits,
     layer_linears,
     window_losses,
 )
@@ -65,12 +66,67 @@ def routed(quantized):
 
 
 def with_weights_of(model, original, bits):
+    "The plain transformers model with the dequantised weights of one precision, or of one per layer."
     plain = load_model(original, dtype="auto")
-    for layer, nested in zip(decoder_layers(plain), decoder_layers(model.model)):
+    layers = list(zip(decoder_layers(plain), decoder_layers(model.model)))
+    each = bits if isinstance(bits, list) else [bits] * len(layers)
+    for (layer, nested), b in zip(layers, each):
         for name, linear in layer_linears(layer).items():
-            weight = nested.get_submodule(name).nested(bits).dequantize(bits)
+            weight = nested.get_submodule(name).nested(b).dequantize(b)
             linear.weight.data.copy_(weight)
     return plain
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sparsemax"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_saturated_router_has_the_plain_models_loss(quantized, side, gate):
+    "One-hot probabilities from the routers themselves: padding and the prefix are not scored, targets are shifted."
+    folder, original = quantized
+    model = LayerwiseQuantizeForCausalLM.from_quantized(folder).train()
+    model.gate["gate"], chosen = gate, [3, 5]
+    for layer, bits in zip(model.routers.layers, chosen):
+        layer[-1].bias.data.fill_(20.0)  # e^20 times dearer than
+        layer[-1].bias.data[bits - 3] = -20.0
+    torch.manual_seed(1)
+    ids, mask = torch.randint(7, 60, (3, 14)), torch.ones(3, 14, dtype=torch.long)
+    mask[1, slice(0, 4) if side == "left" else slice(10, 14)] = 0
+    labels = ids.clone()  # with its padding: that is taken out by the mask
+    labels[:, :7] = -100
+    output = model.train_forward(ids, mask, labels)
+    onehot = [[float(b == bits) for b in model.precisions] for bits in chosen]
+    assert output.probabilities.tolist() == [onehot] * 3
+    assert output.bits.tolist() == [chosen] * 3
+    plain = with_weights_of(model, original, chosen)
+    with torch.no_grad():
+        logits = plain(input_ids=ids, attention_mask=mask).logits.double()
+    told = [
+        -logits[row, place - 1].log_softmax(-1)[ids[row, place]]
+        for row in range(3)
+        for place in range(7, 14)
+        if mask[row, place]
+    ]
+    assert len(told) == (21 if side == "left" else 17)
+    wanted = torch.stack(told).mean().item()
+    exact = plain.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(wanted, abs=1e-5 if exact else 0.02)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_generation_is_the_plain_models(quantized, cached):
+    folder, original = quantized
+    model = LayerwiseQuantizeForCausalLM.from_quantized(folder)
+    if model.config.dtype != torch.float32:
+        pytest.skip("bf16: two tokens may round to one logit")
+    torch.manual_seed(2)
+    ids, mask = torch.randint(7, 60, (3, 10)), torch.ones(3, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    options = dict(max_new_tokens=10, do_sample=False, eos_token_id=None)
+    options |= dict(pad_token_id=0, use_cache=cached)
+    for bits in (3, [8, 4]):
+        plain = with_weights_of(model, original, bits)
+        wanted = plain.generate(input_ids=ids, attention_mask=mask, **options)
+        with model.set_precision(bits):
+            assert torch.equal(model.generate(ids, mask, **options), wanted)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -422,10 +478,62 @@ def test_eight_bits_keep_the_perplexity_on_held_out_text(tmp_path):
     assert losses[0] > losses[1]
 
 
+def on_line(points: dict, bits: float) -> float:
+    "The value at `bits` between its neighbours."
+    low, high = max(b for b in points if b <= bits), min(b for b in points if b >= bits)
+    share = (bits - low) / (high - low) if high > low else 0.0
+    return (1 - share) * points[low] + share * points[high]
+
+
+def test_a_fitted_router_beats_what_ignores_the_input(tmp_path):
+    "Live and small: the bundled base model on text that it knows and text that it does not, at four bits."
+    original, kinds = bundled_path("models/base"), ["tasks", "prose"]
+    config = QuantizeConfig(str(original), str(tmp_path / "any"), parent_precision=6, dtype="float32")
+    options = dict(dataset=kinds, seq_len=48, num_examples=12, device="cpu")
+    torch.manual_seed(0)
+    model = LayerwiseQuantizeForCausalLM.from_quantized(run_quantize(dataclasses.replace(config, **options)))
+    model.slot.keep_all = True
+    sizes = dict(train=80, validation=40, test=80)
+    windows = {split: text_windows(load_tokenizer(original), kinds, 48, n, split) for split, n in sizes.items()}
+    exact = exact_logits(model, windows["test"])
+
+    def score(assignment=None):
+        with model.set_precision(assignment):
+            return score_windows(model, windows["test"], 16, exact=exact)[["bits", "ce", "kl"]].mean()
+
+    costs, pooled = measure_costs(model, windows["train"], 16)
+    mean, layers = costs.mean(0), costs.shape[1]
+    path = greedy_assignments(
+        lambda a: sum(mean[n, bits - 3].item() for n, bits in enumerate(a)), layers, model.precisions
+    )
+    static = {sum(a) / layers: score(a).kl for a, _ in path if abs(sum(a) / layers - 4) < 1}
+    fixed = {bits: score(bits) for bits in (3, 4, 5)}
+    fit_costs(model.routers, costs, pooled)
+    fit_price(model, windows["validation"], 16, 4.0)
+    routed = score()
+    assert abs(routed.bits - 4) < 0.1
+    assert routed.ce < on_line({b: row.ce for b, row in fixed.items()}, routed.bits)
+    assert routed.kl < 0.6 * on_line({b: row.kl for b, row in fixed.items()}, routed.bits)
+    assert routed.kl < on_line(static, routed.bits)
+
+
 @pytest.fixture(scope="module")
 def benchmark():
     "The committed measurement: rows and facts by seed."
     return json.loads((bundled_path("benchmarks") / "router.json").read_text())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_measured_routers_are_at_or_below_the_fixed_line_on_every_seed(benchmark, seed):
+    "The line is drawn here, from the rows of the fixed precisions."
+    rows = [row for row in benchmark["rows"] if row["seed"] == seed]
+    line = {row["bits"]: row["ce"] for row in rows if row["method"] == "fixed"}
+    routed = [row for row in rows if row["method"] == "router"]
+    assert sorted(line) == [3, 4, 5, 6, 7, 8] and len(routed) == 8
+    for row in routed:
+        above = row["ce"] - on_line(line, row["bits"])
+        assert above <= 0, (row["target"], above)
+        assert row["against"]["fixed"]["mean"] == pytest.approx(above, abs=1e-6)
 
 
 def test_measured_routers_beat_every_choice_that_ignores_the_input(benchmark):
