@@ -1,19 +1,21 @@
 """What a learned share of two layers is worth: the bundled deep model, and every way to make it shorter.
 
-    python benchmarks/layer_merge.py --make-model data/models/deep   # train the model again: about 10 minutes on one core
-    python benchmarks/layer_merge.py                                 # measure it: writes data/benchmarks/layer_merge.json
+    python benchmarks/layer_merge.py --make-model runs/deep   # train the model again
+    python benchmarks/layer_merge.py                          # measure the bundled one: writes data/benchmarks/layer_merge.json
 
 Text is the documentation of the running Python, split so that no run of twelve words stands on two sides
 (`merge_lab.systems.layer_merge_parts.split_text`); questions are those of data/mmlu, whose test questions are never trained on.
 """
 
 import argparse
+import copy
 import functools
 import json
 import os
 import platform
 import random
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -32,12 +34,14 @@ from merge_lab.systems.layer_merge import (
     VARIANTS,
     LayerMergeConfig,
     compare_variants,
+    seconds_per_token,
 )
 from merge_lab.systems.layer_merge_parts import (
     apart_from,
     find_merge_pairs,
     layer_similarity,
     prepare_calibration_data,
+    remove_layers,
     split_text,
 )
 from merge_lab.tasks import (
@@ -61,10 +65,25 @@ SHAPE = dict(
     initializer_range=0.05,
 )
 STAGES = [(3, 500, 5e-3), (6, 300, 4e-3), (12, 160, 3e-3)]  # layers, steps, rate
+TRAINED_ON = dict(  # hashes of the text that the bundled model has read, and of what was held out
+    train="4e386a93dd431371",
+    validation="fbcffa28c88da97d",
+    test="77e3b3b69336e5b4",
+    questions="8dad378870657225",
+)
 CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
-PARTS = ["choices", "seeds", "defaults", "depths"]
+PARTS = ["choices", "seeds", "defaults", "depths", "times"]
 TRAINING = dict(num_steps=100, learning_rate=0.1)
 DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge` does
+OVER_DEPTH = [
+    "remove the same layers",
+    "remove the last layers",
+    "published ratio",
+    "uniform 0.5",
+    "learned (CE)",
+    "learned (KL)",
+    DEFAULT,
+]
 
 
 def held_questions() -> set:
@@ -189,12 +208,12 @@ def chosen(model, loader, n_pairs: int, seed: int) -> tuple:  # similarity, pair
 
 
 def plain(table) -> list[dict]:
-    "Rows of a table for JSON; the time of a pass is not measured here."
+    "Rows of a table for JSON; the time of a pass has a part of its own."
     return table.drop(columns="seconds_per_token").reset_index().to_dict("records")
 
 
 def measure_choice(model, tokenizer, text: dict, seed: int) -> list[dict]:
-    "Validation perplexity of the best variants under each of `CHOICES`."
+    "Validation perplexity of what learns on blended weights, under each of `CHOICES`."
     loader, rows = loader_of(tokenizer, seed), []
     similarity, pairs = chosen(model, loader, 3, seed)
     for steps, rate in CHOICES:
@@ -206,7 +225,7 @@ def measure_choice(model, tokenizer, text: dict, seed: int) -> list[dict]:
             [
                 name
                 for name, kind in VARIANTS.items()
-                if kind.search and kind.per_module
+                if kind.learn and kind.blend == "weights"
             ],
             similarity,
             dict(texts=text["validation"]),
@@ -266,13 +285,31 @@ def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
         tokenizer,
         pairs,
         loader,
-        ["remove the same layers", "published ratio", DEFAULT],
+        OVER_DEPTH,
         similarity,
         dict(texts=text["test"], mmlu_dir=bundled_path("mmlu")),
         progress=False,
         **TRAINING,
     )
     return [dict(row, n_pairs=n_pairs) for row in plain(table)]
+
+
+def measure_times(model, depths: list[int], rounds: int = 15) -> list[dict]:
+    "Time of a token in a forward pass and size, by depth: how a layer came to be does not change what it costs."
+    models = [
+        remove_layers(copy.deepcopy(model), range(n_pairs)) for n_pairs in [0, *depths]
+    ]
+    times = [[seconds_per_token(short) for short in models] for _ in range(rounds)]
+    return [
+        dict(
+            layers=short.config.num_hidden_layers,
+            parameters=sum(p.numel() for p in short.parameters()),
+            seconds_per_token=statistics.median(column),
+            fastest=min(column),
+            slowest=max(column),
+        )
+        for short, column in zip(models, zip(*times))
+    ]
 
 
 def described(text: dict) -> dict:
@@ -289,14 +326,39 @@ def described(text: dict) -> dict:
         ),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, CPU, "
         f"{torch.get_num_threads()} thread",
-        text={name: text_hash(part) for name, part in text.items()},
+        text=hashes(text),
         paragraphs={name: len(part) for name, part in text.items()},
     )
 
 
-def measure(parts: list[str], seeds: list[int], depths: list[int], out: Path):
+def hashes(text: dict) -> dict[str, str]:
+    return {name: text_hash(part) for name, part in text.items()}
+
+
+def held_out_text(folder: Path) -> dict[str, list[str]]:
+    "The split of this Python's documentation. Raises `ValueError` if the bundled model has read another."
+    text = split_text(text_corpus("prose", None))
+    known = {name: TRAINED_ON[name] for name in text}
+    if folder == bundled_path("models/deep") and hashes(text) != known:
+        raise ValueError(
+            f"Python {platform.python_version()} has another documentation than the one the bundled model was trained on, "
+            "so it may have read what it would be measured on. Train one on this text (--make-model FOLDER) and give it as --model."
+        )
+    return text
+
+
+def keep(out: Path, text: dict, name: str, rows: list[dict], minutes: float):
+    "Write rows of a part, and how long they took."
+    held = json.loads(out.read_text()) if out.exists() else {}
+    took = held.get("minutes", {}) | {name: round(minutes, 1)}
+    write_json(out, {**held, **described(text), "minutes": took, name: rows})
+
+
+def measure(
+    folder: Path, parts: list[str], seeds: list[int], depths: list[int], out: Path
+):
     "Measure, and write after every seed; rows of what is not asked for stay."
-    text, folder = split_text(text_corpus("prose", None)), bundled_path("models/deep")
+    text = held_out_text(folder)
     tokenizer, model = load_tokenizer(folder), load_model(folder, dtype="float32")
     jobs = [("choices", measure_choice, "seed", seed) for seed in seeds]
     jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
@@ -305,20 +367,30 @@ def measure(parts: list[str], seeds: list[int], depths: list[int], out: Path):
     for name, job, key, value in (job for job in jobs if job[0] in parts):
         start = time.perf_counter()
         rows = job(model, tokenizer, text, value)
+        minutes = (time.perf_counter() - start) / 60
         held = json.loads(out.read_text()) if out.exists() else {}
         kept = [row for row in held.get(name, []) if row[key] != value]
         merged = sorted(kept + rows, key=lambda row: row[key])
-        write_json(out, {**held, **described(text), name: merged})
-        print(f"{name}, {key} {value}: {time.perf_counter() - start:.0f} s", flush=True)
+        keep(out, text, name, merged, minutes)
+        print(f"{name}, {key} {value}: {minutes:.1f} minutes", flush=True)
+    if "times" in parts:
+        keep(out, text, "times", measure_times(model, depths), 0.0)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--make-model", metavar="FOLDER", help="train the model, save it here, stop")
+    add("--model", type=Path, default=bundled_path("models/deep"), help="to measure")
     add("--parts", nargs="+", default=PARTS, choices=PARTS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--depths", nargs="+", type=int, default=[1, 3, 5], help="layers to remove")
+    add(
+        "--depths",
+        nargs="+",
+        type=int,
+        default=[1, 2, 3, 4, 5, 6],
+        help="layers to remove",
+    )
     add("--out", type=Path, default=bundled_path("benchmarks") / "layer_merge.json")
     add("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()
@@ -326,7 +398,8 @@ def main():
     if options.make_model:
         make_model(options.make_model)
     else:
-        measure(options.parts, options.seeds, options.depths, options.out)
+        folder, out = options.model, options.out
+        measure(folder, options.parts, options.seeds, options.depths, out)
 
 
 if __name__ == "__main__":

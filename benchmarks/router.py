@@ -123,7 +123,7 @@ def quantise(base: Path, folder: Path, seed: int) -> LayerwiseQuantizeForCausalL
 
 def draw_windows(folder: Path, seed: int) -> dict[str, list]:
     "Windows of each split; only the test's are the same for all seeds."
-    tokenizer, sizes = load_tokenizer(folder), dict(train=240, validation=210, test=300)
+    tokenizer, sizes = load_tokenizer(folder), dict(train=240, validation=210, test=240)
     return {
         split: text_windows(
             tokenizer, KINDS, SEQ_LEN, n, split, 0 if split == "test" else seed
@@ -215,7 +215,7 @@ def measure_opponents(bench: Bench, costs: torch.Tensor):
         ("static, summed costs", summed),
         ("static, measured whole", measured),
     ):
-        for assignment, _ in greedy_assignments(measure, layers, [3, 4, 5, 6]):
+        for assignment, _ in greedy_assignments(measure, layers, model.precisions):
             if sum(assignment) <= 5.25 * layers:
                 bench.score(method, assignment)
 

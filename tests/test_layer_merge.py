@@ -12,7 +12,7 @@ import torch
 from merge_lab.core import bundled_path
 from merge_lab.systems import layer_merge as lm
 from merge_lab.systems import layer_merge_parts as parts
-from merge_lab.tasks import format_choice, text_corpus
+from merge_lab.tasks import format_choice, text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
@@ -438,7 +438,7 @@ def test_run_writes_a_model_that_loads(tmp_path):
 
 
 @pytest.mark.parametrize("per_module", [False, True])
-def test_a_searched_start_is_no_worse_than_any_baseline(per_module):
+def test_a_searched_start_is_no_worse_than_what_it_tried(per_module):
     batches = [batch_of(seed) for seed in range(3)]
     model = mergeable(strategy="similarity", per_module=per_module)
     tried = lm.search_start(model, batches, n_batches=3)
@@ -451,6 +451,26 @@ def test_a_searched_start_is_no_worse_than_any_baseline(per_module):
     assert set(lm.alpha_table(model)["before"]) == set(chosen)
     shares = lm.alpha_table(model).groupby("into")["after"].mean()
     assert list(shares) == pytest.approx(chosen, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_searched_start_is_better_than_removal_on_the_bundled_model(seed):
+    "The layers themselves are taken out: 0.98 is a stand-in, and no proof."
+    model = lm.load_model(bundled_path("models/deep"), dtype="float32")
+    tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
+    batches = list(
+        lm.prepare_calibration_data(
+            tokenizer, bundled_path("mmlu"), 8, 4, 128, seed=seed
+        )
+    )
+    pairs = [(1, 2, None), (8, 9, None)]
+    removed = lm.remove_layers(copy.deepcopy(model), [2, 9])
+    kept = lm.remove_layers(copy.deepcopy(model), [1, 8])
+    lm.replace_layers_with_mergeable(model, pairs)
+    lm.search_start(model, batches)
+    found = lm.mean_loss(model, batches)
+    assert found < lm.mean_loss(removed, batches)
+    assert found < lm.mean_loss(kept, batches)
 
 
 def test_mean_loss_counts_every_token_once():
@@ -528,23 +548,43 @@ def benchmark():
     return module
 
 
-def test_the_bundled_models_training_text_holds_nothing_that_is_measured_on():
-    paragraphs, sets = benchmark().training_text()
-    split = parts.split_text(text_corpus("prose", None))
-    assert len(split["test"]) == 40 and len(split["validation"]) > 80
-    flat = " ".join(" ".join(re.findall(r"\w+", p.lower())) for p in paragraphs)
-    for text in split["test"] + split["validation"]:
-        words = re.findall(r"\w+", text.lower())
-        starts = range(max(1, len(words) - 15)) if len(words) >= 12 else []
-        assert not any(" ".join(words[i : i + 16]) in flat for i in starts)
+def test_the_bundled_model_was_measured_on_the_text_that_was_held_out():
+    "By the hashes in the recipe: another Python has another documentation, the model does not."
+    recipe = benchmark().TRAINED_ON
+    measured = json.loads((bundled_path("benchmarks") / "layer_merge.json").read_text())
+    assert measured["text"] == {k: recipe[k] for k in ("train", "validation", "test")}
+    assert measured["paragraphs"]["test"] == 40
+
+
+def test_no_test_question_is_in_the_questions_that_the_model_read():
+    module = benchmark()
+    sets = list(module.question_sets(1460, 1))
+    assert text_hash(sets) == module.TRAINED_ON["questions"]
     asked = {
         q for text in sets for q in re.findall(r"^(.+)\nA\. ", text, flags=re.MULTILINE)
     }
-    tests = lm.load_mmlu(bundled_path("mmlu"), "test")
     assert len(asked) > 20
-    read = set(sets)
+    tests = lm.load_mmlu(bundled_path("mmlu"), "test")
+    read = "\n\n".join(sets)
     for row in [row for rows in tests.values() for row in rows]:
-        assert not any(format_choice(row) in text for text in read)
+        assert format_choice(row) not in read
+
+
+def test_the_recipe_refuses_text_that_it_does_not_know(monkeypatch):
+    module = benchmark()
+    words = [" ".join(f"{kind}{i}" for kind in "abcdefghijklmn") for i in range(400)]
+    monkeypatch.setattr(module, "text_corpus", lambda kind, n: [*words, *words[:40]])
+    prose, _ = module.training_text()
+    split = parts.split_text(module.text_corpus("prose", None))
+    assert len(prose) > 300 and not {*prose} & {*split["test"], *split["validation"]}
+    with pytest.raises(ValueError, match="another documentation"):
+        module.held_out_text(bundled_path("models/deep"))
+    assert module.held_out_text(Path("elsewhere"))["test"] == split["test"]
+    monkeypatch.setattr(
+        module, "split_text", lambda _: dict(train=words, validation=[], test=words[:1])
+    )
+    with pytest.raises(ValueError, match="held-out paragraph"):
+        module.training_text()
 
 
 def test_split_leaves_out_what_is_repeated():
