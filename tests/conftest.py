@@ -1,6 +1,8 @@
 """One torch thread: two collapse when anything else runs on two cores. Nothing is downloaded."""
 
+import logging
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,3 +22,21 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+@pytest.fixture
+def nothing_deprecated():
+    "Fail on what is deprecated: warnings, and what transformers, peft and trl log instead of warning of it."
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl")]
+    for one in loggers:
+        one.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=FutureWarning)
+        warnings.filterwarnings("error", ".*deprecated", DeprecationWarning)
+        yield
+    for one in loggers:
+        one.removeHandler(handler)
+    assert not [text for text in said if "deprecated" in text.lower()]

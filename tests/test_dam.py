@@ -431,6 +431,17 @@ def test_resumed_run_equals_an_uninterrupted_one(lab, tmp_path):
     assert again.history.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
+def test_tensorboard_gets_the_loss(lab, tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    options = dict(report_to="tensorboard", logging_steps=1, export=False)
+    run = dam.train(train_config(lab, tmp_path / "run", **options))
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    read = event_accumulator.EventAccumulator(str(events)).Reload()
+    said = [scalar.value for scalar in read.Scalars("train/loss")]
+    assert said == pytest.approx(run.history.loss.tolist(), abs=1e-4)
+
+
 def test_mofo_moves_a_share_and_all_of_it_is_adamw(lab, tmp_path):
     start = dam.load_untrained(train_config(lab, tmp_path)).mask_state()
     options = dict(max_steps=1, optim="mofo", mofo_fraction=0.25)

@@ -1,7 +1,6 @@
 """The LoRA pipeline across architectures, processes and settings."""
 
 import json
-import logging
 import os
 import pathlib
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import sys
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
@@ -60,25 +60,7 @@ CHAT = [
 ] * 8
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("error::FutureWarning"),
-    pytest.mark.filterwarnings("error:.*deprecated:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def nothing_deprecated():
-    "Fail on deprecations that transformers, peft and trl log instead of warning of them."
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl")]
-    for one in loggers:
-        one.addHandler(handler)
-    yield
-    for one in loggers:
-        one.removeHandler(handler)
-    assert not [text for text in said if "deprecated" in text.lower()]
+pytestmark = pytest.mark.usefixtures("nothing_deprecated")
 
 
 @pytest.fixture(autouse=True)
@@ -227,6 +209,45 @@ def test_validation_loss_is_logged_and_callbacks_are_called(base):
     assert training_diagnostics(lora.log_history).ok.all()
 
 
+def test_diagnostics_of_a_run_reach_memory_and_pace(base, monkeypatch):
+    found = run(quick_config(), disable_tqdm=True)["diagnostics"]
+    assert found.ok.all() and " free" in found.seen["memory"]
+    assert "s a step" in found.seen["slow training"]
+    monkeypatch.setattr("merge_lab.systems.lora.free_memory", lambda: 2**20)
+    full = run(quick_config(output_dir="full"), disable_tqdm=True)
+    failed = full["diagnostics"][~full["diagnostics"].ok]
+    assert list(failed.index) == ["memory"]
+    assert "at least 1.00 MiB free" in failed.seen["memory"]
+    assert failed.advice["memory"].startswith("Reduce the batch size")
+    short = training_diagnostics(full["lora"].log_history, max_steps=4, hours=1e-9)
+    assert "more workers" in short.advice["slow training"]
+
+
+def test_the_cache_stays_as_the_model_had_it(base):
+    for use_cache in (True, False):
+        model = tiny_model()
+        model.config.use_cache = use_cache
+        save_tiny(model, "cached")
+        lora = quick("cached", output_dir=f"run-{use_cache}", sft=dict(max_steps=1))
+        lora.train()
+        assert lora.model.config.use_cache is use_cache
+        lora.save()
+        merged = AutoModelForCausalLM.from_pretrained(lora.merged_dir)
+        assert merged.config.use_cache is use_cache
+
+
+def test_tensorboard_gets_the_losses(base):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    run(quick_config(report_to="tensorboard"), disable_tqdm=True)
+    (events,) = pathlib.Path("run").rglob("events.out.tfevents.*")
+    read = event_accumulator.EventAccumulator(str(events)).Reload()
+    wanted = pd.read_json("run/history.jsonl", lines=True).loss.dropna().tolist()
+    assert [s.value for s in read.Scalars("train/loss")] == pytest.approx(wanted)
+    with pytest.raises(ValueError, match="report_to='clearml'.*pip install clearml"):
+        run(quick_config(output_dir="other", report_to="clearml"))
+
+
 def test_checkpoints_resume_to_the_same_adapter(base):
     options = dict(sft=dict(max_steps=6, save_strategy="steps", save_steps=3))
     whole = quick(base, output_dir="whole", **options)
@@ -342,7 +363,9 @@ class Interrupt(TrainerCallback):
 
 
 def test_an_interrupted_run_goes_on_to_the_same_adapter(base):
-    before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in the background
+    before = signal.getsignal(
+        signal.SIGINT
+    )  # ignored where the tests run in the background
     with pytest.raises(RunInterrupted, match="stopped after step 2 of 4"):
         run(quick_config(), [Interrupt()], disable_tqdm=True)
     assert signal.getsignal(signal.SIGINT) is before

@@ -1,7 +1,6 @@
 """Blended adapters: equal to peft as components, equal to dense arithmetic as a blend, never dense themselves."""
 
 import dataclasses
-import logging
 import os
 import signal
 import subprocess
@@ -38,25 +37,7 @@ from merge_lab.tasks import chat_row, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_model
 
 
-pytestmark = [
-    pytest.mark.filterwarnings("error::FutureWarning"),
-    pytest.mark.filterwarnings("error:.*deprecated:DeprecationWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def nothing_deprecated():
-    "Fail on deprecations that transformers, peft and trl log instead of warning of them."
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl")]
-    for one in loggers:
-        one.addHandler(handler)
-    yield
-    for one in loggers:
-        one.removeHandler(handler)
-    assert not [text for text in said if "deprecated" in text.lower()]
+pytestmark = pytest.mark.usefixtures("nothing_deprecated")
 
 
 @pytest.fixture(autouse=True)

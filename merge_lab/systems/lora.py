@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['logger', 'RESUMABLE', 'default_dtype', 'load_base', 'skeleton', 'explain_memory_errors', 'release_memory',
-           'quiet_peft', 'build_trainer', 'probe_logits', 'check_fits', 'load_adapter', 'merge_adapter', 'complete',
-           'SmoLoRA', 'HistoryLog', 'curves_figure', 'LiveCurves', 'train', 'check_same_adapter', 'save', 'load_model',
-           'inference', 'add_task_prefix', 'mix_tasks', 'row_text', 'count_words', 'curriculum', 'use_curriculum',
-           'adapter_layers', 'grow_rank', 'fixed_loss', 'check_ranks', 'was_stopped', 'train_with_ranks',
-           'LoRAPipelineConfig', 'lora_options', 'sft_options', 'task_names', 'config_rows', 'make_lora',
-           'check_lora_run', 'check_resumed', 'check_outside', 'run', 'show_result']
+           'quiet_peft', 'without_cache', 'build_trainer', 'probe_logits', 'check_fits', 'load_adapter',
+           'merge_adapter', 'complete', 'SmoLoRA', 'HistoryLog', 'curves_figure', 'LiveCurves', 'train',
+           'check_same_adapter', 'save', 'load_model', 'inference', 'add_task_prefix', 'mix_tasks', 'row_text',
+           'count_words', 'curriculum', 'use_curriculum', 'adapter_layers', 'grow_rank', 'fixed_loss', 'check_ranks',
+           'was_stopped', 'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options', 'task_names',
+           'config_rows', 'make_lora', 'check_lora_run', 'check_checkpoint', 'check_outside', 'run', 'show_result']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #7e9f1bb1
+# %% ../../nbs/40_systems/04_lora.ipynb #90b5210a
 import dataclasses
-import difflib
 import gc
 import json
 import logging
@@ -21,6 +20,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,12 @@ from safetensors import safe_open
 
 from ..components import load_model as load_weights
 from ..components import load_tokenizer, read_component
-from ..core import best_device, bundled_path, check_options, check_run, config_from_yaml, config_to_yaml
+from ..core import best_device, bundled_path, check_options, check_resumed, check_run, config_to_yaml, did_you_mean
 from ..core import open_run, option, set_seed, write_json, write_text
 from .lora_parts import advice, device_settings, encode_rows, make_lora_config, make_sft_config
 from .lora_parts import prepare_dataset, presets, quiet_datasets, rank_by_task, remake, trainable_parameters
 from .lora_parts import training_curves, training_diagnostics
+from ..memory import free_memory
 from ..tasks import ChatCollator
 from ..training import RunInterrupted, StopCallback, last_checkpoint, memory_in_use
 
@@ -101,7 +102,18 @@ class quiet_peft(warnings.catch_warnings):
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         return entered
 
-# %% ../../nbs/40_systems/04_lora.ipynb #c0085897
+# %% ../../nbs/40_systems/04_lora.ipynb #0e6a2901
+@contextmanager
+def without_cache(config):  # of a transformers model
+    "Context with `use_cache` off; what the config had comes back."
+    had = config.use_cache
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = had
+
+# %% ../../nbs/40_systems/04_lora.ipynb #2d649499
 def build_trainer(
     model: nn.Module,  # a base, or a model that has its adapter already
     tokenizer,
@@ -115,7 +127,6 @@ def build_trainer(
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    model.config.use_cache = False
     with quiet_peft(), quiet_datasets():
         trainer = SFTTrainer(
             model=model,
@@ -181,7 +192,7 @@ def load_adapter(
     with quiet_peft():
         return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
 
-# %% ../../nbs/40_systems/04_lora.ipynb #99be894d
+# %% ../../nbs/40_systems/04_lora.ipynb #3a4fae24
 def merge_adapter(
     base: nn.Module,  # a fresh base; its weights are changed
     adapter: str | Path,  # folder of the adapter
@@ -189,12 +200,10 @@ def merge_adapter(
     tokenizer=None,  # saved beside it
 ) -> tuple[nn.Module, dict]:  # merged model; report
     "Merge an adapter into a base, save the result, compare logits before and after."
-    use_cache = type(base.config)().use_cache
     adapted = load_adapter(base, adapter).eval()
     before = probe_logits(adapted)
     merged = adapted.merge_and_unload(safe_merge=True)
     after = probe_logits(merged)
-    merged.config.use_cache = use_cache
     merged.save_pretrained(str(out_dir))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(out_dir))
@@ -226,7 +235,7 @@ def complete(
     said = model.eval().generate(**inputs, **options)
     return tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-# %% ../../nbs/40_systems/04_lora.ipynb #b6c26c62
+# %% ../../nbs/40_systems/04_lora.ipynb #de4e5367
 class SmoLoRA:
     "Fine-tune a base through LoRA adapters, merge them, use the result."
 
@@ -260,8 +269,7 @@ class SmoLoRA:
 
     def __setattr__(self, name, value):
         if getattr(self, "_sealed", False) and name not in vars(self):
-            near = difflib.get_close_matches(name, vars(self), n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Settings live in peft_config and sft_config."
+            hint = did_you_mean(name, vars(self), "Settings live in peft_config and sft_config.")
             raise AttributeError(f"SmoLoRA has no setting {name!r}. {hint}")
         super().__setattr__(name, value)
 
@@ -283,7 +291,7 @@ class SmoLoRA:
         "Whether the model in memory is a base with an adapter."
         return hasattr(self.model, "peft_config")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #1eca927e
+# %% ../../nbs/40_systems/04_lora.ipynb #a6774d51
 class HistoryLog(TrainerCallback):
     "Writes each log entry, with the memory in use, to a file as it happens."
 
@@ -291,7 +299,8 @@ class HistoryLog(TrainerCallback):
         self.path, self.done = Path(path), done
 
     def on_train_begin(self, args, state, control, **kwargs):
-        "Keep what belongs to the steps before this one, so that neither a new run nor a resumed one repeats lines."
+        "Start the clock. Keep what belongs to the steps before this one, so that neither a new run nor a resumed one repeats lines."
+        self.begun = time.monotonic()
         if state.is_world_process_zero and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             write_text(self.path, "".join(line for line in lines if json.loads(line)["step"] <= state.global_step + self.done))
@@ -302,7 +311,8 @@ class HistoryLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            state.log_history[-1]["memory_bytes"] = memory_in_use()
+            elapsed = time.monotonic() - self.begun
+            state.log_history[-1] |= dict(memory_bytes=memory_in_use(), free_bytes=free_memory(), elapsed_seconds=elapsed)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1] | {"step": state.global_step + self.done}) + "\n")
@@ -351,7 +361,7 @@ class LiveCurves(TrainerCallback):
             self._drawn = time.monotonic()
             self.show(curves_figure(training_curves(self.log)))
 
-# %% ../../nbs/40_systems/04_lora.ipynb #945a55d1
+# %% ../../nbs/40_systems/04_lora.ipynb #a043d39d
 def _method(function):
     "Add a function to `SmoLoRA` under its own name."
     setattr(SmoLoRA, function.__name__, function)
@@ -373,10 +383,10 @@ def train(
     done = lora.log_history[-1]["step"] if lora.log_history else 0
     callbacks = [HistoryLog(lora.output_dir / "history.jsonl", done), *lora.callbacks]
     rows, config = (lora.dataset, lora.eval_dataset), None if lora.has_adapter else peft_config
-    lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
-    lora.model = lora.trainer.model
-    logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
-    with explain_memory_errors():
+    with without_cache(model.config), explain_memory_errors():
+        lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
+        lora.model = lora.trainer.model
+        logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
         lora.trainer.train(resume_from_checkpoint=resume or None)
     lora.log_history += [entry | {"step": entry["step"] + done} for entry in lora.trainer.state.log_history]
     lora.model.save_pretrained(str(lora.adapter_dir))
@@ -596,7 +606,7 @@ def train_with_ranks(
     lora.sft_config.max_steps = total
     return pd.DataFrame(stages).set_index("rank")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #7e8d6932
+# %% ../../nbs/40_systems/04_lora.ipynb #0e96acae
 @dataclasses.dataclass
 class LoRAPipelineConfig:
     "Fine-tune a base through LoRA and merge the adapter."
@@ -627,6 +637,7 @@ class LoRAPipelineConfig:
     warmup_steps: int = option(0, "Steps of rising learning rate", low=0, high=10_000, group="Training")
     max_length: int = option(1024, "Tokens of a row; longer ones are cut", low=8, high=131_072, log=True, group="Training")
     logging_steps: int = option(10, "Steps between log entries", low=1, high=10_000, log=True, group="Training")
+    report_to: str = option("none", "tensorboard, wandb or none; what is named must be installed", group="Training")
     seed: int = option(0, "Of the adapter, the order and the samples", group="Training")
 
     device: str = option("auto", "Where to train", choices=["auto", "cuda", "mps", "cpu"], group="Device")
@@ -647,7 +658,7 @@ class LoRAPipelineConfig:
             if self.ranks and getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} with ranks={self.ranks}: growing ranks set rank and alpha, and cannot be resumed.")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #2ab87733
+# %% ../../nbs/40_systems/04_lora.ipynb #22aacf64
 def lora_options(config: LoRAPipelineConfig) -> dict:
     "Options of the adapter that a config asks for."
     rank = config.r or rank_by_task[config.task]
@@ -658,7 +669,7 @@ def lora_options(config: LoRAPipelineConfig) -> dict:
 def sft_options(config: LoRAPipelineConfig) -> dict:
     "Options of the training that a config asks for."
     same = ("max_steps", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_length")
-    options = {name: getattr(config, name) for name in (*same, "logging_steps", "seed")}
+    options = {name: getattr(config, name) for name in (*same, "logging_steps", "report_to", "seed")}
     options["per_device_train_batch_size"] = config.batch_size
     if config.save_steps:
         options |= dict(save_strategy="steps", save_steps=config.save_steps)
@@ -715,8 +726,8 @@ def make_lora(
         use_curriculum(lora)
     return lora
 
-# %% ../../nbs/40_systems/04_lora.ipynb #1a91a41c
-RESUMABLE = {"max_steps", "logging_steps", "save_steps", "merge", "resume", "overwrite", "output_dir", "device"}
+# %% ../../nbs/40_systems/04_lora.ipynb #f744dcab
+RESUMABLE = {"max_steps", "logging_steps", "save_steps", "merge", "resume", "overwrite", "output_dir", "device", "report_to"}
 
 
 def check_lora_run(config: LoRAPipelineConfig):
@@ -725,14 +736,11 @@ def check_lora_run(config: LoRAPipelineConfig):
     check_outside(folder, [config.base_model, config.eval_dataset, *config.datasets], config.overwrite)
     if config.resume:
         check_resumed(config, folder, RESUMABLE)
+        check_checkpoint(folder)
 
 
-def check_resumed(config, folder: Path, free: set[str]):  # options that may differ
-    "Raise unless the folder holds a checkpoint of a run that was begun with these options."
-    begun = config_from_yaml(type(config), folder / "config.yaml")
-    for name, value in dataclasses.asdict(config).items():
-        if name not in free and getattr(begun, name) != value:
-            raise ValueError(f"resume: {name}={value!r}, but the run in {folder} was begun with {getattr(begun, name)!r}. Leave it as it was.")
+def check_checkpoint(folder: Path):
+    "Raise `FileNotFoundError` unless a run left something to go on from."
     if last_checkpoint(folder) is None:
         raise FileNotFoundError(f"{folder} has no checkpoint to go on from. Start again with overwrite=True (--overwrite) and save_steps.")
 

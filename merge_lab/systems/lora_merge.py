@@ -8,7 +8,7 @@ __all__ = ['logger', 'Factors', 'SHARES', 'BASELINES', 'RESUMABLE', 'check_adapt
            'AdapterMerger', 'base_path', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks', 'run',
            'show_result']
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #7aeac88d
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #d19951b7
 import dataclasses
 import json
 import logging
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from ..components import load_tokenizer
 from ..constraints import CONSTRAINTS
-from ..core import bundled_path, check_choice, check_options, check_run, config_to_yaml, open_run, option, set_seed
-from ..core import save_tensors, write_json, write_text
+from ..core import bundled_path, check_choice, check_options, check_resumed, check_run, config_to_yaml, open_run, option
+from ..core import save_tensors, set_seed, write_json, write_text
 from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, masked_linear
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
-from .lora import check_outside, check_resumed
+from .lora import check_checkpoint, check_outside
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
 from ..tasks import ChatCollator, build_dataset
-from ..training import HistoryCallback, MergerTrainer, ProgressBar, RunInterrupted, StopCallback, TrainConfig
+from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers
 from ..training import last_checkpoint, objective_of, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -398,7 +398,7 @@ def peft_baselines(
         model.set_adapter("blend")
         yield method, model.eval()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #e31ed3bd
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #601a78ca
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter."
     if len(config.datasets) != len(config.adapters):
@@ -415,13 +415,12 @@ def train_adapter_masks(
     callbacks: Sequence = (),  # transformers.TrainerCallback objects
 ) -> pd.DataFrame:  # history, one row per step
     "Train the masks; checkpoints and history go to `config.output_dir`. Raises `RunInterrupted` if it was stopped."
-    folder, stopper = Path(config.output_dir), StopCallback()
+    folder = Path(config.output_dir)
     trainer = MergerTrainer(
         merger, training_arguments(config, folder), objective_of(config), bool(config.gradient_checkpointing),
-        train_dataset=rows, data_collator=ChatCollator(tokenizer), callbacks=[*callbacks, stopper],
+        train_dataset=rows, data_collator=ChatCollator(tokenizer), callbacks=list(callbacks),
     )  # fmt: skip
-    history = HistoryCallback(folder / "history.jsonl").attach(trainer)
-    trainer.add_callback(ProgressBar(history))
+    history, stopper = attach_watchers(trainer, folder)
     checkpoint = last_checkpoint(folder) if config.resume else None
     train_from(trainer, checkpoint)
     if stopper.requested.is_set():
@@ -431,7 +430,7 @@ def train_adapter_masks(
         )
     return history.frame()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #5ab3a772
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #40eed1de
 RESUMABLE = {"max_steps", "resume", "overwrite", "output_dir", "device", "merged", "save_steps", "save_total_limit", "logging_steps"}
 
 
@@ -445,6 +444,7 @@ def run(
     check_outside(folder, [config.base_model, *config.adapters, *config.datasets], config.overwrite)
     if config.resume:
         check_resumed(config, folder, RESUMABLE)
+        check_checkpoint(folder)
     training_arguments(config, folder)
     merger, tokenizer = AdapterMerger.from_config(config), load_tokenizer(base_path(config))
     rows = adapter_rows(config, tokenizer)

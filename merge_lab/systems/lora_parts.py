@@ -6,12 +6,11 @@
 __all__ = ['logger', 'file_readers', 'presets', 'rank_by_task', 'lora_defaults', 'sft_defaults', 'advice', 'chunk_by_words',
            'read_text_files', 'quiet_datasets', 'read_table', 'read_source', 'prepare_dataset', 'encode_rows',
            'encode_text', 'is_linear', 'linear_names', 'find_target_modules', 'lora_for_task', 'check_names',
-           'check_targets', 'make_lora_config', 'check_device', 'device_settings', 'make_sft_config', 'remake',
-           'trainable_parameters', 'training_curves', 'training_diagnostics']
+           'check_targets', 'make_lora_config', 'check_device', 'device_settings', 'check_reporting', 'make_sft_config',
+           'remake', 'trainable_parameters', 'log_of', 'training_curves', 'training_diagnostics']
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #c97b8e3d
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #335d7c97
 import dataclasses
-import difflib
 import logging
 import math
 import re
@@ -23,7 +22,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core import best_device, check_choice
+from ..core import best_device, check_choice, did_you_mean
+from ..memory import readable
 from ..tasks import encode_chat
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def lora_for_task(
     rank = rank_by_task[check_choice("task", task, rank_by_task, "Or give r and lora_alpha yourself.")]
     return dict(r=rank, lora_alpha=2 * rank)
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #badb19c6
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #c3df1ea2
 def check_names(
     what: str,  # "lora" or "sft", as the user wrote it
     given: dict,  # options by name
@@ -251,8 +251,7 @@ def check_names(
     names = [field.name for field in dataclasses.fields(config_class) if field.init]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"See the documentation of {config_class.__name__}."
+            hint = did_you_mean(name, names, f"See the documentation of {config_class.__name__}.")
             raise ValueError(f"{what}={{{name!r}: ...}}: {config_class.__name__} has no such option. {hint}")
 
 
@@ -318,7 +317,16 @@ def device_settings(
         dataloader_pin_memory=kind == "cuda",
     )
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #3227c1c1
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #5dee27c3
+def check_reporting(report_to: str | list[str]):
+    "Raise `ValueError` for a tracker of runs that is not installed."
+    from transformers.integrations import get_available_reporting_integrations
+
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        there = ["none", "all", *get_available_reporting_integrations()]
+        check_choice("report_to", name, there, f"It must be installed first: pip install {name}.")
+
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #9b574854
 def make_sft_config(
     output_dir: str | Path,
     sft=None,  # dict of changes to `sft_defaults`, or a trl SFTConfig
@@ -331,6 +339,7 @@ def make_sft_config(
         return sft
     options = dict(sft or {})
     check_names("sft", options, SFTConfig)
+    check_reporting(options.get("report_to", "none"))
     names = {field.name for field in dataclasses.fields(SFTConfig)}
     new, old = "activation_checkpointing", "gradient_checkpointing"
     if old in options and new in names:
@@ -344,7 +353,7 @@ def make_sft_config(
         defaults["max_steps"] = -1
     return SFTConfig(**defaults | options)
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #8e535d0d
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #f4476d69
 def remake(
     config,  # a dataclass instance whose attributes may have been changed
     known: dict,  # its attributes when it was new
@@ -352,9 +361,8 @@ def remake(
     "A checked copy that has the changes in force. Raises `AttributeError` for an attribute that is no option."
     for name in vars(config):
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise AttributeError(f"{type(config).__name__} has no option {name!r}, so setting it changes nothing.{hint}")
+            hint = did_you_mean(name, known)
+            raise AttributeError(f"{type(config).__name__} has no option {name!r}, so setting it changes nothing. {hint}".strip())
     changed = {}
     for old, new in (("gradient_checkpointing", "activation_checkpointing"),):
         if new in known and getattr(config, old) != known[old] and getattr(config, new) == known[new]:
@@ -376,7 +384,7 @@ def trainable_parameters(model: nn.Module) -> pd.DataFrame:  # index trainable, 
     }
     return pd.DataFrame.from_dict(rows, orient="index").astype({"parameters": int})
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #6008cfd0
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #c9b23e3d
 advice = {
     "overfitting": "Reduce training steps, increase dropout, use a smaller rank, add regularisation or data.",
     "underfitting": "Increase the learning rate, increase the rank, add more target modules, train for more steps.",
@@ -390,16 +398,23 @@ advice = {
 }
 
 
+_MEASURED = ("memory_bytes", "free_bytes", "elapsed_seconds")  # what `HistoryLog` adds to a trainer's log
+
+
+def log_of(trainer_or_log) -> list[dict]:
+    "The log of a trainer, or the log that is given."
+    return getattr(getattr(trainer_or_log, "state", None), "log_history", trainer_or_log)
+
+
 def training_curves(
     trainer_or_log,  # a trainer, or the list `trainer.state.log_history`
 ) -> pd.DataFrame:  # index step; columns loss, learning_rate, ... as far as they were logged
     "What was logged, one row per step."
-    log = getattr(getattr(trainer_or_log, "state", None), "log_history", trainer_or_log)
-    rows = [entry for entry in log if "loss" in entry or "eval_loss" in entry]
+    rows = [entry for entry in log_of(trainer_or_log) if "loss" in entry or "eval_loss" in entry]
     if not rows:
         raise ValueError("no losses were logged. Train first, with logging_steps below the number of steps.")
     frame = pd.DataFrame(rows).groupby("step").first()
-    return frame[[name for name in frame if name in ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", "memory_bytes")]]
+    return frame[[name for name in frame if name in ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch", *_MEASURED)]]
 
 # %% ../../nbs/40_systems/04_lora_parts.ipynb #84f7deb6
 def _overfit(validation: pd.Series, train: pd.Series) -> bool:
@@ -431,10 +446,29 @@ def _rising(train: pd.Series) -> bool:
     scatter = (recent - recent.mean() - slope * (steps - steps.mean())).std()
     return bool(slope * (len(recent) - 1) > max(2 * scatter, 0.01 * abs(recent.mean())))
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #4e464eab
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #049238f5
+def _tight(curves: pd.DataFrame) -> tuple[bool, str]:  # whether a tenth was not free; in words
+    "The room that was left on the device."
+    if not {"memory_bytes", "free_bytes"} <= set(curves):
+        return False, "not logged"
+    used, free = curves.memory_bytes.dropna(), curves.free_bytes.dropna()
+    return bool((9 * free < used).any()), f"at most {readable(used.max())} in use, at least {readable(free.min())} free"
+
+
+def _slow(curves: pd.DataFrame, steps: int, hours: float) -> tuple[bool, str]:  # whether it takes longer; in words
+    "What all steps take at the pace of the median one."
+    elapsed = curves.get("elapsed_seconds", pd.Series(dtype=float)).dropna()
+    pace = elapsed.diff() / elapsed.index.to_series().diff()
+    seconds = pace[pace > 0].median()  # a resumed run begins to count anew
+    if math.isnan(seconds):
+        return False, "not logged"
+    return bool(seconds * steps > 3600 * hours), f"{seconds:.2g} s a step, {seconds * steps / 3600:.2g} h for {steps} steps"
+
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #bc63ad77
 def training_diagnostics(
     trainer_or_log,  # a trainer, or the list `trainer.state.log_history`
     max_steps: int | None = None,  # planned steps; None for those of the trainer, or the last one logged
+    hours: float = 12.0,  # a run that takes longer counts as slow
 ) -> pd.DataFrame:  # index check; columns ok, seen, advice
     "Health of a training run: one row per check, with advice where one fails."
     curves = training_curves(trainer_or_log)
@@ -444,16 +478,20 @@ def training_diagnostics(
     planned = max_steps or getattr(getattr(trainer_or_log, "state", None), "max_steps", None) or curves.index.max()
     running = rate[rate.index < planned]
     peak = rate.max() if len(rate) else math.nan
-    finite = bool(all(map(math.isfinite, [*train, *validation])))
+    finite = all(math.isfinite(entry[name]) for entry in log_of(trainer_or_log) for name in ("loss", "eval_loss") if name in entry)
     seen_train = f"training loss {train.iloc[0]:.3g} to {train.iloc[-1]:.3g}" if len(train) else "no training loss"
     seen_validation = f"validation loss {validation.iloc[-1]:.3g}, best {validation.min():.3g}" if len(validation) else "no validation"
     tiny = len(running) and (running.iloc[-1] < 1e-6 and running.iloc[-1] < 0.01 * peak or peak < 1e-6)
+    tight, seen_memory = _tight(curves)
+    slow, seen_pace = _slow(curves, int(planned), hours)
     checks = {
         "loss not finite": (finite, seen_train),
         "loss rising": (not (finite and _rising(train)), seen_train),
         "underfitting": (not (finite and _plateau(train)), seen_train),
         "overfitting": (not (finite and _overfit(validation, train)), seen_validation),
         "learning rate": (not tiny, f"learning rate {rate.iloc[-1]:.2g}, highest {peak:.2g}" if len(rate) else "not logged"),
+        "memory": (not tight, seen_memory),
+        "slow training": (not slow, seen_pace),
     }
     rows = {name: dict(ok=ok, seen=seen, advice="" if ok else advice[name]) for name, (ok, seen) in checks.items()}
     return pd.DataFrame.from_dict(rows, orient="index")
