@@ -376,6 +376,14 @@ def test_options(tiny, tmp_path, options):
         assert epochs.average_bits.iloc[-1] == 3
 
 
+def test_few_windows_leave_the_static_assignment(tiny, tmp_path):
+    "Costs of four windows: none can be held back, so nothing is learned from the prompts."
+    config = router_config(tiny, tmp_path / "run", num_costs=4, num_epochs=0)
+    model, _ = run(config)
+    assert all((layer[-1].weight == 0).all() for layer in model.routers.layers)
+    assert (model.routers.costs[:, 0] > 0).all()
+
+
 def test_a_price_alone_is_learned(tiny, tmp_path):
     "From many bits downwards: with no weight on the cross-entropy the routers go to the fewest bits."
     options = dict(weight_ce=0.0, weight_precision=1.0, num_epochs=10, learning_rate=0.05, pretrain="none")
