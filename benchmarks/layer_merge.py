@@ -213,20 +213,18 @@ def plain(table) -> list[dict]:
 
 
 def measure_choice(model, tokenizer, text: dict, seed: int) -> list[dict]:
-    "Validation perplexity of what learns on blended weights, under each of `CHOICES`."
+    "Validation perplexity of what learns on blended weights; with more steps, of the best only."
     loader, rows = loader_of(tokenizer, seed), []
     similarity, pairs = chosen(model, loader, 3, seed)
-    for steps, rate in CHOICES:
+    learning = {k: v for k, v in VARIANTS.items() if v.learn and v.blend == "weights"}
+    best = [name for name, kind in learning.items() if kind.search and kind.per_module]
+    for (steps, rate), names in zip(CHOICES, (list(learning), best)):
         table = compare_variants(
             model,
             tokenizer,
             pairs,
             loader,
-            [
-                name
-                for name, kind in VARIANTS.items()
-                if kind.learn and kind.blend == "weights"
-            ],
+            names,
             similarity,
             dict(texts=text["validation"]),
             num_steps=steps,
