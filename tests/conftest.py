@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shlex
 import warnings
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,3 +42,15 @@ def nothing_deprecated():
     for one in loggers:
         one.removeHandler(handler)
     assert not [text for text in said if "deprecated" in text.lower()]
+
+
+@pytest.fixture
+def readme_commands():
+    "What gives the words of the README's commands that begin so, as printed there."
+
+    def commands(start):
+        text = Path(__file__).parent.parent.joinpath("README.md").read_text("utf-8")
+        lines = text.replace("\\\n", " ").splitlines()
+        return [shlex.split(x)[1:] for x in lines if x.startswith(f"merge-lab {start}")]
+
+    return commands

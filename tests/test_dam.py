@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -530,24 +529,14 @@ def test_angles_are_those_of_task_vectors(lab):
     }
 
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def readme_commands():
-    "The words of every DAM command in the README."
-    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line for line in text.splitlines() if line.startswith("merge-lab dam-")]
-    return [shlex.split(line)[1:] for line in lines]
-
-
-def test_commands_of_the_readme(tmp_path, monkeypatch, capsys):
+def test_commands_of_the_readme(readme_commands, tmp_path, monkeypatch, capsys):
     "As printed there, from the root of a clone, on fewer rows and steps."
     few = {
         "dam-merge": [],
         "dam-topk": ["--example_count", "8"],
         "dam-train": ["--max_steps", "3"],
     }
-    commands = readme_commands()
+    commands = readme_commands("dam-")
     assert [words[0] for words in commands] == list(few)
     (tmp_path / "data").symlink_to(bundled_path())
     monkeypatch.chdir(tmp_path)

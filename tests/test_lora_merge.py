@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+from merge_lab.cli import main
+from merge_lab.core import bundled_path
 from merge_lab.masks import MODES, MergeState
 from merge_lab.systems.lora import (
     RunInterrupted,
@@ -314,3 +316,20 @@ def test_a_base_that_is_not_there_is_not_replaced_by_another(tmp_path):
     assert base_path(LoRAMergeConfig(adapters=[str(folder), "another"])).endswith(
         "models/base"
     )
+
+
+def test_commands_of_the_readme(readme_commands, tmp_path):
+    "As printed there, from the root of a clone, on fewer rows and steps."
+    commands = readme_commands("lora")
+    assert [words[0] for words in commands] == ["lora", "lora", "lora-merge"]
+    (tmp_path / "data").symlink_to(bundled_path())
+    for words in commands:
+        assert main([*words, "--max_steps", "2", "--n_samples", "64"]) == 0, words
+    folder = tmp_path / "runs" / "lora"
+    base = load_base(bundled_path("models/base"), "cpu")
+    plain = probe_logits(AutoModelForCausalLM.from_pretrained(folder / "both/merged"))
+    exported = probe_logits(load_adapter(base, folder / "both/adapter"))
+    assert (plain - exported).abs().max() < 1e-4
+    for task in ("rewrite", "summarize"):
+        names = {path.name for path in (folder / task).iterdir()}
+        assert {"adapter_checkpoint", "final_merged", "diagnostics.csv"} <= names
