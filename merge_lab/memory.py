@@ -7,8 +7,9 @@ __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'M
            'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
            'fit_run', 'MemoryConfig', 'run', 'show_fit']
 
-# %% ../nbs/30_memory.ipynb #f979d708
+# %% ../nbs/30_memory.ipynb #359b7208
 import dataclasses
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -252,7 +253,7 @@ def track_memory(
             torch.cuda.synchronize()
             use.overhead_bytes = torch.cuda.max_memory_allocated() - sum(use.parts.values())
 
-# %% ../nbs/30_memory.ipynb #3e03b1b4
+# %% ../nbs/30_memory.ipynb #0a61c686
 _REAL = 2**24  # largest integer tensor that is held for real
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -272,27 +273,60 @@ def _whole_positions(args: tuple) -> tuple:
     return source, indices, *args[2:]
 
 
+def _key(func, leaves: list, spec):  # spec: how the leaves lie in the arguments
+    "What the shapes of an operation's results depend on; None if an argument cannot tell."
+    parts = [(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
+    key = (func, spec, *parts)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+@functools.cache
+def _is_plain(func) -> bool:
+    "Whether the result is new, or the first argument, written to in place: no view."
+    first, *others = func._schema.arguments or [None]
+    written = first is not None and first.alias_info is not None and first.alias_info.is_write
+    new = not any(item.alias_info for item in (*func._schema.arguments, *func._schema.returns))
+    in_place = written and torch.Tag.inplace_view not in func.tags and not any(item.alias_info for item in others)
+    return new or in_place
+
+
 class _Pretend(_Watch):
     "Runs operations on shapes; integers and truth values stay real."
 
     def __init__(self, ledger: Ledger, device: str):
         super().__init__(ledger)
         self.device = device
+        self.known = {}  # operation on shapes -> shape, stride and dtype of its result; None: in place
 
     def run(self, func, args, kwargs):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0  # a check of values finds nothing wrong
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        leaves, spec = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not any(tensor.is_meta for tensor in tensors):
             return self._make(func, args, kwargs)
         if func in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
-            args = _whole_positions(args)
-        if len(tensors) > 1:
-            leaves, spec = tree_flatten((args, kwargs))
-            args, kwargs = tree_unflatten([t.to("meta") if isinstance(t, Tensor) else t for t in leaves], spec)
+            leaves, spec = tree_flatten((_whole_positions(args), kwargs))
+        leaves = [leaf.to("meta") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         if func is _ATTENTION_BACKWARD and self.device == "cuda":
             self.ledger.pulse(4 * args[1].numel())
-        return func(*args, **kwargs)
+        return self._remember(func, leaves, spec)
+
+    def _remember(self, func, leaves: list, spec):
+        "The result; its shape is worked out once for all layers and chunks that are alike."
+        key = _key(func, leaves, spec) if _is_plain(func) else None
+        if key is not None and key in self.known:
+            shape = self.known[key]
+            return leaves[0] if shape is None else torch.empty_strided(*shape[:2], dtype=shape[2], device="meta")
+        args, kwargs = tree_unflatten(leaves, spec)
+        result = func(*args, **kwargs)
+        if key is not None and isinstance(result, Tensor):
+            self.known[key] = None if result is leaves[0] else (result.size(), result.stride(), result.dtype)
+        return result
 
     def _make(self, func, args, kwargs):
         "A new tensor, or work on real ones."
