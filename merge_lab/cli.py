@@ -180,17 +180,16 @@ def parse(name: str, words: list[str]):
     values |= {key: _mapping_of(value) if _is_mapping(hints[key]) else value for key, value in written.items()}
     return config_from_dict(config_class, values, "command line")
 
-# %% ../nbs/60_cli.ipynb #988b5afa
+# %% ../nbs/60_cli.ipynb #1fc7e63a
 def _check_flags(parser: argparse.ArgumentParser, words: list[str]):
     "Raise `ValueError` for a flag that is not there, with the nearest one."
-    import difflib
+    from merge_lab.core import did_you_mean
 
     known = parser._option_string_actions
     for word in words:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known and len(flag) > 2:
-            near = difflib.get_close_matches(flag, known, n=1)
-            raise ValueError(f"unknown option {flag}. {f'Did you mean {near[0]}?' if near else '--help lists the options.'}")
+            raise ValueError(f"unknown option {flag}. {did_you_mean(flag, known, '--help lists the options.')}")
 
 
 def _place(command: Command, config_class: type, places: list[str]) -> dict:

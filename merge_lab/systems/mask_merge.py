@@ -8,7 +8,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_CAPTIONS', 'LOADI
            'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'headline',
            'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #14b74ad7
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #ef77449d
 import dataclasses
 import logging
 from pathlib import Path
@@ -16,10 +16,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from ..components import check_components, component_bytes, component_names, load_tokenizer
 from merge_lab.core import (
-    bundled_path, check_disk_space, check_run, config_from_yaml, config_to_python, config_to_yaml, open_run, option, set_seed,
+    bundled_path, check_disk_space, check_resumed, check_run, config_to_python, config_to_yaml, open_run, option, set_seed,
     write_text,
 )
 from ..evaluation import confusion, evaluate_tasks, generate_answers
@@ -108,13 +109,14 @@ def demo_config(
     )
     return MaskMergeConfig(**{**defaults, **options})
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #662810cd
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #254d2fc5
 @dataclasses.dataclass
 class Prepared:
     "What a run needs, checked."
 
     config: MaskMergeConfig
     folder: Path  # made by `open_folder`
+    arguments: TrainingArguments
     names: list[str]  # of the components
     tokenizer: object
     dataset: object  # tokenised training rows with their source
@@ -136,14 +138,14 @@ class Prepared:
         open_run(self.config.output_dir, self.config.resume, self.config.overwrite)
         write_text(self.folder / "config.yaml", config_to_yaml(self.config))
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #916797e3
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #775d316b
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     _check_inputs(config)
     folder = check_run(config.output_dir, config.resume, config.overwrite)
-    training_arguments(config, folder)
+    arguments = training_arguments(config, folder)
     if config.resume:
-        _check_resumed(config, folder)
+        check_resumed(config, folder, _RESUMABLE)
     check_components([*config.model_paths, *([config.base_model] if config.base_model else [])])
     tokenizer = load_tokenizer(config.model_paths[config.fallback])
     dataset = build_dataset(
@@ -156,7 +158,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
         dtype = None if config.dtype == "auto" else config.dtype
         check_disk_space(folder, component_bytes(config.model_paths[0], dtype))
     memory = _estimate(config, max(map(len, dataset["input_ids"])))
-    return Prepared(config, folder, component_names(config.model_paths), tokenizer, dataset, tests, memory)
+    return Prepared(config, folder, arguments, component_names(config.model_paths), tokenizer, dataset, tests, memory)
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #bd5b74dd
 def _estimate(config: MaskMergeConfig, longest: int) -> FitReport | None:
@@ -187,7 +189,7 @@ def _check_inputs(config: MaskMergeConfig):
     if len({str(Path(path).absolute()) for path in config.model_paths}) < n:
         logger.warning("model_paths names a model twice: its two copies cannot be told apart by training.")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #656729ab
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #524cfe37
 # what a resumed run may change: how long it trains, what is measured and written, how it is computed
 _RESUMABLE = {
     "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "base_model", "eval_samples", "eval_split", "report",
@@ -195,17 +197,6 @@ _RESUMABLE = {
     "torch_compile", "impl", "keep_merged", "offload", "gradient_checkpointing",
     "logit_chunk",
 }
-
-
-def _check_resumed(config: MaskMergeConfig, folder: Path):
-    "Raise `ValueError` if the run in the folder was begun with other options than these."
-    begun = dataclasses.asdict(config_from_yaml(MaskMergeConfig, folder / "config.yaml"))
-    for name, value in dataclasses.asdict(config).items():
-        if name not in _RESUMABLE and begun[name] != value:
-            raise ValueError(
-                f"resume: {name}={value!r}, but the run in {folder} was begun with {begun[name]!r}. "
-                "Leave the option as it was, or begin another run in another output_dir."
-            )
 
 
 def _test_rows(path: str, config: MaskMergeConfig) -> list[dict]:
@@ -263,7 +254,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #c03b150a
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #f17f0c95
 def make_trainer(
     merger: Merger,
     ready: Prepared,
@@ -273,7 +264,7 @@ def make_trainer(
     "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
     config = ready.config
     trainer = MergerTrainer(
-        merger, training_arguments(config, ready.folder), objective_of(config), ready.recompute,
+        merger, ready.arguments, objective_of(config), ready.recompute,
         train_dataset=ready.dataset, data_collator=ChatCollator(ready.tokenizer), callbacks=list(callbacks),
     )
     history, stopper = attach_watchers(trainer, ready.folder, "training masks" if progress else None)
