@@ -142,16 +142,13 @@ class Bench:
         )
         self.windows = draw_windows(folder / f"base-{seed}", seed)
         self.exact = exact_logits(self.model, self.windows["test"])
-        self.rows, self.started = [], time.perf_counter()
+        self.rows, self.measured, self.started = [], {}, time.perf_counter()
         self.losses_file = folder / f"losses-{seed}.pt"  # of the opponents
         self.losses = torch.load(self.losses_file) if self.losses_file.exists() else {}
 
     def score(self, method: str, assignment=None, **extra) -> dict:
         "Score the test windows; `assignment` None leaves the choice to the routers."
-        with self.model.set_precision(assignment):
-            scores = score_windows(
-                self.model, self.windows["test"], PREFIX, exact=self.exact
-            )
+        scores = self.scores_of(assignment)
         row = dict(seed=self.seed, method=method, **extra)
         row |= {
             name: float(scores[name].mean())
@@ -181,6 +178,16 @@ class Bench:
             flush=True,
         )
         return row
+
+    def scores_of(self, assignment) -> pd.DataFrame:
+        "Scores of the test windows; an assignment that two opponents share is measured once."
+        key = None if assignment is None else tuple(assignment)
+        if key is None or key not in self.measured:
+            with self.model.set_precision(assignment):
+                self.measured[key] = score_windows(
+                    self.model, self.windows["test"], PREFIX, exact=self.exact
+                )
+        return self.measured[key]
 
     def compare(self, scores, line: dict) -> dict[str, float]:
         "Mean and standard error of the windows' cross-entropy above a line through assignments."
@@ -215,9 +222,9 @@ def measure_opponents(bench: Bench, costs: torch.Tensor):
         ("static, summed costs", summed),
         ("static, measured whole", measured),
     ):
-        for assignment, _ in greedy_assignments(measure, layers, model.precisions):
-            if sum(assignment) <= 5.25 * layers:
-                bench.score(method, assignment)
+        total = int(5.25 * layers)
+        for path in greedy_assignments(measure, layers, model.precisions, total):
+            bench.score(method, path[0])
 
 
 WAYS = {

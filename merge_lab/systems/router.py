@@ -33,17 +33,18 @@ from .router_parts import score_windows, text_windows, window_divergences
 _all_ = ["LayerwiseQuantizeForCausalLM", "QuantizeConfig", "run_quantize", "score_windows", "text_windows"]
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/05_router.ipynb #085d4476
+# %% ../../nbs/40_systems/05_router.ipynb #422948f0
 def greedy_assignments(
     measure,  # assignment (list of ints) -> loss
     n_layers: int,
     precisions: list[int],
-) -> list[tuple[list[int], float]]:  # assignment and loss, from all lowest to all highest
+    total: int | None = None,  # bits of all layers together at which to stop; None: all highest
+) -> list[tuple[list[int], float]]:  # assignment and loss, from all lowest upwards
     "Static per-layer assignments, each one bit (step) more than the last, chosen by measured loss."
     current = [precisions[0]] * n_layers
     path = [(current, measure(current))]
     following = dict(pairwise(precisions))
-    while any(bits in following for bits in current):
+    while any(bits in following for bits in current) and (total is None or sum(current) < total):
         trials = [
             [*current[:n], following[bits], *current[n + 1 :]] for n, bits in enumerate(current) if bits in following
         ]
