@@ -31,9 +31,11 @@ from merge_lab.training import read_history
 
 
 def small(tmp_path, **options):
+    tasks = ("rewrite", "summarize")
     defaults = dict(
+        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
         max_steps=6,
-        eval_samples=8,
+        eval_samples=4,
         per_device_train_batch_size=4,
         report=False,
         save_steps=2,
@@ -45,7 +47,7 @@ def small(tmp_path, **options):
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     return run(
-        demo_config(output_dir=str(folder / "run"), eval_samples=100), progress=False
+        demo_config(output_dir=str(folder / "run"), eval_samples=60), progress=False
     )
 
 
@@ -62,7 +64,7 @@ def test_the_checkpoint_scores_as_the_merger_did(demo):
     merged = AutoModelForCausalLM.from_pretrained(
         demo.folder / "merged", dtype=torch.float32
     )
-    tasks = {"rewrite": load_task(bundled_path("tasks/rewrite"), "test")[:100]}
+    tasks = {"rewrite": load_task(bundled_path("tasks/rewrite"), "test")[:60]}
     again = evaluate_tasks(merged, demo.tokenizer, tasks, progress=False)
     learned = demo.scores.set_index(["model", "task"]).loc[(LEARNED, "rewrite")]
     assert again.exact_match["rewrite"] == learned.exact_match
