@@ -26,7 +26,7 @@ demo: $(STAMP)  ## Merge the bundled experts: tables, plots, a report and a chec
 
 test: $(STAMP)  ## Run every notebook and every test
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(STAMP)  ## Open JupyterLab on the workbench notebook
 	$(BIN)/jupyter lab nbs/workbench.ipynb

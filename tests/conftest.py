@@ -14,12 +14,17 @@ import torch
 
 torch.set_num_threads(1)
 
+# a worker takes whole files; what takes long begins first, or one core idles at the end
+LONG = ["test_dam", "test_mask_merge", "test_widgets", "test_browser", "test_distributed"]
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(items):
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
     skip = pytest.mark.skip(reason="no CUDA device is visible")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
