@@ -64,13 +64,13 @@ COMMANDS = {
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
 }
 
-# %% ../nbs/60_cli.ipynb #51e64989
+# %% ../nbs/60_cli.ipynb #24f2be13
 @dataclasses.dataclass
 class PreflightConfig:
     "Components to compare."
 
     model_paths: list[str] = dataclasses.field(
-        default_factory=list, metadata={"help": "Components: folders or hub names, at least two"}
+        default_factory=list, metadata={"help": "Components: folders or hub names, at least two", "group": "Components"}
     )
 
 
@@ -91,7 +91,9 @@ def run_preflight(config: PreflightConfig) -> int:  # exit status: 0 if they can
 class DemoConfig:
     "Where the demo writes."
 
-    output_dir: str = dataclasses.field(default="runs/demo", metadata={"help": "Folder of the run; a run that is there is replaced"})
+    output_dir: str = dataclasses.field(
+        default="runs/demo", metadata={"help": "Folder of the run; a run that is there is replaced", "group": "Output"}
+    )
 
 
 def run_demo(config: DemoConfig) -> int:

@@ -577,28 +577,28 @@ def fit_run(
         report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=True)
     return report
 
-# %% ../nbs/30_memory.ipynb #dd6ffbd6
+# %% ../nbs/30_memory.ipynb #73fdbd7a
 @dataclasses.dataclass
 class MemoryConfig:
     "What `merge-lab memory` estimates."
 
-    model_paths: list[str] = option([], "Components: folders or hub names; one stands for n_components of its kind")
-    n_components: int = option(2, "Number of components if model_paths names only one", low=2, high=32)
-    seq_len: int = option(2048, "Tokens per sample", low=2, high=1_048_576, log=True)
-    batch_size: int = option(1, "Samples per micro-step", low=1, high=1024)
-    dtype: str = option("auto", "Of the weights; auto: as stored", choices=["auto", "float32", "bfloat16", "float16"])
-    impl: str = option("fused", "How a masked linear is computed", choices=IMPLS)
-    mode: str = option("vector_input", "Granularity of the masks", choices=MODES)
-    target_kinds: list[str] = option(list(KINDS), f"Kinds of module that are masked: {', '.join(KINDS)}")
-    gradient_checkpointing: bool = option(True, "Recompute activations in backward")
-    loss: str = option("kl", "What the masks are trained towards", choices=losses.LOSSES)
-    fused_loss: bool = option(True, "Take head and loss together, in chunks of tokens")
-    logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget", low=1)
-    optimizer: str = option("adamw", "Optimizer of the masks", choices=OPTIMIZERS)
-    keep_merged: bool = option(False, "Keep merged weights between micro-steps")
-    offload: bool = option(False, "Components stay in host memory, weights are brought when they are used")
-    device: str = option("cuda", "Whose choices are made", choices=["cuda", "cpu"])
-    budget_gib: float | None = option(None, "Memory to fit into; none given: what is free here", low=0)
+    model_paths: list[str] = option([], "Components: folders or hub names; one stands for n_components of its kind", group="Components")
+    n_components: int = option(2, "Number of components if model_paths names only one", low=2, high=32, group="Components")
+    seq_len: int = option(2048, "Tokens per sample", low=2, high=1_048_576, log=True, group="Data")
+    batch_size: int = option(1, "Samples per micro-step", low=1, high=1024, group="Data")
+    dtype: str = option("auto", "Of the weights; auto: as stored", choices=["auto", "float32", "bfloat16", "float16"], group="Components")
+    impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Masks")
+    mode: str = option("vector_input", "Granularity of the masks", choices=MODES, group="Masks")
+    target_kinds: list[str] = option(list(KINDS), f"Kinds of module that are masked: {', '.join(KINDS)}", group="Masks")
+    gradient_checkpointing: bool = option(True, "Recompute activations in backward", group="Device")
+    loss: str = option("kl", "What the masks are trained towards", choices=losses.LOSSES, group="Objective")
+    fused_loss: bool = option(True, "Take head and loss together, in chunks of tokens", group="Objective")
+    logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget", low=1, group="Objective")
+    optimizer: str = option("adamw", "Optimizer of the masks", choices=OPTIMIZERS, group="Objective")
+    keep_merged: bool = option(False, "Keep merged weights between micro-steps", group="Masks")
+    offload: bool = option(False, "Components stay in host memory, weights are brought when they are used", group="Masks")
+    device: str = option("cuda", "Whose choices are made", choices=["cuda", "cpu"], group="Device")
+    budget_gib: float | None = option(None, "Memory to fit into; none given: what is free here", low=0, group="Device")
 
     def __post_init__(self):
         check_options(self)

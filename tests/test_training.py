@@ -2,21 +2,27 @@
 
 import logging
 import signal
+import time
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from merge_lab import memory
+from merge_lab import memory, training
 from merge_lab.cli import main
-from merge_lab.core import config_to_yaml
+from merge_lab.core import bundled_path, config_to_yaml
 from merge_lab.merger import Merger
 from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run
 
 
 def small(tmp_path, **options):
+    tasks = ("rewrite", "summarize")
     defaults = dict(
-        max_steps=6, eval_samples=8, per_device_train_batch_size=4, report=False
+        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
+        max_steps=6,
+        eval_samples=4,
+        per_device_train_batch_size=4,
+        report=False,
     )
     return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
 
@@ -97,11 +103,26 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 
 
 def test_memory_command_looks_at_every_path_and_says_when_it_does_not_fit(capsys):
-    from merge_lab.core import bundled_path
-
     model = str(bundled_path("models/rewrite"))
     tight = ["--device", "cpu", "--seq_len", "256", "--budget_gib", "0.001"]
     assert main(["memory", model, model, *tight]) == 1
     assert "no option makes it fit" in capsys.readouterr().out
     assert main(["memory", model, "nowhere", "--device", "cpu"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_pause_is_not_counted_as_work(tmp_path):
+    class Pause(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                time.sleep(2)
+
+    config = small(tmp_path, save_merged=False, max_steps=4)
+    rates = run(config, callbacks=(Pause(),), progress=False).history.tokens_per_second
+    assert rates[2] > 0.3 * rates.median()
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "get_available_reporting_integrations", list)
+    with pytest.raises(ValueError, match="wandb is not installed"):
+        prepare(small(tmp_path, report_to="wandb"))
