@@ -13,9 +13,10 @@ import pytest
 import torch
 import yaml
 
-from merge_lab.cli import COMMANDS, parse
-from merge_lab.core import config_from_dict, option
-from merge_lab.merger import MergerConfig
+from merge_lab.cli import COMMANDS, PreflightConfig, parse
+from merge_lab.components import load_tokenizer
+from merge_lab.core import bundled_path, config_from_dict, narrow, option
+from merge_lab.merger import Merger, MergerConfig
 from merge_lab.systems.mask_merge import (
     MaskMergeConfig,
     demo_config,
@@ -24,6 +25,8 @@ from merge_lab.systems.mask_merge import (
     prepare,
 )
 from merge_lab.runs import CommandRun, CommandRunView, RunBrowser
+from merge_lab.tasks import load_task
+from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 from merge_lab.widgets import (
     Bench,
     ConfigPanel,
@@ -42,12 +45,15 @@ from merge_lab.widgets import (
     show_value,
 )
 
+DATA = [str(bundled_path(f"tasks/{task}")) for task in ("rewrite", "summarize")]
 widgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
 
 
 @pytest.fixture(autouse=True)
 def one_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    estimate = "merge_lab.systems.mask_merge._estimate"
+    monkeypatch.setattr(estimate, lambda config, longest: None)  # has its own tests
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,6 +69,7 @@ def small_config(**options):
         overwrite=True,
         device="cpu",
         eval_samples=4,
+        dataset_configs={path: 32 for path in DATA},
     )
     return demo_config(**{**defaults, **options})
 
@@ -188,10 +195,43 @@ def test_a_panel_comes_from_any_config():
 
     kinds = {name: control.kind for name, control in controls_of(Other).items()}
     assert kinds == {"depth": "slider", "rate": "log", "name": "text"}
-    panel = ConfigPanel(Other, command="other")
+    panel = ConfigPanel(Other)
     panel.set("name", "x y")
     assert panel.faces()["Command line"] == "other --name 'x y'"
+    assert ConfigPanel(Other, command="train.py").command == "train.py"
     assert isinstance(panel.view(), widgets.VBox)
+
+
+LABEL = 208  # pixels that the name of an option has, at 13 pixels a letter
+
+
+def test_names_of_options_fit_their_place(system):
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(family="DejaVu Sans")  # no browser's default is wider
+    for control in system[1].controls.values():
+        assert (
+            TextPath((0, 0), control.label, 13, prop=font).get_extents().width < LABEL
+        )
+
+
+def test_the_note_of_data_says_what_is_trained_on_and_what_is_held_out():
+    panel = ConfigPanel(small_config())
+    assert panel.notes["dataset_configs"] == "; ".join(
+        f"{task}: 32 rows to train on, 4 of test to score"
+        for task in ("rewrite", "summarize")
+    )
+    panel.set("eval_samples", None)
+    held = len(Path(DATA[0], "test.jsonl").read_text().splitlines())
+    assert (
+        f"rewrite: 32 rows to train on, {held} of test"
+        in panel.notes["dataset_configs"]
+    )
+    panel.set("eval_split", "nothing")
+    assert "nothing" in panel.errors["dataset_configs"]
+    panel.set("eval_split", "validation")
+    assert not panel.errors
 
 
 CHANGES = {  # a value other than the default, by the kind of control
@@ -215,15 +255,12 @@ SUITABLE = {  # control by the type of the value
 def system(request):
     command = COMMANDS[request.param]
     module = importlib.import_module(f"merge_lab.{command.module}")
-    config_class = getattr(module, command.config)
-    return request.param, ConfigPanel(
-        config_class, command=f"merge-lab {request.param}"
-    )
+    return request.param, ConfigPanel(getattr(module, command.config))
 
 
 def test_every_system_has_a_panel_with_suitable_controls(system):
-    _, panel = system
-    assert not panel.errors
+    name, panel = system
+    assert not panel.errors and panel.command == f"merge-lab {name}"
     view = panel.view()
     for name, control in panel.controls.items():
         value = panel.values[name]
@@ -260,15 +297,50 @@ def test_faces_of_every_system_read_back_equal(system):
 # --- the worker -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cost", [0.0, 0.05])
-def test_forty_positions_make_at_most_fifteen_calls_and_end_on_the_last(cost):
+TEMPO = 0.2  # of the explorer's times: a drag of twenty seconds takes four
+
+
+def drag(pauses, cost=0.0):
+    "Values that were worked on while positions came after these pauses."
     seen = []
-    worker = LatestWorker(lambda value: (time.sleep(cost), seen.append(value)))
-    for position in range(40):
+    worker = LatestWorker(
+        lambda value: (time.sleep(cost), seen.append(value)),
+        settle=0.15 * TEMPO,
+        longest=0.7 * TEMPO,
+        rest=2.0 * TEMPO,
+    )
+    for position, pause in enumerate(pauses):
         worker.submit(position)
-        time.sleep(0.02)
+        time.sleep(pause)
     assert worker.wait(20)
-    assert seen[-1] == 39 and 1 <= len(seen) <= 15
+    return seen
+
+
+@pytest.mark.parametrize(
+    "pause, cost", [(0.0, 0.0), (0.01, 0.05), (0.04, 0.0), (0.1, 0.05)]
+)
+def test_forty_positions_make_at_most_fifteen_calls_and_end_on_the_last(pause, cost):
+    seen = drag(
+        [pause] * 40, cost
+    )  # 0.1 stands for half a second, longer than a value must stand
+    assert seen[-1] == 39 and len(seen) <= 15 and seen == sorted(seen)
+    assert len(seen) >= 4 or pause < 0.04  # a slow hand sees something on the way
+
+
+def test_an_uneven_drag_is_bounded_too():
+    pauses = [0.001 if i % 7 else 0.15 for i in range(40)]
+    seen = drag(pauses)
+    assert seen[-1] == 39 and len(seen) <= 15
+
+
+def test_single_moves_are_worked_on_at_once_and_a_rest_gives_new_budget():
+    seen = drag([0.5] * 6)  # longer than a drag's rest: each is meant
+    assert seen == list(range(6))
+    times = []
+    worker = LatestWorker(lambda value: times.append(time.monotonic()), rest=5.0)
+    begun = time.monotonic()
+    worker.submit(1)
+    assert worker.wait(4) and times[0] - begun < 2
 
 
 def test_a_worker_survives_an_error():
@@ -280,6 +352,19 @@ def test_a_worker_survives_an_error():
 
 
 # --- training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    "A merger of the small config, its tokenizer and its held-out rows: loaded once, left as they were found."
+    config = small_config()
+    tests = {Path(path).name: load_task(path, "test")[:4] for path in DATA}
+    tokenizer = load_tokenizer(config.model_paths[0])
+    return Merger.from_config(narrow(config, MergerConfig)), tokenizer, tests
+
+
+def bench_of(panel, loaded):
+    return Bench(panel, lambda config: loaded[0])
 
 
 def session_of(panel, bench, **options):
@@ -344,14 +429,22 @@ def test_start_pause_adjust_save_resume_export(tmp_path):
     ids = torch.tensor([[1, 5, 9, 12]])
     with torch.no_grad():
         ours = bench.merger(input_ids=ids).logits
-        assert torch.allclose(loaded(input_ids=ids).logits, ours, atol=1e-4)
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, ours, atol=1e-5, rtol=1e-5
+        )
+    merged = bench.merger.merged_state_dict()
+    weights = loaded.state_dict()
+    assert merged.keys() <= weights.keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in merged.items())
+    moved = (bench.merger.alphas()["mean"] - 0.5).abs().max()
+    assert moved > 0.005  # what is exported is not where training began
     with pytest.raises(RuntimeError, match="pause it"):
         session.adjust(learning_rate=0.1)
 
 
-def test_stop_ends_early_and_a_second_start_begins_anew():
+def test_stop_ends_early_and_a_second_start_begins_anew(loaded):
     panel = ConfigPanel(small_config(max_steps=50))
-    session = session_of(panel, Bench(panel))
+    session = session_of(panel, bench_of(panel, loaded))
     pause_at(session, 1)
     session.start()
     until(lambda: session.state == "paused")
@@ -364,10 +457,10 @@ def test_stop_ends_early_and_a_second_start_begins_anew():
     assert session.join(60) == "finished" and session.step == 1
 
 
-def test_a_stopped_run_is_resumed_where_it_was():
+def test_a_stopped_run_is_resumed_where_it_was(loaded):
     options = dict(max_steps=4, lr_scheduler_type="constant")
     panel = ConfigPanel(small_config(**options))
-    session = session_of(panel, Bench(panel))
+    session = session_of(panel, bench_of(panel, loaded))
     listener = pause_at(session, 2)
     session.start()
     until(lambda: session.state == "paused")
@@ -381,15 +474,15 @@ def test_a_stopped_run_is_resumed_where_it_was():
     assert session.join(60) == "finished" and len(session.durations) == 2
     resumed = session.frame["loss"].tolist()
     panel = ConfigPanel(small_config(**options))
-    whole = session_of(panel, Bench(panel))
+    whole = session_of(panel, bench_of(panel, loaded))
     whole.start()
     whole.join(60)
     assert resumed == whole.frame["loss"].tolist() and len(resumed) == 4
 
 
-def test_stop_while_preparing_trains_nothing():
+def test_stop_while_preparing_trains_nothing(loaded):
     panel = ConfigPanel(small_config())
-    session = session_of(panel, Bench(panel))
+    session = session_of(panel, bench_of(panel, loaded))
     session.start()
     session.stop()
     assert session.join(60) == "stopped" and session.step == 0
@@ -427,13 +520,14 @@ def test_the_bench_loads_again_only_for_other_masks():
 
 
 @pytest.fixture
-def lab():
+def lab(loaded):
+    merger, tokenizer, tests = loaded
     panel = ConfigPanel(small_config())
-    bench = Bench(panel)
-    ready = prepare(panel.config)
+    merger.init_masks(panel.config.mask_init)
+    bench = bench_of(panel, loaded)
     use = lambda mask_init: panel.set("mask_init", mask_init)
     explorer = MergeExplorer(
-        lambda: bench.merger, ready.tokenizer, ready.tests, 1, 4, use, bench.lock
+        lambda: bench.merger, tokenizer, tests, 1, 4, use, bench.lock
     )
     return panel, bench, explorer
 
@@ -502,6 +596,20 @@ def test_the_sliders_follow_a_move_in_python(lab):
     view.share.value = 0.75
     assert explorer.dials.share == 0.75 and explorer.dials.kinds["attention"] == 0.1
     assert explorer.worker.wait() and explorer.visits[-1]["share"] == 0.75
+
+
+def test_the_dropdown_follows_a_move_in_python_and_the_other_way_round(lab):
+    _, _, explorer = lab
+    explorer.move(component=0)  # before there is a view, and before names are known
+    view = ExplorerView(explorer)
+    assert view.component.value == 0
+    assert explorer.worker.wait() and view.component.label == "rewrite"
+    explorer.move(component=1)
+    assert view.component.label == "summarize"
+    assert explorer.worker.wait() and view.component.value == 1
+    view.component.value = 0
+    assert explorer.dials.component == 0
+    assert explorer.worker.wait() and explorer.outcome.mask_init["selected_idx"] == 0
 
 
 def test_an_error_of_a_merge_is_shown_not_lost(lab):
@@ -575,30 +683,34 @@ def test_threads_end_after_work():
 # --- runs of commands -----------------------------------------------------------------
 
 
-def test_a_command_runs_logs_and_shows_its_progress():
-    panel = ConfigPanel(small_config(report=False, save_merged=False, max_steps=3))
-    run = CommandRun(panel)
-    view = CommandRunView(run)
-    seen = []
-    run.listeners.append(lambda run: seen.append(run.output))
+def test_a_command_that_fails_says_so_in_its_own_words(tmp_path):
+    other = save_tiny(tiny_model("llama"), tmp_path / "other", tiny_tokenizer())
+    paths = [small_config().model_paths[0], str(other)]
+    view = CommandRunView(CommandRun(ConfigPanel(PreflightConfig(paths), checks={})))
     view.start.click()
-    assert run.state == "running" and run.join(120) == "finished", run.output
+    assert view.run.join(120) == "failed", view.run.output
     view.painter.wait()
-    assert len(seen) > 3 and "learned masks" in run.output
-    assert (view.bar.value, view.bar.max) == (3, 3) and "finished" in view.state.value
-    assert len(pd.read_json(run.folder / "history.jsonl", lines=True)) == 3
+    assert "cannot be merged" in view.log.value and ">failed<" in view.state.value
+    assert not view.start.disabled and view.stop.disabled
 
 
-def test_a_command_that_is_stopped_leaves_a_checkpoint():
+def test_a_command_shows_its_progress_and_leaves_a_checkpoint_when_stopped():
     panel = ConfigPanel(small_config(report=False, save_merged=False, max_steps=5000))
     run = CommandRun(panel)
-    run.start()
+    view = CommandRunView(run)
+    view.start.click()
+    assert run.state == "running"
+    until(lambda: not view.stop.disabled)
     with pytest.raises(RuntimeError, match="stop it"):
         run.start()
-    until(lambda: (run.folder / "history.jsonl").exists() and "5000 [" in run.output)
-    run.stop()
-    assert run.join(60) == "stopped" and list(
-        run.folder.glob("checkpoint-*/trainer_state.json")
+    until(lambda: view.bar.max == 5000 and view.bar.value > 1)
+    assert "loss" in view.log.value
+    view.stop.click()
+    assert run.join(60) == "stopped"
+    steps = len(pd.read_json(run.folder / "history.jsonl", lines=True))
+    assert (
+        steps < 5000
+        and (run.folder / f"checkpoint-{steps}/trainer_state.json").exists()
     )
 
 
