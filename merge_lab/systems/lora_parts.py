@@ -6,10 +6,10 @@
 __all__ = ['logger', 'file_readers', 'presets', 'rank_by_task', 'lora_defaults', 'sft_defaults', 'advice', 'chunk_by_words',
            'read_text_files', 'quiet_datasets', 'read_table', 'read_source', 'prepare_dataset', 'encode_rows',
            'encode_text', 'is_linear', 'linear_names', 'find_target_modules', 'lora_for_task', 'check_names',
-           'check_targets', 'make_lora_config', 'check_device', 'device_settings', 'check_reporting', 'make_sft_config',
-           'remake', 'trainable_parameters', 'log_of', 'training_curves', 'training_diagnostics']
+           'check_targets', 'make_lora_config', 'check_device', 'device_settings', 'make_sft_config', 'remake',
+           'trainable_parameters', 'log_of', 'training_curves', 'training_diagnostics']
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #335d7c97
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #e1a1cfd3
 import dataclasses
 import logging
 import math
@@ -25,6 +25,7 @@ from torch import nn
 from ..core import best_device, check_choice, did_you_mean
 from ..memory import readable
 from ..tasks import encode_chat
+from ..training import check_report_to
 
 if TYPE_CHECKING:
     import datasets
@@ -317,16 +318,7 @@ def device_settings(
         dataloader_pin_memory=kind == "cuda",
     )
 
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #5dee27c3
-def check_reporting(report_to: str | list[str]):
-    "Raise `ValueError` for a tracker of runs that is not installed."
-    from transformers.integrations import get_available_reporting_integrations
-
-    for name in [report_to] if isinstance(report_to, str) else report_to:
-        there = ["none", "all", *get_available_reporting_integrations()]
-        check_choice("report_to", name, there, f"It must be installed first: pip install {name}.")
-
-# %% ../../nbs/40_systems/04_lora_parts.ipynb #9b574854
+# %% ../../nbs/40_systems/04_lora_parts.ipynb #1b6ffa7f
 def make_sft_config(
     output_dir: str | Path,
     sft=None,  # dict of changes to `sft_defaults`, or a trl SFTConfig
@@ -339,7 +331,9 @@ def make_sft_config(
         return sft
     options = dict(sft or {})
     check_names("sft", options, SFTConfig)
-    check_reporting(options.get("report_to", "none"))
+    trackers = options.get("report_to", "none")
+    for name in [trackers] if isinstance(trackers, str) else trackers:
+        check_report_to(name)
     names = {field.name for field in dataclasses.fields(SFTConfig)}
     new, old = "activation_checkpointing", "gradient_checkpointing"
     if old in options and new in names:
