@@ -1,0 +1,61 @@
+"""The workbench notebook from top to bottom, without a browser."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
+pytest.importorskip("nbclient", reason="nbclient is not installed")
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 180  # seconds, on two cores
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    "The notebook, its seconds, and the folder that it ran in."
+    execute = runpy.run_path(str(ROOT / "benchmarks/workbench.py"))["execute"]
+    folder = tmp_path_factory.mktemp("workbench")
+    return *execute(folder), folder
+
+
+def outputs(notebook, kind):
+    found = [o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])]
+    return [data[kind] for data in found if kind in data]
+
+
+def test_it_takes_less_than_three_minutes(executed):
+    assert executed[1] < LIMIT
+
+
+def test_every_panel_is_there_and_no_cell_complains(executed):
+    notebook, _, _ = executed
+    views = outputs(notebook, "application/vnd.jupyter.widget-view+json")
+    assert len(views) == 6  # options, dials, training, runs, options and run of another
+    streams = [o for c in notebook.cells for o in c.get("outputs", []) if o.get("name")]
+    assert not [o["text"] for o in streams if o["name"] == "stderr"]
+
+
+def test_it_ends_in_figures_that_need_no_kernel(executed):
+    notebook, _, _ = executed
+    assert len(outputs(notebook, "image/png")) == 3
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-3:]
+    assert all("image/png" in cell.outputs[0]["data"] for cell in last)
+
+
+def test_its_script_leaves_a_whole_run(executed):
+    from merge_lab.runs import RunBrowser
+
+    browser = RunBrowser(executed[2] / "runs")
+    row = browser.table().loc["script"]
+    assert row["system"] == "mask-merge" and row["steps"] == row["wanted"] == 8
+    assert browser.compare_alphas("script") is not None
+
+
+def test_what_was_measured_is_below_the_limit():
+    file = ROOT / "data/benchmarks/workbench.json"
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    assert measured["cores"] == 2 and len(measured["seconds"]) >= 3
+    assert max(measured["seconds"]) < LIMIT
