@@ -390,7 +390,7 @@ class BrowserView:
         self.choice.value = chosen or list(table.index[:1])
         self.table.value = frame_html(table) if len(table) else block(f"no runs in {self.browser.folder} yet", "line")
 
-# %% ../nbs/36_runs.ipynb #a22f3cf5
+# %% ../nbs/36_runs.ipynb #eae7c168
 @method_of(BrowserView)
 def _do(self, request: tuple):
     "Carry out a button's request, and say what came of it."
@@ -401,7 +401,7 @@ def _do(self, request: tuple):
         said = "✓ read again"
         if name == "Compare":
             for image, figure in ((self.picture, self.browser.compare(*runs)), (self.maps, self.browser.compare_alphas(*runs))):
-                image.value = b"" if figure is None else figure_to_png(figure, dpi=110, colours=64)
+                image.value = b"" if figure is None else figure_to_png(figure, dpi=110)
                 image.layout.display = "block" if image.value else "none"
             bare = [run for run in runs if not self.browser.run(run).has_alphas]
             said = f"✓ {len(runs)} compared" + (f"; without alphas: {', '.join(bare)}" if bare else "")
@@ -439,7 +439,7 @@ def share_done(line: str) -> tuple[int, int] | None:  # (done, total) of a progr
     found = re.search(r"\|\s*(\d+)/(\d+)\s*\[", line)
     return (int(found[1]), int(found[2])) if found else None
 
-# %% ../nbs/36_runs.ipynb #441a1544
+# %% ../nbs/36_runs.ipynb #cc91b1c9
 HEAR = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a kernel's children are born deaf to it
 RUN_COMMAND = f"{HEAR}; from merge_lab.cli import main; sys.exit(main())"
 
@@ -464,7 +464,7 @@ class CommandRun:
 
     @property
     def pictures(self) -> list[Path]:
-        return sorted(self.folder.glob("plots/*.png")) if self.folder else []
+        return sorted([*self.folder.glob("*.png"), *self.folder.glob("plots/*.png")]) if self.folder else []
 
     def view(self):
         "The run as widgets."
@@ -517,7 +517,7 @@ def join_command(self, timeout: float | None = None) -> str:  # the state
     self._thread.join(timeout)
     return self.state
 
-# %% ../nbs/36_runs.ipynb #1feaccf7
+# %% ../nbs/36_runs.ipynb #deb1c2bf
 class CommandRunView:
     "Widgets that mirror a command's run."
 
@@ -529,7 +529,7 @@ class CommandRunView:
         self.stop = w.Button(description="Stop", icon="stop", layout=w.Layout(width="104px"))
         self.state, self.log, self.trouble = w.HTML(), w.HTML(), w.HTML()
         self.bar = w.IntProgress(layout=w.Layout(width="100%", height="10px", margin="4px 0"))
-        self.pictures = w.HBox(layout=w.Layout(flex_flow="row wrap"))
+        self.pictures = w.HBox(layout=w.Layout(flex_flow="row wrap", align_items="flex-start"))  # stretched pictures are distorted
         self.start.on_click(self._begin)
         self.stop.on_click(lambda _: run.stop())
         self.painter = LatestWorker(lambda _: self.draw(), settle=0.1, longest=0.3)

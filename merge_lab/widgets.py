@@ -96,7 +96,7 @@ def controls_of(config_class: type) -> dict[str, Control]:
     hints = typing.get_type_hints(config_class)
     return {field.name: control_of(field, hints[field.name]) for field in dataclasses.fields(config_class) if field.init}
 
-# %% ../nbs/34_widgets.ipynb #f1d3fdc1
+# %% ../nbs/34_widgets.ipynb #a43e4be0
 def show_value(control: Control, value):
     "A value as its control holds it: text where it is typed."
     if control.kind == "lines":
@@ -105,7 +105,7 @@ def show_value(control: Control, value):
         return yaml.safe_dump(value, sort_keys=False, default_flow_style=None).strip() if value else ""
     if control.kind in ("number", "text"):
         return "" if value is None else str(value)
-    return value
+    return "none" if value is None and control.choices else value  # a choice of None would show as no choice at all
 
 
 def read_number(control: Control, text: str):
@@ -403,7 +403,7 @@ def moved(value: float, shown: float) -> bool:  # value held, value that the sli
     "Whether a hand moved a logarithmic slider: a browser puts it on its nearest step by itself."
     return value <= 0 or abs(math.log10(shown / value)) > 0.52 * LOG_STEP
 
-# %% ../nbs/34_widgets.ipynb #3115980d
+# %% ../nbs/34_widgets.ipynb #cac9f796
 def make_control(control: Control, value):
     "The widget of one option."
     import ipywidgets as w
@@ -411,8 +411,9 @@ def make_control(control: Control, value):
     common = dict(layout=w.Layout(width="330px"), tooltip=control.help)
     if control.kind in ("toggle", "dropdown"):
         yes_or_no = isinstance(control.choices[0], bool)
-        options = [("auto" if yes_or_no else "none", None)] if control.optional else []
+        options = [("auto" if yes_or_no else "none", "none")] if control.optional else []
         options += [(("no", "yes")[choice] if yes_or_no else str(choice), choice) for choice in control.choices]
+        value = show_value(control, value)
         if control.kind == "toggle":
             return w.ToggleButtons(options=options, value=value, style={"button_width": "auto"}, **common)
         return w.Dropdown(options=options, value=value, **common)
@@ -633,7 +634,7 @@ def svg_scale(cmap, norm, left: float, top: float, width: float) -> str:
     ends += svg_text(left + width + 6, top + 10, f"{norm.vmax:.2f}  mean alpha", 11)
     return "".join(parts) + ends
 
-# %% ../nbs/34_widgets.ipynb #61aa7159
+# %% ../nbs/34_widgets.ipynb #ef7984a2
 def hex_colour(cmap, norm, value: float) -> str:  # "#rrggbb"
     "Colour of a value; grey where there is none."
     from matplotlib.colors import to_hex
@@ -645,6 +646,7 @@ def alpha_svg(
     alphas: pd.DataFrame,  # as from `merger.alphas()`
     names: Sequence[str] | None = None,  # of the components
     width: float = 520,  # pixels
+    least_span: float = 0.2,  # of the colours; 1: shares keep their colours from one map to the next
 ) -> str:  # HTML
     "Layer x module map of the mean alphas, a panel per component, with the value under the pointer."
     import numpy as np
@@ -652,7 +654,7 @@ def alpha_svg(
 
     components = sorted(alphas["component"].unique().tolist())
     grids = [layer_grid(alphas[alphas["component"] == i]) for i in components]
-    cmap, norm = colour_scale(np.concatenate([grid.to_numpy().ravel() for grid in grids]), least_span=0.2)
+    cmap, norm = colour_scale(np.concatenate([grid.to_numpy().ravel() for grid in grids]), least_span)
     cmap = colormaps[cmap]
     rows, columns = grids[0].shape
     margin = 14 + 7 * max(len(str(layer)) for layer in grids[0].index)
@@ -1398,7 +1400,7 @@ class ExplorerView:
         explorer.followers.append(self.follow)
         explorer.move()
 
-# %% ../nbs/34_widgets.ipynb #d14fd8b8
+# %% ../nbs/34_widgets.ipynb #d9c928a3
 @method_of(ExplorerView)
 def follow(self, dials: Dials):
     "Stand where the dials stand, whoever moved them."
@@ -1436,7 +1438,7 @@ def draw_explorer(self):
     self.status.value = block(f"merge {self.explorer.worker.runs + 1}: {outcome.seconds:.1f} s", "line")
     self.scores.value = scores_html(outcome.scores)
     self.path.value = path_svg(self.explorer.visits)
-    self.heatmap.value = alpha_svg(outcome.alphas, names)
+    self.heatmap.value = alpha_svg(outcome.alphas, names, least_span=1.0)
     self.answers.value = answers_html(outcome.answers)
 
 # %% ../nbs/34_widgets.ipynb #072ede14

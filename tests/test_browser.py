@@ -3,6 +3,7 @@
 MERGE_LAB_SCREENSHOTS=folder keeps a screenshot of every panel.
 """
 
+import functools
 import json
 import os
 import re
@@ -40,7 +41,42 @@ SETTINGS = {
 }
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
 STATUS = ".ml-explorer .ml-status"
-PROBE = 'print("session is", session.state)'
+PROBE = """
+import torch
+from safetensors.torch import save_file
+
+print("session is", session.state)
+if session.exported:
+    with torch.no_grad():
+        logits = session.merger(torch.tensor([[1, 5, 9, 12]])).logits
+    own = {name: tensor.clone() for name, tensor in session.merger.merged_state_dict().items()}
+    save_file({"logits": logits} | own, "own.safetensors")
+    print("merger is written")
+"""
+DIGEST = """async image => {
+  if (!image.naturalWidth) return null;
+  try {
+    const bytes = await (await fetch(image.src)).arrayBuffer();
+    const digest = await crypto.subtle.digest('SHA-256', bytes);
+    return [...new Uint8Array(digest)].map(b => b.toString(16).padStart(2, '0')).join('');
+  } catch { return null; }  // it has just been replaced
+}"""
+CUT_OFF = """() => {
+  const seen = element => element.offsetWidth > 0;
+  const named = '.lm-TabBar-tabLabel, .ml-label, .ml-panel .widget-label, .ml-panel button, .ml-panel .widget-readout, .ml-svg text';
+  const cut = [...document.querySelectorAll(named)].filter(e => seen(e) && e.scrollWidth > e.clientWidth + 1);
+  const pen = document.createElement('canvas').getContext('2d');
+  for (const select of document.querySelectorAll('.ml-panel select:not([multiple])')) {
+    pen.font = getComputedStyle(select).font;
+    const width = pen.measureText(select.selectedOptions[0]?.text ?? '').width;
+    if (seen(select) && width > select.clientWidth - 18) cut.push(select);
+  }
+  for (const control of document.querySelectorAll('.ml-field .ml-control')) {
+    const edge = control.closest('.widget-tab').getBoundingClientRect().right;
+    if (seen(control) && control.getBoundingClientRect().right > edge) cut.push(control);
+  }
+  return cut.map(e => e.innerText || e.className);
+}"""
 RAN = """() => {
   const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
   return cells.filter(c => c.type === 'code').every(c => c.executionCount !== null);
@@ -137,18 +173,18 @@ def page(lab):
         page.wait_for_function(READY)
         page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
         page.evaluate("{ jupyterapp.commands.execute('notebook:run-all-cells') }")
-        page.wait_for_function(RAN, polling=1000)
+        page.wait_for_function(RAN, polling=200)
         page.wait_for_selector(".ml-scores")
         yield page
         browser.close()
 
 
-def picture(page, selector: str, name: str):
+def picture(page, panel, name: str):  # panel: a selector or a locator
     "Keep a screenshot of a panel, if the user asked for it."
     folder = os.environ.get("MERGE_LAB_SCREENSHOTS")
     if folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        place = page.locator(selector).first
+        place = page.locator(panel).first if isinstance(panel, str) else panel
         place.scroll_into_view_if_needed()
         place.screenshot(path=str(Path(folder) / f"{name}.png"))
         page.screenshot(path=str(Path(folder) / f"{name}-page.png"))
@@ -207,16 +243,22 @@ def test_a_wrong_path_shows_at_its_field(page):
     wait_text(page, ".ml-field-model_paths .ml-note", "text.includes('fit together')")
 
 
-def test_looking_at_a_panel_changes_nothing_and_labels_fit(page):
-    yaml = page.locator(".ml-face").first.inner_text()
-    assert "learning_rate: 0.03\n" in yaml and "max_length" not in yaml
-    clipped = page.evaluate(
-        """() => [...document.querySelectorAll('.ml-panel .lm-TabBar-tabLabel,'
-          + ' .ml-label, .ml-panel .widget-label, .ml-panel button')]
-          .filter(e => e.offsetWidth && e.scrollWidth > e.clientWidth + 1)
-          .map(e => e.innerText)"""
-    )
-    assert clipped == []
+def test_looking_at_every_tab_changes_nothing_and_nothing_is_cut_off(page):
+    tabs = page.locator(".ml-panel .lm-TabBar-tab")
+    names = [name.strip() for name in tabs.all_inner_texts()]
+    assert {"Components", "Masks", "Training", "Pairs", "Healing"} <= set(names)
+    before = [face.inner_text() for face in page.locator(".ml-face").all()]
+    assert len(before) == 2
+    for i, name in enumerate(names):
+        tabs.nth(i).click()
+        page.wait_for_function(
+            f"document.querySelectorAll('.ml-panel .lm-TabBar-tab')[{i}].classList.contains('lm-mod-current')"
+        )
+        assert page.evaluate(CUT_OFF) == [], name
+        panel = tabs.nth(i).locator("xpath=ancestor::*[contains(@class, 'ml-panel')]")
+        picture(page, panel, f"2-tab-{i:02d}-{name.lower().replace(' ', '-')}")
+    assert [face.inner_text() for face in page.locator(".ml-face").all()] == before
+    assert "learning_rate: 0.03\n" in before[0] and "max_length" not in before[0]
 
 
 def test_the_share_changes_the_scores(page):
@@ -228,56 +270,78 @@ def test_the_share_changes_the_scores(page):
     picture(page, ".ml-explorer", "4-explorer")
 
 
-def test_forty_positions_make_few_merges_and_end_on_the_last(page):
-    count = lambda: int(re.search(r"merge (\d+)", page.locator(STATUS).inner_text())[1])
+def merges(page) -> int:
+    return int(re.search(r"merge (\d+)", page.locator(STATUS).inner_text())[1])
+
+
+def wait_for_merge_of(page, component: int):
+    "Wait until the merged model scores as a component does."
+    page.wait_for_function(
+        """component => {
+          const rows = [...document.querySelectorAll('.ml-scores tr')].slice(1);
+          const scores = rows.map(row => [...row.cells].slice(1).map(cell => cell.innerText).join());
+          return scores.at(-1) === scores[component];
+        }""",
+        arg=component,
+        polling=50,
+    )
+    settle(page)
+
+
+@pytest.mark.parametrize("pause", [0.02, 0.25], ids=["fast", "slow"])
+def test_forty_positions_make_few_merges_and_end_on_the_last(page, pause):
     page.locator(".ml-share .noUi-handle").focus()
     page.keyboard.press("Home")
     wait_text(page, ".ml-share .widget-readout", "text.trim() === '0.00'")
-    settle(page)
-    before = count()
-    for _ in range(40):  # steps of 0.025, from 0 to 1
-        page.keyboard.press("ArrowRight")
-        time.sleep(0.03)
+    wait_for_merge_of(page, 0)
+    before = merges(page)
+    base = page.locator(".ml-share .noUi-base").bounding_box()
+    y = base["y"] + base["height"] / 2
+    page.mouse.move(base["x"], y)
+    page.mouse.down()
+    for position in range(1, 41):  # steps of 0.025, from 0 to 1
+        page.mouse.move(base["x"] + position / 40 * base["width"], y)
+        time.sleep(pause)
+    page.mouse.up()
     wait_text(page, ".ml-share .widget-readout", "text.trim() === '1.00'")
-    same = "([...document.querySelectorAll('.ml-scores tr')].slice(-2)" + (
-        ".map(row => [...row.cells].slice(1).map(cell => cell.innerText).join()))"
-    )
-    page.wait_for_function(f"() => {{ const [a, b] = {same}; return a === b }}")
-    settle(page)
-    assert 1 <= count() - before <= 15
-    summarize, merged = page.evaluate(same)
-    assert merged == summarize  # a share of one is the second component
+    wait_for_merge_of(page, 1)  # a share of one is the second component
+    assert 1 <= merges(page) - before <= 15
 
 
 def settle(page):
-    "Wait until no merge has been made for two seconds."
+    "Wait until no merge has been made for a second."
     text, since = page.locator(STATUS).inner_text(), time.monotonic()
-    while time.monotonic() - since < 2:
+    while time.monotonic() - since < 1:
         if (now := page.locator(STATUS).inner_text()) != text:
             text, since = now, time.monotonic()
         time.sleep(0.1)
 
 
-def test_train_pause_resume_stop_export(page, lab):
-    _, folder = lab
-    press(page, ".ml-session", "Start")
-    seen = watch_pictures(page, 3)
-    assert len(seen) >= 3
-
+def run_last_cell(page, says: str):
+    "Ask the kernel something, and wait for its answer."
     page.evaluate("""() => {
       const notebook = jupyterapp.shell.currentWidget.content;
       notebook.activeCellIndex = notebook.widgets.length - 1;
       jupyterapp.commands.execute('notebook:run-cell');
     }""")
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.jp-OutputArea-output')]"
-        ".some(o => o.innerText.includes('session is running'))"
+        "says => [...document.querySelectorAll('.jp-OutputArea-output')]"
+        ".some(o => o.innerText.includes(says))",
+        arg=says,
     )
+
+
+def test_train_pause_resume_stop_export(page, lab):
+    _, folder = lab
+    press(page, ".ml-session", "Start")
+    seen = watch_pictures(page, 4)
+    assert len(seen) >= 4  # so it changed three times
+    run_last_cell(page, "session is running")
 
     press(page, ".ml-session", "Pause")
     state_is(page, "paused")
     step = page.locator(".ml-progress").inner_text().split("·")[0]
-    time.sleep(3)
+    time.sleep(2)
     assert page.locator(".ml-progress").inner_text().split("·")[0] == step
     picture(page, ".ml-session", "5-paused")
 
@@ -288,25 +352,45 @@ def test_train_pause_resume_stop_export(page, lab):
     press(page, ".ml-session", "Export")
     wait_text(page, ".ml-progress", "text.includes('exported')")
     picture(page, ".ml-session", "6-exported")
+    run_last_cell(page, "merger is written")
+    check_checkpoint(folder)
 
+
+def check_checkpoint(folder: Path):
+    "The exported checkpoint has the merger's own weights and logits, which are no component's."
     import torch
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "runs/workbench/merged")
-    assert model.config.model_type == "llama"
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    own, model = (
+        load_file(folder / "own.safetensors"),
+        load(folder / "runs/workbench/merged"),
+    )
+    expected, weights = own.pop("logits"), model.state_dict()
+    assert own.keys() <= weights.keys() and len(own) >= 30
+    assert all(torch.equal(weights[name], tensor) for name, tensor in own.items())
     with torch.no_grad():
         logits = model(torch.tensor([[1, 5, 9, 12]])).logits
-    assert logits.isfinite().all() and logits.std() > 0
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    experts = [
+        load(ROOT / "data/models" / name).state_dict()
+        for name in ("rewrite", "summarize")
+    ]
+    name = "model.layers.0.mlp.up_proj.weight"
+    average = (experts[0][name] + experts[1][name]) / 2
+    for other in (average, *(expert[name] for expert in experts)):
+        assert (weights[name] - other).abs().max() > 1e-4
 
 
 def watch_pictures(page, wanted: int) -> set[str]:
-    "Addresses that the picture of the loss has, one after another."
+    "Contents that the picture of the loss has while training, one after another."
     seen, end = set(), time.monotonic() + PATIENCE
     while len(seen) < wanted and time.monotonic() < end:
-        source = page.locator("img.ml-loss").get_attribute("src")
-        if source and page.locator(".ml-progress").inner_text().startswith("step"):
-            seen.add(source)
-        time.sleep(0.1)
+        digest = page.locator("img.ml-loss").evaluate(DIGEST)
+        if digest and page.locator(".ml-progress").inner_text().startswith("step"):
+            seen.add(digest)
+        time.sleep(0.05)
     return seen
 
 
@@ -325,9 +409,27 @@ def test_runs_are_listed_and_compared(page):
 
 def test_another_system_runs_from_its_panel(page, lab):
     _, folder = lab
+    page.locator(".ml-panel .lm-TabBar-tab", has_text="Training").last.click()
+    page.locator(".ml-field-num_steps input").fill("3")
+    page.locator(".ml-face", has_text="num_steps: 3").wait_for()
     press(page, ".ml-run", "Run")
     state = "['finished', 'failed'].includes(text.trim()) && text.trim()"
     wait_text(page, ".ml-run .ml-state", state)
     picture(page, ".ml-run", "8-run")
     assert page.locator(".ml-run .ml-state").inner_text().strip() == "finished"
     assert (folder / "runs/shorter/merged/config.json").exists()
+    history = (folder / "runs/shorter/history.jsonl").read_text().splitlines()
+    assert len(history) == 3  # as the panel said
+    page.wait_for_function(
+        "() => { const all = [...document.querySelectorAll('.ml-run img')];"
+        " return all.length >= 3 && all.every(i => i.naturalWidth); }"
+    )
+    press(page, ".ml-browser", "Refresh")
+    page.locator(".ml-browser select").select_option(["shorter", "script"])
+    press(page, ".ml-browser", "Compare")
+    wait_text(
+        page,
+        ".ml-browser",
+        "text.includes('layer-merge') && text.includes('2 compared')",
+    )
+    picture(page, ".ml-browser", "9-runs-of-two-systems")

@@ -146,6 +146,19 @@ def test_a_sliders_own_rounding_changes_no_option():
     assert not panel.errors
 
 
+def test_a_choice_of_nothing_is_seen_as_chosen():
+    panel = ConfigPanel(small_config())
+    toggle = field_of(panel.view(), "gradient_checkpointing").children[0].children[1]
+    assert panel.values["gradient_checkpointing"] is None and toggle.label == "auto"
+    toggle.index = 2
+    assert panel.values["gradient_checkpointing"] is False and toggle.label == "no"
+    panel.set("gradient_checkpointing", None)
+    assert toggle.label == "auto" and toggle.index == 0
+    panel.set("gradient_checkpointing", True)
+    toggle.index = 0
+    assert panel.values["gradient_checkpointing"] is None and toggle.label == "auto"
+
+
 def test_errors_stand_at_their_fields_and_go_when_mended():
     panel = ConfigPanel(small_config())
     view = panel.view()
