@@ -313,3 +313,19 @@ def test_a_run_that_has_just_begun_is_listed(tmp_path):
     assert row["steps"] == 0 and row["loss"] != row["loss"] and row["wanted"] is None
     with pytest.raises(ValueError, match="no run with a history"):
         compare_runs({"new": Run(tmp_path / "new").history()})
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path):
+    for name, text in (("torn", "a: [1,"), ("list", "- 1"), ("good", "n_pairs: 1\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(text)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/training_history.json").write_text('{"steps": []}')
+    table = RunBrowser(tmp_path).table()
+    assert set(table.index) == {"torn", "list", "good", "bare"}
+    assert table["system"].to_dict() == {
+        "torn": "",
+        "list": "",
+        "bare": "",
+        "good": "layer-merge",
+    }

@@ -46,12 +46,9 @@ def test_it_ends_in_figures_that_need_no_kernel(executed):
 
 
 def test_its_script_leaves_a_whole_run(executed):
-    from merge_lab.runs import RunBrowser
-
-    browser = RunBrowser(executed[2] / "runs")
-    row = browser.table().loc["script"]
-    assert row["system"] == "mask-merge" and row["steps"] == row["wanted"] == 8
-    assert browser.compare_alphas("script") is not None
+    run = executed[2] / "runs/script"
+    assert len((run / "history.jsonl").read_text().splitlines()) == 8
+    assert (run / "masks/masks.safetensors").exists() and (run / "config.yaml").exists()
 
 
 def test_what_was_measured_is_below_the_limit():
