@@ -6,14 +6,16 @@
 __all__ = ['COMMANDS', 'Command', 'PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'shadow_of', 'parser_of', 'parse',
            'show_tables', 'usage', 'call', 'main']
 
-# %% ../nbs/60_cli.ipynb #3949b729
+# %% ../nbs/60_cli.ipynb #b1fe724c
 import argparse
 import dataclasses
 import importlib
 import json
 import logging
+import os
 import sys
 import typing
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import yaml
@@ -249,7 +251,7 @@ def call(name: str, words: list[str]) -> int:
     status = (getattr(module, command.show) if command.show else show_tables)(result)
     return status or 0
 
-# %% ../nbs/60_cli.ipynb #f1b51b0b
+# %% ../nbs/60_cli.ipynb #2122c6cf
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
@@ -264,10 +266,13 @@ def main(words: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"merge-lab: unknown command {words[0]!r}.\n\n{usage()}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="[%(asctime)s | %(levelname)s] %(message)s", datefmt="%H:%M:%S")
+    others = int(os.environ.get("RANK", "0")) > 0  # processes that torchrun started beside the first: they only compute
+    level = logging.ERROR if others else logging.INFO
+    logging.basicConfig(level=level, format="[%(asctime)s | %(levelname)s] %(message)s", datefmt="%H:%M:%S")
     try:
         _quiet()
-        return call(words[0], words[1:])
+        with _silence() if others else nullcontext():
+            return call(words[0], words[1:])
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"merge-lab {words[0]}: {error}", file=sys.stderr)
         return 2
@@ -277,6 +282,13 @@ def main(words: list[str] | None = None) -> int:
         stopped = "interrupted. If a checkpoint was written, --resume goes on from the last one."
         print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _silence():
+    "Neither tables nor bars; errors are printed outside."
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _quiet():

@@ -16,7 +16,7 @@ from .merger import Merger
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/21_distributed.ipynb #c703c805
+# %% ../nbs/21_distributed.ipynb #ad3f31b1
 def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
     "The repeated layers of a transformers model. Raises `ValueError` if there are none."
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
@@ -32,7 +32,7 @@ def shard_merger(
     **options,  # of `fully_shard`: reshard_after_forward, mp_policy, offload_policy
 ) -> Merger:  # the same, with sharded parameters
     "Shard components and masks over the ranks, layer by layer (FSDP2). Raises `RuntimeError` without a process group."
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if not torch.distributed.is_initialized():
         raise RuntimeError(
@@ -41,6 +41,7 @@ def shard_merger(
     for layer in decoder_layers(merger.model):
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(merger, mesh=mesh, **options)
+    register_fsdp_forward_method(merger, "generate")  # gathers embedding and head, as `forward` does
     check_wrapper(merger, "FSDP2")
     return merger
 

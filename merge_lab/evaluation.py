@@ -110,7 +110,7 @@ class ModelParts:
         with self.hold():
             return linear_ce_loss(states, self.head, labels.to(states.device), **options)[1].double().cpu()
 
-# %% ../nbs/32_evaluation.ipynb #3f1131af
+# %% ../nbs/32_evaluation.ipynb #83db9fd4
 def whole_model(model) -> ModelParts:
     "The model's own logits in place of states."
     return ModelParts(lambda ids, mask: model(input_ids=ids, attention_mask=mask).logits, nn.Identity(), {})
@@ -128,8 +128,13 @@ def cut_model(
         output = owner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         return getattr(output, "last_hidden_state", None)
 
-    hold = model.held_head if isinstance(model, Merger) else nullcontext
-    return ModelParts(states, owner.get_output_embeddings(), logit_options(owner), hold)
+    if not isinstance(model, Merger):
+        return ModelParts(states, owner.get_output_embeddings(), logit_options(owner))
+
+    def through_forward(ids, mask):  # which gathers the weights where they are sharded over processes
+        return model(ids, mask, objective=lambda *_, **__: states(ids, mask))
+
+    return ModelParts(through_forward, owner.get_output_embeddings(), logit_options(owner), model.held_head)
 
 # %% ../nbs/32_evaluation.ipynb #719f721b
 CHECKED_TOKENS = 8

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'IMPLS', 'alpha_shape', 'bring', 'blend', 'backward_route', 'masked_linear', 'MergeState', 'ComponentModule',
-           'full', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
+           'full', 'shard_like', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
 
 # %% ../nbs/12_masks.ipynb #1858bf60
 from collections.abc import Sequence
@@ -372,10 +372,20 @@ class ComponentModule(nn.Module):
         tensors = {name: self.tensor(name) for name in self.parameter_names}
         return torch.func.functional_call(self.template, tensors, args, kwargs)
 
-# %% ../nbs/12_masks.ipynb #7648cf3e
+# %% ../nbs/12_masks.ipynb #c867f83f
 def full(tensor: Tensor) -> Tensor:
     "A sharded (DTensor) tensor gathered whole; any other as it is."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:  # tensor: whole, the same on every rank
+    "This rank's part of a tensor if the other is sharded (a DTensor), else the tensor itself; on the other's device."
+    tensor = tensor.to(other.device)
+    if not hasattr(other, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
 
 
 class MaskedModule(ComponentModule):
@@ -417,7 +427,7 @@ class MaskedModule(ComponentModule):
         like = dict(dtype=mask.dtype, device=mask.device)
         wanted = torch.stack([torch.as_tensor(a, **like).expand(mask.shape[1:]) for a in alphas])
         angle = self._buffers.get(f"angle_{name}")
-        mask.copy_(torch.stack(unconstrain(wanted, self.constrain_mode, angle=angle)))
+        mask.copy_(shard_like(torch.stack(unconstrain(wanted, self.constrain_mode, angle=angle)), mask))
 
     def tensor(self, name: str) -> Tensor:
         "The parameter in force: the component's, the blend, or the fallback's where it is not masked."

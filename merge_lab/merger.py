@@ -9,7 +9,7 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'Merger
            'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
            'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #54011165
+# %% ../nbs/20_merger.ipynb #43fc1437
 import dataclasses
 import functools
 import json
@@ -32,7 +32,7 @@ from merge_lab.core import (
     check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, save_tensors, write_json,
     write_text,
 )
-from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class
+from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -251,7 +251,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #13195f73
+# %% ../nbs/20_merger.ipynb #67a38a83
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
@@ -291,6 +291,10 @@ class Merger(nn.Module):
             self.state.keep_merged = before
             for leaf in self.leaves().values() if not before else ():
                 leaf._merged.clear()
+
+    def drop_gathered(self):
+        "Where FSDP2 shards the merger, drop weights and masks that are gathered: what is written is this process's part of them."
+        getattr(self, "reshard", lambda: None)()
 
     def as_component(self, i: int | None):
         "Context in which the whole model is component `i`."
@@ -338,7 +342,7 @@ def checkpoint_activations(model: nn.Module):  # a transformers model
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
 
-# %% ../nbs/20_merger.ipynb #e6a0dff3
+# %% ../nbs/20_merger.ipynb #7f4efb5e
 def _method(function):
     "Add a function to `Merger` under its own name."
     setattr(Merger, function.__name__, function)
@@ -370,6 +374,7 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
 @_method
 def init_masks(self, mask_init: dict):
     "Start the masks from the alphas that `mask_init` describes."
+    self.drop_gathered()
     depths = [layer_of(name) for name in self.leaves()]
     last = max([d for d in depths if d is not None], default=0) or 1
     generator = torch.Generator().manual_seed(mask_init.get("seed", self.seed))
@@ -411,7 +416,7 @@ def alpha_values(
         tables.append(pd.DataFrame({"component": i, "alpha": values[::step].numpy()}))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/20_merger.ipynb #890b6325
+# %% ../nbs/20_merger.ipynb #fcaf4479
 MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 
@@ -425,6 +430,7 @@ def mask_state(self) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
+    self.drop_gathered()
     own = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
     if own.keys() != masks.keys():
         differing = sorted(own.keys() ^ masks.keys())
@@ -435,12 +441,7 @@ def load_mask_state(self, masks: dict[str, Tensor]):
                 f"mask {name!r} has shape {tuple(masks[name].shape)}: expected {tuple(mask.shape)}. "
                 "Use the mode and the number of components that it was saved with."
             )
-        value = masks[name].to(mask.device, mask.dtype)
-        if hasattr(mask, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
-
-            value = distribute_tensor(value, mask.device_mesh, mask.placements)
-        mask.copy_(value)
+        mask.copy_(shard_like(masks[name].to(mask.dtype), mask))
 
 
 @_method

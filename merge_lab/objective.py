@@ -65,7 +65,7 @@ class Objective:
             results["loss"] = results["loss"] + weight * value
         return results
 
-# %% ../nbs/22_objective.ipynb #c6ab7da1
+# %% ../nbs/22_objective.ipynb #559ede35
 @dataclasses.dataclass
 class Batch:
     "One micro-batch, aligned: `labels[:, t]` is the token that position t predicts."
@@ -92,6 +92,15 @@ class Batch:
             raise ValueError("the batch has no 'source': expected the component's index per sample. Use ChatCollator.")
         return sorted(set(self.source.tolist()))
 
+    def rows(self, i: int) -> Tensor:  # (batch,) of truth values
+        "Samples of source i; if there is none the first, of which nothing is scored then."
+        own = self.source == i
+        return own if own.any() else torch.arange(len(own), device=own.device) == 0
+
+    def at(self, i: int) -> Tensor:  # (batch, length) of truth values
+        "Scored tokens of source i."
+        return self.scored & (self.source == i)[:, None]
+
 
 STORED_TOPK = ("topk_log_probs", "topk_indices", "topk_tail")  # (batch, length, k), the same, (batch, length)
 
@@ -105,18 +114,32 @@ def _explain_fused(merger: Merger) -> bool:
     )
     return False
 
-# %% ../nbs/22_objective.ipynb #e03e489b
+# %% ../nbs/22_objective.ipynb #7c19882e
+def _is_sharded(merger: Merger) -> bool:
+    return any(hasattr(p, "device_mesh") for p in merger.parameters())
+
+
+def _turns(merger: Merger, batch: Batch) -> list[int]:
+    "Sources whose teachers run: those of the batch, or of any process where all must gather each layer together."
+    own = batch.sources()
+    if not _is_sharded(merger):
+        return own
+    everyone = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return sorted({i for sources in everyone for i in sources})
+
+
 def _teacher_context(merger: Merger):
     "Inference mode; plain no_grad where parameters are sharded, since gathered ones must stay usable for training."
-    sharded = any(hasattr(p, "device_mesh") for p in merger.parameters())
-    return torch.no_grad() if sharded else torch.inference_mode()
+    return torch.no_grad() if _is_sharded(merger) else torch.inference_mode()
 
 
-def _teacher_hidden(merger: Merger, batch: Batch, i: int, rows: Tensor) -> Tensor:  # (scored tokens of rows, d)
-    "Hidden states of component i at the scored tokens of its rows."
+def _teacher_hidden(merger: Merger, batch: Batch, i: int, source: int) -> Tensor:  # (scored tokens of the source, d)
+    "Hidden states of component i at the scored tokens of a source."
+    rows = batch.rows(source)
     attention = None if batch.attention_mask is None else batch.attention_mask[rows]
     with _teacher_context(merger), merger.as_component(i):
-        return merger.hidden(batch.input_ids[rows], attention)[batch.scored[rows]]
+        return merger.hidden(batch.input_ids[rows], attention)[batch.at(source)[rows]]
 
 
 def _head_tensors(merger: Merger, i: int) -> tuple[Tensor, Tensor | None]:
@@ -126,16 +149,17 @@ def _head_tensors(merger: Merger, i: int) -> tuple[Tensor, Tensor | None]:
         return head.tensor("weight"), head.tensor("bias") if "bias" in head.weights else None
 
 
-def _teacher_logits(merger: Merger, batch: Batch, i: int, rows: Tensor) -> Tensor:  # (scored tokens, vocab)
-    "The model's own logits of component i at the scored tokens of its rows."
+def _teacher_logits(merger: Merger, batch: Batch, i: int, source: int) -> Tensor:  # (scored tokens, vocab)
+    "The model's own logits of component i at the scored tokens of a source."
+    rows = batch.rows(source)
     attention = None if batch.attention_mask is None else batch.attention_mask[rows]
     with torch.no_grad(), merger.as_component(i):
-        return merger.model(input_ids=batch.input_ids[rows], attention_mask=attention).logits[batch.scored[rows]]
+        return merger.model(input_ids=batch.input_ids[rows], attention_mask=attention).logits[batch.at(source)[rows]]
 
 
 _OWN_TEACHER = {"kl": L.linear_kl_loss, "mse": L.linear_mse_loss}
 
-# %% ../nbs/22_objective.ipynb #c7bd2935
+# %% ../nbs/22_objective.ipynb #0ddb1972
 @torch.no_grad()
 def teacher_topk(
     merger: Merger,
@@ -147,14 +171,13 @@ def teacher_topk(
     chunk_size: int | None = None,  # tokens whose logits exist at once
 ) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities and indices (tokens, k), log tail mass (tokens,)
     "The k likeliest tokens of component i at the scored tokens of its rows, and the mass that they leave."
-    rows = batch.source == i
     if fused:
-        states = _teacher_hidden(merger, batch, i, rows)
+        states = _teacher_hidden(merger, batch, i, i)
         head = L.logits_head(*_head_tensors(merger, i), **merger.logit_options())
         size = chunk_size or L.choose_chunk_size(merger.config.get_text_config().vocab_size, dtype=states.dtype)
         parts = (head(part) for part in states.split(size))
     else:
-        parts = [_teacher_logits(merger, batch, i, rows)]
+        parts = [_teacher_logits(merger, batch, i, i)]
     found = [L.topk_teacher(logits, k, temperature) for logits in parts]
     return tuple(torch.cat(each) for each in zip(*found))
 
@@ -164,8 +187,7 @@ def _topk_of(merger: Merger, batch: Batch, objective: Objective, i: int):
     if not set(objective.losses) & set(_OWN_TEACHER):
         return None
     if batch.topk is not None:
-        at = batch.scored & (batch.source == i)[:, None]
-        return tuple(stored[at] for stored in batch.topk)
+        return tuple(stored[batch.at(i)] for stored in batch.topk)
     if objective.k is None:
         return None
     return teacher_topk(merger, batch, i, objective.k, objective.temperature, objective.fused, objective.chunk_size)
@@ -173,15 +195,14 @@ def _topk_of(merger: Merger, batch: Batch, objective: Objective, i: int):
 # %% ../nbs/22_objective.ipynb #c1398dee
 _TOPK_LOSSES = {"kl": L.linear_topk_kl_loss, "mse": L.linear_topk_mse_loss}
 
-# %% ../nbs/22_objective.ipynb #779c4ed8
+# %% ../nbs/22_objective.ipynb #2e70e5a0
 def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[str, Tensor]:
     "Losses of the samples of source i."
-    rows = batch.source == i
-    at = batch.scored & rows[:, None]
+    at = batch.at(i)
     student, labels, found = hidden[at], batch.labels[at], {}
     topk = _topk_of(merger, batch, objective, i)
     own = [name for name in objective.losses if name in _OWN_TEACHER]
-    teacher = _teacher_hidden(merger, batch, i, rows) if own and topk is None else None
+    teacher = _teacher_hidden(merger, batch, i, i) if own and topk is None else None
     weight, bias = _head_tensors(merger, i)
     for name in objective.losses:
         if name in own and topk is not None:
@@ -195,7 +216,7 @@ def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[s
             found[name] = L.linear_entropy_loss(student, head, **options)
         else:
             everyone = range(merger.n_components)
-            teachers = [_teacher_hidden(merger, batch, j, rows) for j in everyone]
+            teachers = [_teacher_hidden(merger, batch, j, i) for j in everyone]
             weights, biases = zip(*(_head_tensors(merger, j) for j in everyone))
             found[name] = L.linear_mixture_kl_loss(
                 student, teachers, head, weights, teacher_biases=biases, temperature=objective.temperature, **options
@@ -211,34 +232,33 @@ def _fused_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[st
         parameters=merger.head_parameters(),
     )
     with merger.held_head() as head:
-        found = {i: _source_losses(merger, batch, objective, hidden, head, i, options) for i in batch.sources()}
+        found = {i: _source_losses(merger, batch, objective, hidden, head, i, options) for i in _turns(merger, batch)}
     return _collect(found, batch, objective)
 
-# %% ../nbs/22_objective.ipynb #b319be1b
+# %% ../nbs/22_objective.ipynb #391ba35a
 def _collect(found: dict[int, dict[str, Tensor]], batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "Sum the losses of the sources; keep the parts without a graph."
     total, results = 0.0, {}
     for i, parts in found.items():
         loss = sum(objective.losses[name] * value for name, value in parts.items())
         total = total + loss
-        tokens = (batch.scored & (batch.source == i)[:, None]).sum()
+        tokens = batch.at(i).sum()
         results[f"sum_source_{i}"] = loss.detach() * batch.num_items
         results[f"tokens_source_{i}"] = tokens
         for name, value in parts.items():
             results[name] = results.get(name, 0.0) + value.detach()
     return {"loss": total, **results}
 
-# %% ../nbs/22_objective.ipynb #b4fddbe2
+# %% ../nbs/22_objective.ipynb #ec8653e2
 def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tensor]:
     "Losses of the samples of source i, from the student's full logits."
-    rows = batch.source == i
-    at = batch.scored & rows[:, None]
+    at = batch.at(i)
     student, tau, options = logits[at], objective.temperature, {"num_items": batch.num_items}
 
     topk = _topk_of(merger, batch, objective, i)
 
     def teacher(j):
-        return _teacher_logits(merger, batch, j, rows)
+        return _teacher_logits(merger, batch, j, i)
 
     def mixture():
         teachers = [teacher(j) for j in range(merger.n_components)]
@@ -260,7 +280,7 @@ def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tenso
 def _plain_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "The same losses from full logits."
     logits = merger.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    found = {i: _plain_source_losses(merger, batch, objective, logits, i) for i in batch.sources()}
+    found = {i: _plain_source_losses(merger, batch, objective, logits, i) for i in _turns(merger, batch)}
     return _collect(found, batch, objective)
 
 # %% ../nbs/22_objective.ipynb #718fd1b9

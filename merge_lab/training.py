@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'LoopConfig', 'TrainConfig', 'objective_of', 'check_report_to', 'training_arguments', 'MergerTrainer',
-           'first_nonfinite', 'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history', 'StopCallback',
-           'ProgressBar', 'RunInterrupted', 'attach_watchers', 'last_checkpoint', 'train_from']
+           'first_nonfinite', 'save_model', 'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history',
+           'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'last_checkpoint', 'train_from']
 
-# %% ../nbs/31_training.ipynb #21f598d8
+# %% ../nbs/31_training.ipynb #6367d607
 import dataclasses
 import difflib
 import json
@@ -16,20 +16,26 @@ import os
 import signal
 import threading
 import time
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from . import losses as L
 from .core import check_choice, option, save_tensors, write_text
-from .merger import Merger, full
+from .distributed import wrapper_of
+from .masks import full, shard_like
+from .merger import Merger
 from .objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -130,7 +136,7 @@ def training_arguments(
         **others,
     )
 
-# %% ../nbs/31_training.ipynb #dacb71c7
+# %% ../nbs/31_training.ipynb #89b19828
 _REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
 
 
@@ -163,6 +169,21 @@ class MergerTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 getattr(callback, "close", lambda: None)()
 
+    @property
+    def is_sharded(self) -> bool:
+        "Whether the merger is under FSDP2 (`shard_merger`): every rank then takes part in whatever gathers."
+        return wrapper_of(self.model) == "FSDP2"
+
+    def _move_model_to_device(self, model, device):
+        if wrapper_of(model) != "FSDP2":  # whose shards are where they belong
+            super()._move_model_to_device(model, device)
+
+    def _prepare_for_training(self, *arguments, **options):
+        if self.is_sharded:
+            self.model.drop_gathered()  # the optimizer gets this process's part of the masks
+            self.accelerator.prepare_model = lambda model, **_: model  # it is prepared: no DDP around it
+        return super()._prepare_for_training(*arguments, **options)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         results = model(objective=self.objective, num_items_in_batch=num_items_in_batch, **inputs)
         loss = results["loss"]
@@ -181,25 +202,15 @@ class MergerTrainer(Trainer):
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def take_sums(self) -> dict[str, float]:
-        "Sums since they were last taken."
+        "Sums over all processes since they were last taken."
         sums = {name: float(value) for name, value in self.sums.items()}
         self.sums.clear()
-        return sums
+        if self.args.world_size == 1:
+            return sums
+        everyone = gather_object([sums])
+        return {name: sum(one.get(name, 0.0) for one in everyone) for name in dict.fromkeys(chain(*everyone))}
 
-    def _save(self, output_dir=None, state_dict=None):
-        merger = self.accelerator.unwrap_model(self.model)
-        folder = Path(output_dir or self.args.output_dir)
-        merger.save_pretrained(folder, is_main_process=self.args.should_save)
-        if self.objective.mask_reference is not None and self.args.should_save:
-            save_tensors(folder / _REFERENCE, {name: full(mask) for name, mask in self.objective.mask_reference.items()})
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
-        reference = Path(resume_from_checkpoint) / _REFERENCE
-        if reference.exists():
-            self.objective.mask_reference = load_file(reference)
-
-# %% ../nbs/31_training.ipynb #75afd092
+# %% ../nbs/31_training.ipynb #5e7b1fd7
 @torch.no_grad()
 def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
     "Name of the first masked module that gives NaN or infinity on this input."
@@ -214,7 +225,7 @@ def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
 
     handles = [leaf.register_forward_hook(watch(name)) for name, leaf in merger.leaves().items()]
     try:
-        merger.model(**inputs)
+        merger(**inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -223,8 +234,10 @@ def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
 
 def _check_finite(self, loss: Tensor, inputs: dict):
     "Raise `FloatingPointError` that names the module, after putting the last good masks back."
-    merger = self.accelerator.unwrap_model(self.model)
-    if loss.isfinite():
+    merger, finite = self.accelerator.unwrap_model(self.model), loss.isfinite()
+    if self.args.world_size > 1:
+        finite = self.accelerator.gather(finite[None]).all()  # what stops one stops all: none waits for it in vain
+    if finite:
         if self._good_step != self.state.global_step:  # once per optimizer step
             self._good_step = self.state.global_step
             self._good_masks = {name: leaf.masks[key].detach().clone() for name, leaf, key in merger.masked_parameters()}
@@ -243,6 +256,47 @@ def _check_finite(self, loss: Tensor, inputs: dict):
 
 
 MergerTrainer._check_finite = _check_finite
+
+# %% ../nbs/31_training.ipynb #cd11c4b0
+def _save(self, output_dir=None, state_dict=None):
+    folder = Path(output_dir or self.args.output_dir)
+    self.accelerator.unwrap_model(self.model).save_pretrained(folder, is_main_process=self.args.should_save)
+    if self.objective.mask_reference and self.args.should_save:
+        save_tensors(folder / _REFERENCE, self.objective.mask_reference)
+
+
+def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+    "Write the masks; a sharded run must call it on every process."
+    if self.is_sharded or self.args.should_save:
+        self._save(output_dir)
+
+
+def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
+    reference = Path(resume_from_checkpoint) / _REFERENCE
+    if reference.exists():
+        self.objective.mask_reference = load_file(reference)
+
+
+def _save_optimizer_and_scheduler(self, output_dir: str):
+    if not self.is_sharded:
+        return Trainer._save_optimizer_and_scheduler(self, output_dir)
+    state = tree_map_only(Tensor, full, self.optimizer.state_dict())
+    if self.args.should_save:
+        torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+
+def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+    Trainer._load_optimizer_and_scheduler(self, checkpoint)
+    for parameter, state in self.optimizer.state.items() if checkpoint and self.is_sharded else ():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = shard_like(value, parameter)
+
+
+for _method in (_save, save_model, _load_from_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler):
+    setattr(MergerTrainer, _method.__name__, _method)
 
 # %% ../nbs/31_training.ipynb #1a980ba8
 @torch.no_grad()

@@ -133,3 +133,59 @@ def test_a_notebook_launches_two_processes(tmp_path):
     )
     for name in one:
         assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
+
+
+def test_the_command_trains_sharded_as_in_one_process(tmp_path):
+    from safetensors.torch import load_file
+
+    from merge_lab.core import bundled_path, config_to_yaml
+    from merge_lab.systems.mask_merge import demo_config, run
+    from merge_lab.training import read_history
+
+    tasks = ("rewrite", "summarize")
+    config = demo_config(
+        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
+        output_dir=str(tmp_path / "two"),
+        max_steps=3,
+        eval_samples=2,
+        per_device_train_batch_size=4,
+        optim="sgd",  # as above
+        learning_rate=1.0,
+        report=False,
+        device="cpu",
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(config), encoding="utf-8")
+    program = Path(sys.executable).with_name("merge-lab")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command = [*launch, f"--master-port={free_port()}", str(program)]
+    done = subprocess.run(
+        [*command, "mask-merge", str(file), "--shard", "true"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("Written:") == 1  # the other process keeps quiet
+    config.output_dir, config.per_device_train_batch_size = str(tmp_path / "one"), 8
+    run(config, progress=False)
+    for file in ("masks/masks.safetensors", "merged/model.safetensors"):
+        one, two = (load_file(tmp_path / n / file) for n in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name in one:
+            assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+    one, two = (read_history(tmp_path / n / "history.jsonl").loss for n in ("one", "two"))
+    assert two.to_list() == pytest.approx(one.to_list(), rel=1e-5)
+    assert one.iloc[-1] < one.iloc[0]
+
+
+def test_sharding_is_refused_where_it_cannot_be(tmp_path):
+    from merge_lab.systems.mask_merge import demo_config, prepare
+
+    with pytest.raises(ValueError, match="torchrun"):
+        prepare(demo_config(output_dir=str(tmp_path / "run"), shard=True))
+    for options in (dict(offload=True), dict(mask_decay=1.0)):
+        with pytest.raises(ValueError, match="do not go together"):
+            demo_config(output_dir=str(tmp_path / "run"), shard=True, **options)

@@ -8,7 +8,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_CAPTIONS', 'LOADI
            'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'headline',
            'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #ef77449d
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #3b8cd40e
 import dataclasses
 import logging
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from ..components import check_components, component_bytes, component_names, load_tokenizer
@@ -23,6 +24,7 @@ from merge_lab.core import (
     bundled_path, check_disk_space, check_resumed, check_run, config_to_python, config_to_yaml, open_run, option, set_seed,
     write_text,
 )
+from ..distributed import shard_merger
 from ..evaluation import confusion, evaluate_tasks, generate_answers
 from ..memory import FitReport, fit_run, readable
 from ..merger import Merger, MergerConfig
@@ -56,7 +58,7 @@ def parse_datasets(
     except (TypeError, ValueError) as error:
         raise ValueError(f"dataset_configs={value!r}: the number of samples must be a whole number, or 'all'.") from error
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #0ecf94e2
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #12df1c13
 @dataclasses.dataclass
 class MaskMergeConfig(TrainConfig, MergerConfig):
     "Everything a mask merge needs."
@@ -72,6 +74,7 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
     output_dir: str = option("runs/mask_merge", "Folder of the run", group="Output")
     save_merged: bool = option(True, "Write the merged checkpoint", group="Output")
     report: bool = option(True, "Write plots and report.html", group="Output")
+    shard: bool = option(False, "Divide the components over the processes of torchrun (FSDP2), not a copy on each", group="Memory")
     resume: bool = option(False, "Go on with the run in output_dir", group="Output")
     overwrite: bool = option(False, "Replace the run in output_dir", group="Output")
     dry_run: bool = option(False, "Check everything, estimate the memory, and stop", group="Output")
@@ -81,6 +84,9 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
         super().__post_init__()
         if len(self.model_paths) == 1:
             raise ValueError(f"model_paths={self.model_paths}: expected at least two components.")
+        for name in ("offload", "mask_decay"):
+            if self.shard and getattr(self, name):
+                raise ValueError(f"shard=True with {name}={getattr(self, name)!r}: they do not go together. Leave one out.")
         n, data = len(self.model_paths), len(self.dataset_configs)
         sources = range(data) if self.source_keys is None else self.source_keys
         if self.source_keys is not None and len(self.source_keys) != data:
@@ -109,7 +115,7 @@ def demo_config(
     )
     return MaskMergeConfig(**{**defaults, **options})
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #254d2fc5
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #cf7a70c9
 @dataclasses.dataclass
 class Prepared:
     "What a run needs, checked."
@@ -133,17 +139,28 @@ class Prepared:
     def merged_dir(self) -> Path:
         return self.folder / "merged"
 
+    @property
+    def is_main(self) -> bool:
+        "Whether this process writes: the first, where several train together."
+        return self.arguments.process_index == 0
+
     def open_folder(self):
         "Make the run's folder, clearing the one that is overwritten: called when nothing is left to be refused."
-        open_run(self.config.output_dir, self.config.resume, self.config.overwrite)
-        write_text(self.folder / "config.yaml", config_to_yaml(self.config))
+        wait = PartialState().wait_for_everyone
+        wait()  # until every process has seen that the folder is free
+        if self.is_main:
+            open_run(self.config.output_dir, self.config.resume, self.config.overwrite)
+            write_text(self.folder / "config.yaml", config_to_yaml(self.config))
+        wait()
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #775d316b
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #b81677c5
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     _check_inputs(config)
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     arguments = training_arguments(config, folder)
+    if config.shard and not torch.distributed.is_initialized():
+        raise ValueError("shard=True: there is one process only. Start with: torchrun --nproc-per-node=2 $(which merge-lab) ...")
     if config.resume:
         check_resumed(config, folder, _RESUMABLE)
     check_components([*config.model_paths, *([config.base_model] if config.base_model else [])])
@@ -189,12 +206,12 @@ def _check_inputs(config: MaskMergeConfig):
     if len({str(Path(path).absolute()) for path in config.model_paths}) < n:
         logger.warning("model_paths names a model twice: its two copies cannot be told apart by training.")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #524cfe37
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #ed9aaf7e
 # what a resumed run may change: how long it trains, what is measured and written, how it is computed
 _RESUMABLE = {
     "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "base_model", "eval_samples", "eval_split", "report",
     "save_merged", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "dataloader_num_workers",
-    "torch_compile", "impl", "keep_merged", "offload", "gradient_checkpointing",
+    "torch_compile", "impl", "keep_merged", "offload", "gradient_checkpointing", "shard",
     "logit_chunk",
 }
 
@@ -283,7 +300,7 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
             f"{last_checkpoint(ready.folder)}. Go on with: merge-lab mask-merge {ready.folder / 'config.yaml'} --resume"
         )
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #e7955df8
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #bf6a7570
 @dataclasses.dataclass
 class MaskMergeResult:
     "What a run gives back."
@@ -300,7 +317,7 @@ class MaskMergeResult:
 def recipe_of(config: MaskMergeConfig) -> dict:
     "What a model card should tell: every option that says what was merged, on what and how it was trained."
     recipe = dataclasses.asdict(config)
-    for name in ("output_dir", "dry_run", "save_merged", "report", "resume", "overwrite", "base_model", "report_to", "device"):
+    for name in ("output_dir", "dry_run", "save_merged", "report", "resume", "overwrite", "base_model", "report_to", "device", "shard"):
         del recipe[name]
     recipe["dataset_configs"] = {Path(path).name: n for path, n in config.dataset_configs.items()}
     return recipe
@@ -317,8 +334,8 @@ def run(
         return ready
     set_seed(config.seed)
     merger = Merger.from_config(config)
+    merger = shard_merger(merger) if config.shard else merger.to(ready.arguments.device)
     trainer, history, stopper = make_trainer(merger, ready, callbacks, progress)
-    merger.to(trainer.args.device)
     baselines = score_baselines(merger, ready)
     train(trainer, stopper, ready)
     merger.eval()
@@ -326,10 +343,11 @@ def run(
     result = MaskMergeResult(
         merger, ready.tokenizer, scores, history.frame(), manners(merger, ready), sample_answers(merger, ready), ready.folder
     )
-    scores.to_csv(ready.folder / "scores.csv", index=False)
     if config.save_merged:
-        merger.save_merged(ready.merged_dir, recipe=recipe_of(config))
-    if config.report:
+        merger.save_merged(ready.merged_dir, is_main_process=ready.is_main, recipe=recipe_of(config))
+    if ready.is_main:
+        scores.to_csv(ready.folder / "scores.csv", index=False)
+    if config.report and ready.is_main:
         write_report(result, config)
     return result
 
