@@ -215,18 +215,24 @@ def test_a_panel_comes_from_any_config():
     assert isinstance(panel.view(), widgets.VBox)
 
 
-LABEL = 208  # pixels that the name of an option has, at 13 pixels a letter
+LABEL, TABS = 208, 590  # pixels for the name of an option, and for the tabs in a row
 
 
-def test_names_of_options_fit_their_place(system):
+def width_of(text, size):
+    "Pixels of a text in a font that no browser's default is wider than."
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
-    font = FontProperties(family="DejaVu Sans")  # no browser's default is wider
-    for control in system[1].controls.values():
-        assert (
-            TextPath((0, 0), control.label, 13, prop=font).get_extents().width < LABEL
-        )
+    font = FontProperties(family="DejaVu Sans")
+    return TextPath((0, 0), text, size, prop=font).get_extents().width
+
+
+def test_names_of_options_and_tabs_fit_their_place(system):
+    controls = system[1].controls.values()
+    assert max(width_of(control.label, 13) for control in controls) < LABEL
+    groups = dict.fromkeys(control.group for control in controls)
+    assert sum(width_of(group, 12) + 19 for group in groups) < TABS
+    assert len(controls) <= 16 or len(groups) > 2  # a long panel is parted
 
 
 def test_the_note_of_data_says_what_is_trained_on_and_what_is_held_out():
