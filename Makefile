@@ -24,8 +24,8 @@ install: $(STAMP)  ## Make .venv and install everything with the tested versions
 demo: $(STAMP)  ## Merge the bundled experts: tables, plots, a report and a checkpoint in runs/demo
 	$(BIN)/merge-lab demo
 
-test: $(STAMP)  ## Run every notebook and every test
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --timing
+test: $(STAMP)  ## Run every notebook and every test (tests/test_workbench.py runs the workbench)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --timing --skip_file_re '^(workbench|[_.])'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(STAMP)  ## Open JupyterLab on the workbench notebook

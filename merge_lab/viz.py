@@ -12,7 +12,7 @@ __all__ = ['PALETTE', 'INK', 'MUTED', 'GRID', 'PAPER', 'DARK', 'ON_LIGHT', 'ON_D
            'confusion_matrix', 'memory_breakdown', 'spread_points', 'on_frontier', 'pareto', 'draw_spread',
            'similarity_heatmap']
 
-# %% ../nbs/33_viz.ipynb #042e2a19
+# %% ../nbs/33_viz.ipynb #ed6d2f22
 import io
 import math
 import re
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from .core import atomic_path, check_choice
@@ -456,7 +456,7 @@ def alpha_curve(
     axes[1, 0].set_ylim(min(0, slope.min() * 1.15), max(slope.max() * 1.15, 1e-6))
     return figure
 
-# %% ../nbs/33_viz.ipynb #4da13fe7
+# %% ../nbs/33_viz.ipynb #efc36967
 def numbered_columns(
     history: pd.DataFrame,
     prefix: str,  # e.g. "alpha_mean_"
@@ -500,10 +500,11 @@ def loss_curves(
         axis.set_yscale("log")
         plain_log_ticks(axis.yaxis)
     axis.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(axis)
     return figure
 
-# %% ../nbs/33_viz.ipynb #3dd004ae
+# %% ../nbs/33_viz.ipynb #a777a6cc
 def alpha_trajectories(
     history: pd.DataFrame,  # columns step, alpha_mean_0, alpha_min_0, alpha_max_0, ..
     names: Sequence[str] | None = None,  # of the components
@@ -522,6 +523,7 @@ def alpha_trajectories(
         axis.fill_between(history["step"], low, high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(history["step"], history[column], color=colour, linewidth=2, label=name_of(component, names))
     axis.set(xlabel="optimizer step", ylabel="alpha (no unit)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(axis)
     return figure
 
