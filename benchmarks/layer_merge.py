@@ -72,7 +72,7 @@ TRAINED_ON = dict(  # hashes of the text that the bundled model has read, and of
     questions="8dad378870657225",
 )
 CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
-PARTS = ["choices", "seeds", "defaults", "depths", "times"]
+PARTS = ["choices", "seeds", "defaults", "depths", "accuracy", "times"]
 TRAINING = dict(num_steps=100, learning_rate=0.1)
 DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge` does
 OVER_DEPTH = [
@@ -84,6 +84,7 @@ OVER_DEPTH = [
     "learned (KL)",
     DEFAULT,
 ]
+ASKED = ["remove the same layers", "published ratio", DEFAULT]  # for accuracy: slow
 
 
 def held_questions() -> set:
@@ -274,8 +275,8 @@ def measure_defaults(model, tokenizer, text: dict, seed: int) -> list[dict]:
     return [dict(row, seed=seed, **setting) for row in plain(table) if row["alphas"]]
 
 
-def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
-    "Test perplexity and accuracy with this many layers removed, seed 0."
+def over_depth(model, tokenizer, n_pairs: int, variants, evaluation: dict) -> list:
+    "Scores with this many layers removed, seed 0."
     loader = loader_of(tokenizer, 0)
     similarity, pairs = chosen(model, loader, n_pairs, 0)
     table = compare_variants(
@@ -283,13 +284,24 @@ def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
         tokenizer,
         pairs,
         loader,
-        OVER_DEPTH,
+        variants,
         similarity,
-        dict(texts=text["test"], mmlu_dir=bundled_path("mmlu")),
+        evaluation,
         progress=False,
         **TRAINING,
     )
     return [dict(row, n_pairs=n_pairs) for row in plain(table)]
+
+
+def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
+    "Test perplexity by the number of layers removed."
+    return over_depth(model, tokenizer, n_pairs, OVER_DEPTH, dict(texts=text["test"]))
+
+
+def measure_accuracy(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
+    "Share of held-out questions that are answered rightly, by the number of layers removed."
+    asked = dict(mmlu_dir=bundled_path("mmlu"))
+    return over_depth(model, tokenizer, n_pairs, ASKED, asked)
 
 
 def measure_times(model, depths: list[int], rounds: int = 15) -> list[dict]:
@@ -362,6 +374,7 @@ def measure(
     jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
     jobs += [("defaults", measure_defaults, "seed", seed) for seed in seeds]
     jobs += [("depths", measure_depth, "n_pairs", depth) for depth in depths]
+    jobs += [("accuracy", measure_accuracy, "n_pairs", depth) for depth in depths[::2]]
     for name, job, key, value in (job for job in jobs if job[0] in parts):
         start = time.perf_counter()
         rows = job(model, tokenizer, text, value)
