@@ -665,7 +665,7 @@ class NoiseGate(TrainerCallback):
             for gradient in gradients:
                 gradient.zero_()
 
-# %% ../../nbs/40_systems/02_dam.ipynb #0b151b44
+# %% ../../nbs/40_systems/02_dam.ipynb #fef66288
 RESUMABLE = {
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "resume",
     "overwrite", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
@@ -693,8 +693,11 @@ def train(config: DAMTrainConfig) -> DAMRun:
         check_resumed(config, folder, RESUMABLE)
     set_seed(config.seed)
     trainer, history, stopper = make_trainer(config, folder)
-    open_run(folder, config.resume, config.overwrite)
-    write_text(folder / "config.yaml", config_to_yaml(config))
+    trainer.accelerator.wait_for_everyone()  # until every process has seen that the folder is free
+    if trainer.args.should_save:
+        open_run(folder, config.resume, config.overwrite)
+        write_text(folder / "config.yaml", config_to_yaml(config))
+    trainer.accelerator.wait_for_everyone()
     checkpoint = last_checkpoint(folder) if config.resume else None
     train_from(trainer, checkpoint)
     merger, main = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.args.should_save
