@@ -564,7 +564,7 @@ def score_norm(
         return Normalize(0, 1)
     return LogNorm(low, max(high, low * 1.01)) if low > 0 else Normalize(low, max(high, low + 0.01))
 
-# %% ../nbs/33_viz.ipynb #ea268704
+# %% ../nbs/33_viz.ipynb #13f9bd5b
 def task_matrix(
     scores: pd.DataFrame,  # long form: columns model, task and the metric
     value: str = "exact_match",  # metric to draw
@@ -579,7 +579,7 @@ def task_matrix(
     figure, axes = new_figure(title, size=size, grid=None)
     axis = axes[0, 0]
     cmap = "Blues" if larger else "Blues_r"
-    image = draw_image(axis, values, cmap, norm, wide.index, wide.columns, "{:.2f}".format)
+    image = draw_image(axis, values, cmap, norm, wide.index, wide.columns, "{:.3g}".format)
     best = np.nanmax(values, axis=0) if larger else np.nanmin(values, axis=0)
     for row, column in np.argwhere(np.isclose(values, best, rtol=1e-6, atol=1e-9)):
         frame = Rectangle((column - 0.46, row - 0.42), 0.92, 0.84, fill=False, edgecolor=PALETTE[1], linewidth=2)
