@@ -251,7 +251,7 @@ def call(name: str, words: list[str]) -> int:
     status = (getattr(module, command.show) if command.show else show_tables)(result)
     return status or 0
 
-# %% ../nbs/60_cli.ipynb #2122c6cf
+# %% ../nbs/60_cli.ipynb #fa3d4aa9
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
@@ -280,7 +280,8 @@ def main(words: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and type(error).__name__ != "RunInterrupted":
             raise
         stopped = "interrupted. If a checkpoint was written, --resume goes on from the last one."
-        print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
+        if not others:
+            print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
         return 130
 
 

@@ -253,7 +253,7 @@ def track_memory(
             torch.cuda.synchronize()
             use.overhead_bytes = torch.cuda.max_memory_allocated() - sum(use.parts.values())
 
-# %% ../nbs/30_memory.ipynb #0a61c686
+# %% ../nbs/30_memory.ipynb #a4b107a7
 _REAL = 2**24  # largest integer tensor that is held for real
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -290,6 +290,7 @@ def _is_plain(func) -> bool:
     first, *others = func._schema.arguments or [None]
     written = first is not None and first.alias_info is not None and first.alias_info.is_write
     new = not any(item.alias_info for item in (*func._schema.arguments, *func._schema.returns))
+    new = new and func is not torch.ops.aten._unsafe_view.default  # its schema does not tell that it is one
     in_place = written and torch.Tag.inplace_view not in func.tags and not any(item.alias_info for item in others)
     return new or in_place
 
@@ -480,7 +481,7 @@ def _cures(options: dict) -> Iterable[dict]:
         seq_len //= 2
         yield {"seq_len": seq_len}
 
-# %% ../nbs/30_memory.ipynb #a1e061e6
+# %% ../nbs/30_memory.ipynb #55267e5b
 @dataclasses.dataclass
 class FitReport:
     "What was tried to make a merge fit."
@@ -515,7 +516,7 @@ class FitReport:
         least = min(e.peak_bytes for _, e in self.tried)
         return (
             f"{asked}\nIt does not fit into {budget}, and no option makes it fit: {readable(least)} is the least. "
-            "Take a larger device, shard the components over several (FSDP), or mask smaller models."
+            "Take a larger device, divide the components over several (torchrun and --shard), or mask smaller models."
         )
 
 

@@ -251,7 +251,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #67a38a83
+# %% ../nbs/20_merger.ipynb #7be382a6
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
@@ -285,6 +285,8 @@ class Merger(nn.Module):
     def generate(self, *args, **kwargs):
         "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
         before, self.state.keep_merged = self.state.keep_merged, True
+        if hasattr(self, "reshard"):  # sharded: all processes gather until the last of them has ended
+            kwargs.setdefault("synced_gpus", True)
         try:
             return self.model.generate(*args, **kwargs)
         finally:

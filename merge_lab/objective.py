@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'PENALTY_FUNCTIONS', 'STORED_TOPK', 'Objective', 'Batch', 'teacher_topk', 'coefficient_penalty']
 
-# %% ../nbs/22_objective.ipynb #e5d5a46e
+# %% ../nbs/22_objective.ipynb #2e0a5e75
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import losses as L
 from .core import check_choice
+from .distributed import is_sharded
 from .merger import Merger
 
 logger = logging.getLogger(__name__)
@@ -114,15 +115,11 @@ def _explain_fused(merger: Merger) -> bool:
     )
     return False
 
-# %% ../nbs/22_objective.ipynb #7c19882e
-def _is_sharded(merger: Merger) -> bool:
-    return any(hasattr(p, "device_mesh") for p in merger.parameters())
-
-
-def _turns(merger: Merger, batch: Batch) -> list[int]:
-    "Sources whose teachers run: those of the batch, or of any process where all must gather each layer together."
-    own = batch.sources()
-    if not _is_sharded(merger):
+# %% ../nbs/22_objective.ipynb #e2193cb0
+def _turns(merger: Merger, batch: Batch, objective: Objective) -> list[int]:
+    "Sources whose losses are taken: those of the batch, or of any process where all must gather each teacher's layers together."
+    own, taught = batch.sources(), {"kl", "mse", "kl_mixture"} & set(objective.losses)
+    if not is_sharded(merger) or not taught:
         return own
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, own)
@@ -131,7 +128,7 @@ def _turns(merger: Merger, batch: Batch) -> list[int]:
 
 def _teacher_context(merger: Merger):
     "Inference mode; plain no_grad where parameters are sharded, since gathered ones must stay usable for training."
-    return torch.no_grad() if _is_sharded(merger) else torch.inference_mode()
+    return torch.no_grad() if is_sharded(merger) else torch.inference_mode()
 
 
 def _teacher_hidden(merger: Merger, batch: Batch, i: int, source: int) -> Tensor:  # (scored tokens of the source, d)
@@ -195,7 +192,7 @@ def _topk_of(merger: Merger, batch: Batch, objective: Objective, i: int):
 # %% ../nbs/22_objective.ipynb #c1398dee
 _TOPK_LOSSES = {"kl": L.linear_topk_kl_loss, "mse": L.linear_topk_mse_loss}
 
-# %% ../nbs/22_objective.ipynb #2e70e5a0
+# %% ../nbs/22_objective.ipynb #5d017066
 def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[str, Tensor]:
     "Losses of the samples of source i."
     at = batch.at(i)
@@ -232,7 +229,7 @@ def _fused_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[st
         parameters=merger.head_parameters(),
     )
     with merger.held_head() as head:
-        found = {i: _source_losses(merger, batch, objective, hidden, head, i, options) for i in _turns(merger, batch)}
+        found = {i: _source_losses(merger, batch, objective, hidden, head, i, options) for i in _turns(merger, batch, objective)}
     return _collect(found, batch, objective)
 
 # %% ../nbs/22_objective.ipynb #391ba35a
@@ -249,7 +246,7 @@ def _collect(found: dict[int, dict[str, Tensor]], batch: Batch, objective: Objec
             results[name] = results.get(name, 0.0) + value.detach()
     return {"loss": total, **results}
 
-# %% ../nbs/22_objective.ipynb #ec8653e2
+# %% ../nbs/22_objective.ipynb #d3e15335
 def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tensor]:
     "Losses of the samples of source i, from the student's full logits."
     at = batch.at(i)
@@ -280,7 +277,7 @@ def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tenso
 def _plain_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "The same losses from full logits."
     logits = merger.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    found = {i: _plain_source_losses(merger, batch, objective, logits, i) for i in _turns(merger, batch)}
+    found = {i: _plain_source_losses(merger, batch, objective, logits, i) for i in _turns(merger, batch, objective)}
     return _collect(found, batch, objective)
 
 # %% ../nbs/22_objective.ipynb #718fd1b9

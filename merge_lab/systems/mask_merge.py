@@ -8,7 +8,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_CAPTIONS', 'LOADI
            'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'headline',
            'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #3b8cd40e
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #e80377c2
 import dataclasses
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from ..components import check_components, component_bytes, component_names, load_tokenizer
 from merge_lab.core import (
-    bundled_path, check_disk_space, check_resumed, check_run, config_to_python, config_to_yaml, open_run, option, set_seed,
+    bundled_path, check_choice, check_disk_space, check_resumed, check_run, config_to_python, config_to_yaml, open_run, option, set_seed,
     write_text,
 )
 from ..distributed import shard_merger
@@ -30,7 +30,7 @@ from ..memory import FitReport, fit_run, readable
 from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, load_task, prompt_of
 from merge_lab.training import (
-    HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, last_checkpoint, objective_of,
+    HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, check_processes, last_checkpoint, objective_of,
     train_from, training_arguments,
 )
 
@@ -58,7 +58,7 @@ def parse_datasets(
     except (TypeError, ValueError) as error:
         raise ValueError(f"dataset_configs={value!r}: the number of samples must be a whole number, or 'all'.") from error
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #12df1c13
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #ee5034bc
 @dataclasses.dataclass
 class MaskMergeConfig(TrainConfig, MergerConfig):
     "Everything a mask merge needs."
@@ -84,9 +84,11 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
         super().__post_init__()
         if len(self.model_paths) == 1:
             raise ValueError(f"model_paths={self.model_paths}: expected at least two components.")
-        for name in ("offload", "mask_decay"):
+        for name in ("offload", "mask_decay", "keep_merged", "torch_compile"):
             if self.shard and getattr(self, name):
                 raise ValueError(f"shard=True with {name}={getattr(self, name)!r}: they do not go together. Leave one out.")
+        if self.shard:
+            check_choice("optim", self.optim, ["adamw_torch", "adamw_torch_fused", "sgd"], "Others cannot be sharded here.")
         n, data = len(self.model_paths), len(self.dataset_configs)
         sources = range(data) if self.source_keys is None else self.source_keys
         if self.source_keys is not None and len(self.source_keys) != data:
@@ -153,16 +155,17 @@ class Prepared:
             write_text(self.folder / "config.yaml", config_to_yaml(self.config))
         wait()
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #b81677c5
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #af2fee91
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     _check_inputs(config)
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     arguments = training_arguments(config, folder)
-    if config.shard and not torch.distributed.is_initialized():
-        raise ValueError("shard=True: there is one process only. Start with: torchrun --nproc-per-node=2 $(which merge-lab) ...")
+    if config.shard and arguments.world_size == 1:
+        raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
     if config.resume:
         check_resumed(config, folder, _RESUMABLE)
+        check_processes(last_checkpoint(folder) or folder, arguments.world_size)
     check_components([*config.model_paths, *([config.base_model] if config.base_model else [])])
     tokenizer = load_tokenizer(config.model_paths[config.fallback])
     dataset = build_dataset(
@@ -177,9 +180,12 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     memory = _estimate(config, max(map(len, dataset["input_ids"])))
     return Prepared(config, folder, arguments, component_names(config.model_paths), tokenizer, dataset, tests, memory)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #bd5b74dd
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #36a43754
 def _estimate(config: MaskMergeConfig, longest: int) -> FitReport | None:
     "Will it fit? Says so before anything is loaded, and warns if not."
+    if config.shard:
+        logger.info("memory is not estimated for a sharded run: each process holds its part of the components, and one layer whole")
+        return None
     device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     try:
         report = fit_run(config, longest, device)
@@ -300,7 +306,7 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
             f"{last_checkpoint(ready.folder)}. Go on with: merge-lab mask-merge {ready.folder / 'config.yaml'} --resume"
         )
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #bf6a7570
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #a5a33c95
 @dataclasses.dataclass
 class MaskMergeResult:
     "What a run gives back."
@@ -323,6 +329,11 @@ def recipe_of(config: MaskMergeConfig) -> dict:
     return recipe
 
 
+def _divide(merger: Merger, arguments: TrainingArguments) -> Merger:
+    mesh = torch.distributed.init_device_mesh(arguments.device.type, (arguments.world_size,))
+    return shard_merger(merger, mesh)
+
+
 def run(
     config: MaskMergeConfig,
     callbacks: tuple = (),  # further TrainerCallbacks
@@ -334,7 +345,7 @@ def run(
         return ready
     set_seed(config.seed)
     merger = Merger.from_config(config)
-    merger = shard_merger(merger) if config.shard else merger.to(ready.arguments.device)
+    merger = _divide(merger, ready.arguments) if config.shard else merger.to(ready.arguments.device)
     trainer, history, stopper = make_trainer(merger, ready, callbacks, progress)
     baselines = score_baselines(merger, ready)
     train(trainer, stopper, ready)
@@ -347,7 +358,7 @@ def run(
         merger.save_merged(ready.merged_dir, is_main_process=ready.is_main, recipe=recipe_of(config))
     if ready.is_main:
         scores.to_csv(ready.folder / "scores.csv", index=False)
-    if config.report and ready.is_main:
+    if config.report:
         write_report(result, config)
     return result
 
@@ -398,7 +409,7 @@ def save_plots(plots: dict[str, tuple], folder: Path):
     for name, (figure, _) in plots.items():
         save_figure(figure, folder / f"{name}.png")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #17b5463f
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #605bdfa6
 def headline(scores: pd.DataFrame) -> dict[str, str]:
     "The result in a few numbers: per task, learned masks against the average."
     table = scores.pivot(index="model", columns="task", values="exact_match")
@@ -442,13 +453,15 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
 
 
 def write_report(result: MaskMergeResult, config: MaskMergeConfig, more: tuple = ()) -> Path:
-    "Write plots/ and report.html, with `more` sections at its end; returns the report's path."
+    "Write plots/ and report.html, with `more` sections at its end; returns its path. Every process of a sharded run calls it."
     from merge_lab.report import report_html
 
-    plots = make_plots(result, config)
+    plots, path = make_plots(result, config), result.folder / "report.html"
+    if not PartialState().is_main_process:
+        return path
     save_plots(plots, result.folder / "plots")
     title = f"One model for {' and '.join(result.scores.task.unique())}"
-    return report_html(title, [*report_sections(result, config, plots), *more], result.folder / "report.html")
+    return report_html(title, [*report_sections(result, config, plots), *more], path)
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #8cd20935
 def print_scores(result: MaskMergeResult, title: str):
