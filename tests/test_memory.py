@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from merge_lab import memory
 from merge_lab.memory import estimate_memory, fit_report, track_memory, training_step
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import tiny_config, tiny_experts
@@ -197,3 +198,12 @@ def test_offloading_leaves_little_on_the_device():
     largest = 2 * max(config.intermediate_size, config.vocab_size) * config.hidden_size
     assert here.peak_bytes - here.parts["components"] <= away.peak_bytes
     assert away.peak_bytes < here.peak_bytes - here.parts["components"] + 8 * largest
+
+
+@pytest.mark.parametrize("impl", ["fused", "accurate", "efficient"])
+def test_remembered_shapes_change_nothing(impl, monkeypatch):
+    config = tiny_config("llama", **SHAPE)
+    options = dict(seq_len=96, impl=impl, device="cpu", fused_loss=impl == "fused")
+    fast = estimate_memory(config, **options)
+    monkeypatch.setattr(memory, "_key", lambda *_: None)
+    assert estimate_memory(config, **options).parts == fast.parts
