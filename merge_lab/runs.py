@@ -8,7 +8,7 @@ __all__ = ['SYSTEMS', 'OTHER', 'MODULE_ORDER', 'CURVES', 'DASHES', 'HEAR', 'RUN_
            'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView', 'terminal_lines', 'share_done',
            'CommandRun', 'CommandRunView']
 
-# %% ../nbs/36_runs.ipynb #39d45370
+# %% ../nbs/36_runs.ipynb #439d3206
 import dataclasses
 import html
 import importlib
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -39,7 +38,7 @@ from merge_lab.viz import (
     add_colour_bar, add_legend, colour_of, colour_scale, draw_layers, figure_to_png, layer_grid, name_of, new_figure,
     numbered_columns,
 )
-from .widgets import STYLE, ConfigPanel, LatestWorker, block, method_of
+from .widgets import STYLE, Bench, ConfigPanel, LatestWorker, block, method_of
 
 # %% ../nbs/36_runs.ipynb #9ebf2536
 @dataclasses.dataclass(frozen=True)
@@ -307,18 +306,17 @@ def check_fit(run: Run, merger: Merger):
     if (names := run.names())[: merger.n_components] != list(merger.names):
         raise ValueError(f"{run.folder} merges {', '.join(names)}; the merger has {', '.join(merger.names)}. Set its model_paths first.")
 
-# %% ../nbs/36_runs.ipynb #78698a75
+# %% ../nbs/36_runs.ipynb #4baafee4
 class RunBrowser:
-    "Runs in a folder: compare them, load their masks, export them."
+    "Runs in a folder: compare them, start from their masks, export them."
 
     def __init__(
         self,
         folder: str | Path = "runs",
-        merger: Callable[[], Merger] | None = None,  # whose masks a run's may replace
-        lock=None,  # of a Bench
+        bench: Bench | None = None,  # whose next run may start from the masks of one
+        show: Callable[[str, dict], None] | None = None,  # takes a run's name and the masks that were loaded, e.g. an explorer's `show`
     ):
-        self.folder, self.merger = Path(folder), merger
-        self.lock = nullcontext() if lock is None else lock
+        self.folder, self.bench, self.show = Path(folder), bench, show
 
     def table(self) -> pd.DataFrame:
         return find_runs(self.folder)
@@ -337,14 +335,18 @@ class RunBrowser:
         return compare_alphas({n: r.alphas() for n, r in found.items()}, {n: r.names() for n, r in found.items()}) if found else None
 
     def load(self, name: str):
-        "Put the masks of a run into the merger. Raises `ValueError` if they do not fit it."
-        if self.merger is None:
-            raise RuntimeError("the browser was made without a merger, so there is nothing to load masks into.")
+        "Let the bench's next run start from the masks of a run. Raises `ValueError` if they do not fit, `RuntimeError` during a run."
+        if self.bench is None:
+            raise RuntimeError("the browser was made without a bench, so there is nothing to load masks into.")
+        from safetensors.torch import load_file
+
         run = self.run(name)
-        with self.lock:
-            merger = self.merger()
-            check_fit(run, merger)
-            merger.load_masks(run.masks)
+        self.bench.check_free()
+        check_fit(run, self.bench.merger)
+        masks = load_file(run.masks / MASKS_FILE)
+        self.bench.start_from(name, masks)
+        if self.show is not None:
+            self.show(name, masks)
 
     def export(self, name: str) -> Path:
         "Write the plain checkpoint of a run, from its own components. Raises `ValueError` if there can be none."
@@ -399,7 +401,7 @@ class BrowserView:
         self.choice.value = chosen or list(table.index[:1])
         self.table.value = frame_html(table) if len(table) else block(f"no runs in {self.browser.folder} yet", "line")
 
-# %% ../nbs/36_runs.ipynb #eae7c168
+# %% ../nbs/36_runs.ipynb #1c4e5e9c
 @method_of(BrowserView)
 def _do(self, request: tuple):
     "Carry out a button's request, and say what came of it."
@@ -416,7 +418,7 @@ def _do(self, request: tuple):
             said = f"✓ {len(runs)} compared" + (f"; without alphas: {', '.join(bare)}" if bare else "")
         elif name == "Load masks":
             self.browser.load(runs[0])
-            said = f"✓ the merger has the masks of {runs[0]}"
+            said = f"✓ the next run starts from the masks of {runs[0]}, until mask_init is changed"
         elif name == "Export":
             said = f"✓ exported to {self.browser.export(runs[0])}"
         self.refresh()

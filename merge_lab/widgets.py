@@ -9,11 +9,12 @@ __all__ = ['SMALL_DATA', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYLE', 'LOG_FLOOR',
            'held_note', 'places_note', 'folder_note', 'method_of', 'command_of', 'ConfigPanel', 'field_in', 'block',
            'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view', 'LatestWorker', 'svg_text',
            'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench', 'Gate', 'Rest', 'TrainingSession',
-           'set_learning_rate', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials',
+           'set_learning_rate', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials', 'Given',
            'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #0a1a3275
+# %% ../nbs/34_widgets.ipynb #9c113b54
 import dataclasses
+import gc
 import html
 import importlib
 import math
@@ -23,8 +24,9 @@ import time
 import traceback
 import types
 import typing
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -671,7 +673,7 @@ def alpha_svg(
     size = f'width="{width:g}" height="{bottom + 18:g}" viewBox="0 0 {width:g} {bottom + 18:g}"'
     return f'<svg class="ml-svg" {size} role="img" aria-label="alphas by layer and module">{"".join(parts)}</svg>'
 
-# %% ../nbs/34_widgets.ipynb #8ddb4510
+# %% ../nbs/34_widgets.ipynb #a4cc8dd3
 class Bench:
     "The merger of a panel's config, loaded when it is needed, and the lock of whoever works on it."
 
@@ -681,18 +683,67 @@ class Bench:
         load: Callable[[MergerConfig], Merger] = Merger.from_config,
     ):
         self.panel, self.load, self.lock = panel, load, threading.RLock()
+        self.sessions = weakref.WeakSet()  # that were started on it
         self._made_for, self._merger = None, None
+        self._start: tuple[str, dict, dict] | None = None  # a run, its masks, and the mask_init that they stand in for
+        panel.listeners.append(self._follow)
 
     @property
     def merger(self) -> Merger:
-        "The merger; its masks are as they were left. Raises what is wrong with the config."
+        "The merger; its masks are as they were left. Raises what is wrong with the config, `RuntimeError` if a run needs another."
         wanted = narrow(self.panel.config, MergerConfig)
         key = {**dataclasses.asdict(wanted), "mask_init": None}
         with self.lock:
             if self._made_for != key:
-                self._merger = None  # its memory is free before the next is loaded
+                users = [session for session in self.sessions if session.trainer is not None]
+                if users:
+                    self.check_free()
+                for session in users:
+                    session.release()
+                self._merger = self._start = None
+                gc.collect()  # its memory is free before the next is loaded
                 self._merger, self._made_for = self.load(wanted), key
             return self._merger
+
+    def check_free(self):
+        "Raise `RuntimeError` while a session trains the merger."
+        for session in self.sessions:
+            if session.state in ACTIVE:
+                raise RuntimeError(f"the session that trains this merger is {session.state}: stop it, or wait for its end.")
+
+# %% ../nbs/34_widgets.ipynb #7e38675b
+@method_of(Bench)
+def start_from(self, run: str, masks: dict):  # its name, and its masks as from `merger.mask_state()`
+    "Let the next run start from these masks, which the merger has at once. Raises `ValueError` if they do not fit it."
+    with self.lock:
+        self.check_free()
+        self.merger.load_mask_state(masks)
+        self._start = run, self.merger.mask_state(), self.panel.values["mask_init"]
+
+
+@method_of(Bench)
+def start_at(self, mask_init: dict):
+    "Let the next run start from alphas, and say so in the panel."
+    self._start = None
+    self.panel.set("mask_init", mask_init)
+
+
+@method_of(Bench)
+def _follow(self, panel: ConfigPanel):
+    if self._start is not None and panel.values["mask_init"] != self._start[2]:
+        self._start = None
+
+
+@method_of(Bench)
+def ready(self) -> Merger:
+    "The merger with the masks that a run starts from."
+    with self.lock:
+        merger = self.merger
+        if self._start is None:
+            merger.init_masks(self.panel.config.mask_init)
+        else:
+            merger.load_mask_state(self._start[1])
+        return merger
 
 # %% ../nbs/34_widgets.ipynb #38cf05d4
 class Gate(TrainerCallback):
@@ -747,7 +798,7 @@ class Rest(TrainerCallback):
         self.session.saved = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self.session._tell()
 
-# %% ../nbs/34_widgets.ipynb #a2f86f41
+# %% ../nbs/34_widgets.ipynb #eba180f5
 STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")
 ACTIVE = ("preparing", "running", "paused")
 
@@ -761,10 +812,10 @@ class TrainingSession:
         export: Callable[[Merger], Path] | None = None,  # writes the merged checkpoint; None: <output_dir>/merged
         estimate: Callable[[MergerTrainer], float | None] | None = None,  # bytes that training should take
         checkpoint: Callable[[MergerTrainer], Path | None] | None = None,  # what to go on from; None: begin anew
-        lock=None,  # of a Bench; None: nobody else uses the merger
+        bench: Bench | None = None,  # of the merger; None: nobody else uses it
     ):
         self.make, self.export_to, self.estimate, self.checkpoint = make, export, estimate, checkpoint
-        self.lock = threading.RLock() if lock is None else lock
+        self.bench, self.lock = bench, threading.RLock() if bench is None else bench.lock
         self.listeners: list[Callable] = []  # called with the session after each change, from its thread
         self._go, self._save, self._halt, self._thread = *(threading.Event() for _ in range(3)), None
         self._reset()
@@ -774,6 +825,8 @@ class TrainingSession:
         self.error, self.trouble = None, ""  # the thread's exception, and its traceback
         self.estimated: float | None = None  # bytes
         self.trainer = self.history = self.stopper = None
+        self.masks: dict | None = None  # where the run ended
+        self.names, self._alphas = [], pd.DataFrame()
         self.durations: list[float] = []  # seconds of each step, pauses left out
         self.memory_before = memory_in_use()
         self._go.set()
@@ -786,7 +839,7 @@ class TrainingSession:
         return pd.DataFrame() if self.history is None else pd.DataFrame(list(self.history.rows))
 
     @property
-    def merger(self) -> Merger | None:
+    def merger(self) -> Merger | None:  # None: there was no start, or the bench has loaded another
         return None if self.trainer is None else self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     @property
@@ -799,12 +852,15 @@ class TrainingSession:
         "The session as widgets."
         return SessionView(self).box()
 
-# %% ../nbs/34_widgets.ipynb #2ae34536
+# %% ../nbs/34_widgets.ipynb #c0fc2eaf
 @method_of(TrainingSession)
 def start(self):
     "Begin. Returns at once; raises `RuntimeError` if the session is at work."
     if self.state in ACTIVE:
         raise RuntimeError(f"the session is {self.state}: stop it before a new start, or resume it.")
+    if self.bench is not None:
+        self.bench.check_free()
+        self.bench.sessions.add(self)
     self._reset()
     self._become("preparing")
     self._thread = threading.Thread(target=self._work, daemon=True, name="merge_lab training")
@@ -818,6 +874,7 @@ def _work(self):
     try:
         with self.lock:
             self.trainer, self.history, self.stopper = self.make((gate,))
+            self.names = list(self.merger.names)
         self.trainer.add_callback(Rest(self, gate))
         if self.estimate is not None:
             self.estimated = self.estimate(self.trainer)
@@ -826,6 +883,7 @@ def _work(self):
             self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             self.merger.eval()
             self.merger.save_pretrained(Path(self.trainer.args.output_dir) / "masks")
+            self.masks = self.merger.mask_state()
         gate.release()
         self._become("stopped" if self._halt.is_set() or self.stopper.requested.is_set() else "finished")
     except BaseException as error:  # noqa: BLE001 - kept, shown, and raised by join
@@ -879,7 +937,7 @@ def join(self, timeout: float | None = None) -> str:  # the state
         raise self.error
     return self.state
 
-# %% ../nbs/34_widgets.ipynb #33166b25
+# %% ../nbs/34_widgets.ipynb #68add7bd
 @method_of(TrainingSession)
 def _rest(self):
     "Wait while paused, saving if asked."
@@ -900,13 +958,47 @@ def _rest(self):
 def export(self) -> Path:
     "Write the merged checkpoint, which plain transformers loads."
     if self.merger is None:
-        raise RuntimeError("nothing to export: the session has not been started. Start it first.")
-    folder = Path(self.trainer.args.output_dir) / "merged" if self.export_to is None else None
-    with self.lock:
-        folder = self.export_to(self.merger) if folder is None else (self.merger.save_merged(folder), folder)[1]
+        why = "the session has not been started. Start it first." if self.history is None else "another merger has been loaded. Export the run."
+        raise RuntimeError(f"nothing to export: {why}")
+    with self.lock, self._own_masks() as merger:
+        folder = Path(self.trainer.args.output_dir) / "merged"
+        folder = (merger.save_merged(folder), folder)[1] if self.export_to is None else self.export_to(merger)
     self.exported = str(folder)
     self._tell()
     return folder
+
+
+@method_of(TrainingSession)
+@contextmanager
+def _own_masks(self):
+    "The merger with the masks that the run ended with, whatever was loaded into it since."
+    merger = self.merger
+    if self.masks is None:  # still at work, so nobody else may set them
+        yield merger
+        return
+    others = merger.mask_state()
+    try:
+        merger.load_mask_state(self.masks)
+        yield merger
+    finally:
+        merger.load_mask_state(others)
+
+
+@method_of(TrainingSession)
+def alphas(self) -> pd.DataFrame:
+    "Alphas of the run, as from `merger.alphas()`: where it stands, or where it ended."
+    with self.lock:
+        if self.merger is None:
+            return self._alphas
+        with self._own_masks() as merger:
+            return merger.alphas()
+
+
+@method_of(TrainingSession)
+def release(self):
+    "Let go of the merger, so that another can be loaded; curves and alphas stay."
+    self._alphas = self.alphas()
+    self.trainer = self.history.trainer = None
 
 # %% ../nbs/34_widgets.ipynb #5ec3aa7e
 ADJUSTABLE = {"losses": LOSSES, "penalties": {name: text for name, text in PENALTIES.items() if name != "angle_overlap"}}
@@ -1041,7 +1133,7 @@ def box(self):
     box.add_class("ml-session")
     return box
 
-# %% ../nbs/34_widgets.ipynb #bdfbbca1
+# %% ../nbs/34_widgets.ipynb #6241faf8
 @method_of(SessionView)
 def draw(self):
     "Bring the widgets up to date with the session."
@@ -1072,14 +1164,11 @@ def draw(self):
 def _draw_pictures(self):
     "Loss, trajectories, heatmap and memory."
     session, frame = self.session, self.session.frame
-    if frame.empty or session.merger is None:
+    if frame.empty:
         return
-    merger = session.merger
-    with session.lock:
-        alphas = merger.alphas()
-    self.heatmap.value = alpha_svg(alphas, merger.names)
-    self.loss.value = figure_to_png(loss_curves(frame, merger.names), dpi=110, colours=64)
-    self.alphas.value = figure_to_png(alpha_trajectories(frame, merger.names), dpi=110, colours=64)
+    self.heatmap.value = alpha_svg(session.alphas(), session.names)
+    self.loss.value = figure_to_png(loss_curves(frame, session.names), dpi=110, colours=64)
+    self.alphas.value = figure_to_png(alpha_trajectories(frame, session.names), dpi=110, colours=64)
     self.memory.value = memory_html(frame["memory_bytes"].iloc[-1], session.memory_before, session.estimated)
 
 # %% ../nbs/34_widgets.ipynb #5e51463a
@@ -1176,18 +1265,26 @@ class Dials:
                 parameters |= {part: self.values(shift) for part in FILTERS[kind]}
         return {"strategy": "blend", "selected_idx": self.component, "parameters": parameters}
 
-# %% ../nbs/34_widgets.ipynb #a566a72f
+# %% ../nbs/34_widgets.ipynb #9c93f99c
+@dataclasses.dataclass
+class Given:
+    "Masks that no dial set."
+
+    name: str  # of the run that left them
+    masks: dict
+
+
 @dataclasses.dataclass
 class Outcome:
     "What a merge by hand gave."
 
-    mask_init: dict
+    mask_init: dict | None  # None: masks that no dial set
     scores: pd.DataFrame  # columns model, task, loss
     answers: pd.DataFrame  # prompt, expected, one column per component, merged
     alphas: pd.DataFrame
     seconds: float
 
-# %% ../nbs/34_widgets.ipynb #527e303a
+# %% ../nbs/34_widgets.ipynb #f6ec8fac
 class MergeExplorer:
     "Merges and scores while dials move; the newest position wins."
 
@@ -1210,9 +1307,17 @@ class MergeExplorer:
         self.outcome, self.error = None, None  # of the newest merge
         self.worker = LatestWorker(self._work, rest=2.0)
         self._known = None  # the merger that the components' scores are of, and the scores
+        self.given: Given | None = None  # None: the dials lead
+
+    def show(self, name: str, masks: dict):
+        "Look at the masks of a run in place of the dials, until one is moved."
+        self.given = Given(name, masks)
+        self.worker.submit(self.given)
 
     def use(self):
         "Let training start from here."
+        if self.given is not None:
+            raise RuntimeError(f"what is shown are the masks of {self.given.name}, not the dials. Move a dial first.")
         if self.use_with is None:
             raise RuntimeError("the explorer was made without `use`, so it has nobody to hand its masks to.")
         self.use_with(self.dials.mask_init())
@@ -1221,7 +1326,7 @@ class MergeExplorer:
         "The explorer as widgets."
         return ExplorerView(self).box()
 
-# %% ../nbs/34_widgets.ipynb #8741018e
+# %% ../nbs/34_widgets.ipynb #c5d5cefc
 @method_of(MergeExplorer)
 def move(self, share: float | None = None, component: int | None = None, **shifts):  # shifts: attention=0.1, first_layers=..
     "Move dials; the merge follows in a thread. Raises `ValueError` for an unknown dial."
@@ -1236,21 +1341,23 @@ def move(self, share: float | None = None, component: int | None = None, **shift
     )
     if component not in (None, dials.component):
         self.visits = []  # another component's share is another axis
+    self.given = None
     for follower in list(self.followers):
         follower(self.dials)
     self.worker.submit(self.dials)
 
 
 @method_of(MergeExplorer)
-def evaluate(self, mask_init: dict) -> Outcome:
+def evaluate(self, mask_init: dict | None, masks: dict | None = None) -> Outcome:  # one of the two
     "Merge, score and answer; the merger's masks are as before afterwards."
     with self.lock:
         merger, started = self.merger(), time.perf_counter()
-        check_mask_init(mask_init, merger.n_components)
+        if masks is None:
+            check_mask_init(mask_init, merger.n_components)
         references = self._components(merger)
         before = merger.mask_state()
         try:
-            merger.init_masks(mask_init)
+            merger.init_masks(mask_init) if masks is None else merger.load_mask_state(masks)
             scores, answers, alphas = self._score(merger, "merged"), self._answer(merger), merger.alphas()
         finally:
             merger.load_mask_state(before)
@@ -1260,7 +1367,7 @@ def evaluate(self, mask_init: dict) -> Outcome:
     })
     return Outcome(mask_init, pd.concat([*references["scores"], scores]), table, alphas, time.perf_counter() - started)
 
-# %% ../nbs/34_widgets.ipynb #16c6d94f
+# %% ../nbs/34_widgets.ipynb #5a195376
 @method_of(MergeExplorer)
 def _score(self, merger: Merger, model: str) -> pd.DataFrame:
     scores = evaluate_tasks(merger, self.tokenizer, self.tasks, metrics=["loss"], progress=False).reset_index()
@@ -1275,8 +1382,8 @@ def _answer(self, merger: Merger) -> list[str]:
 @method_of(MergeExplorer)
 def _components(self, merger: Merger) -> dict:
     "Scores and answers of the components, which no dial changes."
-    if self._known is None or self._known["merger"] is not merger:
-        known = {"merger": merger, "scores": [], "answers": {}}
+    if self._known is None or self._known["merger"]() is not merger:
+        known = {"merger": weakref.ref(merger), "names": list(merger.names), "scores": [], "answers": {}}
         for i, name in enumerate(merger.names):
             with merger.as_component(i):
                 known["scores"].append(self._score(merger, name))
@@ -1286,13 +1393,16 @@ def _components(self, merger: Merger) -> dict:
 
 
 @method_of(MergeExplorer)
-def _work(self, dials: Dials):
+def _work(self, wanted: Dials | Given):
+    by_hand = isinstance(wanted, Dials)
     try:
-        self.outcome, self.error = self.evaluate(dials.mask_init()), None
+        self.outcome = self.evaluate(wanted.mask_init()) if by_hand else self.evaluate(None, wanted.masks)
+        self.error = None
     except Exception as error:  # noqa: BLE001 - shown by the view
-        self.error = error
+        self.error = error.with_traceback(None)  # whose frames would keep the merger
     else:
-        self._remember(dials)
+        if by_hand:
+            self._remember(wanted)
     for listener in list(self.listeners):
         listener(self)
 
@@ -1400,7 +1510,7 @@ class ExplorerView:
         explorer.followers.append(self.follow)
         explorer.move()
 
-# %% ../nbs/34_widgets.ipynb #d9c928a3
+# %% ../nbs/34_widgets.ipynb #362b760a
 @method_of(ExplorerView)
 def follow(self, dials: Dials):
     "Stand where the dials stand, whoever moved them."
@@ -1429,15 +1539,16 @@ def draw_explorer(self):
         error = self.explorer.error
         self.status.value = block(f"✗ {type(error).__name__}: {error}", "trouble")
         return
-    outcome, names = self.explorer.outcome, self.explorer._known["merger"].names
+    outcome, names = self.explorer.outcome, self.explorer._known["names"]
     if [name for name, _ in self.component.options] != list(names):
         self._quiet = True  # new options choose the first by themselves
         self.component.options = [(name, i) for i, name in enumerate(names)]
         self.component.value = min(self.explorer.dials.component, len(names) - 1)
         self._quiet = False
-    self.status.value = block(f"merge {self.explorer.worker.runs + 1}: {outcome.seconds:.1f} s", "line")
+    whose = f", masks of {self.explorer.given.name}" if outcome.mask_init is None and self.explorer.given else ""
+    self.status.value = block(f"merge {self.explorer.worker.runs + 1}: {outcome.seconds:.1f} s{whose}", "line")
     self.scores.value = scores_html(outcome.scores)
-    self.path.value = path_svg(self.explorer.visits)
+    self.path.value = path_svg(self.explorer.visits) if self.explorer.visits else ""
     self.heatmap.value = alpha_svg(outcome.alphas, names, least_span=1.0)
     self.answers.value = answers_html(outcome.answers)
 

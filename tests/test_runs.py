@@ -26,7 +26,7 @@ from merge_lab.runs import (
 from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, router
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.viz import layer_grid
-from merge_lab.widgets import controls_of
+from merge_lab.widgets import Bench, ConfigPanel, controls_of
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
 
@@ -262,8 +262,9 @@ def test_what_cannot_be_exported_says_why(browser):
 
 
 def test_masks_are_loaded_where_they_mean_the_same(browser, saved):
-    merger = Merger.from_config(MergerConfig(MODELS, "vector_output", dtype="float32"))
-    loader = RunBrowser(browser.folder, lambda: merger)
+    config = MergerConfig(MODELS, "vector_output", dtype="float32")
+    bench = Bench(ConfigPanel(config))
+    loader, merger = RunBrowser(browser.folder, bench), bench.merger
     loader.load("mask-merge")
     own = saved("mask-merge").mask_state()
     assert all(

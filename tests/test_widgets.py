@@ -6,6 +6,7 @@ import math
 import shlex
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +25,7 @@ from merge_lab.systems.mask_merge import (
     make_trainer,
     prepare,
 )
-from merge_lab.runs import CommandRun, CommandRunView, RunBrowser
+from merge_lab.runs import BrowserView, CommandRun, CommandRunView, RunBrowser
 from merge_lab.tasks import load_task
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 from merge_lab.widgets import (
@@ -388,12 +389,10 @@ def bench_of(panel, loaded):
 
 def session_of(panel, bench, **options):
     def make(callbacks):
-        merger = bench.merger
         ready = prepare(panel.config)
-        merger.init_masks(panel.config.mask_init)
-        return make_trainer(merger, ready, callbacks, progress=False)
+        return make_trainer(bench.ready(), ready, callbacks, progress=False)
 
-    return TrainingSession(make, lock=bench.lock, **options)
+    return TrainingSession(make, bench=bench, **options)
 
 
 def pause_at(session, step):
@@ -544,11 +543,11 @@ def lab(loaded):
     panel = ConfigPanel(small_config())
     merger.init_masks(panel.config.mask_init)
     bench = bench_of(panel, loaded)
-    use = lambda mask_init: panel.set("mask_init", mask_init)
     explorer = MergeExplorer(
-        lambda: bench.merger, tokenizer, tests, 1, 4, use, bench.lock
+        lambda: bench.merger, tokenizer, tests, 1, 4, bench.start_at, bench.lock
     )
-    return panel, bench, explorer
+    yield panel, bench, explorer
+    assert explorer.worker.wait()  # the merger is the next test's too
 
 
 def test_ends_of_the_share_are_the_components_and_masks_are_put_back(lab):
@@ -674,7 +673,7 @@ def test_runs_are_listed_compared_loaded_and_exported(lab):
     session.start()
     session.join(60)
     masks = bench.merger.mask_state()
-    browser = RunBrowser("runs", lambda: bench.merger, bench.lock)
+    browser = RunBrowser("runs", bench)
     table = browser.table()
     assert list(table.index) == ["a"] and table.loc["a", "steps"] == 1
     bench.merger.init_masks({"strategy": "random"})
@@ -688,6 +687,124 @@ def test_runs_are_listed_compared_loaded_and_exported(lab):
     assert titles[:2] == ["a: rewrite", "a: summarize"]
     with pytest.raises(ValueError, match="'a'"):
         browser.compare("b")
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(mask, expected[name]) for name, mask in found.items()
+    )
+
+
+@pytest.fixture
+def other(lab):
+    "A run of the past with masks of its own, and the browser that lists it."
+    _, bench, explorer = lab
+    bench.merger.init_masks({"strategy": "uniform", "factors": [0.2, 0.8]})
+    bench.merger.save_pretrained("runs/other/masks")
+    Path("runs/other/config.yaml").write_text("dataset_configs: {}\n")
+    masks = bench.merger.mask_state()
+    bench.merger.init_masks({"strategy": "uniform"})
+    return masks, RunBrowser("runs", bench, explorer.show)
+
+
+def test_no_masks_are_loaded_under_a_running_session(lab, other):
+    panel, bench, _ = lab
+    session, browser = session_of(panel, bench), other[1]
+    pause_at(session, 1)
+    session.start()
+    until(lambda: session.state == "paused")
+    before = bench.merger.mask_state()
+    view = BrowserView(browser)
+    view.choice.value = ("other",)
+    view.buttons["Load masks"].click()
+    assert view.worker.wait() and "is paused: stop it" in view.status.value
+    with pytest.raises(RuntimeError, match="is paused"):
+        session_of(panel, bench).start()
+    panel.set("mode", "scalar")
+    with pytest.raises(RuntimeError, match="is paused"):
+        bench.merger  # noqa: B018
+    panel.set("mode", "vector_output")
+    assert same(bench.merger.mask_state(), before)
+    session.stop()
+    assert session.join(60) == "stopped"
+    view.buttons["Load masks"].click()
+    assert view.worker.wait() and "until mask_init is changed" in view.status.value
+    assert same(bench.merger.mask_state(), other[0])
+
+
+def test_an_export_has_the_sessions_own_masks_whatever_was_loaded(lab, other):
+    from safetensors.torch import load_file
+
+    panel, bench, _ = lab
+    panel.set("max_steps", 1)
+    session = session_of(panel, bench)
+    session.start()
+    assert session.join(60) == "finished"
+    own, alphas = bench.merger.merged_state_dict(), session.alphas()
+    other[1].load("other")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(bench.merger.merged_state_dict()[name], own[name])
+    written = load_file(session.export() / "model.safetensors")
+    assert torch.equal(written[name], own[name])
+    assert session.alphas().equals(alphas)
+    assert same(bench.merger.mask_state(), other[0])  # what was loaded is loaded still
+
+
+def test_a_run_starts_from_loaded_masks_until_mask_init_is_changed(lab, other):
+    panel, bench, explorer = lab
+    panel.set("max_steps", 1)
+    view = ExplorerView(explorer)
+    assert explorer.worker.wait()
+    other[1].load("other")
+    assert explorer.worker.wait() and "masks of other" in view.status.value
+    shown = explorer.outcome.alphas.query("component == 1")["mean"]
+    assert shown.tolist() == pytest.approx([0.8] * len(shown), abs=1e-3)
+    with pytest.raises(RuntimeError, match="Move a dial"):
+        explorer.use()
+    starts, session = [], session_of(panel, bench)
+
+    def make(callbacks, make=session.make):
+        result = make(callbacks)
+        starts.append(bench.merger.mask_state())
+        return result
+
+    session.make = make
+    session.start()
+    assert session.join(60) == "finished" and same(starts[0], other[0])
+    panel.set("mask_init", {"strategy": "uniform", "factors": [0.4, 0.6]})
+    means = bench.ready().alphas().groupby("component")["mean"].mean()
+    assert means.tolist() == pytest.approx([0.4, 0.6], abs=1e-3)
+    other[1].load("other")
+    bench.start_at(dict(panel.values["mask_init"]))  # the same alphas, but a hand's
+    means = bench.ready().alphas().groupby("component")["mean"].mean()
+    assert means.tolist() == pytest.approx([0.4, 0.6], abs=1e-3)
+
+
+def test_another_merger_takes_the_place_of_the_first(lab):
+    panel, _, explorer = lab
+    panel.set("max_steps", 1)
+    bench, first = Bench(panel), None
+    explorer.merger = lambda: bench.merger
+    session = session_of(panel, bench)
+    view = SessionView(session)
+    session.start()
+    assert session.join(60) == "finished"
+    explorer.move(share=0.5)
+    assert explorer.worker.wait() and explorer.error is None
+    assert view.painter.wait()
+    first, alphas = weakref.ref(bench.merger), session.alphas()
+    freed = []
+    load = bench.load
+    bench.load = lambda config: (freed.append(first() is None), load(config))[1]
+    panel.set("mode", "scalar")
+    explorer.move(share=0.25)
+    assert explorer.worker.wait() and explorer.error is None
+    assert freed == [True]  # before the second was loaded
+    assert session.alphas().equals(alphas) and len(session.frame) == 1
+    with pytest.raises(RuntimeError, match="another merger has been loaded"):
+        session.export()
+    view.draw()
+    assert "<svg" in view.heatmap.value
 
 
 def test_threads_end_after_work():
