@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'OTHER', 'MODULE_ORDER', 'CURVES', 'DASHES', 'HEAR', 'RUN_COMMAND', 'System', 'find_object', 'read_config',
-           'Run', 'find_runs', 'read_alphas', 'read_pair_alphas', 'compare_alphas', 'columns_of', 'draw_curve',
-           'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView', 'terminal_lines', 'share_done',
-           'CommandRun', 'CommandRunView']
+           'Run', 'find_runs', 'read_alphas', 'read_pair_alphas', 'compare_alphas', 'columns_of', 'shared_name',
+           'draw_curve', 'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView', 'terminal_lines',
+           'share_done', 'CommandRun', 'CommandRunView']
 
-# %% ../nbs/36_runs.ipynb #439d3206
+# %% ../nbs/36_runs.ipynb #7eff9595
+import atexit
 import dataclasses
 import html
 import importlib
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -246,7 +248,7 @@ def compare_alphas(
     add_colour_bar(figure, image, axes, "mean alpha")
     return figure
 
-# %% ../nbs/36_runs.ipynb #203f12cc
+# %% ../nbs/36_runs.ipynb #81bca120
 CURVES = {"loss": "loss, of each run's own objective", "alpha_mean_": "mean alpha (no unit)", "average_bits": "average bits per weight",
           "mean_token_accuracy": "tokens right (share)"}
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (5, 2, 1, 2))]
@@ -259,7 +261,13 @@ def columns_of(history: pd.DataFrame, curve: str) -> dict[int, str]:  # a key of
     return {0: curve} if curve in history and history[curve].notna().any() else {}
 
 
-def draw_curve(axis, histories: dict[str, pd.DataFrame], curve: str):
+def shared_name(component: int, names: dict[str, Sequence[str]]) -> str:  # run -> its components
+    "What every run calls a component, else its number."
+    found = {own[component] for own in names.values() if component < len(own)}
+    return found.pop() if len(found) == 1 else f"component {component}"
+
+
+def draw_curve(axis, histories: dict[str, pd.DataFrame], curve: str, names: dict[str, Sequence[str]]):
     "One panel: a colour per run, a dash per component."
     several = {}
     for i, (run, history) in enumerate(histories.items()):
@@ -270,7 +278,7 @@ def draw_curve(axis, histories: dict[str, pd.DataFrame], curve: str):
             axis.plot(line["step"], smooth, linewidth=1.9, label=run if component == 0 else None, **style)
             several[component] = DASHES[component % 4]
     for component, dash in several.items() if len(several) > 1 else ():
-        axis.plot([], [], color="#59636e", linestyle=dash, label=f"component {component}")
+        axis.plot([], [], color="#59636e", linestyle=dash, label=shared_name(component, names))
     low, high = axis.get_ylim()
     axis.set(xlabel="optimizer step", ylabel=CURVES[curve], ylim=(low, high + 0.08 * (2 + len(several)) * (high - low)))  # room for the legend
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -279,6 +287,7 @@ def draw_curve(axis, histories: dict[str, pd.DataFrame], curve: str):
 
 def compare_runs(
     histories: dict[str, pd.DataFrame],  # run -> history, as from `Run.history`
+    names: dict[str, Sequence[str]] | None = None,  # run -> its components
 ) -> Figure:
     "Curves of several runs. Raises `ValueError` if none of them has any."
     histories = {run: history for run, history in histories.items() if len(history)}
@@ -288,7 +297,7 @@ def compare_runs(
     rows, columns = math.ceil(len(shown) / 2), min(len(shown), 2)
     figure, axes = new_figure("How did the runs go? Every curve of a run has its colour", rows, columns, (10.4, 0.4 + 3.2 * rows))
     for axis, curve in zip(axes.flat, shown):
-        draw_curve(axis, histories, curve)
+        draw_curve(axis, histories, curve, {run: own for run, own in (names or {}).items() if run in histories})
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     return figure
@@ -306,7 +315,7 @@ def check_fit(run: Run, merger: Merger):
     if (names := run.names())[: merger.n_components] != list(merger.names):
         raise ValueError(f"{run.folder} merges {', '.join(names)}; the merger has {', '.join(merger.names)}. Set its model_paths first.")
 
-# %% ../nbs/36_runs.ipynb #4baafee4
+# %% ../nbs/36_runs.ipynb #1e12ff9b
 class RunBrowser:
     "Runs in a folder: compare them, start from their masks, export them."
 
@@ -327,7 +336,8 @@ class RunBrowser:
 
     def compare(self, *runs: str) -> Figure:
         "Curves of these runs."
-        return compare_runs({name: self.run(name).history() for name in runs})
+        found = {name: self.run(name) for name in runs}
+        return compare_runs({n: r.history() for n, r in found.items()}, {n: r.names() for n, r in found.items() if r.has_alphas})
 
     def compare_alphas(self, *runs: str) -> Figure | None:  # None: none of them has alphas
         "Maps of these runs' alphas."
@@ -372,7 +382,7 @@ def frame_html(frame: pd.DataFrame) -> str:
     body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in frame.astype(object).itertuples(index=False))
     return f'<table class="ml-table"><tr>{head}</tr>{body}</table>'
 
-# %% ../nbs/36_runs.ipynb #9438c1c5
+# %% ../nbs/36_runs.ipynb #e4c85b61
 class BrowserView:
     "Widgets that mirror a run browser."
 
@@ -385,12 +395,12 @@ class BrowserView:
         self.picture, self.maps = (w.Image(format="png", width=1040, layout=w.Layout(display="none")) for _ in range(2))
         self.maps.add_class("ml-maps")
         self.status.add_class("ml-browser-status")
-        self.worker = LatestWorker(self._do, settle=0)
+        self.worker, self.asked = LatestWorker(self._do_all, settle=0), deque()  # requests that wait for their turn
         actions = {"Refresh": "refresh", "Compare": "line-chart", "Load masks": "upload", "Export": "download"}
         self.buttons = {}
         for name, icon in actions.items():
             self.buttons[name] = w.Button(description=name, icon=icon, layout=w.Layout(width="120px"))
-            self.buttons[name].on_click(lambda _, name=name: self.worker.submit((name, self.choice.value)))
+            self.buttons[name].on_click(lambda _, name=name: self._ask(name))
         self.refresh()
 
     def refresh(self):
@@ -399,16 +409,40 @@ class BrowserView:
         chosen = [run for run in self.choice.value if run in table.index]
         self.choice.options = list(table.index)
         self.choice.value = chosen or list(table.index[:1])
+        table = table.rename(columns={"wanted": "steps asked for"})
         self.table.value = frame_html(table) if len(table) else block(f"no runs in {self.browser.folder} yet", "line")
 
-# %% ../nbs/36_runs.ipynb #1c4e5e9c
+# %% ../nbs/36_runs.ipynb #9d13d87c
 @method_of(BrowserView)
-def _do(self, request: tuple):
+def _ask(self, name: str):
+    "Queue a button's request; the buttons rest until it is done, and a click on its way meanwhile is not lost."
+    self._rest(True)
+    self.status.value = block(f"{name}: working …", "line")
+    self.asked.append((name, self.choice.value))
+    self.worker.submit()
+
+
+@method_of(BrowserView)
+def _do_all(self, _):
+    while self.asked:
+        self._do(*self.asked.popleft())
+    self._rest(False)
+
+
+@method_of(BrowserView)
+def _rest(self, resting: bool):
+    for button in self.buttons.values():
+        button.disabled = resting
+
+
+@method_of(BrowserView)
+def _do(self, name: str, runs: tuple[str, ...]):
     "Carry out a button's request, and say what came of it."
-    name, runs = request
     try:
         if name != "Refresh" and not runs:
             raise ValueError("choose a run first.")
+        if name in ("Load masks", "Export") and len(runs) > 1:
+            raise ValueError(f"{len(runs)} runs are chosen: choose one run.")
         said = "✓ read again"
         if name == "Compare":
             for image, figure in ((self.picture, self.browser.compare(*runs)), (self.maps, self.browser.compare_alphas(*runs))):
@@ -481,7 +515,7 @@ class CommandRun:
         "The run as widgets."
         return CommandRunView(self).box()
 
-# %% ../nbs/36_runs.ipynb #2b51a0c7
+# %% ../nbs/36_runs.ipynb #a04c0656
 @method_of(CommandRun, "start")
 def start_command(self):
     "Begin. Raises `RuntimeError` if it runs already, `ValueError` for what is wrong with the config."
@@ -496,6 +530,7 @@ def start_command(self):
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     self.output, self.state, self._stopped = "", "running", False
     self.process = subprocess.Popen(words, env=environment, start_new_session=True, **pipe)
+    atexit.register(self.process.terminate)  # it is of a session of its own, so it would outlive the kernel
     self._thread = threading.Thread(target=self._read, args=(file.name,), daemon=True, name="merge_lab run")
     self._thread.start()
 
@@ -508,8 +543,9 @@ def _read(self, config_file: str):
         for listener in list(self.listeners):
             listener(self)
     failed = self.process.wait() != 0
+    atexit.unregister(self.process.terminate)
     Path(config_file).unlink()
-    self.state = "stopped" if self._stopped else "failed" if failed else "finished"
+    self.state = "finished" if not failed else "stopped" if self._stopped else "failed"
     for listener in list(self.listeners):
         listener(self)
 

@@ -4,8 +4,10 @@ import functools
 import importlib
 import json
 import os
+import threading
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -288,9 +290,45 @@ def test_buttons_work_for_every_system(browser):
     view.buttons["Compare"].click()
     assert view.worker.wait() and "without alphas: lora, router" in view.status.value
     assert view.picture.value[:4] == view.maps.value[:4] == b"\x89PNG"
+    assert "<th>steps asked for</th>" in view.table.value
+    for button in ("Load masks", "Export"):
+        view.buttons[button].click()
+        assert view.worker.wait() and "choose one run" in view.status.value
     view.choice.value = ("router",)
     view.buttons["Export"].click()
     assert view.worker.wait() and "no plain checkpoint" in view.status.value
+
+
+def test_no_click_is_lost_while_a_button_works(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.yaml").write_text("n_pairs: 1\n")
+    browser, go, done = RunBrowser(tmp_path), threading.Event(), []
+
+    def slow(name):
+        assert go.wait(20)
+        done.append(name)
+        return name
+
+    browser.export = browser.load = slow
+    view = BrowserView(browser)
+    for name in ("Export", "Load masks", "Export"):
+        view.buttons[name].click()  # as if all were on their way at once
+    assert all(button.disabled for button in view.buttons.values())
+    assert "working" in view.status.value and not done
+    go.set()
+    assert view.worker.wait() and done == ["a"] * 3
+    assert not any(button.disabled for button in view.buttons.values())
+    assert "exported to a" in view.status.value
+
+
+def test_the_legend_names_components_that_runs_share():
+    history = pd.DataFrame(
+        {"step": [1], "loss": [1.0], "alpha_mean_0": [0.5], "alpha_mean_1": [0.5]}
+    )
+    names = {"first": ["base", "poet"], "second": ["base", "lawyer"]}
+    axis = compare_runs(dict.fromkeys(names, history), names).axes[1]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["first", "second", "base", "component 1"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])

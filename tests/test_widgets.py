@@ -27,7 +27,7 @@ from merge_lab.systems.mask_merge import (
 )
 from merge_lab.runs import BrowserView, CommandRun, CommandRunView, RunBrowser
 from merge_lab.tasks import load_task
-from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.widgets import (
     Bench,
     ConfigPanel,
@@ -177,6 +177,32 @@ def test_errors_stand_at_their_fields_and_go_when_mended():
     steps.children[0].children[1].value = "10"
     assert not panel.errors and panel.config.max_steps == 10
     assert paths.children[1].value and "ml-error" not in paths.children[1].value
+
+
+def test_a_name_of_the_hub_is_not_looked_up_while_it_is_typed(monkeypatch, tmp_path):
+    def look_up(*args, **kwargs):
+        raise AssertionError("looked up")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", look_up)
+    panel = ConfigPanel(small_config())
+    paths = field_of(panel.view(), "model_paths")
+    good = panel.values["model_paths"][1]
+    for name in ("g", "gpt2", "some-lab/a", "some-lab/model-1.5"):
+        paths.children[0].children[1].value = f"{name}\n{good}"
+        assert not panel.errors
+        assert f">? {name}: not checked" in paths.children[1].value
+    panel.set("dataset_configs", {"some-lab/data": 8})
+    note = field_of(panel.view(), "dataset_configs").children[1].value
+    assert ">? some-lab/data: not checked" in note
+    (tmp_path / "experts").mkdir()
+    for wrong in ("experts/nobody", "./g", "../some/where", "some-lab/"):
+        panel.set("model_paths", [wrong, good])
+        assert f"{wrong}: no such folder" in panel.errors["model_paths"]
+        assert "✗" in paths.children[1].value
+    panel.set("dataset_configs", {"experts/rows": 8})
+    assert "no such folder" in panel.errors["dataset_configs"]
+    panel.set("dataset_configs", {"rows.jsonl": 8})
+    assert "no such folder" in panel.errors["dataset_configs"]
 
 
 def test_an_error_is_put_to_the_field_it_names():
@@ -663,7 +689,8 @@ def test_text_of_models_cannot_break_the_page():
         {"prompt": ["<b>"], "expected": ["x"], "merged": ["<script>alert(1)</script>"]}
     )
     assert "<script>" not in answers_html(answers)
-    assert "12 MiB" in memory_html(20 * 2**20, 8 * 2**20, 30 * 2**20)
+    shown = memory_html(12 * 2**20, 30 * 2**20, 90 * 2**20)
+    assert all(f"{size} MiB" in shown for size in (12, 30, 90))
 
 
 def test_runs_are_listed_compared_loaded_and_exported(lab):
@@ -807,13 +834,61 @@ def test_another_merger_takes_the_place_of_the_first(lab):
     assert "<svg" in view.heatmap.value
 
 
-def test_threads_end_after_work():
-    worker = LatestWorker(lambda value: None, settle=0)
+def test_a_worker_without_work_ends_its_thread_and_begins_another():
+    seen = []
+    worker = LatestWorker(seen.append, settle=0, idle=0.05)
     worker.submit(1)
-    assert worker.wait(5)
-    assert all(
-        t.daemon for t in threading.enumerate() if t.name.startswith("merge_lab")
-    )
+    thread = worker._thread
+    thread.join(5)
+    assert not thread.is_alive() and worker._thread is None and seen == [1]
+    worker.submit(2)
+    assert worker.wait(5) and seen == [1, 2]
+
+
+def test_memory_used_has_the_components_in_it_at_every_start(tmp_path):
+    tokenizer = load_tokenizer(small_config().model_paths[0])
+    size = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    models = tiny_experts("llama", 2, vocab_size=len(tokenizer), **size)
+    paths = [str(tmp_path / f"expert-{i}") for i in range(2)]
+    held = 0
+    for model, path in zip(models, paths):
+        held += sum(tensor.nbytes for tensor in model.parameters())
+        save_tiny(model, path, tokenizer)
+    assert held > 80 * 2**20
+    options = dict(max_steps=1, model_paths=paths, base_model="", dtype="float32")
+    panel = ConfigPanel(small_config(**options))
+    session, used = session_of(panel, Bench(panel)), []
+    for _ in range(2):
+        session.start()
+        assert session.join(60) == "finished"
+        used.append(session.memory_used)
+    assert held < min(used) and max(used) < 2.5 * held
+    assert used[1] == pytest.approx(used[0], rel=0.25)
+    view = SessionView(session)
+    assert f"{used[1] / 2**20:,.0f} MiB" in view.memory.value
+
+
+def test_an_export_that_fails_is_shown_until_the_next_start(loaded):
+    panel, wait = ConfigPanel(small_config(max_steps=1)), threading.Event()
+
+    def export(merger):
+        assert wait.wait(20)
+        raise OSError("<no> room on the disk")
+
+    session = session_of(panel, bench_of(panel, loaded), export=export)
+    view = SessionView(session)
+    session.start()
+    assert session.join(60) == "finished" and view.painter.wait()
+    button = view.buttons["export"]
+    assert not button.disabled
+    button.click()
+    until(lambda: button.disabled and "exporting" in view.line.value)
+    wait.set()
+    assert view.exporter.wait() and view.painter.wait()
+    assert "&lt;no&gt; room" in view.trouble.value and not button.disabled
+    view.buttons["start"].click()
+    assert session.join(60) == "finished" and view.painter.wait()
+    assert view.trouble.value == ""
 
 
 # --- runs of commands -----------------------------------------------------------------
@@ -848,6 +923,34 @@ def test_a_command_shows_its_progress_and_leaves_a_checkpoint_when_stopped():
         steps < 5000
         and (run.folder / f"checkpoint-{steps}/trainer_state.json").exists()
     )
+
+
+IGNORING = "import signal, time; signal.signal(2, lambda *_: done.append(1)); done = []; print('up')"
+ENDINGS = {  # what the process does after it was told to stop, and what has become of it
+    "finished": f"{IGNORING}\nwhile not done: time.sleep(0.01)",
+    "stopped": f"{IGNORING}\nwhile not done: time.sleep(0.01)\nraise SystemExit(130)",
+}
+
+
+@pytest.mark.parametrize("state", ENDINGS)
+def test_a_stopped_command_says_how_it_ended(monkeypatch, state):
+    monkeypatch.setattr("merge_lab.runs.RUN_COMMAND", ENDINGS[state])
+    run = CommandRun(ConfigPanel(small_config()))
+    run.start()
+    until(lambda: run.lines)
+    run.stop()
+    assert run.join(20) == state
+
+
+def test_a_command_does_not_outlive_its_kernel(monkeypatch):
+    ends = []
+    monkeypatch.setattr("atexit.register", ends.append)
+    monkeypatch.setattr("merge_lab.runs.RUN_COMMAND", "import time; time.sleep(600)")
+    run = CommandRun(ConfigPanel(small_config()))
+    run.start()
+    assert run.process.poll() is None and len(ends) == 1
+    ends[0]()  # as at the end of the interpreter
+    assert run.join(20) == "failed" and run.process.poll() is not None
 
 
 def test_a_wrong_config_starts_no_command():
