@@ -248,7 +248,7 @@ def compare_alphas(
     add_colour_bar(figure, image, axes, "mean alpha")
     return figure
 
-# %% ../nbs/36_runs.ipynb #81bca120
+# %% ../nbs/36_runs.ipynb #b278ea89
 CURVES = {"loss": "loss, of each run's own objective", "alpha_mean_": "mean alpha (no unit)", "average_bits": "average bits per weight",
           "mean_token_accuracy": "tokens right (share)"}
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (5, 2, 1, 2))]
@@ -279,8 +279,8 @@ def draw_curve(axis, histories: dict[str, pd.DataFrame], curve: str, names: dict
             several[component] = DASHES[component % 4]
     for component, dash in several.items() if len(several) > 1 else ():
         axis.plot([], [], color="#59636e", linestyle=dash, label=shared_name(component, names))
-    low, high = axis.get_ylim()
-    axis.set(xlabel="optimizer step", ylabel=CURVES[curve], ylim=(low, high + 0.08 * (2 + len(several)) * (high - low)))  # room for the legend
+    (low, high), entries = axis.get_ylim(), len(axis.get_legend_handles_labels()[1])
+    axis.set(xlabel="optimizer step", ylabel=CURVES[curve], ylim=(low, high + 0.11 * entries * (high - low)))  # room for the legend
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(axis)
 

@@ -1122,7 +1122,7 @@ def memory_html(used: float, estimate: float | None, process: float) -> str:  # 
     )
     return f'<table class="ml-table">{cells}<tr><td>this process in all</td><td>{process / 2**20:,.0f} MiB</td></tr></table>'
 
-# %% ../nbs/34_widgets.ipynb #fa56d079
+# %% ../nbs/34_widgets.ipynb #c92a9f2b
 class SessionView:
     "Widgets that mirror a training session."
 
@@ -1143,8 +1143,8 @@ class SessionView:
         self.state, self.line, self.trouble, self.memory, self.heatmap = (w.HTML() for _ in range(5))
         self.bar = w.IntProgress(layout=w.Layout(width="100%", height="10px", margin="4px 0"))
         self.loss, self.alphas = (w.Image(format="png", width=520, layout=w.Layout(min_height="20px")) for _ in range(2))
-        self.loss.add_class("ml-loss")
-        self.line.add_class("ml-progress")
+        for widget, name in ((self.loss, "loss"), (self.alphas, "trajectories"), (self.heatmap, "heatmap"), (self.line, "progress")):
+            widget.add_class(f"ml-{name}")
         self.dials = AdjustDials(session)
         self.painter = LatestWorker(lambda _: self.draw(), settle=0.1, longest=0.3)
         session.listeners.append(lambda _: self.painter.submit())
@@ -1546,7 +1546,7 @@ def answers_html(answers: pd.DataFrame) -> str:
         body += f"<tr>{cells}</tr>"
     return f'<table class="ml-table">{"<tr>" + head + "</tr>"}{body}</table>'
 
-# %% ../nbs/34_widgets.ipynb #a3ede946
+# %% ../nbs/34_widgets.ipynb #46b58694
 class ExplorerView:
     "Widgets that mirror an explorer."
 
@@ -1568,6 +1568,7 @@ class ExplorerView:
         self.share.observe(lambda change: self._quiet or explorer.move(share=change["new"]), "value")
         self.component.observe(lambda change: self._quiet or explorer.move(component=change["new"]), "value")
         for name, dial in self.shifts.items():
+            dial.add_class(f"ml-shift-{name.replace(' ', '-')}")
             dial.observe(lambda change, name=name: self._quiet or explorer.move(**{name: change["new"]}), "value")
         self.reset = w.Button(description="Shifts to zero", icon="undo", layout=w.Layout(width="150px"))
         self.use = w.Button(description="Set as initial masks", icon="arrow-right", button_style="primary", layout=w.Layout(width="180px"))
@@ -1575,6 +1576,7 @@ class ExplorerView:
         self.use.on_click(self._use)
         self.status, self.scores, self.path, self.heatmap, self.answers = (w.HTML() for _ in range(5))
         self.status.add_class("ml-status")
+        self.answers.add_class("ml-answers")
         explorer.listeners.append(lambda _: self.draw())
         explorer.followers.append(self.follow)
         explorer.move()

@@ -275,12 +275,14 @@ def merges(page) -> int:
 
 
 def wait_for_merge_of(page, component: int):
-    "Wait until the merged model scores as a component does."
+    "Wait until the merged model scores and answers as a component does."
     page.wait_for_function(
         """component => {
           const rows = [...document.querySelectorAll('.ml-scores tr')].slice(1);
           const scores = rows.map(row => [...row.cells].slice(1).map(cell => cell.innerText).join());
-          return scores.at(-1) === scores[component];
+          const answers = [...document.querySelectorAll('.ml-answers tr')].slice(1);
+          const own = answers.every(row => row.cells[4].innerText === row.cells[2 + component].innerText);
+          return scores.at(-1) === scores[component] && answers.length && own;
         }""",
         arg=component,
         polling=50,
@@ -306,6 +308,25 @@ def test_forty_positions_make_few_merges_and_end_on_the_last(page, pause):
     wait_text(page, ".ml-share .widget-readout", "text.trim() === '1.00'")
     wait_for_merge_of(page, 1)  # a share of one is the second component
     assert 1 <= merges(page) - before <= 15
+
+
+def test_training_starts_from_the_dials_when_they_are_set(page):
+    page.locator(".ml-share .noUi-handle").focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    page.locator(".ml-shift-attention .noUi-handle").focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    wait_text(page, ".ml-share .widget-readout", "text.trim() === '0.50'")
+    wait_text(page, ".ml-shift-attention .widget-readout", "text.trim() === '+0.10'")
+    settle(page)
+    press(page, ".ml-explorer", "Set as initial masks")
+    wait_text(page, ".ml-face", "/default: 0.5\\b[^]*attn: 0.6\\b/.test(text)")
+    wait_text(page, STATUS, "text.includes('training will start')")
+    press(page, ".ml-explorer", "Shifts to zero")
+    wait_text(page, ".ml-shift-attention .widget-readout", "text.trim() === '+0.00'")
+    press(page, ".ml-explorer", "Set as initial masks")
+    wait_text(page, ".ml-face", "/default: 0.5\\b/.test(text) && !/attn:/.test(text)")
 
 
 def settle(page):
@@ -335,7 +356,7 @@ def test_train_pause_resume_stop_export(page, lab):
     _, folder = lab
     press(page, ".ml-session", "Start")
     seen = watch_pictures(page, 4)
-    assert len(seen) >= 4  # so it changed three times
+    assert all(len(pictures) >= 4 for pictures in seen)  # so each changed three times
     run_last_cell(page, "session is running")
 
     press(page, ".ml-session", "Pause")
@@ -343,7 +364,18 @@ def test_train_pause_resume_stop_export(page, lab):
     step = page.locator(".ml-progress").inner_text().split("·")[0]
     time.sleep(2)
     assert page.locator(".ml-progress").inner_text().split("·")[0] == step
+    shown = page.locator(".ml-session").inner_text()
+    assert "used " in shown and "estimated peak" in shown
     picture(page, ".ml-session", "5-paused")
+    press(page, ".ml-session", "Save now")
+    checkpoint = f"checkpoint-{step.split()[1]}"
+    wait_text(
+        page,
+        ".ml-progress",
+        "text.includes('saved') && text.includes(argument)",
+        checkpoint,
+    )
+    assert (folder / "runs/workbench" / checkpoint / "trainer_state.json").exists()
 
     press(page, ".ml-session", "Resume")
     wait_text(page, ".ml-progress", "text.split('·')[0] !== argument", step)
@@ -383,13 +415,16 @@ def check_checkpoint(folder: Path):
         assert (weights[name] - other).abs().max() > 1e-4
 
 
-def watch_pictures(page, wanted: int) -> set[str]:
-    "Contents that the picture of the loss has while training, one after another."
-    seen, end = set(), time.monotonic() + PATIENCE
-    while len(seen) < wanted and time.monotonic() < end:
-        digest = page.locator("img.ml-loss").evaluate(DIGEST)
-        if digest and page.locator(".ml-progress").inner_text().startswith("step"):
-            seen.add(digest)
+def watch_pictures(page, wanted: int) -> list[set[str]]:
+    "What loss, trajectories and heatmap show while training, one after another."
+    seen, end = [set(), set(), set()], time.monotonic() + PATIENCE
+    while min(map(len, seen)) < wanted and time.monotonic() < end:
+        images = (page.locator(f"img.ml-{name}") for name in ("loss", "trajectories"))
+        digests = [image.evaluate(DIGEST) for image in images]
+        digests.append(page.locator(".ml-heatmap").inner_html())
+        if page.locator(".ml-progress").inner_text().startswith("step"):
+            for shown, digest in zip(seen, digests):
+                shown.update([digest] if digest else [])
         time.sleep(0.05)
     return seen
 
@@ -405,6 +440,14 @@ def test_runs_are_listed_and_compared(page):
         " [...document.querySelectorAll('.ml-browser img')].every(i => i.naturalWidth)"
     )
     picture(page, ".ml-browser", "7-runs")
+    press(page, ".ml-browser", "Load masks")
+    wait_text(page, ".ml-browser-status", "text.includes('choose one run')")
+    page.locator(".ml-browser select").select_option(["script"])
+    press(page, ".ml-browser", "Load masks")
+    wait_text(
+        page, ".ml-browser-status", "text.includes('starts from the masks of script')"
+    )
+    wait_text(page, STATUS, "text.includes('masks of script')")
 
 
 def test_another_system_runs_from_its_panel(page, lab):

@@ -459,12 +459,16 @@ def test_start_pause_adjust_save_resume_export(tmp_path):
     session.adjust(losses={"ce": 0.5}, penalties={"l2": 0.1})
     with pytest.raises(ValueError, match="every weight is 0"):
         session.adjust(losses={"ce": 0, "kl": 0})
-    session.save()
+    drawn = view.heatmap.value, view.alphas.value
+    assert all(drawn)
+    view.buttons["save"].click()
     until(lambda: session.saved)
     assert (tmp_path / "runs/a/checkpoint-2/trainer_state.json").exists()
 
     session.resume()
     assert session.join(120) == "finished" and session.step == 5
+    assert view.painter.wait()
+    assert view.heatmap.value != drawn[0] and view.alphas.value != drawn[1]
     frame = session.frame
     assert frame["learning_rate"].tolist() == pytest.approx([0.03] * 2 + [0.001] * 3)
     assert frame["l2"].notna().tolist() == [False] * 2 + [True] * 3
@@ -633,13 +637,25 @@ def test_exploring_in_a_pause_leaves_training_as_it_was(lab):
 
 
 def test_the_sliders_follow_a_move_in_python(lab):
-    _, _, explorer = lab
+    panel, _, explorer = lab
     view = ExplorerView(explorer)
     explorer.move(share=0.25, attention=0.1)
     assert view.share.value == 0.25 and view.shifts["attention"].value == 0.1
     view.share.value = 0.75
     assert explorer.dials.share == 0.75 and explorer.dials.kinds["attention"] == 0.1
     assert explorer.worker.wait() and explorer.visits[-1]["share"] == 0.75
+    before = view.answers.value
+    view.use.click()
+    assert panel.config.mask_init == explorer.dials.mask_init()
+    assert panel.config.mask_init["parameters"]["attn"] == 0.85
+    assert "start from these alphas" in view.status.value
+    view.reset.click()
+    assert all(dial.value == 0 for dial in view.shifts.values())
+    assert explorer.dials.kinds["attention"] == 0
+    view.share.value = 0.0
+    assert explorer.worker.wait() and view.answers.value != before
+    right = explorer.outcome.answers["merged"] == explorer.outcome.answers["rewrite"]
+    assert right.all()
 
 
 def test_the_dropdown_follows_a_move_in_python_and_the_other_way_round(lab):
