@@ -1,10 +1,11 @@
 """What LoRA learns of the bundled tasks, and what is left of it when two adapters become one.
 
-    python benchmarks/lora.py                            # everything, seeds 42, 43, 44: about 35 minutes of one core
+    python benchmarks/lora.py                            # everything, seeds 42, 43: about 30 minutes of one core
     python benchmarks/lora.py --parts adapters merge --seeds 43
 
-Writes data/benchmarks/lora.json and lora_merge.json; rows of other parts and seeds that the files hold are kept. Adapters
-are trained once a seed and kept in --folder. Scores are exact match and loss on 100 test questions of each task.
+Writes data/benchmarks/lora.json and lora_merge.json; rows of other parts and seeds that the files hold are kept, and the
+command of each part is kept with it. Adapters are trained once a seed and kept in --folder. Scores are exact match and loss
+on 100 test questions of each task.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from merge_lab.masks import MODES
 from merge_lab.systems.lora import (
     SmoLoRA,
     add_task_prefix,
+    fixed_loss,
     load_adapter,
     load_base,
     mix_tasks,
@@ -104,11 +106,33 @@ def adapter(folder, task, seed) -> dict:
     return row
 
 
-def ranks(folder, seed) -> list[dict]:
-    "Rank 4, 8, 16 in equal stages; losses on a fixed batch at the ends of each."
-    lora = pipeline(folder / f"ranks-{seed}", DATA["summarize"], seed, max_steps=150)
-    stages = train_with_ranks(lora, [4, 8, 16]).reset_index().assign(seed=seed)
-    return stages.astype(object).where(stages.notna(), None).to_dict("records")
+SCHEDULES = {
+    "growing": [4, 8, 16],
+    "fixed 4": [4],
+    "fixed 16": [16],
+    "fixed 16, restarted": [16],
+}
+
+
+def ranks(folder, seed):
+    """150 steps with a rank that grows, or one rank throughout; losses on a fixed batch.
+
+    Each stage has its own warm-up and decay of the learning rate, so one rank is trained both ways: once, and in three stages.
+    """
+    for schedule, stages in SCHEDULES.items():
+        times, name = (3 if "restarted" in schedule else 1), schedule.replace(", ", "-")
+        where = folder / f"ranks-{name.replace(' ', '-')}-{seed}"
+        lora = pipeline(where, DATA["summarize"], seed, max_steps=150 // times)
+        table = train_with_ranks(lora, stages)
+        for _ in range(times - 1):
+            lora.train()
+            last = fixed_loss(lora.model, lora.tokenizer, lora.dataset)
+            table = table.assign(loss_last=last, steps=150)
+        table = table.reset_index().assign(seed=seed, schedule=schedule)
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        test = scores_of(lora.model, {"summarize": TESTS["summarize"]}).loc["summarize"]
+        rows[-1]["test_loss"] = float(test.loss)
+        yield from rows
 
 
 def in_order(folder, seed, ordered: bool) -> dict:
@@ -158,20 +182,27 @@ def row_of(model, **facts) -> dict:
     return facts
 
 
-def blend(folder, adapters, seed, mode) -> dict:
+def map_of(alphas) -> dict[str, list]:
+    "The alphas of a blend by layer, kind of module and component: what its map shows."
+    columns = ["module", "layer", "kind", "parameter", "component", "mean", "std"]
+    return alphas[columns].round(4).to_dict("list")
+
+
+def blend(folder, adapters, seed, mode, share="module") -> dict:
     "Train one blend; score its exported adapter."
     config = LoRAMergeConfig(
         adapters=adapters,
         datasets=[str(path) for path in DATA.values()],
         n_samples=1000,
         mode=mode,
+        share=share,
         max_steps=200,
         learning_rate=0.03,
         initial_alpha=0.5,
         device="cpu",
         seed=seed,
         save_steps=0,
-        output_dir=str(folder / f"blend-{mode}-{seed}"),
+        output_dir=str(folder / f"blend-{mode}-{share}-{seed}"),
         overwrite=True,
     )
     wall, cpu = time.perf_counter(), time.process_time()
@@ -180,11 +211,12 @@ def blend(folder, adapters, seed, mode) -> dict:
     merger = result["merger"].eval()
     exported = load_adapter(load_base(BASE, "cpu"), Path(config.output_dir) / "adapter")
     gap = (probe_logits(exported) - probe_logits(merger.model)).abs().max().item()
+    alphas = {"alphas": map_of(result["alphas"])} if mode == "vector_output" else {}
     return row_of(
         exported,
         method="learned",
         mode=mode,
-        share="module",
+        share=share,
         seed=seed,
         trained_values=sum(p.numel() for p in merger.parameters() if p.requires_grad),
         wall_seconds=wall,
@@ -192,6 +224,7 @@ def blend(folder, adapters, seed, mode) -> dict:
         export_gap=gap,
         merge_gap=result["report"]["max_logit_difference"],
         history=result["history"].loss.round(4).tolist()[::10],
+        **alphas,
     )
 
 
@@ -207,9 +240,19 @@ def merges(folder, seed):
             yield row_of(model, method=f"peft {method}", weight=weight, seed=seed)
     for mode in MODES:
         yield blend(folder, adapters, seed, mode)
+    for share in ("layer", "adapter"):
+        yield blend(folder, adapters, seed, "scalar", share)
 
 
-KEYS = ("method", "mode", "weight", "task", "rank", "curriculum", "prefix", "seed")
+KEYS = ("method", "mode", "share", "weight", "task", "schedule", "rank", "curriculum")
+KEYS += ("prefix", "seed")
+
+
+def command_of(part: str, rows: list[dict]) -> str:
+    "What makes the rows that a part has by now."
+    seeds = " ".join(map(str, sorted({row["seed"] for row in rows})))
+    parts = {"results": "adapters merge"}.get(part, part)
+    return f"python benchmarks/lora.py --parts {parts} --seeds {seeds}"
 
 
 def keep(name: str, part: str, row: dict):
@@ -221,6 +264,7 @@ def keep(name: str, part: str, row: dict):
     rows = sorted([*others, row], key=lambda r: r["seed"])
     found |= dict(
         command="python benchmarks/lora.py",
+        commands=found.get("commands", {}) | {part: command_of(part, rows)},
         machine=f"{platform.machine()}, {os.cpu_count()} cores, CPU, "
         f"{torch.get_num_threads()} thread; shared with other work, so wall_seconds are"
         " not of a quiet machine; cpu_seconds are",
@@ -257,7 +301,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--parts", nargs="+", default=PARTS, choices=PARTS)
-    add("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    add("--seeds", nargs="+", type=int, default=[42, 43])
     add("--folder", default="runs/lora-benchmark", help="where adapters are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)

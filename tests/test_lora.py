@@ -134,17 +134,22 @@ def test_save_and_inference_in_later_processes(base, layout):
     lora.train()
     chat = layout == "messages"
     wanted = lora.inference("the cat", max_new_tokens=6, chat=chat)
+    assert wanted == lora.inference("the cat", max_new_tokens=6)
     script = (
-        "from merge_lab.systems.lora import SmoLoRA\n"
+        "from merge_lab.systems import lora as pipeline\n"
+        "from merge_lab.systems.lora import SmoLoRA, complete\n"
+        "def told(*given, chat, **options):\n"
+        "    return f'{chat} {complete(*given, chat=chat, **options)}'\n"
+        "pipeline.complete = told\n"
         "lora = SmoLoRA('base', output_dir='run', device='cpu')\n"
         "print(lora.save()['max_logit_difference'])\n"
-        f"print(SmoLoRA('base', output_dir='run', device='cpu').inference('the cat', max_new_tokens=6, chat={chat}))\n"
+        "print(SmoLoRA('base', output_dir='run', device='cpu').inference('the cat', max_new_tokens=6))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     difference, said = done.stdout.splitlines()[-2:]
-    assert float(difference) < 1e-4 and said == wanted
+    assert float(difference) < 1e-4 and said == f"{chat} {wanted}"
 
 
 def test_training_touches_adapters_only(base):
@@ -186,6 +191,46 @@ def test_settings_given_late_take_effect_or_raise(base):
     lora.sft_config.max_step = 9
     with pytest.raises(AttributeError, match="Did you mean 'max_steps'"):
         lora.train()
+
+
+@pytest.mark.parametrize(
+    "name, value, was",
+    [
+        ("output_dir", "elsewhere", "run"),
+        ("output_dir", pathlib.Path("elsewhere"), "run"),
+        ("device", "cuda:9", "cpu"),
+        ("base_model_name", "nope", "base"),
+    ],
+)
+def test_base_folder_and_device_are_fixed(base, name, value, was):
+    lora = quick(base, output_dir="run")
+    says = f"{name}='{value}': it was fixed as '{was}'. Make a new SmoLoRA"
+    with pytest.raises(AttributeError, match=says):
+        setattr(lora, name, value)
+    assert str(getattr(lora, name)) == was
+
+
+def test_presets_given_late_are_resolved(base):
+    lora = quick(base, output_dir="run", sft=dict(max_steps=1))
+    lora.peft_config.target_modules = "aggressive"
+    lora.train()
+    wanted = set(find_target_modules(tiny_model(), "aggressive"))
+    assert lora.model.peft_config["default"].target_modules == wanted
+    lora = quick(base, output_dir="other", sft=dict(max_steps=1))
+    for wrong, says in (("all", "no preset"), (["query"], "target_modules='query'")):
+        lora.peft_config.target_modules = wrong
+        with pytest.raises(ValueError, match=says):
+            lora.train()
+
+
+def test_rows_given_late_are_learned_and_validated(base):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    lora = SmoLoRA(base, output_dir="run", device="cpu", sft=dict(max_steps=2))
+    with pytest.raises(TypeError, match="dataset='rows.jsonl': expected rows"):
+        lora.dataset = "rows.jsonl"
+    lora.dataset = lora.eval_dataset = rows
+    lora.sft_config.logging_steps, lora.sft_config.disable_tqdm = 1, True
+    assert lora.train().eval_loss.notna().all()
 
 
 def test_training_again_goes_on(base):
