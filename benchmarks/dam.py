@@ -84,13 +84,16 @@ class Lab:
 
     def __init__(self, folder: Path, seeds: int, training: dict, output: Path):
         self.folder, self.seeds, self.training, self.output = folder, range(seeds), training, output
+        self.part = ""  # what is being measured
         self.tokenizer = load_tokenizer(BASE)
         self.tests = {task: load_task(path, "test") for task, path in zip(TASKS, DATA)}
 
     def keep(self, found: dict):
         "Write what was found; what else the file holds stays."
         held = json.loads(self.output.read_text()) if self.output.exists() else {}
-        write_json(self.output, held | facts(self) | found)
+        command = f"python benchmarks/dam.py --parts {self.part} --seeds {len(self.seeds)}"
+        commands = {"commands": held.get("commands", {}) | {self.part: command}}
+        write_json(self.output, held | facts(self) | commands | found)
 
     def untrained(self, variant: str) -> str:
         "The untrained model of a variant, made once."
@@ -270,15 +273,15 @@ def histogram(merger: Merger, low: float = -1.0, high: float = 1.5, bins: int = 
     return [round(share, 3) for share in (values.clamp(low, high).histc(bins, low, high) / len(values) * 100).tolist()]
 
 
-def gradient_of(merger: Merger, batch: dict[str, Tensor]) -> tuple[float, Tensor]:
+def gradient_of(merger: Merger, batch: dict[str, Tensor], compared: str = "kl") -> tuple[float, Tensor]:
     "Loss and gradient of all masks."
-    loss = merger(objective=Objective(temperature=2.0), **batch)["loss"]
+    loss = merger(objective=Objective({compared: 1.0}, temperature=2.0), **batch)["loss"]
     gradients = torch.autograd.grad(loss, [mask for mask in merger.parameters() if mask.requires_grad])
     return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def stored_batch(teachers: list[Merger], rows: list[dict], tokenizer, k: int) -> dict[str, Tensor]:
-    "The rows as training reads them from disk: teachers through float16."
+    "The rows as training reads them from disk: teachers through float16, unless k is the vocabulary."
     collate, stored = ChatCollator(tokenizer), []
     for source, teacher in enumerate(teachers):
         own = [row for row in rows if row["source"] == source]
@@ -295,18 +298,17 @@ def measure_teachers(lab: Lab) -> dict:
     "Loss and gradient from k stored tokens against those from the components, before and after training."
     rows = bundled_rows(lab)
     teachers = [single(load_model(path, dtype="float32")) for path in EXPERTS]
-    live, found = ChatCollator(lab.tokenizer)(rows), []
-    for when, folder in {
-        "before training": lab.untrained("DAM"),
-        "after training": lab.train("DAM", "seed 0", seed=0),
-    }.items():
+    ks = (1, 2, 5, 10, 20, 50, 100, len(lab.tokenizer))
+    batches = {0: ChatCollator(lab.tokenizer)(rows)} | {k: stored_batch(teachers, rows, lab.tokenizer, k) for k in ks}
+    whens, found = {"before training": lab.untrained("DAM"), "after training": lab.train("DAM", "seed 0", seed=0)}, []
+    for (when, folder), compared in itertools.product(whens.items(), ("kl", "mse")):
         merger = dam.DAMMerger.from_pretrained(folder).eval()
-        loss, reference = gradient_of(merger, live)
-        found.append({"when": when, "k": 0, "loss": loss, "cosine": 1.0, "norm": reference.norm().item()})
-        for k in (1, 2, 5, 10, 20, 50, 100, len(lab.tokenizer)):
-            loss, gradient = gradient_of(merger, stored_batch(teachers, rows, lab.tokenizer, k))
+        _, reference = gradient_of(merger, batches[0], compared)
+        for k, batch in batches.items():
+            loss, gradient = gradient_of(merger, batch, compared)
             cosine = torch.cosine_similarity(gradient, reference, dim=0).item()
-            found.append({"when": when, "k": k, "loss": loss, "cosine": cosine, "norm": gradient.norm().item()})
+            facts_ = {"when": when, "compared": compared, "k": k, "loss": loss}
+            found.append(facts_ | {"cosine": cosine, "norm": gradient.norm().item()})
     return {"teachers": found, "vocabulary": len(lab.tokenizer)}
 
 
@@ -334,6 +336,7 @@ def measure_runs(lab: Lab) -> dict:
                 **{f"{name}_{task}": row[name] for task, row in scores.items() for name in ("loss", "exact_match")},
             })
             lab.keep({"runs": rows})
+    lab.dataset()
     storing = json.loads((lab.folder / "dataset.json").read_text())
     return {"runs": rows, "storing": storing, "apart": distances(coefficients)}
 
@@ -419,7 +422,6 @@ PARTS = {
 def facts(lab: Lab) -> dict:
     "What the figures depend on."
     return {
-        "command": "python benchmarks/dam.py",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -435,7 +437,7 @@ def facts(lab: Lab) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="What to measure")
-    parser.add_argument("--seeds", type=int, default=3, help="Orders of the data, from 0 on")
+    parser.add_argument("--seeds", type=int, default=2, help="Orders of the data, from 0 on")
     parser.add_argument("--threads", type=int, default=1, help="Of torch")
     parser.add_argument("--folder", type=Path, help="Keep runs here, and use those that are there; default: a temporary one")
     parser.add_argument("--output", type=Path, default=Path("data/benchmarks/dam.json"))
@@ -444,8 +446,8 @@ def main():
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary:
         lab = Lab(arguments.folder or Path(temporary), arguments.seeds, dict(TRAINING), arguments.output)
-        for part in arguments.parts:
-            lab.keep(PARTS[part](lab))
+        for lab.part in arguments.parts:
+            lab.keep(PARTS[lab.part](lab))
 
 
 if __name__ == "__main__":

@@ -683,7 +683,7 @@ def linear_ce_loss(
 
     return chunked_linear_loss(hidden, weight, token_loss, labels != -100, **options)
 
-# %% ../nbs/11_losses.ipynb #e65a457c
+# %% ../nbs/11_losses.ipynb #71afdb1f
 def linear_topk_kl_loss(
     hidden: Tensor,  # (..., d)
     weight: Tensor | Callable,  # (vocab, d), or a head
@@ -712,24 +712,32 @@ def linear_topk_kl_loss(
     return chunked_linear_loss(hidden, weight, token_loss, mask, **options)
 
 
+def _topk_mse_rows(z: Tensor, top: Tensor, indices: Tensor):
+    "Mean squared difference of each row on k tokens."
+    difference = z.gather(-1, indices) - top.to(z.dtype)
+    return difference.square().mean(-1), lambda: torch.zeros_like(z).scatter_(-1, indices, difference * (2 / top.shape[-1]))
+
+
 def linear_topk_mse_loss(
-    hidden: Tensor,  # (tokens, d)
-    weight: Tensor | Callable,  # (vocab, d), or a head: hidden -> logits
-    topk_log_probs: Tensor,  # (tokens, k) of the teacher, taken at `temperature`
-    topk_indices: Tensor,  # (tokens, k)
-    topk_tail: Tensor | None = None,  # not needed: taken so that both losses are called alike
-    *,
-    temperature: float = 1.0,
-    **options,  # those of `losses.chunked_linear_loss`
+    hidden: Tensor,  # (..., d)
+    weight: Tensor | Callable,  # (vocab, d), or a head
+    topk_logits: Tensor,  # (..., k) of the teacher: temperature x (log-probability + log-normaliser)
+    topk_indices: Tensor,  # (..., k) token of each
+    mask: Tensor | None = None,  # (...) bool, True where a token is scored
+    **options,  # those of `chunked_linear_loss`
 ) -> Tensor:
-    "Mean squared difference of temperature x log-probabilities on the teacher's top-k."
+    "Mean squared error of the logits of the teacher's top-k; where that is the vocabulary, `linear_mse_loss`."
+    if topk_logits.shape != topk_indices.shape or topk_logits.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"topk_logits {tuple(topk_logits.shape)}, topk_indices {tuple(topk_indices.shape)}: expected (..., k) of both, "
+            f"for the {tuple(hidden.shape[:-1])} tokens of hidden. Align the stored rows with the batch."
+        )
+    flat = [topk_logits.flatten(0, -2), topk_indices.flatten(0, -2).long()]
 
     def token_loss(logits, part):
-        log_q = torch.log_softmax(logits.to(work_dtype(logits.dtype)) / temperature, -1)
-        difference = log_q.gather(-1, topk_indices[part].long()) - topk_log_probs[part]
-        return (difference * temperature).square().mean(-1)
+        return token_losses(logits, _topk_mse_rows, *(t[part] for t in flat))
 
-    return chunked_linear_loss(hidden, weight, token_loss, **options)
+    return chunked_linear_loss(hidden, weight, token_loss, mask, **options)
 
 # %% ../nbs/11_losses.ipynb #54714f2b
 def _pair_mean(function: Callable, alphas: Sequence[Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ class Objective:
             results["loss"] = results["loss"] + weight * value
         return results
 
-# %% ../nbs/22_objective.ipynb #559ede35
+# %% ../nbs/22_objective.ipynb #409915e2
 @dataclasses.dataclass
 class Batch:
     "One micro-batch, aligned: `labels[:, t]` is the token that position t predicts."
@@ -76,7 +76,7 @@ class Batch:
     labels: Tensor  # (batch, length), -100 where not scored
     source: Tensor | None  # (batch,) index of the component
     num_items: Tensor | int  # scored tokens of the optimizer step
-    topk: tuple[Tensor, Tensor, Tensor] | None = None  # stored teacher, in the order of STORED_TOPK
+    topk: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # stored teacher, in the order of STORED_TOPK
 
     @property
     def scored(self) -> Tensor:
@@ -103,7 +103,8 @@ class Batch:
         return self.scored & (self.source == i)[:, None]
 
 
-STORED_TOPK = ("topk_log_probs", "topk_indices", "topk_tail")  # (batch, length, k), the same, (batch, length)
+# (batch, length, k), the same, (batch, length), the same
+STORED_TOPK = ("topk_log_probs", "topk_indices", "topk_tail", "topk_normaliser")
 
 
 def _explain_fused(merger: Merger) -> bool:
@@ -156,7 +157,7 @@ def _teacher_logits(merger: Merger, batch: Batch, i: int, source: int) -> Tensor
 
 _OWN_TEACHER = {"kl": L.linear_kl_loss, "mse": L.linear_mse_loss}
 
-# %% ../nbs/22_objective.ipynb #0ddb1972
+# %% ../nbs/22_objective.ipynb #414d6de5
 @torch.no_grad()
 def teacher_topk(
     merger: Merger,
@@ -166,8 +167,8 @@ def teacher_topk(
     temperature: float = 1.0,
     fused: bool = True,  # take the head apart from the body
     chunk_size: int | None = None,  # tokens whose logits exist at once
-) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities and indices (tokens, k), log tail mass (tokens,)
-    "The k likeliest tokens of component i at the scored tokens of its rows, and the mass that they leave."
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log-probabilities and indices (tokens, k); log tail mass, log-normaliser (tokens,)
+    "The k likeliest tokens of component i at the scored tokens of its rows, the mass that they leave, and what leads to logits."
     if fused:
         states = _teacher_hidden(merger, batch, i, i)
         head = L.logits_head(*_head_tensors(merger, i), **merger.logit_options())
@@ -175,7 +176,7 @@ def teacher_topk(
         parts = (head(part) for part in states.split(size))
     else:
         parts = [_teacher_logits(merger, batch, i, i)]
-    found = [L.topk_teacher(logits, k, temperature) for logits in parts]
+    found = [(*L.topk_teacher(z, k, temperature), (z.to(L.work_dtype(z.dtype)) / temperature).logsumexp(-1)) for z in parts]
     return tuple(torch.cat(each) for each in zip(*found))
 
 
@@ -189,10 +190,16 @@ def _topk_of(merger: Merger, batch: Batch, objective: Objective, i: int):
         return None
     return teacher_topk(merger, batch, i, objective.k, objective.temperature, objective.fused, objective.chunk_size)
 
-# %% ../nbs/22_objective.ipynb #c1398dee
-_TOPK_LOSSES = {"kl": L.linear_topk_kl_loss, "mse": L.linear_topk_mse_loss}
+# %% ../nbs/22_objective.ipynb #5b60021c
+def _topk_loss(name: str, student: Tensor, head, topk: tuple[Tensor, ...], temperature: float, options: dict) -> Tensor:
+    "A loss against the top-k of a teacher; head: weight, or function from `student` to logits."
+    log_probs, indices, tail, normaliser = topk
+    if name == "kl":
+        return L.linear_topk_kl_loss(student, head, log_probs, indices, tail, temperature=temperature, **options)
+    logits = temperature * (log_probs.to(normaliser.dtype) + normaliser[:, None])
+    return L.linear_topk_mse_loss(student, head, logits, indices, **options)
 
-# %% ../nbs/22_objective.ipynb #5d017066
+# %% ../nbs/22_objective.ipynb #784395b3
 def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[str, Tensor]:
     "Losses of the samples of source i."
     at = batch.at(i)
@@ -203,7 +210,7 @@ def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[s
     weight, bias = _head_tensors(merger, i)
     for name in objective.losses:
         if name in own and topk is not None:
-            found[name] = _TOPK_LOSSES[name](student, head, *topk, temperature=objective.temperature, **options)
+            found[name] = _topk_loss(name, student, head, topk, objective.temperature, options)
         elif name in own:
             extra = {"temperature": objective.temperature} if name == "kl" else {}
             found[name] = _OWN_TEACHER[name](student, teacher, head, weight, teacher_bias=bias, **extra, **options)
@@ -246,7 +253,7 @@ def _collect(found: dict[int, dict[str, Tensor]], batch: Batch, objective: Objec
             results[name] = results.get(name, 0.0) + value.detach()
     return {"loss": total, **results}
 
-# %% ../nbs/22_objective.ipynb #d3e15335
+# %% ../nbs/22_objective.ipynb #667a459a
 def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tensor]:
     "Losses of the samples of source i, from the student's full logits."
     at = batch.at(i)
@@ -269,8 +276,7 @@ def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tenso
         "kl_mixture": mixture,
     }
     if topk is not None:  # the logits are there already: the head is the identity
-        cut = dict(temperature=tau, **options)
-        makers |= {name: partial(loss, student, nn.Identity(), *topk, **cut) for name, loss in _TOPK_LOSSES.items()}
+        makers |= {name: partial(_topk_loss, name, student, nn.Identity(), topk, tau, options) for name in _OWN_TEACHER}
     return {name: makers[name]() for name in objective.losses}
 
 

@@ -76,6 +76,11 @@ def pair(name, case, weight, logits_of, **options):
         plain = F.cross_entropy(z.flatten(0, -2), case.labels.flatten())
         return L.linear_ce_loss(hidden, weight, case.labels, **options), plain
     top, indices, tail = case.stored
+    if name == "topk_mse":
+        logits = u[0].gather(-1, indices)
+        plain = (z.gather(-1, indices) - logits)[mask].square().mean()
+        stored = (logits, indices, mask)
+        return L.linear_topk_mse_loss(hidden, weight, *stored, **options), plain
     kept = torch.zeros(*z.shape, dtype=torch.bool).scatter_(-1, indices, True)[mask]
     tail_q = log_q.masked_fill(kept, -torch.inf).logsumexp(-1)
     top_q = log_q.gather(-1, indices[mask])
@@ -90,7 +95,7 @@ def plain_head(logits, softcap=None, logit_scale=1.0):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-NAMES = [*L.LOSSES, "topk"]
+NAMES = [*L.LOSSES, "topk", "topk_mse"]
 
 
 def test_the_matrix_covers_the_registry():

@@ -6,8 +6,8 @@
 __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', 'ANSWERS', 'DATASET_FILE', 'RESUMABLE',
            'other_name', 'DAMConfig', 'take_unmerged', 'DAMMerger', 'dam_from_pretrained', 'dam_save_pretrained',
            'dam_save_merged', 'chat_tokenizer', 'kind_of', 'randomise', 'find_device', 'local_path', 'merge', 'push',
-           'as_conversation', 'load_conversations', 'DAMTopkConfig', 'dataset_features', 'stored_teacher',
-           'write_parts', 'encoded_rows', 'load_teacher', 'with_teacher', 'check_topk', 'check_k',
+           'as_conversation', 'load_conversations', 'DAMTopkConfig', 'stored_types', 'dataset_features',
+           'stored_teacher', 'write_parts', 'encoded_rows', 'load_teacher', 'with_teacher', 'check_topk', 'check_k',
            'create_dataset_topk_logits', 'dataset_facts', 'open_dataset', 'TopkCollator', 'DAMTrainConfig',
            'task_angles', 'dam_objective', 'momentum_filter', 'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models',
            'load_training_data', 'dam_optimizer', 'NoiseGate', 'make_trainer', 'train', 'show_merge', 'show_dataset',
@@ -316,17 +316,20 @@ class DAMTopkConfig:
     def __post_init__(self):
         check_options(self)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #2ed9879b
-def dataset_features(stored: bool) -> "datasets.Features":  # noqa: F821
+# %% ../../nbs/40_systems/02_dam.ipynb #e0557953
+def stored_types(teacher: Merger, k: int) -> dict[str, torch.dtype]:  # of the columns in STORED_TOPK
+    "Half precision, unless all tokens are kept: who stores so much wants all of it."
+    real = torch.float16 if k < teacher.config.get_text_config().vocab_size else torch.float32
+    return dict(zip(STORED_TOPK, (real, torch.int32, real, torch.float32)))
+
+
+def dataset_features(stored: dict[str, torch.dtype]) -> "datasets.Features":  # noqa: F821
     "Columns of the dataset."
     from datasets import Features, Sequence, Value
 
     numbers = Sequence(Value("int32"))
     columns = {"input_ids": numbers, "labels": numbers, "source": Value("int32")}
-    if stored:
-        half = Sequence(Value("float16"))
-        columns |= {"topk_log_probs": half, "topk_indices": numbers, "topk_tail": half}
-    return Features(columns)
+    return Features(columns | {name: Sequence(Value(str(dtype).removeprefix("torch."))) for name, dtype in stored.items()})
 
 
 def stored_teacher(
@@ -335,18 +338,18 @@ def stored_teacher(
     collate: ChatCollator,
     k: int,
     temperature: float,
-) -> list[dict]:  # the three columns of each row
+) -> list[dict]:  # the four columns of each row
     "What is stored of a teacher for these rows."
     inputs = {name: value.to(teacher.device) for name, value in collate(rows).items()}
     labels = shift_labels(inputs["labels"], inputs["attention_mask"])
     batch = Batch(inputs["input_ids"], inputs["attention_mask"], labels, torch.zeros_like(inputs["source"]), 1)
     found = teacher_topk(teacher, batch, 0, k, temperature, fused=teacher.fused_head_agrees())
     lengths = batch.scored.sum(1).tolist()
-    types = (torch.float16, torch.int32, torch.float16)
+    types = stored_types(teacher, k).values()
     split = [part.cpu().to(dtype).split(lengths) for part, dtype in zip(found, types)]
     return [{name: part.flatten().numpy() for name, part in zip(STORED_TOPK, parts)} for parts in zip(*split)]
 
-# %% ../../nbs/40_systems/02_dam.ipynb #5d6f2c23
+# %% ../../nbs/40_systems/02_dam.ipynb #8816836e
 def write_parts(
     config: DAMTopkConfig,
     source: int,  # component, and the dataset that is its own
@@ -367,7 +370,8 @@ def write_parts(
                 if config.compute_logits:
                     teacher = load_teacher(config, model_id) if teacher is None else teacher
                     chunk = with_teacher(config, teacher, chunk, collate, bar)
-                whole = Dataset.from_list(chunk, features=dataset_features(config.compute_logits))
+                types = stored_types(teacher, config.k) if config.compute_logits else {}
+                whole = Dataset.from_list(chunk, features=dataset_features(types))
                 whole.save_to_disk(part.with_suffix(".tmp"))
                 os.replace(part.with_suffix(".tmp"), part)
             bar.update(min(start + config.part_size, len(rows)) - bar.n)
@@ -463,28 +467,29 @@ def open_dataset(folder: Path, facts: dict, overwrite: bool) -> bool:  # whether
     write_json(file, facts)
     return False
 
-# %% ../../nbs/40_systems/02_dam.ipynb #485dff6c
+# %% ../../nbs/40_systems/02_dam.ipynb #82181e44
 class TopkCollator(ChatCollator):
-    "A `ChatCollator` that also lays out stored teachers, in fp32, k + 1 probabilities summing to one."
+    "A `ChatCollator` that also lays out stored teachers, in fp32, k + 1 probabilities of a token summing to one."
 
     def __init__(self, tokenizer, k: int):
         super().__init__(tokenizer)
         self.k = k
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        "The batch, with `topk_log_probs` and `topk_indices` (B, T, k) and `topk_tail` (B, T)."
+        "The batch, with `topk_log_probs` and `topk_indices` (B, T, k), `topk_tail` and `topk_normaliser` (B, T)."
         batch = super().__call__(rows)
         scored = shift_labels(batch["labels"], batch["attention_mask"]) != -100
         flat = {name: torch.cat([torch.as_tensor(row[name]) for row in rows]) for name in STORED_TOPK}
         log_probs, tail = flat["topk_log_probs"].float().view(-1, self.k), flat["topk_tail"].float()
         total = torch.logaddexp(log_probs.logsumexp(-1), tail)
-        found = (log_probs - total[:, None], flat["topk_indices"].view(-1, self.k).long(), tail - total)
+        indices = flat["topk_indices"].view(-1, self.k).long()
+        found = (log_probs - total[:, None], indices, tail - total, flat["topk_normaliser"].float())
         for name, values in zip(STORED_TOPK, found):
             batch[name] = values.new_zeros(*scored.shape, *values.shape[1:])
             batch[name][scored] = values
         return batch
 
-# %% ../../nbs/40_systems/02_dam.ipynb #e44dbefe
+# %% ../../nbs/40_systems/02_dam.ipynb #41ebd135
 _PENALTIES = {
     "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
     "lambda_coef_angle": "angle_overlap",
@@ -508,7 +513,9 @@ class DAMTrainConfig(LoopConfig):
     noise_floor: float = option(1e-5, "Norm below which a step's gradient counts as rounding noise", low=0, group="Training")
     temperature: float = option(2.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
     use_kl: bool = option(True, "KL divergence to the sample's own component", group="Objective")
-    use_mse: bool = option(False, "Squared error to its logits", group="Objective")
+    use_mse: bool = option(
+        False, "Squared error to its logits; where teachers are cut to top-k, to those k only, the others left free", group="Objective"
+    )
     use_entropy: bool = option(False, "Entropy of the merged model's predictions", group="Objective")
     kl_weight: float = option(1.0, "Weight of KL", low=0, high=100, group="Objective")
     mse_weight: float = option(1.0, "Weight of the squared error", low=0, high=100, group="Objective")
@@ -608,7 +615,7 @@ def load_untrained(config: DAMTrainConfig) -> DAMMerger:
         config.untrained_merged_model_name, [local_path(path, config.cache_dir) for path in paths]
     )
 
-# %% ../../nbs/40_systems/02_dam.ipynb #3d4b8b8a
+# %% ../../nbs/40_systems/02_dam.ipynb #41e5c114
 def check_models(folder: Path, found: Sequence[str], wanted: Sequence[str]):
     "Raises `ValueError` if a dataset has data of other models, or of the same in another order."
     moved = sorted(found) == sorted(wanted)  # names say nothing where models lie elsewhere now
@@ -637,6 +644,8 @@ def load_training_data(config: DAMTrainConfig, merger: DAMMerger):  # dataset an
         return dataset.select_columns(columns), ChatCollator(tokenizer)
     if not facts["compute_logits"]:
         raise ValueError(f"{folder} holds no teachers. Run dam-topk with compute_logits, or set generate_logits_on_fly.")
+    if missing := set(STORED_TOPK) - set(dataset.column_names):
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: an older version made it. Run dam-topk again with --overwrite.")
     if facts["temperature"] != config.temperature:
         raise ValueError(
             f"temperature={config.temperature}: the teachers in {folder} were stored at {facts['temperature']}. "
