@@ -13,7 +13,7 @@ __all__ = ['SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYL
            'SessionView', 'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html',
            'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #0c04e165
+# %% ../nbs/34_widgets.ipynb #dba12b58
 import ctypes
 import dataclasses
 import gc
@@ -27,7 +27,7 @@ import traceback
 import types
 import typing
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -689,7 +689,7 @@ def alpha_svg(
     size = f'width="{width:g}" height="{bottom + 18:g}" viewBox="0 0 {width:g} {bottom + 18:g}"'
     return f'<svg class="ml-svg" {size} role="img" aria-label="alphas by layer and module">{"".join(parts)}</svg>'
 
-# %% ../nbs/34_widgets.ipynb #a4cc8dd3
+# %% ../nbs/34_widgets.ipynb #83d35966
 class Bench:
     "The merger of a panel's config, loaded when it is needed, and the lock of whoever works on it."
 
@@ -712,8 +712,7 @@ class Bench:
         with self.lock:
             if self._made_for != key:
                 users = [session for session in self.sessions if session.trainer is not None]
-                if users:
-                    self.check_free()
+                self.check_free(users)
                 for session in users:
                     session.release()
                 self._merger = self._start = None
@@ -721,9 +720,9 @@ class Bench:
                 self._merger, self._made_for = self.load(wanted), key
             return self._merger
 
-    def check_free(self):
+    def check_free(self, sessions: Iterable["TrainingSession"] | None = None):
         "Raise `RuntimeError` while a session trains the merger."
-        for session in self.sessions:
+        for session in list(self.sessions) if sessions is None else sessions:
             if session.state in ACTIVE:
                 raise RuntimeError(f"the session that trains this merger is {session.state}: stop it, or wait for its end.")
 
@@ -1086,7 +1085,7 @@ def adjust(
         set_learning_rate(self.trainer, learning_rate)
     self._tell()
 
-# %% ../nbs/34_widgets.ipynb #52dfa4e5
+# %% ../nbs/34_widgets.ipynb #1d11a3f0
 def clock(seconds: float | None) -> str:  # "1:05"
     "Seconds as minutes and seconds."
     if seconds is None:
@@ -1113,11 +1112,11 @@ def session_line(session: TrainingSession) -> str:
 
 def memory_html(used: float, estimate: float | None, process: float) -> str:  # bytes
     "Memory used against memory estimated, as two bars on one scale."
-    seen = "used at the peak" if torch.cuda.is_available() else "used after a step, at most"
+    seen = "used: peak of the device" if torch.cuda.is_available() else "used: components, growth of process"
     rows = [(seen, used, "#0072B2")] + ([("estimated peak", estimate, "#E69F00")] if estimate else [])
     top = max(value for _, value, _ in rows) or 1
     cells = "".join(
-        f'<tr><td>{name}</td><td><span class="ml-bar" style="width:{180 * value / top:.0f}px;background:{colour}"></span>'
+        f'<tr><td>{name}</td><td><span class="ml-bar" style="width:{150 * value / top:.0f}px;background:{colour}"></span>'
         f"{value / 2**20:,.0f} MiB</td></tr>" for name, value, colour in rows
     )
     return f'<table class="ml-table">{cells}<tr><td>this process in all</td><td>{process / 2**20:,.0f} MiB</td></tr></table>'

@@ -840,8 +840,9 @@ def test_another_merger_takes_the_place_of_the_first(lab):
     load = bench.load
     bench.load = lambda config: (freed.append(first() is None), load(config))[1]
     panel.set("mode", "scalar")
-    explorer.move(share=0.25)
-    assert explorer.worker.wait() and explorer.error is None
+    second = session_of(panel, bench)
+    second.start()
+    assert second.join(60) == "finished"
     assert freed == [True]  # before the second was loaded
     assert session.alphas().equals(alphas) and len(session.frame) == 1
     with pytest.raises(RuntimeError, match="another merger has been loaded"):
