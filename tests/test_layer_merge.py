@@ -16,6 +16,7 @@ from merge_lab.tasks import format_choice, text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
+WINDOWED = ["mistral", "gemma2", "gemma3"]
 PAIRS = [(1, 2, 0.8), (3, 4, 0.3)]
 
 
@@ -28,8 +29,14 @@ def batch_of(seed=0, shape=(2, 14)):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
+def short_sighted(architecture="llama", depth=6):
+    "A tiny model; a window shorter than the tests' texts, so that layer types matter."
+    seen = {"sliding_window": 4} if architecture in WINDOWED else {}
+    return tiny_model(architecture, num_hidden_layers=depth, **seen)
+
+
 def mergeable(architecture="llama", pairs=PAIRS, strategy="given", depth=6, **options):
-    model = tiny_model(architecture, num_hidden_layers=depth)
+    model = short_sighted(architecture, depth)
     return lm.replace_layers_with_mergeable(model, pairs, strategy, **options)
 
 
@@ -85,6 +92,17 @@ def test_mergeable_model_generates_with_and_without_cache(architecture, blend):
     }
     cached, plain = (model.generate(ids, use_cache=c, **options) for c in (True, False))
     assert torch.equal(cached, plain)
+
+
+def test_the_layer_types_matter_in_these_tests():
+    "Otherwise a layer fused under the wrong type would go unseen."
+    ids = token_ids()
+    for architecture in WINDOWED:
+        near = short_sighted(architecture)
+        far = tiny_model(architecture, num_hidden_layers=6, sliding_window=4096)
+        far.load_state_dict(near.state_dict())
+        with torch.no_grad():
+            assert (near(ids).logits - far(ids).logits).abs().max() > 1e-3
 
 
 def test_config_and_indices_after_fusing():
@@ -155,7 +173,7 @@ def test_gradient_equals_finite_differences(loss, per_module):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 def test_losses_are_those_of_the_plain_model(architecture):
-    original = tiny_model(architecture, num_hidden_layers=6)
+    original = short_sighted(architecture)
     model = lm.replace_layers_with_mergeable(copy.deepcopy(original), PAIRS, "given")
     batch = batch_of(4)
     batch["attention_mask"][0, 9:] = 0
@@ -260,7 +278,7 @@ def test_early_stop_and_a_stop_from_outside():
 
 @pytest.mark.parametrize("blend", ["weights", "outputs"])
 def test_the_original_is_still_inside(blend):
-    original = tiny_model("gemma2", num_hidden_layers=6)
+    original = short_sighted("gemma2")
     model = lm.replace_layers_with_mergeable(
         copy.deepcopy(original), PAIRS, "given", blend=blend
     )
