@@ -365,7 +365,7 @@ def test_train_pause_resume_stop_export(page, lab):
     time.sleep(2)
     assert page.locator(".ml-progress").inner_text().split("·")[0] == step
     shown = page.locator(".ml-session").inner_text()
-    assert "used " in shown and "estimated peak" in shown
+    assert "used: " in shown and "estimated peak" in shown
     picture(page, ".ml-session", "5-paused")
     press(page, ".ml-session", "Save now")
     checkpoint = f"checkpoint-{step.split()[1]}"
