@@ -253,7 +253,6 @@ def measure_regularisers(lab: Lab) -> dict:
                 "kl": read_history(run / "history.jsonl")["kl"].tail(20).mean(),
                 **penalties_of(merger),
                 **{f"exact_match_{row['task']}": row["exact_match"] for row in scores},
-                **({"histogram": histogram(merger)} if seed == 0 else {}),
             })
             lab.keep({"regularisers": rows})
     return {"regularisers": rows}
@@ -265,12 +264,6 @@ def penalties_of(merger: Merger) -> dict[str, float]:
     names = [name for name in PENALTIES if name != "none"]
     with torch.no_grad():
         return {name: round(coefficient_penalty(merger, name, objective).item(), 5) for name in names}
-
-
-def histogram(merger: Merger, low: float = -1.0, high: float = 1.5, bins: int = 50) -> list[float]:
-    "Share of the coefficients in bins of equal width, in percent."
-    values = torch.tensor(merger.alpha_values()["alpha"].tolist())
-    return [round(share, 3) for share in (values.clamp(low, high).histc(bins, low, high) / len(values) * 100).tolist()]
 
 
 def gradient_of(merger: Merger, batch: dict[str, Tensor], compared: str = "kl") -> tuple[float, Tensor]:
@@ -310,6 +303,15 @@ def measure_teachers(lab: Lab) -> dict:
             facts_ = {"when": when, "compared": compared, "k": k, "loss": loss}
             found.append(facts_ | {"cosine": cosine, "norm": gradient.norm().item()})
     return {"teachers": found, "vocabulary": len(lab.tokenizer)}
+
+
+def measure_noise(lab: Lab) -> dict:
+    "Norm of the gradient where nothing is to be learned: three copies of one expert."
+    live, found = ChatCollator(lab.tokenizer)(bundled_rows(lab)), {}
+    for task, path in zip(TASKS, EXPERTS):
+        merger = Merger([load_model(path, dtype="float32") for _ in TASKS], MergerConfig(mode="vector_input")).eval()
+        found[task] = gradient_of(merger, live)[1].norm().item()
+    return {"noise": found}
 
 
 def bundled_rows(lab: Lab, split: str = "train") -> list[dict]:
@@ -414,6 +416,7 @@ PARTS = {
     "scores": measure_scores,
     "regularisers": measure_regularisers,
     "teachers": measure_teachers,
+    "noise": measure_noise,
     "runs": measure_runs,
     "cost": measure_cost,
 }

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -597,7 +598,7 @@ def test_commands_of_the_readme(readme_commands, tmp_path, monkeypatch, capsys):
     few = {
         "dam-merge": [],
         "dam-topk": ["--example_count", "8"],
-        "dam-train": ["--max_steps", "3"],
+        "dam-train": ["--max_steps", "3", "--score_rows", "4"],
     }
     commands = readme_commands("dam-")
     assert [words[0] for words in commands] == list(few)
@@ -605,7 +606,16 @@ def test_commands_of_the_readme(readme_commands, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words in commands:
         assert main([*words, *few[words[0]]]) == 0, words
-    assert "24 rows of 3 components, with stored teachers" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "24 rows of 3 components, with stored teachers" in said
+    assert "plain transformers: runs/dam/trained/merged" in said
+    scores = pd.read_csv("runs/dam/trained/scores.csv")
+    assert scores.n.eq(4).all() and len(scores) == 5 * 3
+    table = scores.set_index(["model", "task"]).exact_match.unstack()
+    names = ["rewrite", "summarize", "extract"]
+    assert list(pd.unique(scores.model)) == [*names, "base", "merged"]
+    assert all(name in said.split("Exact match")[1] for name in (*names, "merged"))
+    assert all(table.loc[name, name] == 1 for name in names)
     start = dam.DAMMerger.from_pretrained("runs/dam/untrained")
     trained = dam.DAMMerger.from_pretrained("runs/dam/trained")
     assert moved(trained, start.mask_state()) > 0.01
@@ -653,6 +663,8 @@ def test_published_options_word_for_word(config):
         (dict(hf_disk_dataset_dir="nowhere"), "dam-topk"),
         (dict(untrained_merged_model_name="nowhere"), "nowhere"),
         (dict(use_kl=False), "nothing is left to learn"),
+        (dict(score_rows=2), "needs 10 different"),
+        (dict(score_rows=2, export=False), "Set export"),
         (
             dict(generate_logits_on_fly=True, use_all_logits=False, k=65),
             "k=65: expected at most 64",

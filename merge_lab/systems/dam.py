@@ -10,10 +10,10 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'QUESTIONS', '
            'stored_teacher', 'write_parts', 'encoded_rows', 'load_teacher', 'with_teacher', 'check_topk', 'check_k',
            'create_dataset_topk_logits', 'dataset_facts', 'open_dataset', 'TopkCollator', 'DAMTrainConfig',
            'task_angles', 'dam_objective', 'momentum_filter', 'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models',
-           'load_training_data', 'dam_optimizer', 'NoiseGate', 'make_trainer', 'train', 'show_merge', 'show_dataset',
-           'show_run']
+           'load_training_data', 'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'make_trainer', 'train',
+           'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #c1679d2f
+# %% ../../nbs/40_systems/02_dam.ipynb #d2bf55df
 import dataclasses
 import json
 import logging
@@ -37,6 +37,7 @@ from merge_lab.core import (
     best_device, check_choice, check_options, check_resumed, check_run, config_to_yaml, open_run, option, set_seed, write_json,
     write_text,
 )
+from ..evaluation import evaluate_models
 from ..losses import shift_labels, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_config
@@ -489,7 +490,7 @@ class TopkCollator(ChatCollator):
             batch[name][scored] = values
         return batch
 
-# %% ../../nbs/40_systems/02_dam.ipynb #41ebd135
+# %% ../../nbs/40_systems/02_dam.ipynb #30918d61
 _PENALTIES = {
     "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
     "lambda_coef_angle": "angle_overlap",
@@ -536,6 +537,9 @@ class DAMTrainConfig(LoopConfig):
     cache_dir: str | None = option(None, "Where models from the hub are kept", group="Output")
     output_dir: str = option("runs/dam/trained", "Folder for coefficients, history and merged checkpoint", group="Output")
     export: bool = option(True, "Write the merged checkpoint to output_dir/merged", group="Output")
+    score_rows: int = option(
+        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; 0: no scores", low=0, group="Output"
+    )
     resume: bool = option(False, "Go on with the run in output_dir", group="Output")
     overwrite: bool = option(False, "Replace the run in output_dir", group="Output")
 
@@ -543,6 +547,8 @@ class DAMTrainConfig(LoopConfig):
         check_options(self)
         if not (self.use_kl or self.use_mse or self.use_entropy):
             raise ValueError("use_kl, use_mse and use_entropy are all off: nothing is left to learn. Switch one on.")
+        if self.score_rows and not self.export:
+            raise ValueError(f"score_rows={self.score_rows}, export=False: it is the exported checkpoint that is scored. Set export.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #b99ca516
 def task_angles(merger: DAMMerger) -> dict[str, Tensor]:  # by parameter, (n, n) radians
@@ -597,13 +603,14 @@ class MoFOAdamW(torch.optim.AdamW):
             parameter.copy_(torch.where(passes, parameter, old))
         return loss
 
-# %% ../../nbs/40_systems/02_dam.ipynb #39212d67
+# %% ../../nbs/40_systems/02_dam.ipynb #7b3d5f1f
 class DAMRun(NamedTuple):
     "What `train` gives back."
 
     merger: DAMMerger
     history: pd.DataFrame  # one row per optimizer step
     folder: Path  # config.yaml, history.jsonl, coefficients, merged/
+    scores: pd.DataFrame | None = None  # columns model, task, n, loss, perplexity, exact_match
 
 
 def load_untrained(config: DAMTrainConfig) -> DAMMerger:
@@ -674,9 +681,33 @@ class NoiseGate(TrainerCallback):
             for gradient in gradients:
                 gradient.zero_()
 
-# %% ../../nbs/40_systems/02_dam.ipynb #fef66288
+# %% ../../nbs/40_systems/02_dam.ipynb #48028be3
+def rows_to_score(config: DAMTrainConfig) -> dict[str, list[dict]]:  # dataset -> conversations; empty without score_rows
+    "Rows to score on. Raises `ValueError` for a dataset that has no test split."
+    if not config.score_rows:
+        return {}
+    facts = json.loads((Path(config.hf_disk_dataset_dir) / DATASET_FILE).read_text(encoding="utf-8"))
+    rows = {name: load_conversations(name, None, "test", cache_dir=config.cache_dir) for name in facts["dataset_names"]}
+    return {Path(name).name: found[: config.score_rows] for name, found in rows.items()}
+
+
+def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests: dict[str, list[dict]]) -> pd.DataFrame:
+    "Write and give the scores of base, models and merged checkpoint on every task."
+    paths = [*merger.merger_config.model_paths, folder / "merged"]
+    paths = paths if merger.use_base_model else [*paths[:-1], merger.base_path, paths[-1]]
+    device, names = find_device(config.device), [*component_names(paths[:-1]), "merged"]
+
+    def loader(path):
+        return lambda: load_model(path, dtype=merger.merger_config.dtype).to(device).eval()
+
+    models = {name: loader(path) for name, path in zip(names, paths)}
+    scores = evaluate_models(models, load_tokenizer(folder / "merged"), tests, progress=False)
+    scores.to_csv(folder / "scores.csv", index=False)
+    return scores
+
+# %% ../../nbs/40_systems/02_dam.ipynb #dffa63ff
 RESUMABLE = {
-    "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "resume",
+    "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "score_rows", "resume",
     "overwrite", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
 }
 
@@ -702,6 +733,7 @@ def train(config: DAMTrainConfig) -> DAMRun:
         check_resumed(config, folder, RESUMABLE)
     set_seed(config.seed)
     trainer, history, stopper = make_trainer(config, folder)
+    tests, scores = rows_to_score(config), None
     trainer.accelerator.wait_for_everyone()  # until every process has seen that the folder is free
     if trainer.args.should_save:
         open_run(folder, config.resume, config.overwrite)
@@ -715,9 +747,10 @@ def train(config: DAMTrainConfig) -> DAMRun:
         logger.warning("%s: stopped at step %d; go on with resume=True.", folder, trainer.state.global_step)
     elif config.export:
         merger.save_merged(folder / "merged", is_main_process=main)
-    return DAMRun(merger, history.frame(), folder)
+        scores = score_export(config, merger, folder, tests) if tests and main else None
+    return DAMRun(merger, history.frame(), folder, scores)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #d21bd29c
+# %% ../../nbs/40_systems/02_dam.ipynb #f8642055
 def show_merge(merger: DAMMerger):
     "Print what was made."
     what = "blended" if merger.use_base_model else "not blended"
@@ -741,4 +774,10 @@ def show_run(run: DAMRun):
     print(f"{len(run.history)} steps, loss {run.history['loss'].iloc[0]:.4f} -> {last['loss']:.4f}")
     for i, name in enumerate(run.merger.names):
         print(f"  {name}: mean alpha {last[f'alpha_mean_{i}']:.3f} ({last[f'alpha_min_{i}']:.2f} to {last[f'alpha_max_{i}']:.2f})")
-    print(f"Written: {run.folder}" + (f", {run.folder / 'merged'}" if (run.folder / "merged").exists() else ""))
+    if run.scores is not None:
+        print("\nExact match on test rows")
+        wide = run.scores.pivot(index="model", columns="task", values="exact_match")
+        print(wide.loc[pd.unique(run.scores.model), pd.unique(run.scores.task)].to_string(), end="\n\n")
+    if (run.folder / "merged").exists():
+        print(f"Merged model, for plain transformers: {run.folder / 'merged'}")
+    print(f"Coefficients, history, config: {run.folder}")
