@@ -16,15 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab.cli import main
+from merge_lab.components import load_tokenizer
 from merge_lab.core import bundled_path
+from merge_lab.evaluation import evaluate_tasks
 from merge_lab.masks import MODES, MergeState
 from merge_lab.systems.lora import (
+    LoRAPipelineConfig,
     RunInterrupted,
     load_adapter,
     load_base,
     probe_logits,
     quiet_peft,
 )
+from merge_lab.systems.lora import run as train_adapter
 from merge_lab.systems.lora_merge import (
     AdapterLinear,
     AdapterMerger,
@@ -35,7 +39,7 @@ from merge_lab.systems.lora_merge import (
     save_adapter,
 )
 from merge_lab.systems.lora_parts import make_lora_config
-from merge_lab.tasks import chat_row, write_jsonl
+from merge_lab.tasks import chat_row, load_task, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_model
 
 
@@ -316,6 +320,45 @@ def test_a_base_that_is_not_there_is_not_replaced_by_another(tmp_path):
     assert base_path(LoRAMergeConfig(adapters=[str(folder), "another"])).endswith(
         "models/base"
     )
+
+
+def scores(model, questions):
+    "Exact match on each task."
+    tokenizer = load_tokenizer(bundled_path("models/base"))
+    return evaluate_tasks(model, tokenizer, questions, progress=False).exact_match
+
+
+def adapter_of(task, path, steps):
+    "An adapter of the bundled base, trained for real; its merged model."
+    adapter = dict(r=16, target_modules="aggressive", lora_dropout=0.0)
+    pace = dict(max_steps=steps, batch_size=32, gradient_accumulation_steps=1)
+    rate = dict(learning_rate=6e-3, lr_scheduler_type="cosine", warmup_steps=10)
+    where = dict(datasets=[path], output_dir=task, device="cpu")
+    train_adapter(
+        LoRAPipelineConfig(**adapter, **pace, **rate, **where), disable_tqdm=True
+    )
+    return load_base(f"{task}/final_merged", "cpu")
+
+
+def test_two_tasks_are_learned_and_one_blend_keeps_both():
+    "The runs of the README, on the two tasks that take the fewest steps."
+    steps = {"summarize": 40, "extract": 90}
+    paths = {task: str(bundled_path(f"tasks/{task}")) for task in steps}
+    questions = {task: load_task(paths[task], "test", n=50) for task in steps}
+    own = {}
+    for task, path in paths.items():
+        found = scores(adapter_of(task, path, steps[task]), questions)
+        assert found[task] >= 0.9 and found.drop(task).max() <= 0.1
+        own[task] = found[task]
+    options = dict(adapters=list(steps), datasets=list(paths.values()), n_samples=500)
+    options |= dict(max_steps=50, learning_rate=0.1, save_steps=0, device="cpu")
+    run(LoRAMergeConfig(**options, output_dir="both"))
+    kept = scores(load_base("both/merged", "cpu"), questions)
+    assert all(kept[task] >= 0.9 * own[task] for task in steps), (kept, own)
+    folders = [f"{task}/adapter_checkpoint" for task in steps]
+    base = bundled_path("models/base")
+    ((_, linear),) = peft_baselines(base, folders, 0.5, ["linear"], device="cpu")
+    assert scores(linear, questions).min() < 0.5
 
 
 def test_commands_of_the_readme(readme_commands, tmp_path):
