@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -442,7 +443,10 @@ def test_run_writes_a_model_that_loads(tmp_path):
     )
     result = lm.run(config, progress=False)
     assert list(result.alphas["into"]) == [1, 3]
-    assert list(result.alphas["before"]) == pytest.approx([0.7, lm.PUBLISHED_ALPHA])
+    rule = parts.published_alpha(result.similarity, 3, 4)  # none given: from similarity
+    assert rule != lm.PUBLISHED_ALPHA
+    assert list(result.alphas["before"]) == pytest.approx([0.7, rule])
+    assert result.search.empty and not (tmp_path / "run/search.csv").exists()
     scores = json.loads((tmp_path / "run/results.json").read_text())
     assert scores["this run"]["layers"] == 4 and scores["original"]["layers"] == 6
     reloaded = lm.load_model(tmp_path / "run/merged")
@@ -525,6 +529,25 @@ def test_a_run_draws_its_figures(tmp_path):
         assert picture.startswith(b"\x89PNG") and len(picture) > 2000
     assert list(result.table.index)[-1] == "this run" and len(result.table) == 6
     assert set(result.alphas["before"]) <= set(lm.START_ALPHAS)
+    tried = pd.read_csv(tmp_path / "run/search.csv")
+    assert len(tried) == 3 * len(lm.START_ALPHAS)  # all together, then each of two
+    best = tried.loc[tried.groupby("into")["loss"].idxmin()].set_index("into")["alpha"]
+    for into, before in zip(result.alphas["into"], result.alphas["before"]):
+        assert before == best[str(into)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "start"), [("fixed_07", 0.7), ("uniform", 0.5), ("similarity", None)]
+)
+def test_a_start_that_is_asked_for_is_the_start(strategy, start, tmp_path, caplog):
+    caplog.set_level("INFO", "merge_lab.systems.layer_merge")
+    options = {"alpha_init_strategy": strategy, "num_steps": 0, "n_pairs": 1}
+    result = lm.run(run_config(tmp_path, **options), progress=False)
+    before = set(result.alphas["before"])
+    assert before == {start} if start else before <= set(lm.START_ALPHAS)
+    assert result.search.empty == (start is not None)
+    assert f"start, {'searched' if start is None else strategy}" in caplog.text
+    assert "no data_dir" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -536,6 +559,8 @@ def test_a_run_draws_its_figures(tmp_path):
         ({"merge_pairs": ["1,2", "2,3"]}, "a layer can be in one pair only"),
         ({"eval_text": "nowhere.txt"}, "eval_text='nowhere.txt': there is no such"),
         ({"mmlu_dir": "nowhere"}, "nowhere"),
+        ({"merge_pairs": ["1,2"], "alpha_init_strategy": "given"}, "has no alpha"),
+        ({"merge_pairs": ["1,2,1.3"]}, "alpha=1.3"),
         ({"per_module": True, "blend": "outputs"}, "outputs have one share"),
     ],
 )
@@ -546,6 +571,10 @@ def test_what_is_wrong_is_said_before_a_run_begins(options, said, tmp_path):
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
         lm.run(run_config(tmp_path, overwrite=True, **options), progress=False)
     assert kept.read_text() == "seed: 1"
+    options["output_dir"] = str(tmp_path / "new/run")
+    with pytest.raises((ValueError, OSError), match=re.escape(said)):
+        lm.run(run_config(tmp_path, **options), progress=False)
+    assert not (tmp_path / "new").exists()
 
 
 def test_bundled_model_is_deep_small_and_has_learned():
@@ -660,4 +689,5 @@ def test_the_command_line_says_what_is_wrong(capsys, tmp_path, monkeypatch):
     for words, said in cases.items():
         assert main(["layer-merge", *words.split()]) == 2
         shown = capsys.readouterr().err.strip()
+        assert not (tmp_path / "runs").exists()
         assert said in shown and "\n" not in shown and "Traceback" not in shown

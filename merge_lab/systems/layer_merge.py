@@ -11,10 +11,11 @@ __all__ = ['logger', 'BLENDS', 'INIT_STRATEGIES', 'ALPHA_LOSSES', 'START_ALPHAS'
            'has_stalled', 'optimise', 'mergeable_layers', 'set_alpha', 'mean_loss', 'search_start',
            'train_alpha_parameters', 'alpha_table', 'extract_learned_alphas', 'fuse_layer', 'fuse_mergeable_layers',
            'heal', 'healing_loss', 'Variant', 'shorten', 'seconds_per_token', 'evaluate_depth', 'compare_variants',
-           'LayerMergeConfig', 'parse_pair', 'Prepared', 'prepare', 'LayerMergeResult', 'share_table', 'run',
-           'first_rows', 'learn', 'alpha_points', 'score_bars', 'make_plots', 'save_result']
+           'LayerMergeConfig', 'parse_pair', 'Prepared', 'prepare', 'check_mergeable', 'LayerMergeResult',
+           'share_table', 'run', 'first_rows', 'searched', 'learn', 'alpha_points', 'score_bars', 'make_plots',
+           'save_result']
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #ef043e02
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #d7065666
 import copy
 import functools
 import itertools
@@ -41,6 +42,7 @@ from merge_lab.core import (
     bundled_path,
     check_choice,
     check_options,
+    check_run,
     config_to_yaml,
     open_run,
     option,
@@ -470,7 +472,7 @@ def mean_loss(model, batches: Sequence[dict], loss: str = "ce", temperature: flo
     with torch.no_grad(), ready_to_train(model):
         return sum(alpha_loss(model, batch, loss, temperature, scored).item() for batch in batches)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #44de9945
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #2f4f45ba
 def search_start(
     model,  # mergeable; its alphas are set to the best found
     dataloader,  # from `prepare_calibration_data`
@@ -478,16 +480,19 @@ def search_start(
     temperature: float = 1.0,  # of the KL
     candidates: Sequence[float] = START_ALPHAS,
     n_batches: int = 8,  # to compare on
+    progress: bool = False,  # a bar
 ) -> pd.DataFrame:  # into ("all": all pairs together), alpha, loss: everything that was tried
     "Try shares for all pairs and then for each, and start from the best."
     layers, batches = mergeable_layers(model), list(itertools.islice(dataloader, n_batches))
     starts, tried = {into: alpha for into, _, alpha in model.merge_record.pairs}, []
+    bar = tqdm(total=len(candidates) * (1 + len(layers)), desc="Start", disable=not progress, unit="share")
 
     def best_of(name, group: Sequence[int]):
         for alpha in candidates:
             for into in group:
                 set_alpha(layers[into], alpha)
             tried.append(dict(into=name, alpha=alpha, loss=mean_loss(model, batches, loss, temperature)))
+            bar.update()
         chosen = min(tried[-len(candidates) :], key=lambda row: row["loss"])["alpha"]
         for into in group:
             starts[into] = chosen
@@ -496,6 +501,7 @@ def search_start(
     best_of("all", list(layers))
     for into in layers:
         best_of(into, [into])
+    bar.close()
     model.merge_record.pairs = [(into, removed, starts[into]) for into, removed, _ in model.merge_record.pairs]
     return pd.DataFrame(tried)
 
@@ -754,29 +760,30 @@ def compare_variants(
         rows.append(dict(variant=name, **evaluate_depth(short, tokenizer, **(evaluation or {})), alphas=alphas))
     return pd.DataFrame(rows).set_index("variant")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #fee53f21
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #e86741bc
 @dataclass
 class LayerMergeConfig:
     "Merge pairs of a model's own layers, with learned shares."
 
     model_path: str | None = option(None, "Model to make shorter: folder or hub name; none: the bundled one", group="Model")
     output_dir: str = option("runs/layer_merge", "Folder of the run", group="Run")
-    n_pairs: int = option(3, "Pairs to merge: layers to remove", low=1, high=64, group="Pairs")
+    n_pairs: int = option(3, "Pairs to merge: layers to remove; merge_pairs has its own number", low=1, high=64, group="Pairs")
     pair_strategy: str = option("similarity", "How pairs are chosen", choices=PAIR_STRATEGIES, group="Pairs")
     merge_pairs: list[str] | None = option(
         None, "Pairs by hand, each into,removed or into,removed,alpha, e.g. 18,19,0.622; none given: chosen", group="Pairs"
     )
     similarity_method: str = option("npib", "How layers are compared", choices=METHODS, group="Pairs")
     alpha_init_strategy: str = option(
-        "similarity", "Where alphas start; similarity: the published rule", choices=INIT_STRATEGIES, group="Alphas"
+        "similarity", "Where alphas start; similarity: a search from the published rule", choices=INIT_STRATEGIES, group="Alphas"
     )
     search_start: bool = option(
-        True, "Before training, try a few shares for each pair and start from the best; not if merge_pairs names shares",
+        True, "Before training, try a few shares for each pair and start from the best; only for the strategy "
+        "similarity, and not if merge_pairs names shares",
         group="Alphas",
     )
     blend: str = option("weights", "What is blended while training; weights are what is exported", choices=BLENDS, group="Alphas")
     per_module: bool = option(True, "One alpha per weight instead of one per pair", group="Alphas")
-    data_dir: str | None = option(None, "Calibration: MMLU folder, chat .jsonl, or .txt; none: the bundled questions", group="Data")
+    data_dir: str | None = option(None, "Calibration: MMLU folder, chat .jsonl, or .txt; none: the bundled questions (text like your own is better)", group="Data")
     mmlu_dir: str | None = option(None, "MMLU folder whose test questions give the accuracy; none: not asked", group="Data")
     eval_text: str | None = option(None, "Held-out .txt for the perplexity; none: not measured", group="Data")
     num_samples: int = option(100, "Calibration samples", low=1, high=10_000, log=True, group="Data")
@@ -816,7 +823,7 @@ def parse_pair(text: str) -> tuple:
         pass
     raise ValueError(f"merge_pairs: {text!r} is not a pair. Write into,removed or into,removed,alpha, e.g. 18,19,0.622.")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #5d517dd9
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #fafe78e6
 @dataclass
 class Prepared:
     "What a run starts from."
@@ -846,11 +853,24 @@ def prepare(config: LayerMergeConfig) -> Prepared:
     model = load_model(model_path, dtype=config.dtype).to(config.device or best_device())
     depth = len(decoder_layers(model))
     check_merge_pairs(by_hand, depth) if by_hand else check_pair_count(config.n_pairs, depth)
+    check_mergeable(model, by_hand, config.alpha_init_strategy)
     similarity = layer_similarity(model, batches, config.similarity_method, seed=config.seed)
     pairs = find_merge_pairs(similarity, config.n_pairs, by_hand or config.pair_strategy)
+    if config.alpha_init_strategy == "similarity":
+        pairs = [(a, b, published_alpha(similarity, a, b) if alpha is None else alpha) for a, b, alpha in pairs]
+    check_mergeable(model, pairs, config.alpha_init_strategy)
     return Prepared(tokenizer, model, loader, evaluation, pairs, similarity)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #f4a67fff
+
+def check_mergeable(model, pairs: Sequence[tuple], strategy: str):
+    "Raise `ValueError` for what `replace_layers_with_mergeable` would refuse; changes nothing."
+    check_depth_free(model.config.get_text_config())
+    layers = decoder_layers(model)
+    for into, removed, *alpha in pairs:
+        logit_of(initial_alpha((into, removed, *(alpha or [None])), strategy))
+        leaf_pairs(layers[into], layers[removed])
+
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #6a1f4f06
 @dataclass
 class LayerMergeResult:
     "What `run` made."
@@ -859,6 +879,7 @@ class LayerMergeResult:
     table: pd.DataFrame  # quality and size, a row per model
     alphas: pd.DataFrame  # layer, into, removed, before, after, change, similarity
     history: pd.DataFrame  # a row per step
+    search: pd.DataFrame  # into, alpha, loss: the starts that were tried; empty without a search
     similarity: pd.DataFrame  # layers x layers
     folder: Path  # of the run; the checkpoint is in merged/
     config: LayerMergeConfig
@@ -876,7 +897,7 @@ def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a r
     table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
     return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #69281dc9
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #0011e8a4
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
@@ -884,14 +905,15 @@ def run(
 ) -> LayerMergeResult:
     "Measure similarity, choose pairs, learn alphas, fuse, heal, evaluate, draw, save."
     set_seed(config.seed)
-    if not config.overwrite:
-        open_run(config.output_dir)
+    check_run(config.output_dir, overwrite=config.overwrite)
+    if config.data_dir is None:
+        logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
     made = prepare(config)
     folder, model = open_run(config.output_dir, overwrite=config.overwrite), made.model
     write_text(folder / "config.yaml", config_to_yaml(config))
     original = copy.deepcopy(model) if config.heal_steps else None
     table = first_rows(config, made)
-    alphas, history = learn(config, made, on_step, progress)
+    alphas, history, search = learn(config, made, on_step, progress)
     fuse_mergeable_layers(model)
     if config.heal_steps:
         model = heal(
@@ -899,11 +921,11 @@ def run(
             config.temperature, seed=config.seed, progress=progress,
         )
     table.loc[THIS_RUN] = pd.Series(evaluate_depth(model, made.tokenizer, **made.evaluation))
-    result = LayerMergeResult(model, table, alphas, history, made.similarity, folder, config)
+    result = LayerMergeResult(model, table, alphas, history, search, made.similarity, folder, config)
     save_result(result, made.tokenizer)
     return result
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #80181375
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #c20c34b7
 THIS_RUN = "this run"
 
 
@@ -916,16 +938,24 @@ def first_rows(config: LayerMergeConfig, made: Prepared) -> pd.DataFrame:
     return table.drop(columns="alphas").astype({"layers": int, "parameters": int})
 
 
-def learn(config, made, on_step, progress) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Make the model mergeable and train its alphas; the tables of alphas and of steps."
-    model, loader = made.model, made.loader
+def searched(config: LayerMergeConfig) -> bool:
+    "Whether the start is looked for: not if one was asked for, by a strategy or by a number beside a pair."
+    numbers = any(len(parse_pair(text)) == 3 for text in config.merge_pairs or ())
+    return config.search_start and config.alpha_init_strategy == "similarity" and not numbers
+
+
+def learn(config, made, on_step, progress) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    "Make the model mergeable and train its alphas; the tables of alphas, of steps, and of the starts tried."
+    model, loader, tried = made.model, made.loader, pd.DataFrame(columns=["into", "alpha", "loss"])
     replace_layers_with_mergeable(
         model, made.pairs, config.alpha_init_strategy, blend=config.blend, per_module=config.per_module
     )
     if config.gradient_checkpointing:
         recompute_activations(model)
-    if config.search_start and not any(len(parse_pair(text)) == 3 for text in config.merge_pairs or ()):
-        search_start(model, loader(), config.loss, config.temperature)
+    if searched(config):
+        tried = search_start(model, loader(), config.loss, config.temperature, progress=progress)
+    starts = (f"{into} + {removed}: {alpha:.3f}" for into, removed, alpha in model.merge_record.pairs)
+    logger.info("start, %s: %s", "searched" if len(tried) else config.alpha_init_strategy, ", ".join(starts))
     if config.num_steps:
         train_alpha_parameters(
             model, loader(), config.num_steps, config.learning_rate, None, config.gradient_accumulation_steps,
@@ -935,7 +965,7 @@ def learn(config, made, on_step, progress) -> tuple[pd.DataFrame, pd.DataFrame]:
         recompute_activations(model, False)
     alphas = alpha_table(model)
     beside = [made.similarity.loc[into, removed] for into, removed in zip(alphas["into"], alphas["removed"])]
-    return alphas.assign(similarity=beside), model.merge_record.history
+    return alphas.assign(similarity=beside), model.merge_record.history, tried
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #ceab631c
 METHOD_NAMES = {"cka": "CKA", "npib": "NPIB"}
@@ -961,7 +991,7 @@ def alpha_points(alphas: pd.DataFrame, method: str):
     add_legend(axis)
     return figure
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #f2c61417
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #aecc240a
 BARS = {  # column of a run's table -> label, and by what it is multiplied
     "perplexity": ("held-out perplexity (no unit)", 1),
     "accuracy": ("accuracy (share of questions)", 1),
@@ -978,7 +1008,8 @@ def score_bars(table: pd.DataFrame):
     size = (2.6 + 2.5 * len(shown), 1.3 + 0.34 * len(table))
     fewer = table["layers"].max() - table["layers"].min()
     long = ", and long ones of accuracy" if "accuracy" in shown else ""
-    title = f"What {fewer} layers fewer cost, and what they save: short bars are good{long}"
+    said = "one layer fewer costs, and what it saves" if fewer == 1 else f"{fewer} layers fewer cost, and what they save"
+    title = f"What {said}: short bars are good{long}"
     figure, axes = new_figure(title, columns=len(shown), size=size, grid="x", sharey=True)
     colours = [{"original": MUTED, THIS_RUN: colour_of(1)}.get(name, colour_of(0)) for name in table.index]
     for axis, name in zip(axes[0], shown):
@@ -1009,7 +1040,7 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
         plots["loss"].suptitle(title, x=0.012, ha="left", font=TITLE_FONT, color=INK)
     return {name: figure for name, figure in plots.items() if figure is not None}
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #7ad88180
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #fc54cd3c
 def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
     from merge_lab.viz import save_figure
@@ -1018,6 +1049,8 @@ def save_result(result: LayerMergeResult, tokenizer):
     tokenizer.save_pretrained(result.folder / "merged")
     write_text(result.folder / "similarity.csv", result.similarity.to_csv())
     write_text(result.folder / "alphas.csv", result.alphas.to_csv(index=False))
+    if len(result.search):
+        write_text(result.folder / "search.csv", result.search.to_csv(index=False))
     lines = (json.dumps(row) + "\n" for row in result.history.to_dict("records"))
     write_text(result.folder / "history.jsonl", "".join(lines))
     write_json(result.folder / "results.json", json.loads(result.table.to_json(orient="index")))
