@@ -346,6 +346,8 @@ def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, monkeypatch):
         (dict(dataset=["poems"]), "dataset='poems'"),
         (dict(dataset=["c4"]), "Check the network"),
         (dict(precisions=[2, 4]), "precisions=2"),
+        (dict(precisions=[4]), "a router needs at least two precisions"),
+        (dict(target_bits=2), "target_bits=2: the model has 3 to 8 bits"),
         (dict(model_path=tmp_path / "none"), "no such folder"),
         (dict(model_path=bundled_path("models/base")), "Quantise the model first"),
     ):
@@ -374,6 +376,32 @@ def test_options(tiny, tmp_path, options):
     assert saved["validation"]["loss"] == min(epochs.loss) and math.isfinite(min(epochs.loss))
     if options.get("weight_ce") == 0:  # bits are all that costs
         assert epochs.average_bits.iloc[-1] == 3
+
+
+def test_the_bar_shows_loss_and_average_bits(tiny, tmp_path, monkeypatch):
+    shown = []
+
+    class Bar(list):
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def set_postfix(self, values):
+            shown.append(values)
+
+    monkeypatch.setattr("merge_lab.systems.router.tqdm", lambda steps, **_: Bar(steps))
+    run(router_config(tiny, tmp_path / "run", num_epochs=1))
+    steps = json.loads((tmp_path / "run" / "training_history.json").read_text())["steps"]
+    assert len(shown) == len(steps) > 0
+    for values, row in zip(shown, steps):
+        assert values == dict(
+            Loss=f"{row['loss']:.4f}",
+            CE=f"{row['ce']:.4f}",
+            Prec=f"{row['precision']:.4f}",
+            AvgPrec=f"{row['average_bits']:.2f}",
+        )
 
 
 def test_few_windows_leave_the_static_assignment(tiny, tmp_path):

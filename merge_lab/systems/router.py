@@ -6,8 +6,8 @@
 __all__ = ['logger', 'greedy_assignments', 'measure_costs', 'factor_error', 'explained', 'set_static', 'fit_costs',
            'average_bits', 'fit_price', 'precision_term', 'RouterConfig', 'RouterTrainer', 'step', 'epoch_order',
            'validate', 'save_checkpoint', 'load_checkpoint', 'objective_price', 'start_from_costs', 'end_epoch', 'fit',
-           'last_checkpoint', 'run', 'quantized_note', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig', 'run_quantize',
-           'score_windows', 'text_windows']
+           'last_checkpoint', 'check_budget', 'run', 'quantized_note', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig',
+           'run_quantize', 'score_windows', 'text_windows']
 
 # %% ../../nbs/40_systems/05_router.ipynb #d28b759a
 import copy
@@ -184,7 +184,7 @@ def precision_term(
     low, high = precisions[0], precisions[-1]
     return (average - low) / max(high - low, 1) * ce.detach()
 
-# %% ../../nbs/40_systems/05_router.ipynb #117b0e81
+# %% ../../nbs/40_systems/05_router.ipynb #dc842734
 @dataclass
 class RouterConfig:
     "Options of `merge-lab router`."
@@ -224,7 +224,10 @@ class RouterConfig:
     def __post_init__(self):
         check_options(self)
         if self.prefix_length >= self.seq_len:
-            raise ValueError(f"prefix_length={self.prefix_length}: expected less than seq_len={self.seq_len}, so that tokens are left to score.")
+            raise ValueError(
+                f"prefix_length={self.prefix_length}: expected less than seq_len={self.seq_len}, so that tokens are left to score. "
+                f"Lower it (--prefix_length {max(1, self.seq_len // 4)}) or take longer windows."
+            )
 
 # %% ../../nbs/40_systems/05_router.ipynb #32add5d9
 class RouterTrainer:
@@ -407,10 +410,19 @@ def fit(self: RouterTrainer) -> pd.DataFrame:  # the epochs
 
 RouterTrainer.end_epoch, RouterTrainer.fit = end_epoch, fit
 
-# %% ../../nbs/40_systems/05_router.ipynb #2324210c
+# %% ../../nbs/40_systems/05_router.ipynb #b28af37f
 def last_checkpoint(folder: Path) -> Path | None:
     "The checkpoint of the last whole epoch, if there is one."
     return max(folder.glob("router_checkpoint_epoch_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]), default=None)
+
+
+def check_budget(precisions: list[int], target_bits: float | None):
+    "Raise `ValueError` if there is nothing to choose between, or the target is out of reach."
+    if len(precisions) < 2:
+        raise ValueError(f"precisions={precisions}: a router needs at least two precisions. Name more, or none for all that the model has.")
+    low, high = precisions[0], precisions[-1]
+    if target_bits is not None and not low <= target_bits <= high:
+        raise ValueError(f"target_bits={target_bits:g}: the model has {low} to {high} bits. Choose a target between them.")
 
 
 def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFrame]:
@@ -426,6 +438,7 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
         config.model_path, config.precisions or None, device, config.trust_remote_code,
         router_hidden=config.router_hidden, dropout=config.dropout,
     )
+    check_budget(model.precisions, config.target_bits)
     text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.seq_len, seed=config.random_state)
     train = text_windows(n=config.num_examples, split="train", **text)
     validation = text_windows(n=config.num_validation, split="validation", **text)
