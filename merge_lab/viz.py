@@ -322,10 +322,10 @@ def layer_grid(
     parts = [part for part in (full[0], grid, full[1]) if len(part)]
     return pd.concat(parts).rename_axis(index="layer", columns=None)
 
-# %% ../nbs/33_viz.ipynb #b94bacdd
+# %% ../nbs/33_viz.ipynb #a8a636fe
 ALPHA_TITLES = {
     "mean": "Which component a module listens to: mean alpha, layer by layer",
-    "std": "Where columns of one weight disagree most: standard deviation of alpha",
+    "std": "Where one weight holds different shares: standard deviation of alpha",
     "min": "The least a module takes of a component: smallest alpha",
     "max": "The most a module takes of a component: largest alpha",
 }
