@@ -468,7 +468,7 @@ def open_dataset(folder: Path, facts: dict, overwrite: bool) -> bool:  # whether
     write_json(file, facts)
     return False
 
-# %% ../../nbs/40_systems/02_dam.ipynb #82181e44
+# %% ../../nbs/40_systems/02_dam.ipynb #ce29b565
 class TopkCollator(ChatCollator):
     "A `ChatCollator` that also lays out stored teachers, in fp32, k + 1 probabilities of a token summing to one."
 
@@ -480,7 +480,7 @@ class TopkCollator(ChatCollator):
         "The batch, with `topk_log_probs` and `topk_indices` (B, T, k), `topk_tail` and `topk_normaliser` (B, T)."
         batch = super().__call__(rows)
         scored = shift_labels(batch["labels"], batch["attention_mask"]) != -100
-        flat = {name: torch.cat([torch.as_tensor(row[name]) for row in rows]) for name in STORED_TOPK}
+        flat = {name: torch.cat([torch.tensor(row[name]) for row in rows]) for name in STORED_TOPK}
         log_probs, tail = flat["topk_log_probs"].float().view(-1, self.k), flat["topk_tail"].float()
         total = torch.logaddexp(log_probs.logsumexp(-1), tail)
         indices = flat["topk_indices"].view(-1, self.k).long()
