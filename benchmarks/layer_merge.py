@@ -85,6 +85,7 @@ OVER_DEPTH = [
     DEFAULT,
 ]
 ASKED = ["remove the same layers", "published ratio", DEFAULT]  # for accuracy: slow
+ALL_ASKED = 3  # layers removed, where all of OVER_DEPTH are asked
 
 
 def held_questions() -> set:
@@ -301,7 +302,8 @@ def measure_depth(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
 def measure_accuracy(model, tokenizer, text: dict, n_pairs: int) -> list[dict]:
     "Share of held-out questions that are answered rightly, by the number of layers removed."
     asked = dict(mmlu_dir=bundled_path("mmlu"))
-    return over_depth(model, tokenizer, n_pairs, ASKED, asked)
+    variants = OVER_DEPTH if n_pairs == ALL_ASKED else ASKED
+    return over_depth(model, tokenizer, n_pairs, variants, asked)
 
 
 def measure_times(model, depths: list[int], rounds: int = 15) -> list[dict]:
