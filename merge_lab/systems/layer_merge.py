@@ -823,7 +823,7 @@ def parse_pair(text: str) -> tuple:
         pass
     raise ValueError(f"merge_pairs: {text!r} is not a pair. Write into,removed or into,removed,alpha, e.g. 18,19,0.622.")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #fafe78e6
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #61123c42
 @dataclass
 class Prepared:
     "What a run starts from."
@@ -836,7 +836,7 @@ class Prepared:
     similarity: pd.DataFrame  # layers x layers
 
 
-def prepare(config: LayerMergeConfig) -> Prepared:
+def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     "Load model and data, measure similarity, choose pairs. Raises `ValueError` for what does not fit together."
     if config.eval_text is not None and not Path(config.eval_text).exists():
         raise ValueError(f"eval_text={config.eval_text!r}: there is no such file. Give held-out text, or none to leave it out.")
@@ -854,7 +854,7 @@ def prepare(config: LayerMergeConfig) -> Prepared:
     depth = len(decoder_layers(model))
     check_merge_pairs(by_hand, depth) if by_hand else check_pair_count(config.n_pairs, depth)
     check_mergeable(model, by_hand, config.alpha_init_strategy)
-    similarity = layer_similarity(model, batches, config.similarity_method, seed=config.seed)
+    similarity = layer_similarity(model, batches, config.similarity_method, seed=config.seed, progress=progress)
     pairs = find_merge_pairs(similarity, config.n_pairs, by_hand or config.pair_strategy)
     if config.alpha_init_strategy == "similarity":
         pairs = [(a, b, published_alpha(similarity, a, b) if alpha is None else alpha) for a, b, alpha in pairs]
@@ -897,7 +897,7 @@ def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a r
     table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
     return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #0011e8a4
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #5e5d2306
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
@@ -908,7 +908,7 @@ def run(
     check_run(config.output_dir, overwrite=config.overwrite)
     if config.data_dir is None:
         logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
-    made = prepare(config)
+    made = prepare(config, progress)
     folder, model = open_run(config.output_dir, overwrite=config.overwrite), made.model
     write_text(folder / "config.yaml", config_to_yaml(config))
     original = copy.deepcopy(model) if config.heal_steps else None

@@ -9,7 +9,7 @@ __all__ = ['PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'find_layers', 'decoder_layers'
            'layer_similarity', 'published_alpha', 'best_disjoint', 'find_merge_pairs', 'check_pair_count',
            'check_merge_pairs']
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #dbd8d4a8
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #f0b9757c
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import check_choice
 from ..evaluation import INTRO, choice_prompt
@@ -208,16 +209,17 @@ def split_text(
     validation = apart_from(paragraphs[n_train + n_test :], test)
     return dict(train=apart_from(paragraphs[:n_train], [*test, *validation]), validation=validation, test=test)
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #34579556
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #d9383e76
 def layer_similarity(
     model,
     dataloader,  # batches with input_ids and attention_mask
     method: str = "npib",  # a key of merge_lab.similarity.METHODS
     n_rows: int = 512,  # tokens to compare on
     seed: int = 0,  # of the choice of tokens
+    progress: bool = False,  # a bar
 ) -> pd.DataFrame:  # layers x layers
     "How alike the layers' outputs are."
-    batches = list(dataloader)
+    batches = tqdm(list(dataloader), desc="Similarity", disable=not progress, unit="batch")
     return similarity_matrix(collect_outputs(model.base_model, decoder_layers(model), batches, n_rows, seed), method)
 
 # %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #6ca2f34f
