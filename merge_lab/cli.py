@@ -251,7 +251,7 @@ def call(name: str, words: list[str]) -> int:
     status = (getattr(module, command.show) if command.show else show_tables)(result)
     return status or 0
 
-# %% ../nbs/60_cli.ipynb #fa3d4aa9
+# %% ../nbs/60_cli.ipynb #1e5b49e2
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
@@ -279,7 +279,7 @@ def main(words: list[str] | None = None) -> int:
     except (KeyboardInterrupt, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "RunInterrupted":
             raise
-        stopped = "interrupted. If a checkpoint was written, --resume goes on from the last one."
+        stopped = "interrupted. If the command has --resume and a checkpoint was written, it goes on from there."
         if not others:
             print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
         return 130
