@@ -1,4 +1,4 @@
-"""The estimate is what a real step takes, it allocates nothing, and the published figures are within reach."""
+"""The estimate is what a real step takes, and it allocates nothing. nbs/studies/memory.ipynb asserts the published figures."""
 
 import itertools
 import resource
@@ -145,22 +145,6 @@ def shape_of_3b():
         bos_token_id=0,
         eos_token_id=1,
     )
-
-
-@pytest.mark.parametrize(
-    "kinds, tokens, limit",
-    [
-        (["linear"], 2048, 13.3),
-        (["linear"], 32768, 27.0),
-        (["linear", "embedding", "norm"], 2048, 14.5),
-    ],
-)
-def test_two_models_of_three_billion_fit_in_little_more_than_themselves(
-    kinds, tokens, limit
-):
-    found = estimate_memory(shape_of_3b(), seq_len=tokens, target_kinds=kinds)
-    assert found.parts["components"] / 2**30 == pytest.approx(11.97, abs=0.01)
-    assert found.peak_bytes / 2**30 <= limit
 
 
 def test_nothing_is_allocated():
