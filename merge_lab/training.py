@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'NO_MODULE', 'LoopConfig', 'TrainConfig', 'objective_of', 'check_report_to', 'training_arguments',
-           'MergerTrainer', 'first_nonfinite', 'save_model', 'alpha_summary', 'memory_in_use', 'HistoryCallback',
-           'read_history', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'check_processes',
-           'last_checkpoint', 'train_from']
+           'MergerTrainer', 'first_nonfinite', 'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history',
+           'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'check_processes', 'last_checkpoint',
+           'train_from']
 
 # %% ../nbs/31_training.ipynb #64877f4a
 import dataclasses
@@ -84,7 +84,7 @@ class TrainConfig(LoopConfig):
         0.0, "Weight of the mean squared distance of the masks to their start", low=0, high=10, group="Objective"
     )
 
-# %% ../nbs/31_training.ipynb #eda54af1
+# %% ../nbs/31_training.ipynb #98660dec
 def objective_of(config: TrainConfig) -> Objective:
     "The objective that a config describes."
     penalties = {"mask_decay": config.mask_decay} if config.mask_decay else {}
@@ -128,7 +128,6 @@ def training_arguments(
         output_dir=str(output_dir),
         **{name: getattr(config, name) for name in names},
         use_cpu=config.device == "cpu" or (config.device == "auto" and not torch.accelerator.is_available()),
-        ddp_find_unused_parameters=False,
         save_strategy="steps" if config.save_steps else "no",
         save_steps=config.save_steps or 500,
         dataloader_pin_memory=torch.cuda.is_available() and config.device in ("auto", "cuda"),
@@ -266,7 +265,7 @@ def _check_finite(self, loss: Tensor, inputs: dict):
 
 MergerTrainer._check_finite = _check_finite
 
-# %% ../nbs/31_training.ipynb #aae64648
+# %% ../nbs/31_training.ipynb #a8c8d2df
 def _save(self, output_dir=None, state_dict=None):
     folder = Path(output_dir or self.args.output_dir)
     self.accelerator.unwrap_model(self.model).save_pretrained(folder, is_main_process=self.args.should_save)
@@ -274,7 +273,7 @@ def _save(self, output_dir=None, state_dict=None):
         save_tensors(folder / _REFERENCE, self.objective.mask_reference)
 
 
-def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+def _save_model(self, output_dir: str | None = None, _internal_call: bool = False):
     "Write the masks; a sharded run must call it on every process."
     if is_sharded(self.model) or self.args.should_save:
         self._save(output_dir)
@@ -304,7 +303,8 @@ def _load_optimizer_and_scheduler(self, checkpoint: str | None):
                 state[name] = shard_like(value, parameter)
 
 
-for _method in (_save, save_model, _load_from_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler):
+MergerTrainer.save_model = _save_model
+for _method in (_save, _load_from_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler):
     setattr(MergerTrainer, _method.__name__, _method)
 
 # %% ../nbs/31_training.ipynb #1a980ba8
