@@ -487,11 +487,12 @@ def test_same_path_twice_is_a_note(pair):
     assert {"a", "a (2)"} <= set(report.columns)
 
 
-def test_names_are_unique_and_spare_the_reports_columns():
+def test_names_are_unique_and_spare_the_columns_of_tables():
     paths = ["x/m", "y/m", "y/m", "z/ok", Path("q/property")]
     names = ["x/m", "y/m", "y/m (2)", "ok (2)", "property (2)"]
     assert component_names(paths) == names
     assert component_names(["a", "b/a", "/c/b/a"]) == ["a", "b/a", "c/b/a"]
+    assert component_names(["x/merged", "other"]) == ["merged (2)", "other (2)"]
 
 
 def test_preflight_reads_headers_only(pair):
