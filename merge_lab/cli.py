@@ -155,10 +155,16 @@ def _positional_help(command: Command) -> str:
     named = ", ".join(command.positional)
     return f"{named}, or a YAML file with options" if named else "YAML file with options; flags win over it"
 
-# %% ../nbs/60_cli.ipynb #48c8487e
-def _mapping_of(words: list[str]):
-    "What the words of a mapping option say: one YAML mapping, or a list for the config to read."
-    return yaml.safe_load(words[0]) if len(words) == 1 and words[0].lstrip().startswith("{") else words
+# %% ../nbs/60_cli.ipynb #016a7d7b
+def _mapping_of(name: str, words: list[str]):
+    "What the words of a mapping option say: one YAML mapping, or a list for the config to read. Raises `ValueError`."
+    if len(words) != 1 or not words[0].lstrip().startswith("{"):
+        return words
+    try:
+        return yaml.safe_load(words[0])
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
+        why = getattr(error, "problem", None) or error
+        raise ValueError(f"--{name} {words[0]}: not a YAML mapping ({why}). Write '{{name: value}}', in quotes.") from error
 
 
 def parse(name: str, words: list[str]):
@@ -181,7 +187,7 @@ def parse(name: str, words: list[str]):
         check_names(config_class, values, path)
     values |= _place(command, config_class, places)
     hints = typing.get_type_hints(config_class)
-    values |= {key: _mapping_of(value) if _is_mapping(hints[key]) else value for key, value in written.items()}
+    values |= {key: _mapping_of(key, value) if _is_mapping(hints[key]) else value for key, value in written.items()}
     return config_from_dict(config_class, values, "command line")
 
 # %% ../nbs/60_cli.ipynb #1fc7e63a
