@@ -252,7 +252,7 @@ def quantize_weight(
     tables = {bits: torch.cat([tables[bits] for _, tables in parts]) for bits in parts[0][1]}
     return NestedWeight(planes, tables, weight.shape[1])
 
-# %% ../nbs/14_anyprec.ipynb #417bf47e
+# %% ../nbs/14_anyprec.ipynb #169ff764
 class WeightSlot:
     "Dequantised weights of one layer at a time, or of all if memory allows."
 
@@ -271,11 +271,15 @@ class WeightSlot:
             weights[precision] = layer.nested(precision).dequantize(precision)
         return weights[precision]
 
+    def forget(self, layer: "NestedLinear"):
+        "Drop one layer's weights: its planes or tables are going to change."
+        self.held.pop(layer, None)
+
     def clear(self):
         "Drop all dequantised weights."
         self.held.clear()
 
-# %% ../nbs/14_anyprec.ipynb #43311bd8
+# %% ../nbs/14_anyprec.ipynb #34a584e7
 class NestedLinear(nn.Module):
     "A frozen linear layer at several precisions; `choice` says which one computes."
 
@@ -299,6 +303,14 @@ class NestedLinear(nn.Module):
         "The nested weight with the tables of these precisions; of all if none is given."
         tables = {bits: getattr(self, f"table_{bits}") for bits in precisions or self.precisions}
         return NestedWeight(self.planes, tables, self.in_features)
+
+    def _apply(self, function, recurse: bool = True):
+        self.slot.forget(self)  # `.to(...)` and its like
+        return super()._apply(function, recurse)
+
+    def _load_from_state_dict(self, *arguments):
+        self.slot.forget(self)
+        super()._load_from_state_dict(*arguments)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, ..., in_features)
         choice = self.precisions[-1] if self.choice is None else self.choice

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from merge_lab.anyprec import (
     NestedLinear,
+    WeightSlot,
     nested_codes,
     pack_planes,
     quantize_weight,
@@ -96,9 +97,9 @@ def test_planes_round_trip(columns, precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [None, torch.randn(6)])
-def test_a_batch_with_several_precisions_is_each_sample_alone(dtype, bias):
-    bias = bias if bias is None else bias.to(dtype)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_batch_with_several_precisions_is_each_sample_alone(dtype, with_bias):
+    bias = torch.randn(6).to(dtype) if with_bias else None
     layer = NestedLinear(quantize_weight(torch.randn(6, 20).to(dtype)), bias)
     x = torch.randn(4, 3, 20).to(dtype)
     choice = torch.tensor([3, 8, 5, 3])
@@ -118,6 +119,27 @@ def test_gradients_at_a_fixed_precision_reach_the_input():
     layer(x).sum().backward()
     wanted = layer.nested(4).dequantize(4).sum(0).expand_as(x)
     torch.testing.assert_close(x.grad, wanted)
+
+
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_what_was_dequantised_follows_the_layer(keep_all):
+    "Other planes, another dtype: nothing of the old weight is computed with."
+    layer, other = (
+        NestedLinear(quantize_weight(torch.randn(6, 20)), slot=WeightSlot(keep_all))
+        for _ in range(2)
+    )
+    x = torch.randn(2, 3, 20)
+    assert not torch.allclose(layer(x), other(x))
+    for assign in (False, True):
+        layer.load_state_dict(other.state_dict(), assign=assign)
+        assert torch.equal(layer(x), other(x))
+        layer.load_state_dict(
+            NestedLinear(quantize_weight(torch.randn(6, 20))).state_dict()
+        )
+        layer(x)
+    assert layer.double()(x.double()).dtype == torch.float64
+    wanted = F.linear(x.double(), layer.nested(8).dequantize(8))
+    assert torch.equal(layer(x.double()), wanted)
 
 
 def test_imports_no_transformers():
