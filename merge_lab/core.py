@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'did_you_mean', 'expect_fail', 'set_seed', 'best_device', 'atomic_path', 'write_text', 'save_tensors',
-           'write_json', 'check_disk_space', 'check_run', 'open_run', 'bundled_path', 'option', 'check_type',
-           'check_options', 'changed_options', 'config_to_yaml', 'config_to_python', 'check_names', 'config_from_dict',
-           'read_yaml', 'config_from_yaml', 'check_resumed', 'narrow', 'config_to_cli']
+           'write_json', 'check_disk_space', 'is_run', 'check_run', 'open_run', 'check_outside', 'bundled_path',
+           'option', 'check_type', 'check_options', 'changed_options', 'config_to_yaml', 'config_to_python',
+           'check_names', 'config_from_dict', 'read_yaml', 'read_value', 'config_from_yaml', 'check_resumed',
+           'begin_run', 'narrow', 'config_to_cli']
 
 # %% ../nbs/00_core.ipynb #bc172c8a
 import dataclasses
@@ -141,24 +142,32 @@ def check_disk_space(
             "Free some space or choose an output folder on another disk."
         )
 
-# %% ../nbs/00_core.ipynb #63a9d653
+# %% ../nbs/00_core.ipynb #b8de2ed2
+_MARK = "# The options of a run, written by merge_lab.\n"
+
+
+def is_run(folder: str | Path) -> bool:
+    "Whether a run was begun in this folder."
+    file = Path(folder) / "config.yaml"
+    return file.is_file() and file.read_bytes().startswith(_MARK.encode())
+
+
 def check_run(
     folder: str | Path,  # folder of the run
     resume: bool = False,  # go on with the run that is there
     overwrite: bool = False,  # clear the run that is there
 ) -> Path:
-    "What `open_run` refuses, without touching anything. Raises `FileExistsError`, or `FileNotFoundError` on resuming nothing."
+    "What `begin_run` refuses, without touching anything. Raises `FileExistsError`, or `FileNotFoundError` on resuming nothing."
     folder = Path(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file. Choose a folder for the run.")
     held = folder.is_dir() and any(folder.iterdir())
-    is_run = (folder / "config.yaml").exists()
-    if resume and not is_run:
+    if resume and not is_run(folder):
         raise FileNotFoundError(f"{folder} holds no run that could be resumed. Leave out resume (--resume) to start one.")
-    if held and overwrite and not resume and not is_run:
+    if held and not resume and not is_run(folder):
         raise FileExistsError(
-            f"{folder} holds files but no config.yaml, so it is not a run and is not cleared. "
-            "Choose another output_dir or empty it by hand."
+            f"{folder} holds files and is not a run (its config.yaml, if it has one, was not written by merge_lab), so nothing in it "
+            "is touched. Choose another output_dir or empty it by hand."
         )
     if held and not resume and not overwrite:
         raise FileExistsError(
@@ -175,6 +184,18 @@ def open_run(folder: str | Path, resume: bool = False, overwrite: bool = False) 
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_outside(
+    folder: str | Path,  # of the run
+    inputs: typing.Iterable[str | Path | None],  # what the run is going to read; hub names and None are passed over
+    overwrite: bool,  # whether the folder is going to be cleared
+):
+    "Raise `ValueError` if a folder that is going to be cleared holds what is going to be read."
+    folder = Path(folder)
+    for path in inputs if overwrite else ():
+        if path and Path(path).exists() and folder.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+            raise ValueError(f"overwrite would clear {folder}, which holds {path}. Choose another output_dir.")
 
 # %% ../nbs/00_core.ipynb #4aaa9c0d
 def bundled_path(
@@ -209,7 +230,7 @@ def option(
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
-# %% ../nbs/00_core.ipynb #e923d718
+# %% ../nbs/00_core.ipynb #06eacdaf
 _NOTHING = ("none", "None", "all")  # how a command line says None
 
 
@@ -225,14 +246,18 @@ def check_type(name: str, value, hint):
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        expected = wrong["msg"][0].lower() + wrong["msg"][1:]
-        remedy = ""
+        wrong = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union: the branch that came furthest
+        expected, remedy = wrong["msg"][0].lower() + wrong["msg"][1:], ""
+        expected = expected.replace("input should be", "expected")
         if isinstance(value, (int, float)) and "string" in expected:
             remedy = " In YAML, quote it."
         elif isinstance(value, str) and "list" in expected:
             remedy = f" Write [{value}]."
-        raise ValueError(f"{name}={value!r}: {expected.replace('input should be', 'expected')}.{remedy}") from None
+        elif "dictionary" in expected:
+            remedy = " Write {key: value}."
+        elif isinstance(value, (dict, list)):
+            remedy = f" It got {wrong['input']!r}."
+        raise ValueError(f"{name}={value!r}: {expected}.{remedy}") from None
 
 
 def check_options(config):  # a dataclass instance whose fields were made by `option`
@@ -283,7 +308,7 @@ def config_to_python(config) -> str:
     arguments = ",\n".join(f"    {name}={value!r}" for name, value in changed_options(config).items())
     return f"{type(config).__name__}(\n{arguments},\n)" if arguments else f"{type(config).__name__}()"
 
-# %% ../nbs/00_core.ipynb #64e8a8f9
+# %% ../nbs/00_core.ipynb #d14c6d76
 def check_names(cls: type, values: dict, origin: str = "config"):
     "Raise `ValueError` for a key that no field of the config class has, suggesting the nearest."
     names = [field.name for field in dataclasses.fields(cls) if field.init]
@@ -312,6 +337,17 @@ def read_yaml(path: str | Path) -> dict:
     return values or {}
 
 
+def read_value(
+    name: str,  # of the option, for the message
+    text: str,  # YAML or JSON, as a command line gives it
+):
+    "The value that a text describes. Raises `ValueError` if it is not YAML."
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}={text!r}: not YAML ({str(error).splitlines()[0]}). Write '{{key: value}}'.") from None
+
+
 def config_from_yaml(cls: type, path: str | Path):
     "Read a config from a YAML file. Raises `ValueError` that names the file."
     return config_from_dict(cls, read_yaml(path), str(path))
@@ -331,6 +367,25 @@ def check_resumed(
                 f"resume: {field.name}={now!r}, but the run in {folder} was begun with {then!r}. "
                 "Leave the option as it was, or begin another run in another output_dir."
             )
+
+# %% ../nbs/00_core.ipynb #d0e51f27
+_ONCE = ("resume", "overwrite", "dry_run")  # switches of one start
+
+
+def begin_run(
+    config,  # options of the run
+    folder: str | Path | None = None,  # None: config.output_dir
+) -> Path:
+    "Make the run's folder, cleared if it is overwritten, and write its config.yaml. Raises what `check_run` raises."
+    folder = Path(config.output_dir if folder is None else folder)
+    once = {name: getattr(config, name) for name in _ONCE if hasattr(config, name)}
+    resume, overwrite = once.get("resume", False), once.get("overwrite", False)
+    check_run(folder, resume, overwrite)
+    if overwrite and not resume and folder.is_dir():
+        shutil.rmtree(folder)
+    again = dataclasses.replace(config, **dict.fromkeys(once, False))
+    write_text(folder / "config.yaml", _MARK + config_to_yaml(again))
+    return folder
 
 # %% ../nbs/00_core.ipynb #33bffc42
 def narrow(config, cls: type):  # a config dataclass that `config`'s class extends

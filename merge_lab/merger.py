@@ -9,7 +9,7 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'Merger
            'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
            'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #43fc1437
+# %% ../nbs/20_merger.ipynb #bcd92aba
 import dataclasses
 import functools
 import json
@@ -29,23 +29,23 @@ from torch import Tensor, nn
 from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, save_tensors, write_json,
-    write_text,
+    check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, read_value, save_tensors,
+    write_json, write_text,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/20_merger.ipynb #afcfa3b6
+# %% ../nbs/20_merger.ipynb #9913231c
 KINDS = ("linear", "embedding", "norm", "other")
 STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend")
 
 
-def _plain(value):
+def _plain(name: str, value):
     "A dict or list given as YAML or JSON text, as the command line does."
-    return yaml.safe_load(value) if isinstance(value, str) else value
+    return read_value(name, value) if isinstance(value, str) else value
 
-# %% ../nbs/20_merger.ipynb #dcee6091
+# %% ../nbs/20_merger.ipynb #ef8fafa3
 @dataclasses.dataclass
 class MergerConfig:
     "How components become one model."
@@ -80,7 +80,7 @@ class MergerConfig:
     )
 
     def __post_init__(self):
-        self.mask_init = _plain(self.mask_init)
+        self.mask_init = _plain("mask_init", self.mask_init)
         check_options(self)
         for kind in self.target_kinds:
             check_choice("target_kinds", kind, KINDS)
@@ -206,13 +206,16 @@ def parameter_modules(model: nn.Module) -> dict[str, nn.Module]:
     "Modules that own parameters, by name, in the model's order."
     return {name: m for name, m in model.named_modules() if m._parameters and any(True for _ in m.parameters(False))}
 
-# %% ../nbs/20_merger.ipynb #f753e7f4
+# %% ../nbs/20_merger.ipynb #6e08ae7e
 def _check_targets(config: MergerConfig, modules: dict[str, nn.Module]):
     "Raise `ValueError` if a pattern matches nothing."
     for pattern in config.target_modules or ():
-        if not any(re.search(pattern, name) for name in modules):
+        matched = [name for name in modules if re.search(pattern, name)]
+        if not matched:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in modules})
             raise ValueError(f"target_modules: {pattern!r} matches no module. Modules are named {', '.join(kinds)}.")
+        if not any(_is_target(config, name, modules[name]) for name in matched):
+            raise ValueError(f"target_modules: {pattern!r} matches only modules of other kinds than target_kinds={config.target_kinds}.")
     if not any(_is_target(config, name, module) for name, module in modules.items()):
         raise ValueError(f"target_kinds={config.target_kinds}: no module is masked, so nothing can be trained.")
 
@@ -240,6 +243,13 @@ def wrap(
                 _tie(leaf, key, first, first_key, config.untie_embeddings)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, leaf)
+    masked = [name for name, module in model.named_modules() if isinstance(module, MaskedModule) and module.masks]
+    for pattern in config.target_modules or ():
+        if not any(re.search(pattern, name) for name in masked):
+            raise ValueError(
+                f"target_modules: {pattern!r} names a head that is tied to an embedding without a mask. Name the embedding too, "
+                "or set untie_embeddings."
+            )
     return model
 
 
@@ -496,18 +506,19 @@ def _from_pretrained(cls, folder, model_paths=None) -> Merger:
 
 Merger.from_pretrained = classmethod(_from_pretrained)
 
-# %% ../nbs/20_merger.ipynb #2ebe579b
+# %% ../nbs/20_merger.ipynb #c0a0edb3
 @_method
 @torch.no_grad()
 def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
     "Name and maker of each tensor of the merged checkpoint; tied tensors once."
-    leaves, seen = self.leaves(), set()
+    leaves, seen, untied = self.leaves(), set(), self.merger_config.untie_embeddings
     for name, leaf in leaves.items():
         for key in leaf.parameter_names:
-            same = (id(leaf.weights[key]), id(leaf.masks[key]) if key in leaf.masks else None)
+            same = (id(leaf.weights[key]), id(leaf.masks[key]) if key in leaf.masks else name if untied else None)
             if same not in seen:
+                again = untied and same[0] in {weights for weights, _ in seen}  # two tensors of a file share no memory
                 seen.add(same)
-                yield f"{name}.{key}", functools.partial(_merged_tensor, leaf, key)
+                yield f"{name}.{key}", functools.partial(_merged_tensor, leaf, key, again)
     owned = tuple(f"{name}.{part}." for name, m in self.model.named_modules() if isinstance(m, MaskedModule) for part in ("weights", "masks"))
     for name, tensor in self.model.state_dict().items():
         if not name.startswith(owned):  # buffers that a checkpoint keeps
@@ -515,9 +526,10 @@ def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
 
 
 @torch.no_grad()
-def _merged_tensor(leaf: MaskedModule, key: str) -> Tensor:
+def _merged_tensor(leaf: MaskedModule, key: str, copy: bool) -> Tensor:
     with leaf.state.as_component(None):
-        return full(leaf.tensor(key)).detach()
+        tensor = full(leaf.tensor(key)).detach()
+    return tensor.clone() if copy and key not in leaf.masks else tensor
 
 
 @_method

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'NO_MODULE', 'LoopConfig', 'TrainConfig', 'objective_of', 'check_report_to', 'training_arguments',
            'MergerTrainer', 'first_nonfinite', 'alpha_summary', 'memory_in_use', 'HistoryCallback', 'read_history',
-           'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'check_processes', 'last_checkpoint',
-           'train_from']
+           'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'last_checkpoint', 'train_from',
+           'checkpoint_to_resume', 'check_going_on', 'open_together']
 
-# %% ../nbs/31_training.ipynb #64877f4a
+# %% ../nbs/31_training.ipynb #7dc3294c
 import dataclasses
 import difflib
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from . import losses as L
-from .core import check_choice, option, save_tensors, write_text
+from .core import begin_run, check_choice, check_resumed, option, save_tensors, write_text
 from .distributed import is_sharded
 from .masks import full, shard_like
 from .merger import Merger
@@ -41,7 +42,7 @@ from .objective import Objective
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #b3b1ae70
+# %% ../nbs/31_training.ipynb #e4e8e6a5
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -60,7 +61,7 @@ class LoopConfig:
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0: no clipping", low=0, group="Training")
     optim: str = option("adamw_torch", "Optimizer, by transformers' name", group="Training")
     seed: int = option(0, "Of data order; of random masks unless mask_init names a seed", low=0, group="Training")
-    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: only at the end", low=0, group="Output")
+    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: none, unless the run is stopped", low=0, group="Output")
     save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output")
     logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output")
     report_to: str = option("none", "tensorboard, wandb or none", group="Output")
@@ -436,7 +437,7 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/31_training.ipynb #5a3fe882
+# %% ../nbs/31_training.ipynb #78652229
 class RunInterrupted(RuntimeError):
     "A run was stopped by the user; the message says where its masks are and how to go on."
 
@@ -452,13 +453,6 @@ def attach_watchers(
     if description is not None:
         trainer.add_callback(ProgressBar(history, description))
     return history, stopper
-
-
-def check_processes(checkpoint: Path, n_processes: int):
-    "Raise `ValueError` unless a run goes on with as many processes as wrote its checkpoint: others would see other batches."
-    before = len(list(checkpoint.glob("rng_state*.pth")))  # one of each process
-    if before not in (0, n_processes):
-        raise ValueError(f"resume: {checkpoint} was written by {before} processes, and there are {n_processes}. Start as many as before.")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -483,3 +477,39 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, HistoryCallback) and callback.path and callback.path.exists():
             callback.rows = read_history(callback.path).to_dict("records")
+
+# %% ../nbs/31_training.ipynb #b25fa8eb
+def checkpoint_to_resume(
+    folder: Path,  # of the run
+    n_processes: int = 1,  # that train together now
+) -> Path:
+    "The newest checkpoint. Raises `FileNotFoundError` if there is none, `ValueError` if other than n processes wrote it."
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint to go on from. Start again with overwrite=True (--overwrite).")
+    before = len(list(checkpoint.glob("rng_state*.pth")))  # one of each process
+    if before not in (0, n_processes):
+        raise ValueError(f"resume: {checkpoint} was written by {before} processes, and there are {n_processes}. Start as many as before.")
+    return checkpoint
+
+
+def check_going_on(
+    config,  # options of the run, `resume` among them
+    folder: Path,  # of the run
+    free: set[str],  # options that may differ from those it was begun with
+    n_processes: int = 1,  # that train together now
+) -> Path | None:  # the checkpoint to go on from; None: the run begins
+    "Raise `FileNotFoundError` or `ValueError` unless a run that is resumed is the run that was begun."
+    if not config.resume:
+        return None
+    check_resumed(config, folder, free)
+    return checkpoint_to_resume(folder, n_processes)
+
+
+def open_together(config, folder: Path, arguments: TrainingArguments):
+    "`begin_run` on one process, while the others wait. Call it when nothing is left to be refused."
+    wait = PartialState().wait_for_everyone
+    wait()  # until every process has seen that the folder is free
+    if arguments.should_save:
+        begin_run(config, folder)
+    wait()

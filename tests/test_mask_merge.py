@@ -1,5 +1,6 @@
 """The main job end to end, as a person runs it: the command line, a kill, a resume, bad input, an installed wheel's data."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,14 +17,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from merge_lab.cli import main
-from merge_lab.core import bundled_path, config_to_yaml
+from merge_lab.core import begin_run, bundled_path, config_from_yaml, config_to_yaml
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.systems.mask_merge import (
     LEARNED,
     UNIFORM,
+    MaskMergeConfig,
     RunInterrupted,
     demo_config,
+    headline,
     run,
+    show_result,
 )
 from merge_lab.tasks import load_task
 from merge_lab.tinylm import save_tiny, tiny_model
@@ -212,13 +216,75 @@ def test_bad_input_is_refused_before_any_work(tmp_path):
     ids=lambda options: next(iter(options)),
 )
 def test_a_bad_option_does_not_clear_the_run_that_it_would_replace(options, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("seed: 0\n")
+    folder = begin_run(small(tmp_path))
     (folder / "precious").write_text("masks")
     with pytest.raises(ValueError):
         run(small(tmp_path, overwrite=True, **options), progress=False)
     assert (folder / "precious").read_text() == "masks"
+
+
+def test_a_row_too_long_for_the_model_is_found_before_a_run_is_cleared(tmp_path):
+    folder = begin_run(small(tmp_path))
+    (folder / "precious").write_text("masks")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b " * n},
+            ]
+        }
+        for n in (1, 9000)
+    ]
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, some in (("train", rows[:1]), ("test", rows[1:])):
+        (data / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in some)
+        )
+    datasets = {str(bundled_path("tasks/rewrite")): 8, str(data): None}
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        run(small(tmp_path, dataset_configs=datasets, overwrite=True), progress=False)
+    assert (folder / "precious").exists()
+
+
+def test_data_in_the_folder_that_would_be_cleared_is_refused(tmp_path):
+    folder = begin_run(small(tmp_path))
+    data = shutil.copytree(bundled_path("tasks/summarize"), folder / "data")
+    datasets = {str(bundled_path("tasks/rewrite")): 8, str(data): 8}
+    with pytest.raises(ValueError, match="which holds"):
+        run(small(tmp_path, dataset_configs=datasets, overwrite=True), progress=False)
+    assert any(data.iterdir())
+
+
+def test_outputs_of_earlier_masks_are_not_shown_as_new(tmp_path, capsys):
+    config = small(tmp_path, max_steps=2)
+    show_result(run(config, progress=False))
+    assert "Of earlier masks" not in capsys.readouterr().out
+    going_on = dataclasses.replace(config, max_steps=4, resume=True, save_merged=False)
+    show_result(run(going_on, progress=False))
+    written, older = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert "merged" not in written and older.startswith("Of earlier masks")
+    assert older.endswith("merged")
+    with pytest.raises(
+        FileExistsError, match="already holds a run"
+    ):  # no switch of one start is kept
+        run(config_from_yaml(MaskMergeConfig, tmp_path / "run/config.yaml"))
+
+
+def test_resume_without_a_checkpoint_keeps_the_history(tmp_path):
+    config = small(tmp_path, max_steps=2, save_steps=0, save_merged=False)
+    run(config, progress=False)
+    with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
+        run(dataclasses.replace(config, max_steps=4, resume=True), progress=False)
+    assert len(read_history(tmp_path / "run/history.jsonl")) == 2
+
+
+def test_the_average_is_named_by_what_it_averages(tmp_path):
+    options = dict(target_modules=["mlp"], save_merged=False)
+    result = run(small(tmp_path, max_steps=2, **options), progress=False)
+    name = "uniform average of what is masked"
+    assert name in set(result.scores.model) and name in result.answers
+    assert f"rewrite: with the {name}" in headline(result.scores)
 
 
 def test_resume_refuses_other_options_and_nothing(tmp_path):
@@ -276,14 +342,13 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_holds_a_run_is_kept(tmp_path, capsys):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("seed: 0\n")
+    folder = begin_run(small(tmp_path))
+    before = (folder / "config.yaml").read_text()
     file = tmp_path / "c.yaml"
     file.write_text(config_to_yaml(small(tmp_path)), encoding="utf-8")
     assert main(["mask-merge", str(file)]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert (folder / "config.yaml").read_text() == "seed: 0\n"
+    assert (folder / "config.yaml").read_text() == before
 
 
 def test_checkpoints_hold_masks_only(tmp_path):
