@@ -683,7 +683,7 @@ def linear_ce_loss(
 
     return chunked_linear_loss(hidden, weight, token_loss, labels != -100, **options)
 
-# %% ../nbs/11_losses.ipynb #71afdb1f
+# %% ../nbs/11_losses.ipynb #f60b41c5
 def linear_topk_kl_loss(
     hidden: Tensor,  # (..., d)
     weight: Tensor | Callable,  # (vocab, d), or a head
@@ -713,9 +713,9 @@ def linear_topk_kl_loss(
 
 
 def _topk_mse_rows(z: Tensor, top: Tensor, indices: Tensor):
-    "Mean squared difference of each row on k tokens."
-    difference = z.gather(-1, indices) - top.to(z.dtype)
-    return difference.square().mean(-1), lambda: torch.zeros_like(z).scatter_(-1, indices, difference * (2 / top.shape[-1]))
+    "Part that k tokens have in the mean squared difference of each row."
+    difference, vocab_size = z.gather(-1, indices) - top.to(z.dtype), z.shape[-1]
+    return difference.square().sum(-1) / vocab_size, lambda: torch.zeros_like(z).scatter_(-1, indices, difference * (2 / vocab_size))
 
 
 def linear_topk_mse_loss(
@@ -726,7 +726,7 @@ def linear_topk_mse_loss(
     mask: Tensor | None = None,  # (...) bool, True where a token is scored
     **options,  # those of `chunked_linear_loss`
 ) -> Tensor:
-    "Mean squared error of the logits of the teacher's top-k; where that is the vocabulary, `linear_mse_loss`."
+    "Part of `linear_mse_loss` that the teacher's top-k have: all of it where that is the vocabulary."
     if topk_logits.shape != topk_indices.shape or topk_logits.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"topk_logits {tuple(topk_logits.shape)}, topk_indices {tuple(topk_indices.shape)}: expected (..., k) of both, "

@@ -78,7 +78,8 @@ def pair(name, case, weight, logits_of, **options):
     top, indices, tail = case.stored
     if name == "topk_mse":
         logits = u[0].gather(-1, indices)
-        plain = (z.gather(-1, indices) - logits)[mask].square().mean()
+        errors = (z.gather(-1, indices) - logits)[mask].square().sum(-1)
+        plain = errors.mean() / z.shape[-1]
         stored = (logits, indices, mask)
         return L.linear_topk_mse_loss(hidden, weight, *stored, **options), plain
     kept = torch.zeros(*z.shape, dtype=torch.bool).scatter_(-1, indices, True)[mask]
