@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
+import yaml
 from transformers import HfArgumentParser
 
 from merge_lab.components import load_model, load_tokenizer
@@ -358,6 +360,46 @@ def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             run_quantize(QuantizeConfig(str(bundled_path("models/base")), str(tmp_path / "run"), **(SMALL | wrong)))
     assert not (tmp_path / "run").exists()
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_holds_the_input_is_not_cleared(tiny, tmp_path):
+    "Neither the folder of the model nor one above it, nor one with the text that is to be read."
+    run_dir = tmp_path / "run"
+    shutil.copytree(tiny, run_dir / "any")
+    (run_dir / "config.yaml").write_bytes((tiny / "config.yaml").read_bytes())
+    save_tiny(tiny_model("llama"), run_dir / "plain")
+    (run_dir / "text.txt").write_text("A text.")
+    before = files_of(run_dir)
+    text = dict(dataset=[str(run_dir / "text.txt")])
+    for config in (
+        router_config(run_dir / "any", run_dir, overwrite=True),
+        router_config(run_dir / "any", run_dir / "any", overwrite=True),
+        router_config(tiny, run_dir, overwrite=True, **text),
+    ):
+        with pytest.raises(ValueError, match="overwrite would clear"):
+            run(config)
+    options = dict(overwrite=True, num_examples=2) | SMALL
+    for model, other in ((run_dir / "plain", {}), (tmp_path / "none", text)):
+        with pytest.raises(ValueError, match="overwrite would clear"):
+            run_quantize(QuantizeConfig(str(model), str(run_dir), **options | other))
+    assert files_of(run_dir) == before
+
+
+def test_a_run_goes_on_with_the_options_it_was_begun_with(tiny, tmp_path):
+    "Where it runs and how much it keeps in memory may differ; what is learned may not."
+    config = router_config(tiny, tmp_path / "run", num_epochs=0)
+    run(config)
+    again = dataclasses.replace(config, resume=True)
+    with pytest.raises(ValueError, match="learning_rate=0.1, but the run in"):
+        run(dataclasses.replace(again, learning_rate=0.1))
+    run(dataclasses.replace(again, keep_weights=True))
+    begun = QuantizeConfig(**yaml.safe_load((tiny / "config.yaml").read_text()))
+    with pytest.raises(ValueError, match="seq_len=48, but the run in"):
+        run_quantize(dataclasses.replace(begun, resume=True, seq_len=48))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text', 'split_documents', 'whole_corpus',
            'read_documents', 'Window', 'text_windows', 'decoder_layers', 'layer_linears', 'check_finite',
-           'guard_layers', 'weight_sensitivity', 'QuantizeConfig', 'same_run', 'quantize_layer', 'other_tensors',
+           'guard_layers', 'weight_sensitivity', 'QuantizeConfig', 'check_folder', 'quantize_layer', 'other_tensors',
            'layers_prefix', 'write_description', 'run_quantize', 'pool_prompt', 'Routers', 'sparsemax',
            'gate_probabilities', 'Plan', 'prompt_mask', 'NestedModel', 'Restore', 'as_assignment', 'set_precision',
            'RoutedOutput', 'LayerwiseQuantizeForCausalLM', 'scored_labels', 'train_forward', 'hard_bits', 'start_plan',
@@ -13,12 +13,12 @@ __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text',
            'from_quantized', 'router_state', 'load_state_dict', 'memory_table', 'read_bytes', 'collate',
            'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #bbfdfc45
+# %% ../../nbs/40_systems/05_router_parts.ipynb #6ec5f3ec
 import json
 import logging
 import math
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,14 +31,15 @@ from tqdm.auto import tqdm
 from ..anyprec import NestedLinear, NestedWeight, WeightSlot, check_precisions, quantize_weight
 from ..components import LOAD_LOCK, load_model, load_tokenizer
 from merge_lab.core import (
+    begin_run,
     best_device,
     bundled_path,
     check_choice,
     check_disk_space,
     check_options,
+    check_outside,
+    check_resumed,
     check_run,
-    config_to_yaml,
-    open_run,
     option,
     save_tensors,
     write_text,
@@ -246,14 +247,17 @@ class QuantizeConfig:
         check_options(self)
         check_precisions(self.seed_precision, self.parent_precision)
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #a0b88aab
-def same_run(folder: Path, config, ignore: tuple = ("resume", "overwrite", "device")):
-    "Raise `ValueError` if `folder` was begun with other options."
-    text = config_to_yaml(type(config)(**{**asdict(config), **{name: getattr(type(config)(), name) for name in ignore}}))
-    file = folder / "config.yaml"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{file} has other options than this run. Use the same ones to resume, or another folder.")
-    write_text(file, text)
+# %% ../../nbs/40_systems/05_router_parts.ipynb #d6409a9a
+def check_folder(
+    config,  # QuantizeConfig or RouterConfig
+    folder: str | Path,  # of the run
+    free: set[str],  # options that may differ when a run goes on
+):
+    "Raise for what is wrong with the folder of a run, without touching it."
+    check_run(folder, config.resume, config.overwrite)
+    check_outside(folder, [config.model_path, *config.dataset], config.overwrite)
+    if config.resume:
+        check_resumed(config, folder, free)
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #f950e36a
 def quantize_layer(
@@ -302,20 +306,19 @@ def write_description(model, tokenizer, config: QuantizeConfig, folder: Path):
     description = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": section}
     write_text(folder / "config.json", json.dumps(description, indent=2, default=str) + "\n")
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #ebc4ad83
+# %% ../../nbs/40_systems/05_router_parts.ipynb #06fd01bc
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
     "Quantise a checkpoint at all precisions from seed to parent."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
-    check_run(config.output_dir, config.resume, config.overwrite)
+    check_folder(config, config.output_dir, {"resume", "overwrite", "device", "output_dir"})
     device = torch.device(config.device or best_device())
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(config.model_path, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
     layers, prefix = decoder_layers(model), layers_prefix(model)
     windows = text_windows(tokenizer, config.dataset, config.seq_len, config.num_examples, "train", config.random_state)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
-    folder = open_run(config.output_dir, config.resume, config.overwrite)
-    same_run(folder, config)
+    folder = begin_run(config, config.output_dir)
     files = [folder / f"layer-{n:05d}.safetensors" for n in range(len(layers))]
     if not all(file.exists() for file in files):
         sensitivity = weight_sensitivity(model, windows, device)
