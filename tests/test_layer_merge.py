@@ -536,6 +536,23 @@ def test_a_run_draws_its_figures(tmp_path):
         assert before == best[str(into)]
 
 
+def test_healing_recomputes_activations_too(tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *x: calls.append(1) or forward(*x))
+    options = {"num_steps": 0, "search_start": False, "n_pairs": 1, "heal_steps": 1}
+    counts = []
+    for recompute in (False, True):
+        calls.clear()
+        folder = str(tmp_path / str(recompute))
+        options |= {"gradient_checkpointing": recompute, "output_dir": folder}
+        result = lm.run(run_config(tmp_path, **options), progress=False)
+        counts.append(len(calls))
+        assert not result.model.is_gradient_checkpointing
+    assert counts[1] - counts[0] == 5  # each layer once more, in the one step
+
+
 @pytest.mark.parametrize(
     ("strategy", "start"), [("fixed_07", 0.7), ("uniform", 0.5), ("similarity", None)]
 )
@@ -565,12 +582,11 @@ def test_a_start_that_is_asked_for_is_the_start(strategy, start, tmp_path, caplo
     ],
 )
 def test_what_is_wrong_is_said_before_a_run_begins(options, said, tmp_path):
-    (tmp_path / "run").mkdir()
-    kept = tmp_path / "run/config.yaml"
-    kept.write_text("seed: 1")
+    kept = begin_run(run_config(tmp_path)) / "config.yaml"
+    before = kept.read_text()
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
         lm.run(run_config(tmp_path, overwrite=True, **options), progress=False)
-    assert kept.read_text() == "seed: 1"
+    assert kept.read_text() == before
     options["output_dir"] = str(tmp_path / "new/run")
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
         lm.run(run_config(tmp_path, **options), progress=False)

@@ -15,7 +15,7 @@ __all__ = ['logger', 'BLENDS', 'INIT_STRATEGIES', 'ALPHA_LOSSES', 'START_ALPHAS'
            'share_table', 'run', 'first_rows', 'searched', 'learn', 'alpha_points', 'score_bars', 'make_plots',
            'save_result']
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #d7065666
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #a8fbb206
 import copy
 import functools
 import itertools
@@ -38,13 +38,12 @@ from tqdm.auto import tqdm
 from ..components import load_model, load_tokenizer
 from ..constraints import constrain, unconstrain
 from merge_lab.core import (
+    begin_run,
     best_device,
     bundled_path,
     check_choice,
     check_options,
     check_run,
-    config_to_yaml,
-    open_run,
     option,
     set_seed,
     write_json,
@@ -897,7 +896,7 @@ def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a r
     table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
     return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #5e5d2306
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #f3fcd2cd
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
@@ -909,8 +908,7 @@ def run(
     if config.data_dir is None:
         logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
     made = prepare(config, progress)
-    folder, model = open_run(config.output_dir, overwrite=config.overwrite), made.model
-    write_text(folder / "config.yaml", config_to_yaml(config))
+    folder, model = begin_run(config), made.model
     original = copy.deepcopy(model) if config.heal_steps else None
     table = first_rows(config, made)
     alphas, history, search = learn(config, made, on_step, progress)
