@@ -306,14 +306,17 @@ def test_outputs_and_weights_are_two_functions():
     assert (weights - outputs).abs().max() > 1e-3
 
 
-def test_learned_pairs_start_another_model_where_this_one_ended():
+@pytest.mark.parametrize("said_again", [False, True])
+def test_learned_pairs_start_another_model_where_this_one_ended(said_again):
     model = mergeable(per_module=True)
     lm.train_alpha_parameters(
         model, [batch_of()], num_steps=2, learning_rate=0.3, progress=False
     )
-    stored = lm.extract_learned_alphas(model, [(3, 4)])
-    assert stored[0][:2] == (3, 4) and "mlp.up_proj" in stored[0][2]
-    again = mergeable(pairs=lm.extract_learned_alphas(model), per_module=True)
+    (stored,) = lm.extract_learned_alphas(model, [(3, 4)])
+    assert stored[:2] == (3, 4) and "mlp.up_proj" in stored[2]
+    again = mergeable(pairs=lm.extract_learned_alphas(model), per_module=said_again)
+    (found,) = lm.extract_learned_alphas(again, [(3, 4)])
+    assert found[2] == pytest.approx(stored[2], abs=1e-6)
     with torch.no_grad():
         ids = token_ids(10)
         torch.testing.assert_close(

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['logger', 'BLENDS', 'INIT_STRATEGIES', 'ALPHA_LOSSES', 'START_ALPHAS', 'VARIANTS', 'THIS_RUN', 'METHOD_NAMES', 'BARS',
            'PairLeaf', 'PairLinear', 'logit_of', 'MergeableLayer', 'mix_outputs', 'mergeable_class', 'leaf_pairs',
-           'put_leaf', 'make_mergeable', 'KeptLayers', 'MergeRecord', 'initial_alpha', 'replace_layers_with_mergeable',
-           'check_blend', 'set_merged_depth', 'as_original', 'find_layers_of', 'head_options', 'last_hidden',
-           'alpha_loss', 'alpha_parameters', 'alpha_values', 'recompute_activations', 'ready_to_train', 'endless',
-           'has_stalled', 'optimise', 'mergeable_layers', 'set_alpha', 'mean_loss', 'search_start',
-           'train_alpha_parameters', 'alpha_table', 'extract_learned_alphas', 'fuse_layer', 'fuse_mergeable_layers',
-           'heal', 'healing_loss', 'Variant', 'shorten', 'seconds_per_token', 'evaluate_depth', 'compare_variants',
-           'LayerMergeConfig', 'parse_pair', 'Prepared', 'prepare', 'check_mergeable', 'LayerMergeResult',
-           'share_table', 'run', 'first_rows', 'searched', 'learn', 'alpha_points', 'score_bars', 'make_plots',
-           'save_result']
+           'put_leaf', 'leaf_shares', 'make_mergeable', 'KeptLayers', 'MergeRecord', 'initial_alpha',
+           'replace_layers_with_mergeable', 'check_blend', 'set_merged_depth', 'as_original', 'find_layers_of',
+           'head_options', 'last_hidden', 'alpha_loss', 'alpha_parameters', 'alpha_values', 'recompute_activations',
+           'ready_to_train', 'endless', 'has_stalled', 'optimise', 'mergeable_layers', 'set_alpha', 'mean_loss',
+           'search_start', 'train_alpha_parameters', 'alpha_table', 'extract_learned_alphas', 'fuse_layer',
+           'fuse_mergeable_layers', 'heal', 'healing_loss', 'Variant', 'shorten', 'seconds_per_token', 'evaluate_depth',
+           'compare_variants', 'LayerMergeConfig', 'parse_pair', 'Prepared', 'prepare', 'check_mergeable',
+           'LayerMergeResult', 'share_table', 'run', 'first_rows', 'searched', 'learn', 'alpha_points', 'score_bars',
+           'make_plots', 'save_result']
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #a8fbb206
 import copy
@@ -145,7 +145,7 @@ def mergeable_class(layer_class: type) -> type:
     "The subclass of a decoder layer that is mergeable."
     return type(f"Mergeable{layer_class.__name__}", (MergeableLayer, layer_class), {})
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #888e1759
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #2e392e61
 def leaf_pairs(kept: nn.Module, removed: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     "Modules with parameters in both layers, by name. Raises `ValueError` if the layers are not built alike."
     own, other = parameter_modules(kept), parameter_modules(removed)
@@ -163,18 +163,28 @@ def put_leaf(layer: nn.Module, name: str, leaf: nn.Module):
     setattr(layer.get_submodule(parent), last, leaf)
 
 
+def leaf_shares(alpha: float | dict[str, float], leaves: dict) -> dict[str, float]:  # by leaf
+    "The share of each leaf. Raises `ValueError` if a dict names others than the leaves, or a share is not in (0, 1)."
+    shares = alpha if isinstance(alpha, dict) else dict.fromkeys(leaves, alpha)
+    if shares.keys() != leaves.keys():
+        raise ValueError(f"alpha has shares of {', '.join(shares)}: expected one for each of {', '.join(leaves)}.")
+    for share in shares.values():
+        logit_of(share)
+    return shares
+
+
 def make_mergeable(
     kept: nn.Module,  # decoder layer that stays; becomes mergeable in place
     removed: nn.Module,  # decoder layer that goes; its tensors move into `kept`
-    alpha: float | dict[str, float],  # share of `kept`; by module name if per_module
+    alpha: float | dict[str, float],  # share of `kept`; a dict has one for each of its weights, and so does the layer
     state: MergeState,
     blend: str = "weights",  # a key of BLENDS
-    per_module: bool = False,  # one alpha per weight, not per layer
+    per_module: bool = False,  # one alpha per weight, not per layer, for a single number too
 ):
-    "Turn two decoder layers into one `MergeableLayer`."
+    "Turn two decoder layers into one `MergeableLayer`. Raises `ValueError` before it changes anything."
     leaves, second = leaf_pairs(kept, removed), MergeState()
     second.component = 1
-    shares = alpha if isinstance(alpha, dict) else dict.fromkeys(leaves, alpha)
+    shares, per_module = leaf_shares(alpha, leaves), per_module or isinstance(alpha, dict)
     kept.__class__ = mergeable_class(type(kept))
     kept.blend, kept.state, kept.per_module = blend, state, per_module
     if not per_module:
@@ -238,29 +248,30 @@ def initial_alpha(pair: tuple, strategy: str, similarity: pd.DataFrame | None = 
     fixed = {"uniform": 0.5, "fixed_07": 0.7}.get(strategy, alpha)
     return PUBLISHED_ALPHA if fixed is None else fixed
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #f1176569
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #3aa66936
 def replace_layers_with_mergeable(
     model,  # changed in place
     merge_pairs: Sequence[tuple],  # (layer_to_merge_into, layer_to_remove, initial_alpha)
     alpha_init_strategy: str = "similarity",  # a key of INIT_STRATEGIES
     similarity: pd.DataFrame | None = None,  # computes the published rule from this instead of the pairs' numbers
     blend: str = "weights",  # a key of BLENDS
-    per_module: bool = False,  # one alpha per weight
+    per_module: bool = False,  # one alpha per weight; pairs whose alpha is a dict have that anyway
 ):
     "Shorten a model by its pairs, with a trainable share for each. Raises `ValueError` for pairs that cannot be merged."
     config = model.config.get_text_config()
     check_depth_free(config)
-    check_blend(blend, per_module)
     if hasattr(model, "merge_record"):
         raise ValueError("the model has mergeable layers already. Fuse them first (fuse_mergeable_layers).")
     layers, settings = decoder_layers(model), depth_settings(config)
     pairs = check_merge_pairs(merge_pairs, len(layers))
     pairs = [(*pair[:2], initial_alpha(pair, alpha_init_strategy, similarity)) for pair in pairs]
+    for into, removed, alpha in pairs:
+        check_blend(blend, per_module or isinstance(alpha, dict))
+        leaf_shares(alpha, leaf_pairs(layers[into], layers[removed]))
     trainable = any(p.requires_grad for p in model.parameters())
     record = MergeRecord(pairs, settings, blend, MergeState(), trainable)
     for into, removed, alpha in pairs:
-        share = max(alpha.values()) if isinstance(alpha, dict) and not per_module else alpha
-        make_mergeable(layers[into], layers[removed], share, record.state, blend, per_module or isinstance(alpha, dict))
+        make_mergeable(layers[into], layers[removed], alpha, record.state, blend, per_module)
     model.merge_record = record
     set_merged_depth(model, {i: layers[i] for i in record.kept})
     return model
@@ -822,7 +833,7 @@ def parse_pair(text: str) -> tuple:
         pass
     raise ValueError(f"merge_pairs: {text!r} is not a pair. Write into,removed or into,removed,alpha, e.g. 18,19,0.622.")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #61123c42
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #197d66ed
 @dataclass
 class Prepared:
     "What a run starts from."
@@ -866,8 +877,8 @@ def check_mergeable(model, pairs: Sequence[tuple], strategy: str):
     check_depth_free(model.config.get_text_config())
     layers = decoder_layers(model)
     for into, removed, *alpha in pairs:
-        logit_of(initial_alpha((into, removed, *(alpha or [None])), strategy))
-        leaf_pairs(layers[into], layers[removed])
+        share = initial_alpha((into, removed, *(alpha or [None])), strategy)
+        leaf_shares(share, leaf_pairs(layers[into], layers[removed]))
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #6a1f4f06
 @dataclass
