@@ -9,8 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import transformers
 
-from merge_lab.core import bundled_path
+from merge_lab.core import begin_run, bundled_path
 from merge_lab.systems import layer_merge as lm
 from merge_lab.systems import layer_merge_parts as parts
 from merge_lab.tasks import format_choice, text_hash
@@ -336,6 +337,61 @@ def test_pairs_that_cannot_be_merged():
     lm.decoder_layers(model)[2].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
     with pytest.raises(ValueError, match="mlp.up_proj"):
         lm.replace_layers_with_mergeable(model, [(1, 2, 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shares": {"mlp.up_proj": 0.4}}, "expected one for each of .*mlp.down_proj"),
+        ({"blend": "outputs"}, "outputs have one share"),
+    ],
+)
+def test_shares_that_a_pair_cannot_have_change_nothing(options, said):
+    model = short_sighted()
+    shares = dict.fromkeys(lm.leaf_pairs(*lm.decoder_layers(model)[:2]), 0.4)
+    pairs = [(1, 2, 0.5), (3, 4, options.pop("shares", shares))]
+    with pytest.raises(ValueError, match=said):
+        lm.replace_layers_with_mergeable(model, pairs, "given", **options)
+    layers = lm.decoder_layers(model)
+    assert len(layers) == 6
+    assert not any(isinstance(layer, lm.MergeableLayer) for layer in layers)
+
+
+def mixture_of_experts():
+    "Three dense layers, then three with experts: a layer's kind goes by its number."
+    heads = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
+    config = transformers.DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        v_head_dim=8,
+        first_k_dense_replace=3,
+        **heads,
+        **experts,
+    )
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_layer_that_would_load_as_another_kind_is_refused(tmp_path):
+    model = mixture_of_experts()
+    with pytest.raises(ValueError, match=r"layers \[1\], layer 3 becomes layer 2"):
+        lm.replace_layers_with_mergeable(model, [(0, 1, 0.5)])
+    with pytest.raises(ValueError, match="DeepseekV3Config makes of another kind"):
+        lm.remove_layers(model, [0])
+    assert len(lm.decoder_layers(model)) == 6 == model.config.num_hidden_layers
+    fused = lm.replace_layers_with_mergeable(model, [(4, 5, 0.6)], "given")
+    fused = lm.fuse_mergeable_layers(fused)
+    fused.save_pretrained(tmp_path)
+    ids = token_ids(13)
+    with torch.no_grad():
+        reloaded = type(fused).from_pretrained(tmp_path)(ids).logits
+        torch.testing.assert_close(reloaded, fused(ids).logits)
 
 
 def test_best_disjoint_is_the_best():

@@ -248,7 +248,7 @@ def initial_alpha(pair: tuple, strategy: str, similarity: pd.DataFrame | None = 
     fixed = {"uniform": 0.5, "fixed_07": 0.7}.get(strategy, alpha)
     return PUBLISHED_ALPHA if fixed is None else fixed
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #3aa66936
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #5a5a50df
 def replace_layers_with_mergeable(
     model,  # changed in place
     merge_pairs: Sequence[tuple],  # (layer_to_merge_into, layer_to_remove, initial_alpha)
@@ -258,12 +258,11 @@ def replace_layers_with_mergeable(
     per_module: bool = False,  # one alpha per weight; pairs whose alpha is a dict have that anyway
 ):
     "Shorten a model by its pairs, with a trainable share for each. Raises `ValueError` for pairs that cannot be merged."
-    config = model.config.get_text_config()
-    check_depth_free(config)
     if hasattr(model, "merge_record"):
         raise ValueError("the model has mergeable layers already. Fuse them first (fuse_mergeable_layers).")
-    layers, settings = decoder_layers(model), depth_settings(config)
+    layers, settings = decoder_layers(model), depth_settings(model.config.get_text_config())
     pairs = check_merge_pairs(merge_pairs, len(layers))
+    check_depth_free(model, [removed for _, removed, _ in pairs])
     pairs = [(*pair[:2], initial_alpha(pair, alpha_init_strategy, similarity)) for pair in pairs]
     for into, removed, alpha in pairs:
         check_blend(blend, per_module or isinstance(alpha, dict))
@@ -833,7 +832,7 @@ def parse_pair(text: str) -> tuple:
         pass
     raise ValueError(f"merge_pairs: {text!r} is not a pair. Write into,removed or into,removed,alpha, e.g. 18,19,0.622.")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #197d66ed
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #f4995fa9
 @dataclass
 class Prepared:
     "What a run starts from."
@@ -874,7 +873,7 @@ def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
 
 def check_mergeable(model, pairs: Sequence[tuple], strategy: str):
     "Raise `ValueError` for what `replace_layers_with_mergeable` would refuse; changes nothing."
-    check_depth_free(model.config.get_text_config())
+    check_depth_free(model, [pair[1] for pair in pairs])
     layers = decoder_layers(model)
     for into, removed, *alpha in pairs:
         share = initial_alpha((into, removed, *(alpha or [None])), strategy)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'find_layers', 'decoder_layers', 'depth_settings', 'set_depth',
-           'set_layer_index', 'shortened', 'check_depth_free', 'remove_layers', 'draw_questions', 'encode_solved',
-           'text_paragraphs', 'calibration_rows', 'prepare_calibration_data', 'word_runs', 'apart_from', 'split_text',
-           'layer_similarity', 'published_alpha', 'best_disjoint', 'find_merge_pairs', 'check_pair_count',
-           'check_merge_pairs']
+           'set_layer_index', 'shortened', 'parameter_shapes', 'check_depth_free', 'remove_layers', 'draw_questions',
+           'encode_solved', 'text_paragraphs', 'calibration_rows', 'prepare_calibration_data', 'word_runs',
+           'apart_from', 'split_text', 'layer_similarity', 'published_alpha', 'best_disjoint', 'find_merge_pairs',
+           'check_pair_count', 'check_merge_pairs']
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #f0b9757c
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #1465e342
+import copy
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -52,7 +53,7 @@ def depth_settings(config) -> dict:  # of a text config
     lists = {k: v for k, v in config.to_dict().items() if isinstance(v, list) and len(v) == depth}
     return {"num_hidden_layers": depth, **lists}
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #734dccaa
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #db1f89fa
 def set_depth(
     model,
     layers: nn.ModuleList,  # what is left
@@ -80,25 +81,46 @@ def shortened(settings: dict, kept: Sequence[int]) -> dict:
     return {"num_hidden_layers": len(kept), **values}
 
 
-def check_depth_free(config):
-    "Raise `ValueError` where weights depend on the number of their layer."
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+def parameter_shapes(layer: nn.Module) -> dict[str, tuple]:
+    "Shape of every parameter, by name."
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+
+def check_depth_free(
+    model,  # with all its layers
+    gone: Iterable[int] = (),  # those that are going to be taken away
+):
+    "Raise `ValueError` where a layer would be another one under its new number. Changes nothing."
+    config = copy.deepcopy(model.config)
+    text, layers, gone = config.get_text_config(), decoder_layers(model), set(gone)
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         raise ValueError(
             "scale_attn_by_inverse_layer_idx=True: attention is scaled by the number of the layer, so a layer that moves "
             "computes something else. Layer merging supports models without this switch."
         )
+    kept = [i for i in range(len(layers)) if i not in gone]
+    for key, value in shortened(depth_settings(text), kept).items():
+        setattr(text, key, value)
+    with torch.device("meta"):
+        loaded = decoder_layers(type(model)(config))
+    for place, index in enumerate(kept):
+        if parameter_shapes(layers[index]) != parameter_shapes(loaded[place]):
+            raise ValueError(
+                f"without layers {sorted(gone)}, layer {index} becomes layer {place}, which {type(config).__name__} makes of another "
+                "kind: the saved model would not load. Take away layers that leave every other one a number of its own kind."
+            )
 
-# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #84f73a30
+# %% ../../nbs/40_systems/03_layer_merge_parts.ipynb #4f5cca40
 def remove_layers(
     model,  # changed in place
     layers: Iterable[int],  # indices to remove
 ):
     "The same model without these layers. Raises `ValueError` for an index that it does not have."
     gone, own = set(layers), decoder_layers(model)
-    check_depth_free(model.config.get_text_config())
     wrong = sorted(gone - set(range(len(own))))
     if wrong or len(gone) >= len(own):
         raise ValueError(f"layers {sorted(gone)}: expected some of 0 to {len(own) - 1}, and not all of them.")
+    check_depth_free(model, gone)
     kept = [i for i in range(len(own)) if i not in gone]
     settings = shortened(depth_settings(model.config.get_text_config()), kept)
     set_depth(model, nn.ModuleList([own[i] for i in kept]), settings)
