@@ -245,12 +245,12 @@ def test_activation_checkpointing_changes_nothing(architecture):
     assert results[0] != pytest.approx([0.8, 0.3], abs=1e-3)
 
 
-def test_only_alphas_are_trained():
+@pytest.mark.parametrize("max_grad_norm", [None, 0.0, 1.0])
+def test_only_alphas_are_trained(max_grad_norm):
     model = mergeable().requires_grad_(True)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    lm.train_alpha_parameters(
-        model, [batch_of()], num_steps=2, learning_rate=0.1, progress=False
-    )
+    options = {"learning_rate": 0.1, "max_grad_norm": max_grad_norm, "progress": False}
+    lm.train_alpha_parameters(model, [batch_of()], num_steps=2, **options)
     for name, parameter in model.named_parameters():
         is_alpha = name.endswith("alpha_logit")
         assert parameter.requires_grad == is_alpha

@@ -416,7 +416,7 @@ def has_stalled(losses: list[float], patience: int | None, tolerance: float) -> 
     before, after = losses[-2 * patience : -patience], losses[-patience:]
     return statistics.fmean(after) > statistics.fmean(before) * (1 - tolerance)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #25e1f493
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #081fb2e9
 def optimise(
     model,
     parameters: Sequence[nn.Parameter],
@@ -445,7 +445,7 @@ def optimise(
                 total += loss.item()
             if not math.isfinite(total):
                 raise ValueError(f"step {step}: the loss is {total}. Lower learning_rate, or load the model in float32.")
-            if max_grad_norm is not None:
+            if max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -514,7 +514,7 @@ def search_start(
     model.merge_record.pairs = [(into, removed, starts[into]) for into, removed, _ in model.merge_record.pairs]
     return pd.DataFrame(tried)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #0858c416
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #b21ef2b4
 def train_alpha_parameters(
     model,  # mergeable
     dataloader,  # from `prepare_calibration_data`
@@ -524,7 +524,7 @@ def train_alpha_parameters(
     gradient_accumulation_steps: int = 1,  # batches per update
     loss: str = "ce",  # a key of ALPHA_LOSSES
     temperature: float = 1.0,  # of the KL
-    max_grad_norm: float | None = None,  # clip the gradient of all alphas together
+    max_grad_norm: float | None = None,  # clip the gradient of all alphas together; 0 or None: not clipped
     patience: int | None = None,  # stop when this many steps are no better than as many before
     progress: bool = True,
     on_step: Callable | None = None,  # (step, loss); True stops
@@ -769,7 +769,7 @@ def compare_variants(
         rows.append(dict(variant=name, **evaluate_depth(short, tokenizer, **(evaluation or {})), alphas=alphas))
     return pd.DataFrame(rows).set_index("variant")
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #e86741bc
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #621b4fdc
 @dataclass
 class LayerMergeConfig:
     "Merge pairs of a model's own layers, with learned shares."
@@ -803,7 +803,7 @@ class LayerMergeConfig:
     gradient_accumulation_steps: int = option(1, "Batches per update", low=1, high=64, group="Training")
     loss: str = option("ce", "What alphas are trained towards", choices=ALPHA_LOSSES, group="Training")
     temperature: float = option(1.0, "Of the KL", low=0.1, high=20.0, group="Training")
-    max_grad_norm: float | None = option(None, "Clip the alphas' gradient at this norm; none: not clipped", low=0.0, group="Training")
+    max_grad_norm: float | None = option(None, "Clip the alphas' gradient at this norm; 0 or none: not clipped", low=0.0, group="Training")
     patience: int | None = option(None, "Stop after this many steps without gain; none: never", low=1, group="Training")
     gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time", group="Training")
     heal_steps: int = option(0, "LoRA updates after fusing, with the original as teacher", low=0, high=100_000, group="Healing")
