@@ -906,7 +906,7 @@ def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a r
     table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
     return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #f3fcd2cd
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #ae5cb819
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
@@ -928,12 +928,14 @@ def run(
             model, made.loader(), config.heal_steps, config.heal_learning_rate, config.heal_rank, original,
             config.temperature, seed=config.seed, progress=progress,
         )
+    if config.gradient_checkpointing:
+        recompute_activations(model, False)
     table.loc[THIS_RUN] = pd.Series(evaluate_depth(model, made.tokenizer, **made.evaluation))
     result = LayerMergeResult(model, table, alphas, history, search, made.similarity, folder, config)
     save_result(result, made.tokenizer)
     return result
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #c20c34b7
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #c26b9064
 THIS_RUN = "this run"
 
 
@@ -969,8 +971,6 @@ def learn(config, made, on_step, progress) -> tuple[pd.DataFrame, pd.DataFrame, 
             model, loader(), config.num_steps, config.learning_rate, None, config.gradient_accumulation_steps,
             config.loss, config.temperature, config.max_grad_norm, config.patience, progress, on_step,
         )
-    if config.gradient_checkpointing:
-        recompute_activations(model, False)
     alphas = alpha_table(model)
     beside = [made.similarity.loc[into, removed] for into, removed in zip(alphas["into"], alphas["removed"])]
     return alphas.assign(similarity=beside), model.merge_record.history, tried
