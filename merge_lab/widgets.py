@@ -13,7 +13,7 @@ __all__ = ['SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYL
            'SessionView', 'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html',
            'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #dba12b58
+# %% ../nbs/34_widgets.ipynb #f78d81a9
 import ctypes
 import dataclasses
 import gc
@@ -42,7 +42,7 @@ from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
 from .tasks import answer_of, load_task, prompt_of
-from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use
+from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, train_from
 from .viz import alpha_trajectories, colour_of, colour_scale, figure_to_png, layer_grid, loss_curves, name_of
 
 # %% ../nbs/34_widgets.ipynb #1e0f7544
@@ -895,7 +895,7 @@ class TrainingSession:
         "The session as widgets."
         return SessionView(self).box()
 
-# %% ../nbs/34_widgets.ipynb #6c6cf39d
+# %% ../nbs/34_widgets.ipynb #e03a6ae1
 @method_of(TrainingSession)
 def start(self):
     "Begin. Returns at once; raises `RuntimeError` if the session is at work."
@@ -911,33 +911,6 @@ def start(self):
 
 
 @method_of(TrainingSession)
-def _work(self):
-    "What the thread does; an exception is kept, and shown by the view."
-    gate = Gate(self)
-    try:
-        with self.lock:
-            self.trainer, self.history, self.stopper = self.make((gate,))
-            self.names = list(self.merger.names)
-            tidy_memory()
-            self.memory_held, self.memory_before = held_bytes(self.merger), memory_in_use()
-        self.trainer.add_callback(Rest(self, gate))
-        if self.estimate is not None:
-            self.estimated = self.estimate(self.trainer)
-        checkpoint = self.checkpoint and self.checkpoint(self.trainer)
-        if not self._halt.is_set():
-            self.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            self.merger.eval()
-            self.merger.save_pretrained(Path(self.trainer.args.output_dir) / "masks")
-            self.masks = self.merger.mask_state()
-        gate.release()
-        self._become("stopped" if self._halt.is_set() or self.stopper.requested.is_set() else "finished")
-    except BaseException as error:  # noqa: BLE001 - kept, shown, and raised by join
-        self.error, self.trouble = error, traceback.format_exc()
-        gate.release()
-        self._become("failed")
-
-
-@method_of(TrainingSession)
 def _become(self, state: str):
     self.state = check_choice("state", state, STATES)
     self._tell()
@@ -947,6 +920,47 @@ def _become(self, state: str):
 def _tell(self):
     for listener in list(self.listeners):
         listener(self)
+
+# %% ../nbs/34_widgets.ipynb #76bdebc1
+@method_of(TrainingSession)
+def _work(self):
+    "What the thread does; an exception is kept, and shown by the view."
+    gate = Gate(self)
+    try:
+        self._prepare(gate)
+        if not self._halt.is_set():
+            gate.take()
+            train_from(self.trainer, self.checkpoint and self.checkpoint(self.trainer))
+            self._keep()
+        gate.release()
+        self._become("stopped" if self._halt.is_set() or self.stopper.requested.is_set() else "finished")
+    except BaseException as error:  # noqa: BLE001 - kept, shown, and raised by join
+        self.error, self.trouble = error, traceback.format_exc()
+        gate.release()
+        self._become("failed")
+
+
+@method_of(TrainingSession)
+def _prepare(self, gate: Gate):
+    "Make the trainer, and note the memory that is used before the run."
+    with self.lock:
+        self.trainer, self.history, self.stopper = self.make((gate,))
+        self.names = list(self.merger.names)
+        tidy_memory()
+        self.memory_held, self.memory_before = held_bytes(self.merger), memory_in_use()
+    self.trainer.add_callback(Rest(self, gate))
+    if self.estimate is not None:
+        self.estimated = self.estimate(self.trainer)
+
+
+@method_of(TrainingSession)
+def _keep(self):
+    "Write the masks where the run ended, and remember them."
+    state = self.trainer.state
+    self.step, self.total = state.global_step, state.max_steps
+    self.merger.eval()
+    self.merger.save_pretrained(Path(self.trainer.args.output_dir) / "masks")
+    self.masks = self.merger.mask_state()
 
 # %% ../nbs/34_widgets.ipynb #21184062
 @method_of(TrainingSession)

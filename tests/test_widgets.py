@@ -21,13 +21,13 @@ from merge_lab.merger import Merger, MergerConfig
 from merge_lab.systems.mask_merge import (
     MaskMergeConfig,
     demo_config,
-    last_checkpoint,
     make_trainer,
     prepare,
 )
 from merge_lab.runs import BrowserView, CommandRun, CommandRunView, RunBrowser
 from merge_lab.tasks import load_task
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
+from merge_lab.training import last_checkpoint
 from merge_lab.widgets import (
     Bench,
     ConfigPanel,
@@ -421,6 +421,12 @@ def session_of(panel, bench, **options):
     return TrainingSession(make, bench=bench, **options)
 
 
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(mask, expected[name]) for name, mask in found.items()
+    )
+
+
 def pause_at(session, step):
     def listen(session):
         if session.state == "running" and session.step == step:
@@ -517,10 +523,15 @@ def test_a_stopped_run_is_resumed_where_it_was(loaded):
     session.listeners.remove(listener)
     panel.set("overwrite", False)
     panel.set("resume", True)
+    panel.set("save_steps", 4)
     session.checkpoint = lambda trainer: last_checkpoint(Path("runs/a"))
     session.start()
     assert session.join(60) == "finished" and len(session.durations) == 2
-    resumed = session.frame["loss"].tolist()
+    resumed, masks = session.frame["loss"].tolist(), session.masks
+    session.start()  # of a run that is done: nothing is left to train
+    assert session.join(60) == "finished" and session.durations == []
+    assert (session.step, session.total) == (4, 4) and same(session.masks, masks)
+    assert session.frame["loss"].tolist() == resumed
     panel = ConfigPanel(small_config(**options))
     whole = session_of(panel, bench_of(panel, loaded))
     whole.start()
@@ -730,12 +741,6 @@ def test_runs_are_listed_compared_loaded_and_exported(lab):
     assert titles[:2] == ["a: rewrite", "a: summarize"]
     with pytest.raises(ValueError, match="'a'"):
         browser.compare("b")
-
-
-def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        torch.equal(mask, expected[name]) for name, mask in found.items()
-    )
 
 
 @pytest.fixture
