@@ -726,7 +726,7 @@ class Bench:
             if session.state in ACTIVE:
                 raise RuntimeError(f"the session that trains this merger is {session.state}: stop it, or wait for its end.")
 
-# %% ../nbs/34_widgets.ipynb #7e38675b
+# %% ../nbs/34_widgets.ipynb #6c8059b5
 @method_of(Bench)
 def start_from(self, run: str, masks: dict):  # its name, and its masks as from `merger.mask_state()`
     "Let the next run start from these masks, which the merger has at once. Raises `ValueError` if they do not fit it."
@@ -753,9 +753,10 @@ def _follow(self, panel: ConfigPanel):
 def ready(self) -> Merger:
     "The merger with the masks that a run starts from."
     with self.lock:
-        merger = self.merger
+        merger, config = self.merger, self.panel.config
+        merger.seed = getattr(config, "seed", merger.seed)  # of random masks, which a run of the command draws with it too
         if self._start is None:
-            merger.init_masks(self.panel.config.mask_init)
+            merger.init_masks(config.mask_init)
         else:
             merger.load_mask_state(self._start[1])
         return merger

@@ -575,6 +575,12 @@ def test_the_bench_loads_again_only_for_other_masks():
     assert len(loads) == 2
 
 
+def test_random_masks_are_those_of_the_command(loaded):
+    config = small_config(mask_init={"strategy": "random"}, seed=7)
+    masks = bench_of(ConfigPanel(config), loaded).ready().mask_state()
+    assert same(masks, Merger.from_config(config).mask_state())
+
+
 # --- the explorer ---------------------------------------------------------------------
 
 
