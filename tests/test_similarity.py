@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from merge_lab.similarity import METHODS, cka, collect_outputs, npib, similarity_matrix
+from merge_lab.similarity import (
+    METHODS,
+    cka,
+    collect_outputs,
+    diffusion_embedding,
+    npib,
+    similarity_matrix,
+)
 from merge_lab.tinylm import tiny_model
 
 
@@ -95,3 +102,36 @@ def test_npib_sees_dependence_that_is_not_linear():
     assert npib(arc, bent) > 3 * npib(arc, noise)
     assert npib(arc, bent) == pytest.approx(npib(bent, arc).item())
     assert cka(arc.double(), noise.double()) < 0.05
+
+
+def walk(seed=5, steps=6, still=3):
+    "Outputs that drift apart; one step is small."
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [torch.randn(300, 12, generator=generator)]
+    for step in range(1, steps):
+        noise = torch.randn(300, 12, generator=generator)
+        outputs.append(outputs[-1] + (0.05 if step == still else 0.7) * noise)
+    return outputs
+
+
+@pytest.mark.parametrize(("n_far", "spread"), [(4, 800.0), (60, 0.01)])
+def test_first_tokens_far_from_all_others_do_not_hide_them(n_far, spread, caplog):
+    "Few that are apart, or many that are nearly one: as first tokens of texts are."
+    generator = torch.Generator().manual_seed(6)
+    plain = walk()
+    first = 800 + spread * torch.randn(n_far, 12, generator=generator)
+    # in the first layer they are near
+    layers = [plain[0], *(torch.cat([first, x[n_far:]]) for x in plain[1:])]
+    caplog.set_level("INFO", "merge_lab.similarity")
+    found = similarity_matrix(layers, "npib")
+    assert f"{n_far} of 300 tokens" in caplog.text
+    assert found.equals(similarity_matrix([x[n_far:] for x in plain], "npib"))
+    beside = [found.loc[i, i + 1] for i in range(5)]
+    assert max(range(5), key=beside.__getitem__) == 2
+
+
+def test_rows_that_fall_apart_are_said():
+    rows = torch.randn(80, 6, generator=torch.Generator().manual_seed(7))
+    rows[40:] += 1e4
+    with pytest.raises(ValueError, match="fall apart into groups"):
+        diffusion_embedding(rows)
