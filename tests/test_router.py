@@ -18,6 +18,7 @@ from merge_lab.systems.router import (
     QuantizeConfig,
     RouterConfig,
     RouterTrainer,
+    explained,
     fit_costs,
     fit_price,
     greedy_assignments,
@@ -467,6 +468,14 @@ def test_a_price_alone_is_learned(tiny, tmp_path):
     assert epochs.average_bits.iloc[-1] == 3
 
 
+def test_what_is_trained_with_dropout_chooses_without(tiny, tmp_path):
+    model, _ = run(router_config(tiny, tmp_path / "run", dropout=0.5, num_epochs=1, target_bits=5.0))
+    assert not model.training and not model.routers.training
+    model.routers.layers[0][-1].weight.data.normal_(std=3.0)  # so that dropout would show
+    ids = torch.stack([window.input_ids for window in text_windows(load_tokenizer(tiny), ["tasks"], 24, 60)])
+    assert torch.equal(model.infer_forward(ids).bits, model.infer_forward(ids).bits)
+
+
 @pytest.fixture(scope="module")
 def measured(tiny):
     "A model, windows, and the costs of every layer and precision."
@@ -521,6 +530,16 @@ def test_what_the_prompt_says_is_used(measured):
     routers.price.fill_(0.05)
     bits = torch.stack([routers(n, shifted[:, n]).argmax(-1) for n in range(2)], 1).float().mean(1)
     assert bits[marked].min() >= bits[~marked].max() + 1
+
+
+def test_what_the_prompt_explains_is_said_without_dropout(measured):
+    _, _, costs, pooled = measured
+    routers, held = Routers(2, pooled.shape[-1], [3, 4, 5, 6, 7, 8], dropout=0.5), torch.arange(20) % 5 == 4
+    share, counted = fit_costs(routers, costs, pooled), costs[~held].mean(0) > 0
+    assert not routers.training and share != 0
+    factors = torch.stack([routers.factors(n, pooled[held, n]) for n in range(2)], dim=1)
+    ratios = costs / costs[~held].mean(0).where(counted, 1.0)
+    assert share == explained(factors, ratios[held], counted)
 
 
 @pytest.mark.parametrize("target", [3.0, 8.0])

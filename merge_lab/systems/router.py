@@ -99,7 +99,7 @@ def set_static(routers: Routers, mean: Tensor):  # (layers, precisions)
         nn.init.zeros_(layer[-1].weight)
         nn.init.zeros_(layer[-1].bias)
 
-# %% ../../nbs/40_systems/05_router.ipynb #101888b5
+# %% ../../nbs/40_systems/05_router.ipynb #e4518379
 def fit_costs(
     routers: Routers,
     costs: Tensor,  # (windows, layers, precisions)
@@ -131,6 +131,7 @@ def fit_costs(
         factor_error(factors(~held), ratios[~held], counted).backward()
         optimizer.step()
     routers.load_state_dict(state)
+    routers.eval()
     with torch.no_grad():
         return explained(factors(held), ratios[held], counted) if held.any() else 0.0
 

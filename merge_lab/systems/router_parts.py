@@ -722,7 +722,7 @@ def from_quantized(
 
 LayerwiseQuantizeForCausalLM.from_quantized = classmethod(from_quantized)
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #6204dcb7
+# %% ../../nbs/40_systems/05_router_parts.ipynb #e3456157
 def router_state(self: LayerwiseQuantizeForCausalLM) -> dict[str, Tensor]:
     "The routers' tensors by their names in the model, on the CPU."
     return {f"routers.{name}": tensor.detach().cpu().clone() for name, tensor in self.routers.state_dict().items()}
@@ -744,7 +744,7 @@ def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, as
             "for, with from_quantized(path, precisions=...)."
         )
     dropout = self.routers.layers[0][2].p
-    self.routers = Routers(n_layers, width, precisions, hidden, dropout).to(self.device)
+    self.routers = Routers(n_layers, width, precisions, hidden, dropout).to(self.device).train(self.routers.training)
     return self.routers.load_state_dict(own, strict)
 
 
