@@ -75,7 +75,7 @@ def scored_index(
         )
     return mask.flatten().nonzero().squeeze(1)
 
-# %% ../nbs/11_losses.ipynb #4fdc237f
+# %% ../nbs/11_losses.ipynb #0d319972
 _BLOCK = {"cpu": 2**19, "cuda": 2**22}  # numbers in one fp32 block
 
 
@@ -88,6 +88,8 @@ def work_dtype(
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     "`gradient * factor` in the gradient's dtype; the factor is never rounded to it."
+    if factor.device.type == "cpu" and (isinstance(factor, FakeTensor) or bool((factor == 1).all())):
+        return gradient  # a chunk's losses are summed; elsewhere it would cost a wait to look
     factor = factor.reshape(factor.shape + (1,) * (gradient.dim() - factor.dim()))
     return torch.mul(gradient, factor, out=torch.empty_like(gradient))
 
