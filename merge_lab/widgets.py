@@ -689,7 +689,7 @@ def alpha_svg(
     size = f'width="{width:g}" height="{bottom + 18:g}" viewBox="0 0 {width:g} {bottom + 18:g}"'
     return f'<svg class="ml-svg" {size} role="img" aria-label="alphas by layer and module">{"".join(parts)}</svg>'
 
-# %% ../nbs/34_widgets.ipynb #83d35966
+# %% ../nbs/34_widgets.ipynb #cd2522dc
 class Bench:
     "The merger of a panel's config, loaded when it is needed, and the lock of whoever works on it."
 
@@ -715,7 +715,7 @@ class Bench:
                 self.check_free(users)
                 for session in users:
                     session.release()
-                self._merger = self._start = None
+                self._merger = self._start = self._made_for = None
                 gc.collect()  # its memory is free before the next is loaded
                 self._merger, self._made_for = self.load(wanted), key
             return self._merger
@@ -1136,7 +1136,7 @@ def memory_html(used: float, estimate: float | None, process: float) -> str:  # 
     )
     return f'<table class="ml-table">{cells}<tr><td>this process in all</td><td>{process / 2**20:,.0f} MiB</td></tr></table>'
 
-# %% ../nbs/34_widgets.ipynb #c92a9f2b
+# %% ../nbs/34_widgets.ipynb #e7f08746
 class SessionView:
     "Widgets that mirror a training session."
 
@@ -1160,7 +1160,7 @@ class SessionView:
         for widget, name in ((self.loss, "loss"), (self.alphas, "trajectories"), (self.heatmap, "heatmap"), (self.line, "progress")):
             widget.add_class(f"ml-{name}")
         self.dials = AdjustDials(session)
-        self.painter = LatestWorker(lambda _: self.draw(), settle=0.1, longest=0.3)
+        self.painter = LatestWorker(lambda _: self._paint(), settle=0.1, longest=0.3)
         session.listeners.append(lambda _: self.painter.submit())
         self.draw()
 
@@ -1216,7 +1216,7 @@ def box(self):
     box.add_class("ml-session")
     return box
 
-# %% ../nbs/34_widgets.ipynb #4d71abdd
+# %% ../nbs/34_widgets.ipynb #92dc0d6d
 @method_of(SessionView)
 def draw(self):
     "Bring the widgets up to date with the session."
@@ -1241,6 +1241,15 @@ def draw(self):
         self.trouble.value = ""
     self.dials.refresh()
     self._draw_pictures()
+
+
+@method_of(SessionView)
+def _paint(self):
+    "Draw; what cannot be drawn is said, and the run goes on."
+    try:
+        self.draw()
+    except Exception as error:  # noqa: BLE001 - shown below the buttons
+        self.trouble.value = block(f"✗ not drawn: {type(error).__name__}: {error}", "trouble")
 
 
 @method_of(SessionView)
@@ -1450,7 +1459,7 @@ def evaluate(self, mask_init: dict | None, masks: dict | None = None) -> Outcome
     })
     return Outcome(mask_init, pd.concat([*references["scores"], scores]), table, alphas, time.perf_counter() - started)
 
-# %% ../nbs/34_widgets.ipynb #5a195376
+# %% ../nbs/34_widgets.ipynb #6358dfa8
 @method_of(MergeExplorer)
 def _score(self, merger: Merger, model: str) -> pd.DataFrame:
     scores = evaluate_tasks(merger, self.tokenizer, self.tasks, metrics=["loss"], progress=False).reset_index()
@@ -1486,6 +1495,15 @@ def _work(self, wanted: Dials | Given):
     else:
         if by_hand:
             self._remember(wanted)
+    try:
+        self._tell()
+    except Exception as error:  # noqa: BLE001 - what could not be drawn is said in its place
+        self.error = error.with_traceback(None)
+        self._tell()
+
+
+@method_of(MergeExplorer, "_tell")
+def tell_of_merge(self):
     for listener in list(self.listeners):
         listener(self)
 

@@ -689,18 +689,60 @@ def test_the_dropdown_follows_a_move_in_python_and_the_other_way_round(lab):
     assert explorer.worker.wait() and explorer.outcome.mask_init["selected_idx"] == 0
 
 
-def test_an_error_of_a_merge_is_shown_not_lost(lab):
-    panel, _, explorer = lab
-    view = explorer.view()
+def after(explorer, view, **move):
+    "What the status says after a move."
+    explorer.move(**move)
     assert explorer.worker.wait()
-    panel.set("constrain_mode", "01")
-    explorer.move(share=2.0)
-    assert explorer.worker.wait()
-    explorer.dials = Dials(component=5)
-    explorer.worker.submit(explorer.dials)
-    assert explorer.worker.wait()
-    status = next(w for w in view.children[1].children[0].children[-1:])
-    assert explorer.error is not None and "✗" in status.value
+    return view.status.value
+
+
+def test_an_error_of_a_merge_is_shown_until_the_next(lab, monkeypatch):
+    panel, bench, explorer = lab
+    view = ExplorerView(explorer)
+    assert "merge " in after(explorer, view)
+
+    def refuse(config):
+        raise OSError("no room for <it>")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "load", refuse)
+        panel.set("mode", "scalar")
+        assert "✗ OSError: no room for &lt;it&gt;" in after(explorer, view)
+    panel.set("mode", "vector_output")  # the first merger again, which is loaded anew
+    assert "merge " in after(explorer, view) and explorer.error is None
+    assert "✗ ValueError: mask_init" in after(explorer, view, component=5)
+
+
+def test_what_cannot_be_drawn_is_said_and_the_next_merge_is_drawn(lab, monkeypatch):
+    _, _, explorer = lab
+    view = ExplorerView(explorer)
+    assert "merge " in after(explorer, view)
+
+    def fail(*arguments):
+        raise KeyError("loss")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merge_lab.widgets.scores_html", fail)
+        assert "✗ KeyError" in after(explorer, view, share=0.2)
+        assert isinstance(explorer.error, KeyError)
+    assert "merge " in after(explorer, view, share=0.3) and explorer.error is None
+
+
+def test_components_may_be_called_as_rows_and_columns_are(loaded, monkeypatch):
+    from merge_lab.components import component_names
+    from merge_lab.evaluation import confusion
+
+    merger, tokenizer, tests = loaded
+    names = component_names(["runs/demo/merged", "someone/other"])
+    monkeypatch.setattr(merger, "names", names)
+    explorer = MergeExplorer(lambda: merger, tokenizer, tests, 1, 1)
+    view = ExplorerView(explorer)
+    assert "merge " in after(explorer, view), view.status.value
+    assert set(explorer.outcome.scores["model"]) == {*names, "merged"}
+    assert {"prompt", "expected", *names, "merged"} == set(explorer.outcome.answers)
+    said = {own: ["a", "b"] for own in names}
+    rows = {task: given[:1] for task, given in tests.items()}
+    confusion(merger, tokenizer, rows, said, progress=False, max_new_tokens=2)
 
 
 # --- pictures and runs ----------------------------------------------------------------
