@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ from merge_lab.systems.router_parts import (
     exact_logits,
     layer_linears,
     window_losses,
+    windows_at_once,
 )
-from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+from merge_lab.tinylm import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfloat16)]
 SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")
@@ -419,6 +421,45 @@ def test_options(tiny, tmp_path, options):
     assert saved["validation"]["loss"] == min(epochs.loss) and math.isfinite(min(epochs.loss))
     if options.get("weight_ce") == 0:  # bits are all that costs
         assert epochs.average_bits.iloc[-1] == 3
+
+
+def test_a_curriculum_begins_with_the_easy_third_and_ends_cold(tiny, tmp_path):
+    options = dict(curriculum=True, num_epochs=4, batch_size=1, pretrain="none")
+    model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
+    windows = text_windows(load_tokenizer(tiny), ["tasks"], 24, 9)
+    trainer = RouterTrainer(model, router_config(tiny, tmp_path / "run", **options), windows, windows)
+    with model.set_precision(8):
+        easy = score_windows(model, windows, 8).ce.argsort()
+    epochs = []
+    for trainer.epoch in range(4):
+        epochs.append({id(window) for window in trainer.epoch_order()})
+    assert epochs == [{id(windows[i]) for i in easy[:n]} for n in (3, 6, 9, 9)]
+    trainer.epoch = 0
+    trainer.fit()
+    steps = trainer.history["steps"]
+    assert len(steps) == trainer.total == 27
+    assert steps[0]["temperature"] == 1 and steps[-1]["temperature"] < 1.15 * 0.05
+    assert steps[-1]["learning_rate"] < 0.01 * max(row["learning_rate"] for row in steps)
+
+
+def test_no_pass_is_larger_than_was_asked_for(tiny, tmp_path, monkeypatch):
+    "Steps have batch_size windows, all other passes eval_batch_size; choosing alone computes no logits."
+    seen, heads = set(), []
+    loaded = LayerwiseQuantizeForCausalLM.from_quantized
+
+    def watched(*args, **kwargs):
+        model = loaded(*args, **kwargs)
+        model.model.get_input_embeddings().register_forward_hook(lambda m, a, y: seen.add(tuple(y.shape[:2])))
+        model.model.get_output_embeddings().register_forward_hook(lambda m, a, y: heads.append(tuple(y.shape[:2])))
+        return model
+
+    monkeypatch.setattr(LayerwiseQuantizeForCausalLM, "from_quantized", watched)
+    options = dict(num_epochs=1, target_bits=5.0, curriculum=True, num_validation=7)
+    run(router_config(tiny, tmp_path / "run", batch_size=1, eval_batch_size=3, **options))
+    assert max(windows for windows, tokens in seen if tokens == 24) == 3
+    assert {tokens for _, tokens in seen} == {8, 24} and {tokens for _, tokens in heads} == {24}
+    large = SimpleNamespace(config=tiny_config("llama", vocab_size=128_000))
+    assert windows_at_once(large, 512) == 4
 
 
 def test_the_bar_shows_loss_and_average_bits(tiny, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ __all__ = ['logger', 'FREE', 'greedy_assignments', 'measure_costs', 'factor_erro
            'last_checkpoint', 'check_budget', 'run', 'quantized_note', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig',
            'run_quantize', 'score_windows', 'text_windows']
 
-# %% ../../nbs/40_systems/05_router.ipynb #94015eba
+# %% ../../nbs/40_systems/05_router.ipynb #9f712c46
 import copy
 import json
 import logging
@@ -28,7 +28,7 @@ from ..components import load_tokenizer
 from ..core import atomic_path, begin_run, best_device, check_options, option, set_seed, write_json
 from .router_parts import GATES, LayerwiseQuantizeForCausalLM, QuantizeConfig, Routers, Window
 from .router_parts import check_folder, collate, read_quantized, run_quantize
-from .router_parts import score_windows, text_windows, window_divergences
+from .router_parts import score_windows, text_windows, window_divergences, windows_at_once
 
 _all_ = ["LayerwiseQuantizeForCausalLM", "QuantizeConfig", "run_quantize", "score_windows", "text_windows"]
 logger = logging.getLogger(__name__)
@@ -54,17 +54,18 @@ def greedy_assignments(
         path.append((current, losses[best]))
     return path
 
-# %% ../../nbs/40_systems/05_router.ipynb #7aef1cdf
+# %% ../../nbs/40_systems/05_router.ipynb #43f74a41
 @torch.no_grad()
 def measure_costs(
     model: LayerwiseQuantizeForCausalLM,
     windows: list[Window],
     prefix_length: int,
-    batch_size: int = 32,
+    batch_size: int | None = None,  # None: `windows_at_once`
 ) -> tuple[Tensor, Tensor]:  # costs (windows, layers, precisions), pooled states (windows, layers, width)
     "How far each layer's precision alone moves each window's predictions, in nats per token."
     *lower, top = model.precisions
     n_layers, costs, pooled = len(model.routers.layers), [], []
+    batch_size = batch_size or windows_at_once(model, len(windows[0].input_ids))
     for start in tqdm(range(0, len(windows), batch_size), desc="costs", unit="batch"):
         ids, labels = collate(windows[start : start + batch_size], prefix_length, model.device)
         with model.set_precision(top):
@@ -135,11 +136,11 @@ def fit_costs(
     with torch.no_grad():
         return explained(factors(held), ratios[held], counted) if held.any() else 0.0
 
-# %% ../../nbs/40_systems/05_router.ipynb #4b7f74e2
+# %% ../../nbs/40_systems/05_router.ipynb #0dd02d94
 @torch.no_grad()
 def average_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[Tensor]) -> float:
     "Mean bits that the routers choose for batches of prompts."
-    return torch.cat([model.infer_forward(ids).bits.float().mean(1) for ids in prompts]).mean().item()
+    return torch.cat([model.choose(ids).float().mean(1) for ids in prompts]).mean().item()
 
 
 def fit_price(
@@ -148,7 +149,7 @@ def fit_price(
     prefix_length: int,
     target_bits: float,
     tolerance: float = 0.01,  # bits
-    batch_size: int = 64,
+    batch_size: int = 64,  # prompts
 ) -> float:  # the average that was reached
     "Set the price per bit so that hard choices spend `target_bits` on average, as nearly as they can."
     ids = torch.stack([window.input_ids[:prefix_length] for window in windows]).to(model.device)
@@ -185,7 +186,7 @@ def precision_term(
     low, high = precisions[0], precisions[-1]
     return (average - low) / max(high - low, 1) * ce.detach()
 
-# %% ../../nbs/40_systems/05_router.ipynb #dc842734
+# %% ../../nbs/40_systems/05_router.ipynb #a0c7422c
 @dataclass
 class RouterConfig:
     "Options of `merge-lab router`."
@@ -214,6 +215,7 @@ class RouterConfig:
     curriculum: bool = option(False, "Begin with the windows that are easy at full precision", group="Training")
     router_hidden: int = option(64, "Width of the routers", low=1, group="Router")
     dropout: float = option(0.0, "Dropout in the routers", low=0, high=0.9, group="Router")
+    eval_batch_size: int | None = option(None, "Windows of a pass without gradients; none: as many as keep their logits below 1 GiB, at most 32", low=1, group="Run")
     keep_weights: bool = option(False, "Keep all layers dequantised: faster, more memory", group="Run")
     save_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run")
     random_state: int = option(42, "Seed of windows, routers and order", group="Run")
@@ -230,7 +232,7 @@ class RouterConfig:
                 f"Lower it (--prefix_length {max(1, self.seq_len // 4)}) or take longer windows."
             )
 
-# %% ../../nbs/40_systems/05_router.ipynb #32add5d9
+# %% ../../nbs/40_systems/05_router.ipynb #019fc26a
 class RouterTrainer:
     "Trains the routers of a model whose weights stay frozen."
 
@@ -245,14 +247,19 @@ class RouterTrainer:
 
         self.model, self.config, self.train_windows, self.validation = model, config, train, validation
         self.folder = Path(config.save_dir)
-        self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
-        self.total = max(1, self.steps_per_epoch * config.num_epochs)
+        steps = [math.ceil(self.epoch_size(epoch) / config.batch_size) for epoch in range(config.num_epochs)]
+        self.total, self.at_once = max(1, sum(steps)), config.eval_batch_size or windows_at_once(model, config.seq_len)
         self.optimizer = torch.optim.AdamW(
             model.routers.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.scheduler = get_scheduler(config.schedule, self.optimizer, self.total // 20, self.total)
         self.history, self.epoch, self.best, self.difficulty = {"steps": [], "epochs": []}, 0, math.inf, None
         model.slot.keep_all = config.keep_weights
+
+    def epoch_size(self, epoch: int) -> int:
+        "Windows of an epoch: all, or with the curriculum a third at first, growing to all by the middle of the run."
+        share = min(1.0, 1 / 3 + 4 / 3 * epoch / self.config.num_epochs) if self.config.curriculum else 1.0
+        return max(1, round(share * len(self.train_windows)))
 
     @property
     def temperature(self) -> float:
@@ -265,7 +272,7 @@ class RouterTrainer:
         term = precision_term(bits, self.model.precisions, ce, self.config.target_bits)
         return self.config.weight_ce * ce + self.config.weight_precision * term, term
 
-# %% ../../nbs/40_systems/05_router.ipynb #fc490a5e
+# %% ../../nbs/40_systems/05_router.ipynb #23d228ec
 def step(self: RouterTrainer, windows: list[Window]) -> dict:
     "One optimiser step; returns its row of the history. Raises `ValueError` if the loss is not finite."
     model, config = self.model, self.config
@@ -293,11 +300,10 @@ def epoch_order(self: RouterTrainer) -> list[Window]:
     if self.config.curriculum:
         if self.difficulty is None:
             with self.model.set_precision(self.model.precisions[-1]):
-                scores = score_windows(self.model, windows, self.config.prefix_length, self.config.batch_size)
+                scores = score_windows(self.model, windows, self.config.prefix_length, self.at_once)
             self.difficulty = scores.ce.tolist()
-        share = min(1.0, 1 / 3 + 4 / 3 * self.epoch / max(1, self.config.num_epochs))
         easy = sorted(range(len(windows)), key=self.difficulty.__getitem__)
-        windows = [windows[i] for i in easy[: max(1, round(share * len(windows)))]]
+        windows = [windows[i] for i in easy[: self.epoch_size(self.epoch)]]
     order = list(windows)
     random.Random(self.config.random_state * 1000 + self.epoch).shuffle(order)
     return order
@@ -305,14 +311,15 @@ def epoch_order(self: RouterTrainer) -> list[Window]:
 
 RouterTrainer.step, RouterTrainer.epoch_order = step, epoch_order
 
-# %% ../../nbs/40_systems/05_router.ipynb #61fe0582
+# %% ../../nbs/40_systems/05_router.ipynb #4c51e43f
 def validate(self: RouterTrainer) -> dict:
     "Hard choices on the validation windows; with a target, at the price that meets it."
     model, config = self.model, self.config
     model.eval()
     if config.target_bits is not None:
-        fit_price(model, self.validation, config.prefix_length, config.target_bits)
-    scores = score_windows(model, self.validation, config.prefix_length, config.batch_size)
+        prompts = min(64, self.at_once * config.seq_len // config.prefix_length)  # no more tokens than in windows
+        fit_price(model, self.validation, config.prefix_length, config.target_bits, batch_size=prompts)
+    scores = score_windows(model, self.validation, config.prefix_length, self.at_once)
     ce, bits = torch.tensor(scores.ce.mean()), torch.tensor(scores.bits.mean())
     loss, term = self.loss(ce, bits)
     return dict(loss=loss.item(), ce=ce.item(), precision=term.item(), average_bits=bits.item(), read_bytes=float(scores.read_bytes.mean()))
@@ -346,7 +353,7 @@ def load_checkpoint(self: RouterTrainer, path: Path):
 
 RouterTrainer.validate, RouterTrainer.save_checkpoint, RouterTrainer.load_checkpoint = validate, save_checkpoint, load_checkpoint
 
-# %% ../../nbs/40_systems/05_router.ipynb #d65ad0c3
+# %% ../../nbs/40_systems/05_router.ipynb #208d7c7d
 def objective_price(config: RouterConfig, ce: float, precisions: list[int], n_layers: int) -> float:
     "Nats of cross-entropy that the objective gives for one bit in one layer."
     span = max(precisions[-1] - precisions[0], 1)
@@ -357,12 +364,12 @@ def start_from_costs(self: RouterTrainer):
     "Fit the routers to costs measured on some training windows, and set the objective's price."
     model, config = self.model, self.config
     chosen = random.Random(config.random_state).sample(self.train_windows, min(config.num_costs, len(self.train_windows)))
-    costs, pooled = measure_costs(model, chosen, config.prefix_length, max(32, config.batch_size))
+    costs, pooled = measure_costs(model, chosen, config.prefix_length, self.at_once)
     share = fit_costs(model.routers, costs, pooled)
     logger.info("the prompt explains %.0f %% of how held-out costs differ", 100 * share)
     if config.target_bits is None:
         with model.set_precision(model.precisions[-1]):
-            ce = score_windows(model, chosen, config.prefix_length, max(32, config.batch_size)).ce.mean()
+            ce = score_windows(model, chosen, config.prefix_length, self.at_once).ce.mean()
         price = objective_price(config, ce, model.precisions, costs.shape[1])
         model.routers.price.copy_(price / model.routers.unit)
 
@@ -411,7 +418,7 @@ def fit(self: RouterTrainer) -> pd.DataFrame:  # the epochs
 
 RouterTrainer.end_epoch, RouterTrainer.fit = end_epoch, fit
 
-# %% ../../nbs/40_systems/05_router.ipynb #58165feb
+# %% ../../nbs/40_systems/05_router.ipynb #92dabd81
 def last_checkpoint(folder: Path) -> Path | None:
     "The checkpoint of the last whole epoch, if there is one."
     return max(folder.glob("router_checkpoint_epoch_*.pt"), key=lambda path: int(path.stem.rsplit("_", 1)[1]), default=None)
@@ -426,7 +433,7 @@ def check_budget(precisions: list[int], target_bits: float | None):
         raise ValueError(f"target_bits={target_bits:g}: the model has {low} to {high} bits. Choose a target between them.")
 
 
-FREE = {"resume", "overwrite", "device", "save_dir", "keep_weights"}  # options that may differ when a run goes on
+FREE = {"resume", "overwrite", "device", "save_dir", "keep_weights", "eval_batch_size"}  # options that may differ when a run goes on
 
 
 def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFrame]:

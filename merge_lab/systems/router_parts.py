@@ -9,9 +9,9 @@ __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text',
            'layers_prefix', 'write_description', 'run_quantize', 'pool_prompt', 'Routers', 'sparsemax',
            'gate_probabilities', 'Plan', 'prompt_mask', 'NestedModel', 'Restore', 'as_assignment', 'set_precision',
            'RoutedOutput', 'LayerwiseQuantizeForCausalLM', 'scored_labels', 'train_forward', 'hard_bits', 'start_plan',
-           'infer_forward', 'generate', 'read_quantized', 'pick_precisions', 'load_nested', 'load_skeleton',
+           'infer_forward', 'generate', 'choose', 'read_quantized', 'pick_precisions', 'load_nested', 'load_skeleton',
            'from_quantized', 'router_state', 'load_state_dict', 'memory_table', 'read_bytes', 'collate',
-           'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
+           'windows_at_once', 'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #6ec5f3ec
 import json
@@ -592,7 +592,7 @@ def train_forward(
 
 LayerwiseQuantizeForCausalLM.train_forward = train_forward
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #4100e1be
+# %% ../../nbs/40_systems/05_router_parts.ipynb #977096e0
 def hard_bits(self: LayerwiseQuantizeForCausalLM, batch: int) -> Tensor:  # (batch, layers)
     "What the last pass used."
     chosen = self.plan.fixed or [self.plan.decided[n] for n in range(len(self._linears))]
@@ -643,7 +643,20 @@ def generate(
     return self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
 
 
-for method in (hard_bits, start_plan, infer_forward, generate):
+@torch.no_grad()
+def choose(
+    self: LayerwiseQuantizeForCausalLM,
+    input_ids: Tensor,  # (batch, tokens), prompts
+    attention_mask: Tensor | None = None,  # None: all ones
+) -> Tensor:  # (batch, layers)
+    "Bits for prompts, without the head: nobody would read its logits."
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    self.start_plan(mask, None)
+    self.model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    return self.hard_bits(len(input_ids))
+
+
+for method in (hard_bits, start_plan, infer_forward, generate, choose):
     setattr(LayerwiseQuantizeForCausalLM, method.__name__, method)
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #d7b7e73d
@@ -771,7 +784,7 @@ def read_bytes(
     cost = [{b: sum(linear.nested(b).read_bytes(b) for linear in linears) for b in model.precisions} for linears in model._linears]
     return torch.tensor([sum(cost[n][b] for n, b in enumerate(row)) for row in bits.tolist()])
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #2829a755
+# %% ../../nbs/40_systems/05_router_parts.ipynb #c657a69a
 def collate(
     windows: list[Window],
     prefix_length: int,  # tokens that are prompt
@@ -789,6 +802,16 @@ def collate(
     return ids, labels
 
 
+def windows_at_once(
+    model: NestedModel,
+    seq_len: int,  # tokens of a window
+    most: int = 32,
+    room: int = 2**30,  # bytes of the windows' logits in fp32
+) -> int:
+    "How many windows go through a model together."
+    return max(1, min(most, room // (4 * seq_len * model.config.get_text_config().vocab_size)))
+
+
 def window_losses(logits: Tensor, labels: Tensor) -> Tensor:  # (batch,) nats per scored token
     "Mean cross-entropy of each window, shifted by one token."
     losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100)
@@ -802,8 +825,9 @@ def window_divergences(logits: Tensor, exact: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exact_logits(model: LayerwiseQuantizeForCausalLM, windows: list[Window], batch_size: int = 32) -> Tensor:
+def exact_logits(model: LayerwiseQuantizeForCausalLM, windows: list[Window]) -> Tensor:
     "Logits of all windows at the most bits, (windows, tokens, vocabulary)."
+    batch_size = windows_at_once(model, len(windows[0].input_ids))
     ids = torch.stack([window.input_ids for window in windows]).to(model.device)
     with model.set_precision(model.precisions[-1]):
         return torch.cat([model.infer_forward(batch).logits for batch in ids.split(batch_size)])
@@ -814,11 +838,11 @@ def score_windows(
     model: LayerwiseQuantizeForCausalLM,
     windows: list[Window],
     prefix_length: int,
-    batch_size: int = 32,
+    batch_size: int | None = None,  # None: `windows_at_once`
     exact: Tensor | None = None,  # (windows, tokens, vocabulary) logits to compare with, for a column "kl"
 ) -> pd.DataFrame:  # a row per window: kind, ce, bits, read_bytes, layer_0, layer_1, ...
     "Cross-entropy and bits of every window, with hard choices or the precision that is set."
-    frames = []
+    frames, batch_size = [], batch_size or windows_at_once(model, len(windows[0].input_ids))
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         ids, labels = collate(batch, prefix_length, model.device)
