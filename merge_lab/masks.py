@@ -6,9 +6,9 @@
 __all__ = ['MODES', 'IMPLS', 'alpha_shape', 'bring', 'blend', 'backward_route', 'masked_linear', 'MergeState', 'ComponentModule',
            'full', 'shard_like', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
 
-# %% ../nbs/12_masks.ipynb #1858bf60
+# %% ../nbs/12_masks.ipynb #69ea6a08
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
-# %% ../nbs/12_masks.ipynb #3e385ba5
+# %% ../nbs/12_masks.ipynb #900696df
 def _blend_rows(weights: Sequence[Tensor], alphas: Sequence[Tensor], out: Tensor):
     "Write the blend of these rows to `out`, whose dtype is that of the arithmetic."
     torch.mul(weights[0], alphas[0], out=out)
@@ -92,9 +92,12 @@ def _blend(weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> Tensor:
     "The blend in the weights' dtype, without a graph."
     device = alphas[0].device
     merged = torch.empty_like(weights[0], device=device)
-    dtype = _compute_dtype(weights[0], *alphas)
+    dtype, blocks = _compute_dtype(weights[0], *alphas), _row_blocks(merged)
+    if len(blocks) == 1 and merged.dtype == dtype:  # nothing to cut or to round
+        _blend_rows([bring(weight, device) for weight in weights], alphas, merged)
+        return merged
     alphas = [_broadcast(alpha, merged).to(dtype) for alpha in alphas]
-    for rows in _row_blocks(merged):
+    for rows in blocks:
         out = merged[rows] if merged.ndim else merged
         target = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         parts = [bring(weight[rows] if weight.ndim else weight, device) for weight in weights]
@@ -171,15 +174,15 @@ def backward_route(
     by_weight = 2 * tokens * (1 + needs_dx) + rebuild + 2 * n * per_pass
     return "input" if by_input <= by_weight else "weight"
 
-# %% ../nbs/12_masks.ipynb #5443f928
+# %% ../nbs/12_masks.ipynb #9d36e413
 def _input_route(dy, x, weights, alphas, needs_dx):
     "Gradients from one product per component: no weight-sized memory."
     dx, gradients = None, []
     for weight, alpha in zip(weights, alphas):
         h = dy @ bring(weight, dy.device)
         if needs_dx:
-            alpha_row = _broadcast(alpha, h)
-            dx = torch.mul(h, alpha_row, out=torch.empty_like(h)) if dx is None else dx.addcmul_(h, alpha_row)
+            row = alpha if alpha.ndim else alpha.reshape(1)  # a number would be rounded to h's dtype
+            dx = torch.mul(h, row, out=torch.empty_like(h)) if dx is None else dx.addcmul_(h, row)
         h.mul_(x)
         per_column = h.sum(0, dtype=_compute_dtype(alpha))
         gradients.append((per_column if alpha.ndim else per_column.sum()).to(alpha.dtype))
@@ -249,7 +252,7 @@ IMPLS = {
     "efficient": (_efficient, "masks on the input: n matrix products each way"),
 }
 
-# %% ../nbs/12_masks.ipynb #45b7492d
+# %% ../nbs/12_masks.ipynb #7bbaa212
 def _check_masked_linear(x, weights, alphas):
     "Raise `ValueError` where shapes do not fit."
     out_features, in_features = weights[0].shape
@@ -282,8 +285,16 @@ def masked_linear(
     if biases is not None:
         share = torch.tensor(1 / len(biases), device=x.device)
         bias = blend(biases, bias_alphas if bias_alphas is not None else [share] * len(biases))
-    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        return IMPLS[impl][0](x.to(weights[0].dtype), weights, alphas, bias, merged)
+    return _masked_linear(x, weights, alphas, bias, impl, merged)
+
+
+def _masked_linear(x, weights, alphas, bias, impl, merged):
+    "`masked_linear` of what was checked, with the bias blended; autocast would round twice."
+    x = x.to(weights[0].dtype)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return IMPLS[impl][0](x, weights, alphas, bias, merged)
+    with torch.autocast(x.device.type, enabled=False):
+        return IMPLS[impl][0](x, weights, alphas, bias, merged)
 
 # %% ../nbs/12_masks.ipynb #15df5f55
 class MergeState:
@@ -447,23 +458,16 @@ class MaskedModule(ComponentModule):
                 self._merged[name] = version, blend(list(self.weights[name]), self.alphas(name))
         return self._merged[name][1]
 
-# %% ../nbs/12_masks.ipynb #2c5c9e49
+# %% ../nbs/12_masks.ipynb #b031ef9a
 class MaskedLinear(MaskedModule):
     "`nn.Linear` whose weight and bias are blends; computed by `masked_linear` with the impl of the state."
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        has_bias = "bias" in self.parameter_names
+        bias = self.tensor("bias") if "bias" in self.parameter_names else None
         if self.state.component is not None or "weight" not in self.masks:
-            return F.linear(x, self.tensor("weight"), self.tensor("bias") if has_bias else None)
-        return masked_linear(
-            x,
-            list(self.weights["weight"]),
-            self.alphas("weight"),
-            list(self.weights["bias"]) if has_bias else None,
-            self.alphas("bias") if has_bias else None,
-            impl=self.state.impl,
-            merged=self.kept("weight"),
-        )
+            return F.linear(x, self.tensor("weight"), bias)
+        weights, alphas = list(self.weights["weight"]), self.alphas("weight")
+        return _masked_linear(x, weights, alphas, bias, self.state.impl, self.kept("weight"))
 
 # %% ../nbs/12_masks.ipynb #5d8a7fa4
 class MaskedEmbedding(MaskedModule):
