@@ -8,7 +8,7 @@ __all__ = ['SYSTEMS', 'OTHER', 'MODULE_ORDER', 'CURVES', 'DASHES', 'HEAR', 'RUN_
            'draw_curve', 'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView', 'terminal_lines',
            'share_done', 'CommandRun', 'CommandRunView']
 
-# %% ../nbs/36_runs.ipynb #7eff9595
+# %% ../nbs/36_runs.ipynb #9e9a7abd
 import atexit
 import dataclasses
 import html
@@ -33,16 +33,16 @@ from matplotlib.ticker import MaxNLocator
 
 from .components import component_names
 from .constraints import constrain
-from .core import bundled_path, check_choice, config_to_yaml
+from .core import bundled_path, check_choice, config_from_dict, config_to_yaml
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, layer_of, read_merger_config
 from .training import read_history
 from merge_lab.viz import (
     add_colour_bar, add_legend, colour_of, colour_scale, draw_layers, figure_to_png, layer_grid, name_of, new_figure,
     numbered_columns,
 )
-from .widgets import STYLE, Bench, ConfigPanel, LatestWorker, block, method_of
+from .widgets import STYLE, Bench, ConfigPanel, LatestWorker, block, method_of, read_adjusted
 
-# %% ../nbs/36_runs.ipynb #9ebf2536
+# %% ../nbs/36_runs.ipynb #35485555
 @dataclasses.dataclass(frozen=True)
 class System:
     "What the runs of one system leave."
@@ -52,10 +52,15 @@ class System:
     steps: str = ""  # option that says how many steps were asked for
     history: str = "history.jsonl"
     merged: str = "merged"  # folder of the plain checkpoint; empty: there is none
+    config: str = ""  # class of its options, and the function that makes a model card's recipe of them
+    recipe: str = ""
 
 
 SYSTEMS = {  # by their commands
-    "mask-merge": System("dataset_configs", "merge_lab.merger.Merger", "max_steps"),
+    "mask-merge": System(
+        "dataset_configs", "merge_lab.merger.Merger", "max_steps",
+        config="merge_lab.systems.mask_merge.MaskMergeConfig", recipe="merge_lab.systems.mask_merge.recipe_of",
+    ),
     "dam-merge": System("base_model_id", "merge_lab.systems.dam.DAMMerger"),
     "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", "max_steps"),
     "lora": System("lora_dropout", steps="max_steps", merged="final_merged"),
@@ -206,7 +211,20 @@ def names(self) -> list[str]:
         return component_names(Path(path).parent if Path(path).name == "adapter_checkpoint" else path for path in self.config["adapters"])
     return [] if self.masks is None else component_names(read_merger_config(self.masks).model_paths)
 
-# %% ../nbs/36_runs.ipynb #c274821e
+# %% ../nbs/36_runs.ipynb #c6ddcf32
+@method_of(Run)
+def recipe(self) -> dict | None:  # None: the system has none, or the config is damaged
+    "What a model card tells of the run: its options, and what was adjusted since it was begun."
+    if not self.system.recipe:
+        return None
+    try:
+        config = config_from_dict(find_object(self.system.config), self.config)
+    except ValueError:
+        return None
+    adjusted = read_adjusted(self.folder)
+    return find_object(self.system.recipe)(config) | ({"adjusted": adjusted} if adjusted else {})
+
+
 @method_of(Run)
 def export(self) -> Path:
     "Write the plain checkpoint that transformers loads. Raises `ValueError` if there can be none."
@@ -214,7 +232,8 @@ def export(self) -> Path:
         raise ValueError(f"{self.folder}: {self.kind} has no plain checkpoint, its weights follow the input. Load it with its own class.")
     folder = self.folder / self.system.merged
     if self.masks is not None:
-        find_object(self.system.saved).from_pretrained(self.masks).save_merged(folder)
+        recipe = {"recipe": found} if (found := self.recipe()) else {}
+        find_object(self.system.saved).from_pretrained(self.masks).save_merged(folder, **recipe)
     elif self.kind == "lora":
         base = self.config["base_model"] or bundled_path("models/base")
         find_object("merge_lab.systems.lora.SmoLoRA")(base, output_dir=self.folder).save()

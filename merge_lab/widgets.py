@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYLE', 'LOG_FLOOR', 'LOG_STEP', 'BUDGET', 'PRICE',
-           'STATES', 'ACTIVE', 'ADJUSTABLE', 'DEPTHS', 'FILTERS', 'Control', 'control_kind', 'control_of',
+           'STATES', 'ACTIVE', 'ADJUSTABLE', 'ADJUSTED', 'DEPTHS', 'FILTERS', 'Control', 'control_kind', 'control_of',
            'controls_of', 'show_value', 'read_number', 'read_value', 'read_quietly', 'is_hub_name', 'hub_note',
            'components_note', 'data_note', 'held_note', 'places_note', 'folder_note', 'method_of', 'command_of',
            'ConfigPanel', 'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
            'LatestWorker', 'svg_text', 'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench', 'Gate', 'Rest',
-           'tidy_memory', 'held_bytes', 'TrainingSession', 'set_learning_rate', 'clock', 'session_line', 'memory_html',
-           'SessionView', 'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html',
-           'answers_html', 'ExplorerView']
+           'tidy_memory', 'held_bytes', 'TrainingSession', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
+           'adjust_again', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials', 'Given',
+           'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #f78d81a9
+# %% ../nbs/34_widgets.ipynb #5d2c346e
 import ctypes
 import dataclasses
 import gc
 import html
 import importlib
+import json
 import math
 import re
 import threading
@@ -37,12 +38,12 @@ import yaml
 from transformers import TrainerCallback
 
 from .components import preflight, read_component
-from .core import check_choice, config_to_cli, config_to_python, config_to_yaml, narrow
+from .core import check_choice, config_to_cli, config_to_python, config_to_yaml, narrow, write_text
 from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
 from .tasks import answer_of, load_task, prompt_of
-from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, train_from
+from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, read_history, train_from
 from .viz import alpha_trajectories, colour_of, colour_scale, figure_to_png, layer_grid, loss_curves, name_of
 
 # %% ../nbs/34_widgets.ipynb #1e0f7544
@@ -761,6 +762,10 @@ def ready(self) -> Merger:
             merger.load_mask_state(self._start[1])
         return merger
 
+# %% ../nbs/34_widgets.ipynb #ff13cbc5
+STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")
+ACTIVE = ("preparing", "running", "paused")
+
 # %% ../nbs/34_widgets.ipynb #38cf05d4
 class Gate(TrainerCallback):
     "Holds the merger's lock from a step's beginning to the next one's, except where it gives way."
@@ -782,7 +787,7 @@ class Gate(TrainerCallback):
             self.held = False
             self.session.lock.release()
 
-# %% ../nbs/34_widgets.ipynb #04f195c0
+# %% ../nbs/34_widgets.ipynb #23325b45
 class Rest(TrainerCallback):
     "Comes last: tells a session how far it is, and lets it pause, save and stop between two steps."
 
@@ -791,6 +796,7 @@ class Rest(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.session.step, self.session.total = state.global_step, state.max_steps
+        adjust_again(self.session.trainer)
         self.session._become("running")
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -836,11 +842,7 @@ def held_bytes(merger: torch.nn.Module) -> int:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
-# %% ../nbs/34_widgets.ipynb #5103c727
-STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")
-ACTIVE = ("preparing", "running", "paused")
-
-
+# %% ../nbs/34_widgets.ipynb #211585cc
 class TrainingSession:
     "A training run in a thread that can be paused, changed, saved and stopped."
 
@@ -851,25 +853,13 @@ class TrainingSession:
         estimate: Callable[[MergerTrainer], float | None] | None = None,  # bytes that training should take
         checkpoint: Callable[[MergerTrainer], Path | None] | None = None,  # what to go on from; None: begin anew
         bench: Bench | None = None,  # of the merger; None: nobody else uses it
+        recipe: Callable[[], dict] | None = None,  # options for an export's model card; None: those of the merger
     ):
-        self.make, self.export_to, self.estimate, self.checkpoint = make, export, estimate, checkpoint
+        self.make, self.export_to, self.estimate, self.checkpoint, self.recipe_of = make, export, estimate, checkpoint, recipe
         self.bench, self.lock = bench, threading.RLock() if bench is None else bench.lock
         self.listeners: list[Callable] = []  # called with the session after each change, from its thread
         self._go, self._save, self._halt, self._thread = *(threading.Event() for _ in range(3)), None
         self._reset()
-
-    def _reset(self):
-        self.state, self.step, self.total, self.saved, self.exported = "idle", 0, 0, "", ""
-        self.error, self.trouble = None, ""  # the thread's exception, and its traceback
-        self.estimated: float | None = None  # bytes
-        self.trainer = self.history = self.stopper = None
-        self.masks: dict | None = None  # where the run ended
-        self.names, self._alphas = [], pd.DataFrame()
-        self.durations: list[float] = []  # seconds of each step, pauses left out
-        self.memory_held = self.memory_before = 0  # bytes of the merger, and of the process when the run began
-        self._go.set()
-        self._save.clear()
-        self._halt.clear()
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -896,7 +886,22 @@ class TrainingSession:
         "The session as widgets."
         return SessionView(self).box()
 
-# %% ../nbs/34_widgets.ipynb #e03a6ae1
+# %% ../nbs/34_widgets.ipynb #48d69768
+@method_of(TrainingSession)
+def _reset(self):
+    self.state, self.step, self.total, self.saved, self.exported = "idle", 0, 0, "", ""
+    self.error, self.trouble = None, ""  # the thread's exception, and its traceback
+    self.estimated: float | None = None  # bytes
+    self.trainer = self.history = self.stopper = None
+    self.masks: dict | None = None  # where the run ended
+    self.names, self._alphas = [], pd.DataFrame()
+    self.durations: list[float] = []  # seconds of each step, pauses left out
+    self.memory_held = self.memory_before = 0  # bytes of the merger, and of the process when the run began
+    self._go.set()
+    self._save.clear()
+    self._halt.clear()
+
+
 @method_of(TrainingSession)
 def start(self):
     "Begin. Returns at once; raises `RuntimeError` if the session is at work."
@@ -963,7 +968,7 @@ def _keep(self):
     self.merger.save_pretrained(Path(self.trainer.args.output_dir) / "masks")
     self.masks = self.merger.mask_state()
 
-# %% ../nbs/34_widgets.ipynb #21184062
+# %% ../nbs/34_widgets.ipynb #e35617a0
 @method_of(TrainingSession)
 def pause(self):
     "Stand still after the current step."
@@ -990,15 +995,6 @@ def save(self):
 
 
 @method_of(TrainingSession)
-def join(self, timeout: float | None = None) -> str:  # the state
-    "Wait for the end. Raises the thread's exception."
-    self._thread.join(timeout)
-    if self.error is not None:
-        raise self.error
-    return self.state
-
-# %% ../nbs/34_widgets.ipynb #68add7bd
-@method_of(TrainingSession)
 def _rest(self):
     "Wait while paused, saving if asked."
     if self._go.is_set():
@@ -1015,19 +1011,14 @@ def _rest(self):
 
 
 @method_of(TrainingSession)
-def export(self) -> Path:
-    "Write the merged checkpoint, which plain transformers loads."
-    if self.merger is None:
-        why = "the session has not been started. Start it first." if self.history is None else "another merger has been loaded. Export the run."
-        raise RuntimeError(f"nothing to export: {why}")
-    with self.lock, self._own_masks() as merger:
-        folder = Path(self.trainer.args.output_dir) / "merged"
-        folder = (merger.save_merged(folder), folder)[1] if self.export_to is None else self.export_to(merger)
-    self.exported = str(folder)
-    self._tell()
-    return folder
+def join(self, timeout: float | None = None) -> str:  # the state
+    "Wait for the end. Raises the thread's exception."
+    self._thread.join(timeout)
+    if self.error is not None:
+        raise self.error
+    return self.state
 
-
+# %% ../nbs/34_widgets.ipynb #d953ecb8
 @method_of(TrainingSession)
 @contextmanager
 def _own_masks(self):
@@ -1073,7 +1064,37 @@ def set_learning_rate(trainer: MergerTrainer, learning_rate: float):  # of the s
         scheduler.base_lrs[i] = learning_rate
     scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]
 
-# %% ../nbs/34_widgets.ipynb #fa28cc76
+# %% ../nbs/34_widgets.ipynb #4042b742
+ADJUSTED = "adjusted.jsonl"  # in a run's folder
+
+
+def read_adjusted(folder: str | Path, step: float = math.inf) -> list[dict]:  # rows: step, learning_rate, losses, penalties
+    "What was adjusted in a run's pauses, up to a step."
+    file = Path(folder) / ADJUSTED
+    rows = read_history(file).to_dict("records") if file.exists() else []
+    return [row for row in rows if row["step"] <= step]
+
+
+def note_adjusted(trainer: MergerTrainer):
+    "Write down what a trainer goes on with, in place of what was adjusted at the same step before."
+    objective, step = trainer.objective, trainer.state.global_step
+    row = {"step": step, "learning_rate": trainer.optimizer.param_groups[0]["initial_lr"]}
+    rows = [*read_adjusted(trainer.args.output_dir, step - 1), row | {"losses": objective.losses, "penalties": objective.penalties}]
+    write_text(Path(trainer.args.output_dir) / ADJUSTED, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def adjust_again(trainer: MergerTrainer):
+    "Take over what was adjusted before a trainer's step, and forget what was adjusted later."
+    folder, step = Path(trainer.args.output_dir), trainer.state.global_step
+    rows = read_adjusted(folder, step)
+    if (folder / ADJUSTED).exists():
+        write_text(folder / ADJUSTED, "".join(json.dumps(row) + "\n" for row in rows))
+    if rows:
+        trainer.objective.losses, trainer.objective.penalties = rows[-1]["losses"], rows[-1]["penalties"]
+        if trainer.optimizer.param_groups[0]["initial_lr"] != rows[-1]["learning_rate"]:
+            set_learning_rate(trainer, rows[-1]["learning_rate"])
+
+# %% ../nbs/34_widgets.ipynb #d31d94b2
 @method_of(TrainingSession)
 def adjust(
     self,
@@ -1098,7 +1119,34 @@ def adjust(
         setattr(objective, kind, kept)
     if learning_rate is not None:
         set_learning_rate(self.trainer, learning_rate)
+    note_adjusted(self.trainer)
     self._tell()
+
+# %% ../nbs/34_widgets.ipynb #72f7a75f
+@method_of(TrainingSession)
+def _recipe(self) -> dict | None:
+    "What the model card tells of the run: its options, and what was adjusted since it was begun."
+    if self.recipe_of is None:
+        return None
+    adjusted = read_adjusted(self.trainer.args.output_dir, self.step)
+    return self.recipe_of() | ({"adjusted": adjusted} if adjusted else {})
+
+
+@method_of(TrainingSession)
+def export(self) -> Path:
+    "Write the merged checkpoint, which plain transformers loads."
+    if self.merger is None:
+        why = "the session has not been started. Start it first." if self.history is None else "another merger has been loaded. Export the run."
+        raise RuntimeError(f"nothing to export: {why}")
+    with self.lock, self._own_masks() as merger:
+        if self.export_to is not None:
+            folder = self.export_to(merger)
+        else:
+            folder = Path(self.trainer.args.output_dir) / "merged"
+            merger.save_merged(folder, recipe=self._recipe())
+    self.exported = str(folder)
+    self._tell()
+    return folder
 
 # %% ../nbs/34_widgets.ipynb #1d11a3f0
 def clock(seconds: float | None) -> str:  # "1:05"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import math
 import shlex
 import threading
@@ -23,8 +24,9 @@ from merge_lab.systems.mask_merge import (
     demo_config,
     make_trainer,
     prepare,
+    recipe_of,
 )
-from merge_lab.runs import BrowserView, CommandRun, CommandRunView, RunBrowser
+from merge_lab.runs import BrowserView, CommandRun, CommandRunView, Run, RunBrowser
 from merge_lab.tasks import load_task
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.training import last_checkpoint
@@ -42,6 +44,7 @@ from merge_lab.widgets import (
     controls_of,
     field_in,
     memory_html,
+    read_adjusted,
     read_value,
     show_value,
 )
@@ -539,6 +542,42 @@ def test_a_stopped_run_is_resumed_where_it_was(loaded):
     assert resumed == whole.frame["loss"].tolist() and len(resumed) == 4
 
 
+def test_what_was_adjusted_is_taken_over_by_a_resumed_run(loaded):
+    changes = dict(learning_rate=0.001, losses={"ce": 0.5}, penalties={"l2": 0.1})
+    options = dict(max_steps=3, lr_scheduler_type="constant")
+
+    def adjusted(stop):
+        panel = ConfigPanel(small_config(**options))
+        session = session_of(panel, bench_of(panel, loaded))
+        session.recipe_of = lambda: recipe_of(panel.config)
+        listener = pause_at(session, 1)
+        session.start()
+        until(lambda: session.state == "paused")
+        session.listeners.remove(listener)
+        session.adjust(learning_rate=0.5)
+        session.adjust(**changes)
+        session.stop() if stop else session.resume()
+        session.join(60)
+        return panel, session
+
+    whole = adjusted(stop=False)[1].frame[["step", "loss", "learning_rate"]]
+    panel, session = adjusted(stop=True)
+    begun = [{"step": 1, "learning_rate": 0.001, "losses": {"kl": 1.0, "ce": 0.5}, "penalties": {"l2": 0.1}}]  # fmt: skip
+    assert read_adjusted("runs/a") == begun
+    with Path("runs/a/adjusted.jsonl").open("a") as file:  # after the checkpoint
+        file.write(json.dumps(begun[0] | {"step": 2, "losses": {"kl": 9.0}}) + "\n")
+    panel.set("overwrite", False)
+    panel.set("resume", True)
+    session.checkpoint = lambda trainer: last_checkpoint(Path("runs/a"))
+    session.start()
+    assert session.join(60) == "finished"
+    assert session.frame[["step", "loss", "learning_rate"]].equals(whole)
+    assert read_adjusted("runs/a") == begun
+    card = (session.export() / "README.md").read_text()
+    assert "max_steps: 3" in card and "summarize: 32" in card and "ce: 0.5" in card
+    assert Run("runs/a").recipe() == session._recipe()
+
+
 def test_stop_while_preparing_trains_nothing(loaded):
     panel = ConfigPanel(small_config())
     session = session_of(panel, bench_of(panel, loaded))
@@ -783,7 +822,9 @@ def test_runs_are_listed_compared_loaded_and_exported(lab):
     assert all(
         (mask == masks[n]).all() for n, mask in bench.merger.mask_state().items()
     )
-    assert (browser.export("a") / "model.safetensors").exists()
+    folder = browser.export("a")
+    assert (folder / "model.safetensors").exists()
+    assert "summarize: 32" in (folder / "README.md").read_text()
     assert len(browser.compare("a").axes) == 2
     titles = [axis.get_title() for axis in browser.compare_alphas("a").axes]
     assert titles[:2] == ["a: rewrite", "a: summarize"]
