@@ -13,7 +13,7 @@ __all__ = ['SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYL
            'adjust_again', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials', 'Given',
            'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #5d2c346e
+# %% ../nbs/34_widgets.ipynb #2e83a2e1
 import ctypes
 import dataclasses
 import gc
@@ -38,7 +38,7 @@ import yaml
 from transformers import TrainerCallback
 
 from .components import preflight, read_component
-from .core import check_choice, config_to_cli, config_to_python, config_to_yaml, narrow, write_text
+from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, narrow, write_text
 from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
@@ -223,17 +223,14 @@ def places_note(paths, values: dict) -> str:
             raise ValueError(f"{path}: no such folder or file. Give one that is there, or a name on the hub.")
     return hub_note(missing[0]) if missing else ""
 
-# %% ../nbs/34_widgets.ipynb #d009ef67
+# %% ../nbs/34_widgets.ipynb #c82a5c91
 def folder_note(folder: str, values: dict) -> str:
-    "Whether a run can be written to a folder. Raises `ValueError` if it holds one."
-    place = Path(folder)
-    held = place.is_dir() and any(place.iterdir())
-    if not held:
-        return "a new folder"
-    if values.get("resume") or values.get("overwrite", True):
-        return "goes on with the run in it" if values.get("resume") else "replaces the run in it"
-    ways = "Tick overwrite or resume, or" if "resume" in values else "Tick overwrite, or"
-    raise ValueError(f"{folder} already holds a run. {ways} choose another folder.")
+    "What a run will do with a folder. Raises what `check_run` does where the run would be refused."
+    resume = bool(values.get("resume"))
+    place = check_run(folder, resume, values.get("overwrite", True))
+    if resume:
+        return "goes on with the run in it"
+    return "replaces the run in it" if place.is_dir() and any(place.iterdir()) else "a new folder"
 
 
 FOLDERS = ("output_dir", "output_path", "save_dir")

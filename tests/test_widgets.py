@@ -17,7 +17,7 @@ import yaml
 
 from merge_lab.cli import COMMANDS, PreflightConfig, parse
 from merge_lab.components import load_tokenizer
-from merge_lab.core import bundled_path, config_from_dict, narrow, option
+from merge_lab.core import begin_run, bundled_path, config_from_dict, narrow, option
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.systems.mask_merge import (
     MaskMergeConfig,
@@ -219,12 +219,20 @@ def test_an_error_is_put_to_the_field_it_names():
 
 
 def test_a_run_that_would_be_overwritten_is_said_at_the_folder(tmp_path):
-    (tmp_path / "runs/a").mkdir(parents=True)
-    (tmp_path / "runs/a/config.yaml").write_text("{}")
     panel = ConfigPanel(small_config(overwrite=False))
+    panel.set("resume", True)
+    assert "no run that could be resumed" in panel.errors["output_dir"]
+    panel.set("resume", False)
+    assert not panel.errors and panel.notes["output_dir"] == "a new folder"
+    begin_run(panel.config, "runs/a")
+    panel.set("output_dir", "runs/a")
     assert "already holds a run" in panel.errors["output_dir"]
-    panel.set("overwrite", True)
-    assert not panel.errors
+    for name, note in (("overwrite", "replaces"), ("resume", "goes on with")):
+        panel.set(name, True)
+        assert not panel.errors and note in panel.notes["output_dir"]
+    (tmp_path / "runs/a/config.yaml").write_text("{}")
+    panel.set("resume", False)
+    assert "is not a run" in panel.errors["output_dir"]
 
 
 def test_a_panel_comes_from_any_config():
