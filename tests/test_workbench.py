@@ -51,8 +51,16 @@ def test_its_script_leaves_a_whole_run(executed):
     assert (run / "masks/masks.safetensors").exists() and (run / "config.yaml").exists()
 
 
-def test_what_was_measured_is_below_the_limit():
-    file = ROOT / "data/benchmarks/workbench.json"
-    measured = json.loads(file.read_text(encoding="utf-8"))
-    assert measured["cores"] == 2 and len(measured["seconds"]) >= 3
-    assert max(measured["seconds"]) < LIMIT
+def test_in_a_clone_it_works_beside_the_readme(tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "nbs/workbench.ipynb").read_text(encoding="utf-8"))
+    first = next(cell for cell in cells["cells"] if cell["cell_type"] == "code")
+    (tmp_path / "nbs").mkdir()
+    cell = tmp_path / "cell.py"
+    cell.write_text("".join(first["source"]))
+    monkeypatch.chdir(tmp_path / "nbs")  # where JupyterLab starts its kernel
+    runpy.run_path(str(cell))
+    assert Path.cwd() == tmp_path / "nbs"
+    (tmp_path / "settings.ini").touch()
+    for _ in range(2):  # a cell may be run again
+        runpy.run_path(str(cell))
+        assert Path.cwd() == tmp_path
