@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'OTHER', 'MODULE_ORDER', 'CURVES', 'DASHES', 'HEAR', 'RUN_COMMAND', 'System', 'find_object', 'read_config',
-           'Run', 'find_runs', 'read_alphas', 'read_pair_alphas', 'compare_alphas', 'columns_of', 'shared_name',
-           'draw_curve', 'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView', 'terminal_lines',
-           'share_done', 'CommandRun', 'CommandRunView']
+           'Run', 'read_steps', 'find_runs', 'read_alphas', 'read_pair_alphas', 'compare_alphas', 'columns_of',
+           'shared_name', 'draw_curve', 'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView',
+           'terminal_lines', 'share_done', 'CommandRun', 'CommandRunView']
 
 # %% ../nbs/36_runs.ipynb #9e9a7abd
 import atexit
@@ -86,7 +86,7 @@ def read_config(file: Path) -> dict:
         return {}
     return values if isinstance(values, dict) else {}
 
-# %% ../nbs/36_runs.ipynb #1360a883
+# %% ../nbs/36_runs.ipynb #60b0ceec
 class Run:
     "A run's folder: its config, curves, alphas and checkpoint, whichever system it is of."
 
@@ -115,27 +115,35 @@ class Run:
     @property
     def wanted(self) -> int | None:
         "Steps that were asked for; None if the config does not say."
-        steps = self.config.get(self.system.steps)
-        return steps if steps is not None and steps >= 0 else None
+        try:
+            steps = int(float(self.config.get(self.system.steps)))  # YAML takes 1e3 for text
+        except (OverflowError, TypeError, ValueError):
+            return None
+        return steps if steps >= 0 else None
 
     @property
     def changed(self) -> float:  # seconds since 1970
         files = [self.folder / name for name in ("config.yaml", self.system.history)]
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
-# %% ../nbs/36_runs.ipynb #5dec572b
-@method_of(Run)
-def history(self) -> pd.DataFrame:  # columns step, loss, and what else the system notes
-    "Curves of the run; no rows if it has none yet."
-    file = self.folder / self.system.history
-    if not file.exists():
+# %% ../nbs/36_runs.ipynb #0128864d
+def read_steps(file: Path) -> pd.DataFrame:  # columns step, loss, and what else the system notes
+    "A run's history, a row per step that has a loss; no rows if there is none that can be read."
+    try:
+        if file.suffix == ".json":
+            rows = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))["steps"])
+            rows = rows.assign(step=rows["step"] + 1)
+        else:
+            rows = read_history(file)
+        return rows.assign(**rows[["step", "loss"]].apply(pd.to_numeric, errors="coerce")).dropna(subset=["step", "loss"])
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return pd.DataFrame({"step": [], "loss": []})
-    if file.suffix == ".json":
-        rows = pd.DataFrame(json.loads(file.read_text(encoding="utf-8"))["steps"])
-        rows = rows.assign(step=rows["step"] + 1) if len(rows) else rows
-    else:
-        rows = read_history(file)
-    rows = rows.dropna(subset="loss") if "loss" in rows else pd.DataFrame({"step": [], "loss": []})
+
+# %% ../nbs/36_runs.ipynb #d8f41a2c
+@method_of(Run)
+def history(self) -> pd.DataFrame:
+    "Curves of the run; no rows if it has none yet."
+    rows = read_steps(self.folder / self.system.history)
     if self.kind == "layer-merge" and len(rows):
         kept = rows.drop(columns=["step", "loss"]).mean(axis=1)
         rows = rows[["step", "loss"]].assign(alpha_mean_0=kept, alpha_mean_1=1 - kept)
@@ -267,7 +275,7 @@ def compare_alphas(
     add_colour_bar(figure, image, axes, "mean alpha")
     return figure
 
-# %% ../nbs/36_runs.ipynb #b278ea89
+# %% ../nbs/36_runs.ipynb #12d18052
 CURVES = {"loss": "loss, of each run's own objective", "alpha_mean_": "mean alpha (no unit)", "average_bits": "average bits per weight",
           "mean_token_accuracy": "tokens right (share)"}
 DASHES = ["-", (0, (5, 2)), (0, (1, 1.4)), (0, (5, 2, 1, 2))]
@@ -303,7 +311,7 @@ def draw_curve(axis, histories: dict[str, pd.DataFrame], curve: str, names: dict
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     add_legend(axis)
 
-
+# %% ../nbs/36_runs.ipynb #cf16dd7f
 def compare_runs(
     histories: dict[str, pd.DataFrame],  # run -> history, as from `Run.history`
     names: dict[str, Sequence[str]] | None = None,  # run -> its components
@@ -431,7 +439,7 @@ class BrowserView:
         table = table.rename(columns={"wanted": "steps asked for"})
         self.table.value = frame_html(table) if len(table) else block(f"no runs in {self.browser.folder} yet", "line")
 
-# %% ../nbs/36_runs.ipynb #9d13d87c
+# %% ../nbs/36_runs.ipynb #8c489393
 @method_of(BrowserView)
 def _ask(self, name: str):
     "Queue a button's request; the buttons rest until it is done, and a click on its way meanwhile is not lost."
@@ -453,7 +461,7 @@ def _rest(self, resting: bool):
     for button in self.buttons.values():
         button.disabled = resting
 
-
+# %% ../nbs/36_runs.ipynb #c8dcbd33
 @method_of(BrowserView)
 def _do(self, name: str, runs: tuple[str, ...]):
     "Carry out a button's request, and say what came of it."
@@ -479,7 +487,7 @@ def _do(self, name: str, runs: tuple[str, ...]):
     except Exception as error:  # noqa: BLE001 - shown below the buttons
         self.status.value = block(f"✗ {type(error).__name__}: {error}", "trouble")
 
-
+# %% ../nbs/36_runs.ipynb #1b1c8ba9
 @method_of(BrowserView, "box")
 def browser_box(self):
     "Everything, laid out for 1,280 pixels."

@@ -368,3 +368,29 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path):
         "bare": "",
         "good": "layer-merge",
     }
+
+
+DAMAGED = {  # name -> option that says its system, file of its history, and what is in it
+    "cut": ("router_hidden: 8", "training_history.json", '{"steps": [{"step": 0, "lo'),
+    "list": ("router_hidden: 8", "training_history.json", "[1, 2]"),
+    "empty": ("router_hidden: 8", "training_history.json", '{"steps": [{}]}'),
+    "numbers": ("dataset_configs: {}", "history.jsonl", "1\n2\n"),
+    "words": ("dataset_configs: {}", "history.jsonl", '{"step": "a", "loss": "b"}\n'),
+    "bytes": ("dataset_configs: {}", "history.jsonl", "\udcff"),
+}
+WANTED = {"1e3": 1000, "'20'": 20, "many": None, "[1]": None, ".inf": None, "-1": None}
+
+
+def test_a_damaged_history_or_number_of_steps_does_not_hide_the_others(tmp_path):
+    for name, (mark, file, text) in DAMAGED.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(mark)
+        (tmp_path / name / file).write_text(text, errors="surrogateescape")
+    for i, steps in enumerate(WANTED):
+        (tmp_path / f"run-{i}").mkdir()
+        text = f"dataset_configs: {{}}\nmax_steps: {steps}\n"
+        (tmp_path / f"run-{i}/config.yaml").write_text(text)
+    table = RunBrowser(tmp_path).table()
+    assert (table.loc[list(DAMAGED), "steps"] == 0).all()
+    found = [Run(tmp_path / f"run-{i}").wanted for i in range(len(WANTED))]
+    assert found == list(WANTED.values()) and len(table) == len(DAMAGED) + len(WANTED)
