@@ -314,10 +314,12 @@ def test_hub_datasets_by_name_and_configuration(monkeypatch):
         )
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    rows = dam.load_conversations("who/data:part-1", 3, cache_dir="kept")
+    rows = load_task("who/data:part-1", n=3, cache_dir="kept")
     assert seen == dict(path="who/data", part="part-1", split="train", cache_dir="kept")
     assert len(rows) == 3
     assert rows[0]["messages"][0]["content"] == rows[0]["messages"][1]["content"] + "?"
+    with pytest.raises(ValueError, match="n=6: expected 1 to 5, the rows of who/data"):
+        load_task("who/data", n=6)
 
 
 def test_killed_dataset_goes_on_and_ends_the_same(lab, tmp_path, monkeypatch):
