@@ -361,7 +361,7 @@ def with_teacher(config: DAMTopkConfig, teacher: Merger, rows: list[dict], colla
         bar.update(len(batch))
     return found
 
-# %% ../../nbs/40_systems/02_dam.ipynb #66c3d8c9
+# %% ../../nbs/40_systems/02_dam.ipynb #bd5eef25
 DATASET_FILE = "dam_dataset.json"
 _HOW = {"batch_size", "part_size", "device", "overwrite", "hf_disk_dataset_dir", "cache_dir"}  # what it holds is the same
 
@@ -377,8 +377,8 @@ def check_topk(config: DAMTopkConfig):
     check_components(paths)
     check_k(config.k, read_component(paths[-1]).text_config.vocab_size)
     find_device(config.device)
-    for name in config.dataset_names:
-        load_task(name, config.split, config.example_count, config.seed, config.cache_dir)
+    for source in range(len(config.dataset_names)):
+        encoded_rows(config, source, tokenizer_of(config, source))
 
 
 def check_k(k: int, vocab_size: int):
