@@ -8,9 +8,10 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DATASET_FILE'
            'chat_tokenizer', 'kind_of', 'randomise', 'find_device', 'local_path', 'merge', 'push', 'DAMTopkConfig',
            'stored_types', 'dataset_features', 'stored_teacher', 'write_parts', 'encoded_rows', 'tokenizer_of',
            'load_teacher', 'with_teacher', 'check_topk', 'check_k', 'create_dataset_topk_logits', 'dataset_facts',
-           'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective', 'momentum_filter',
-           'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'NoiseGate',
-           'rows_to_score', 'score_export', 'make_trainer', 'train', 'show_merge', 'show_dataset', 'show_run']
+           'file_stamps', 'changes', 'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective',
+           'momentum_filter', 'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data',
+           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'make_trainer', 'train', 'show_merge',
+           'show_dataset', 'show_run']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #8ffd0815
 import dataclasses
@@ -386,7 +387,7 @@ def check_k(k: int, vocab_size: int):
     if k > vocab_size:
         raise ValueError(f"k={k}: expected at most {vocab_size}, the vocabulary. Use k=50 unless storage is no concern.")
 
-# %% ../../nbs/40_systems/02_dam.ipynb #19d21ce4
+# %% ../../nbs/40_systems/02_dam.ipynb #88229ed9
 def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
     "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
     from datasets import concatenate_datasets, load_from_disk
@@ -405,18 +406,39 @@ def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # 
 
 def dataset_facts(config: DAMTopkConfig) -> dict:
     "What the rows of a dataset depend on."
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
+    facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in _HOW}
+    rows = "*.jsonl" if config.split == "all" else f"{config.split}.jsonl"
+    files = {name: file_stamps(name, rows) for name in config.dataset_names}
+    return facts | {"files": files | {name: file_stamps(name, "*.safetensors") for name in config.model_ids}}
+
+
+def file_stamps(
+    path: str,  # file, or folder
+    pattern: str,  # of the files in a folder that count
+) -> dict[str, list[int]] | None:  # name -> bytes, time of the last change in ns; None: on the hub, or gone
+    "What a file is known by, without reading it."
+    place = Path(path)
+    files = sorted(place.glob(pattern)) if place.is_dir() else [place]
+    found = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()}
+    return found or None
+
+
+def changes(held: dict, facts: dict) -> str:  # as a message says it; empty: none
+    "What a dataset was made with otherwise. Files that are not here now, or that were not looked at then, do not count."
+    before = held.get("files", {})
+    changed = [path for path, now in facts["files"].items() if now is not None and before.get(path, now) != now]
+    options = [name for name in facts if name != "files" and held.get(name) != facts[name]]
+    return ", ".join([*(f"other {name}" for name in options), *(f"an older {path}" for path in changed)])
 
 
 def open_dataset(folder: Path, facts: dict, overwrite: bool) -> bool:  # whether it is complete
     "Prepare the folder of a dataset. Raises `FileExistsError` if it holds anything else."
     file = folder / DATASET_FILE
     held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-    complete = bool(held and held.pop("complete", False))
-    if held == facts:
-        return complete
+    if held is not None and not changes(held, facts):
+        return held.get("complete", False)
     if folder.exists() and any(folder.iterdir()):
-        differing = "no DAM dataset" if held is None else "one with other " + ", ".join(k for k in facts if held.get(k) != facts[k])
+        differing = "no DAM dataset" if held is None else f"one with {changes(held, facts)}"
         if held is None or not overwrite:
             raise FileExistsError(
                 f"{folder} already holds {differing}. Choose another hf_disk_dataset_dir"
