@@ -89,7 +89,7 @@ class DAMConfig:
         for kind in self.random_init:
             check_choice("random_init", kind, INIT_KINDS)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #ec94e69c
+# %% ../../nbs/40_systems/02_dam.ipynb #16f6bf95
 DAM_FILE = "dam.json"
 
 
@@ -120,6 +120,7 @@ class DAMMerger(Merger):
         blended = dataclasses.replace(config, model_paths=paths, fallback=len(models) - 1 if base is None else 0)
         super().__init__(models, blended)
         self.use_base_model, self.base_path = base is None, (config.model_paths or [None])[-1]
+        self.model_ids: list[str] | None = None  # components as `merge` was given them, where they have other paths
         if base is not None:
             take_unmerged(self, base)
 
@@ -130,7 +131,7 @@ class DAMMerger(Merger):
         models = list(load_components(config.model_paths, dtype=config.dtype))
         return cls(models, config) if use_base_model else cls(models[:-1], config, models[-1])
 
-# %% ../../nbs/40_systems/02_dam.ipynb #992ff3c8
+# %% ../../nbs/40_systems/02_dam.ipynb #e7b83508
 def dam_from_pretrained(
     cls,
     folder: str | Path,
@@ -143,11 +144,12 @@ def dam_from_pretrained(
     facts = json.loads(file.read_text(encoding="utf-8"))
     merger = cls.from_config(read_merger_config(folder, model_paths), facts["use_base_model"])
     merger.load_masks(folder)
+    merger.model_ids = facts.get("model_ids")
     return merger
 
 
 def dam_save_pretrained(self, folder: str | Path, is_main_process: bool = True):
-    "Write masks, config and whether the base is blended; models are referred to, not copied."
+    "Write masks, config and what only DAM knows; models are referred to, not copied."
     blended = self.merger_config
     if not self.use_base_model:
         self.merger_config = dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path])
@@ -156,7 +158,7 @@ def dam_save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     finally:
         self.merger_config = blended
     if is_main_process:
-        write_json(Path(folder) / DAM_FILE, {"use_base_model": self.use_base_model})
+        write_json(Path(folder) / DAM_FILE, {"use_base_model": self.use_base_model, "model_ids": self.model_ids})
 
 
 DAMMerger.from_pretrained = classmethod(dam_from_pretrained)
@@ -213,7 +215,7 @@ def local_path(path: str, cache_dir: str | None) -> str:
 
     return snapshot_download(path, cache_dir=cache_dir, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*/*"])
 
-# %% ../../nbs/40_systems/02_dam.ipynb #1af6cd39
+# %% ../../nbs/40_systems/02_dam.ipynb #9f84e606
 def merge(config: DAMConfig) -> DAMMerger:
     "Create the merged model with untrained coefficients and save it. Raises `ValueError` if models are missing."
     if not config.base_model_id or len(config.model_ids) + config.use_base_model < 2:
@@ -227,7 +229,7 @@ def merge(config: DAMConfig) -> DAMMerger:
     constrain_mode = NON_LINEARITIES[config.non_linearity]
     blended = MergerConfig(paths, "vector_input", constrain_mode, target_kinds=kinds, dtype=config.dtype)
     merger = DAMMerger.from_config(blended, config.use_base_model)
-    merger.to(device)
+    merger.to(device).model_ids = config.model_ids
     randomise(merger, config.random_init, config.seed)
     folder = open_run(config.output_path, overwrite=config.overwrite)
     write_text(folder / "config.yaml", config_to_yaml(config))
@@ -602,7 +604,7 @@ def load_untrained(config: DAMTrainConfig) -> DAMMerger:
         config.untrained_merged_model_name, [local_path(path, config.cache_dir) for path in paths]
     )
 
-# %% ../../nbs/40_systems/02_dam.ipynb #41e5c114
+# %% ../../nbs/40_systems/02_dam.ipynb #9e48142a
 def check_models(folder: Path, found: Sequence[str], wanted: Sequence[str]):
     "Raises `ValueError` if a dataset has data of other models, or of the same in another order."
     moved = sorted(found) == sorted(wanted)  # names say nothing where models lie elsewhere now
@@ -624,7 +626,8 @@ def load_training_data(config: DAMTrainConfig, merger: DAMMerger):  # dataset an
     n_models = merger.n_components - merger.use_base_model
     if not facts.get("complete"):
         raise ValueError(f"{folder} is not complete. Run dam-topk with the same options again; it goes on where it stopped.")
-    check_models(folder, component_names(facts["model_ids"]), component_names(merger.merger_config.model_paths[:n_models]))
+    wanted = merger.model_ids or merger.merger_config.model_paths[:n_models]
+    check_models(folder, component_names(facts["model_ids"]), component_names(wanted))
     dataset, tokenizer = load_from_disk(str(folder)).with_format("numpy"), load_tokenizer(merger.base_path)
     if config.generate_logits_on_fly:
         columns = ["input_ids", "labels", "source"]
