@@ -472,7 +472,7 @@ class TopkCollator(ChatCollator):
             batch[name][scored] = values
         return batch
 
-# %% ../../nbs/40_systems/02_dam.ipynb #30918d61
+# %% ../../nbs/40_systems/02_dam.ipynb #2614f997
 _PENALTIES = {
     "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
     "lambda_coef_angle": "angle_overlap",
@@ -494,6 +494,9 @@ class DAMTrainConfig(LoopConfig):
         0.1, "With optim mofo: share of the entries of a mask that a step updates", low=0, high=1, group="Training"
     )
     noise_floor: float = option(1e-5, "Norm below which a step's gradient counts as rounding noise", low=0, group="Training")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in backward: less memory, a third more time", group="Memory"
+    )
     temperature: float = option(2.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
     use_kl: bool = option(True, "KL divergence to the sample's own component", group="Objective")
     use_mse: bool = option(
