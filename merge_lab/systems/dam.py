@@ -49,7 +49,7 @@ from merge_lab.training import (
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #179110f5
+# %% ../../nbs/40_systems/02_dam.ipynb #90fad62d
 NON_LINEARITIES = {"tanh": "-11", "sigmoid": "01", "relu": "relu", "None": "identity"}
 INIT_KINDS = ("linear", "embedding", "norm")
 
@@ -86,8 +86,11 @@ class DAMConfig:
     def __post_init__(self):
         self.non_linearity = str(self.non_linearity)
         check_options(self)
+        blended = {"linear": "", "embedding": "use_embedding_layers", "norm": "merge_layernorms"}
         for kind in self.random_init:
-            check_choice("random_init", kind, INIT_KINDS)
+            switch = blended[check_choice("random_init", kind, INIT_KINDS)]
+            if switch and not getattr(self, switch):
+                raise ValueError(f"random_init names {kind!r}, and no {kind} is blended. Set {switch}, or leave {kind!r} out.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #16f6bf95
 DAM_FILE = "dam.json"
@@ -654,18 +657,27 @@ def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Opti
     masks = [mask for mask in merger.parameters() if mask.requires_grad]
     return MoFOAdamW(masks, config.mofo_fraction, lr=config.learning_rate, weight_decay=config.weight_decay)
 
-# %% ../../nbs/40_systems/02_dam.ipynb #cfc6bd8f
+# %% ../../nbs/40_systems/02_dam.ipynb #a13bf318
 class NoiseGate(TrainerCallback):
     "Takes a gradient that is rounding noise for zero, before the optimizer makes a step of it."
 
     def __init__(self, floor: float):
-        self.floor = floor
+        self.floor, self.steps, self.held = floor, 0, 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.steps += 1
         if gradients and sum(full(g).square().sum() for g in gradients).sqrt() < self.floor:
+            self.held += 1
             for gradient in gradients:
                 gradient.zero_()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if 2 * self.held > self.steps and state.is_world_process_zero:
+            logger.warning(
+                "the gradient was below noise_floor=%g in %d of %d steps, which changed nothing: the models are alike, or the losses' "
+                "weights are tiny. Lower noise_floor if the gradient is real.", self.floor, self.held, self.steps,
+            )
 
 # %% ../../nbs/40_systems/02_dam.ipynb #84e46486
 def rows_to_score(config: DAMTrainConfig) -> dict[str, list[dict]]:  # dataset -> conversations; empty without score_rows
