@@ -10,10 +10,10 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DATASET_FILE'
            'load_teacher', 'with_teacher', 'check_topk', 'check_k', 'create_dataset_topk_logits', 'dataset_facts',
            'file_stamps', 'changes', 'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective',
            'momentum_filter', 'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data',
-           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'make_trainer', 'train', 'show_merge',
-           'show_dataset', 'show_run']
+           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'loop_arguments', 'make_trainer', 'train',
+           'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #8ffd0815
+# %% ../../nbs/40_systems/02_dam.ipynb #a2b91d60
 import dataclasses
 import json
 import logging
@@ -28,14 +28,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from merge_lab.components import (
     check_components, component_names, load_components, load_model, load_tokenizer, read_component,
 )
 from merge_lab.core import (
-    best_device, check_choice, check_options, check_resumed, check_run, config_to_yaml, open_run, option, set_seed, write_json,
-    write_text,
+    begin_run, best_device, check_choice, check_options, check_outside, check_run, option, set_seed, write_json,
 )
 from ..evaluation import evaluate_models
 from ..losses import shift_labels, task_vector_angles
@@ -44,7 +43,8 @@ from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_con
 from ..tasks import ChatCollator, encode_rows, load_task
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from merge_lab.training import (
-    HistoryCallback, LoopConfig, MergerTrainer, StopCallback, attach_watchers, last_checkpoint, train_from, training_arguments,
+    HistoryCallback, LoopConfig, MergerTrainer, StopCallback, attach_watchers, check_going_on, open_together, train_from,
+    training_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,7 @@ def local_path(path: str, cache_dir: str | None) -> str:
 
     return snapshot_download(path, cache_dir=cache_dir, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*/*"])
 
-# %% ../../nbs/40_systems/02_dam.ipynb #9f84e606
+# %% ../../nbs/40_systems/02_dam.ipynb #cdea7e8b
 def merge(config: DAMConfig) -> DAMMerger:
     "Create the merged model with untrained coefficients and save it. Raises `ValueError` if models are missing."
     if not config.base_model_id or len(config.model_ids) + config.use_base_model < 2:
@@ -226,7 +226,8 @@ def merge(config: DAMConfig) -> DAMMerger:
             f"base_model_id={config.base_model_id!r}, model_ids={config.model_ids}: expected a base and at least two models "
             "to blend. Name another model, or blend the base too (use_base_model)."
         )
-    device = find_device(config.device)
+    folder, device = check_run(config.output_path, overwrite=config.overwrite), find_device(config.device)
+    check_outside(folder, [config.base_model_id, *config.model_ids], config.overwrite)
     kinds = ["linear"] + ["embedding"] * config.use_embedding_layers + ["norm"] * config.merge_layernorms
     paths = [local_path(path, config.cache_dir) for path in (*config.model_ids, config.base_model_id)]
     constrain_mode = NON_LINEARITIES[config.non_linearity]
@@ -234,8 +235,7 @@ def merge(config: DAMConfig) -> DAMMerger:
     merger = DAMMerger.from_config(blended, config.use_base_model)
     merger.to(device).model_ids = config.model_ids
     randomise(merger, config.random_init, config.seed)
-    folder = open_run(config.output_path, overwrite=config.overwrite)
-    write_text(folder / "config.yaml", config_to_yaml(config))
+    begin_run(config, folder)
     merger.save_pretrained(folder)
     if config.repo_id:
         push(folder, config.repo_id)
@@ -704,41 +704,45 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
     scores.to_csv(folder / "scores.csv", index=False)
     return scores
 
-# %% ../../nbs/40_systems/02_dam.ipynb #dffa63ff
+# %% ../../nbs/40_systems/02_dam.ipynb #11bf7c33
 RESUMABLE = {
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "score_rows", "resume",
     "overwrite", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
 }
 
 
-def make_trainer(config: DAMTrainConfig, folder: Path) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
+def loop_arguments(config: DAMTrainConfig, folder: Path) -> TrainingArguments:
+    "The Trainer's arguments; MoFO is no optimizer of transformers."
+    optim = "adamw_torch" if config.optim == "mofo" else config.optim
+    return training_arguments(dataclasses.replace(config, optim=optim), folder)
+
+
+def make_trainer(
+    config: DAMTrainConfig,
+    arguments: TrainingArguments,  # from `loop_arguments`
+) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "Trainer of a config, with its history and a way to stop it."
     merger = load_untrained(config)
     dataset, collate = load_training_data(config, merger)
-    optim = "adamw_torch" if config.optim == "mofo" else config.optim
-    arguments = training_arguments(dataclasses.replace(config, optim=optim), folder)
     trainer = MergerTrainer(
         merger, arguments, dam_objective(config, merger), config.gradient_checkpointing,
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
     trainer.add_callback(NoiseGate(config.noise_floor))
-    return trainer, *attach_watchers(trainer, folder, "training coefficients")
+    return trainer, *attach_watchers(trainer, Path(arguments.output_dir), "training coefficients")
 
 
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
-    if config.resume:
-        check_resumed(config, folder, RESUMABLE)
+    inputs = [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model_name]
+    check_outside(folder, inputs, config.overwrite)
     set_seed(config.seed)
-    trainer, history, stopper = make_trainer(config, folder)
+    arguments = loop_arguments(config, folder)
+    checkpoint = check_going_on(config, folder, RESUMABLE, arguments.world_size)
+    trainer, history, stopper = make_trainer(config, arguments)
     tests, scores = rows_to_score(config), None
-    trainer.accelerator.wait_for_everyone()  # until every process has seen that the folder is free
-    if trainer.args.should_save:
-        open_run(folder, config.resume, config.overwrite)
-        write_text(folder / "config.yaml", config_to_yaml(config))
-    trainer.accelerator.wait_for_everyone()
-    checkpoint = last_checkpoint(folder) if config.resume else None
+    open_together(config, folder, arguments)
     train_from(trainer, checkpoint)
     merger, main = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.args.should_save
     merger.save_pretrained(folder, is_main_process=main)
