@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
 from merge_lab import objective
 from merge_lab.cli import main, shadow_of
@@ -33,7 +33,7 @@ from merge_lab.tasks import (
     write_jsonl,
 )
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
-from merge_lab.training import read_history
+from merge_lab.training import RunInterrupted, last_checkpoint, read_history
 
 torch.set_num_threads(1)
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "saw", "it"]
@@ -122,7 +122,7 @@ def test_export_is_what_the_merger_computes(
         use_base_model=use_base_model,
         use_embedding_layers=everything,
         merge_layernorms=everything,
-        random_init=["linear", "embedding", "norm"],
+        random_init=["linear", "embedding", "norm"] if everything else ["linear"],
     )
     merger = dam.merge(config)
     again = dam.DAMMerger.from_pretrained(tmp_path / "out")
@@ -185,7 +185,7 @@ TWINS = pytest.mark.parametrize(
 
 @TWINS
 def test_identical_components_give_themselves_back(
-    tmp_path, architecture, tied, use_base_model
+    tmp_path, architecture, tied, use_base_model, caplog
 ):
     kinds = ["linear", "embedding", "norm"]
     merger, wanted = make_twins(
@@ -199,6 +199,7 @@ def test_identical_components_give_themselves_back(
     options = dict(generate_logits_on_fly=True, max_steps=3, learning_rate=0.02)
     run = dam.train(train_config(lab, tmp_path / "trained", **options))
     assert moved(run.merger, start) == 0
+    assert "below noise_floor=1e-05 in 3 of 3 steps" in caplog.text
     plain = AutoModelForCausalLM.from_pretrained(
         tmp_path / "trained" / "merged", dtype=torch.float32
     )
@@ -206,8 +207,9 @@ def test_identical_components_give_themselves_back(
         assert_close(tensor, wanted.state_dict()[name], atol=1e-6, rtol=1e-6)
     # it is the gate that held them: the gradient is rounding noise, but it is there
     options |= dict(noise_floor=0.0, export=False)
+    caplog.clear()
     ungated = dam.train(train_config(lab, tmp_path / "ungated", **options))
-    assert moved(ungated.merger, start) > 0.01
+    assert moved(ungated.merger, start) > 0.01 and "noise_floor" not in caplog.text
 
 
 @TWINS
@@ -248,6 +250,16 @@ def test_identical_components_pull_coefficients_back(
         (model(**INPUTS).logits - logits).norm() for model in (merger, plain)
     )
     assert after < 0.6 * before
+
+
+@pytest.mark.parametrize(
+    "kind, switch",
+    [("embedding", "use_embedding_layers"), ("norm", "merge_layernorms")],
+)
+def test_random_init_of_what_is_not_blended_is_refused(kind, switch):
+    with pytest.raises(ValueError, match=f"no {kind} is blended. Set {switch}"):
+        dam.DAMConfig(random_init=["linear", kind])
+    dam.DAMConfig(random_init=[kind], **{switch: True})
 
 
 def test_random_init_is_a_share_of_the_named_kinds(lab, tmp_path):
@@ -491,6 +503,86 @@ def test_resumed_run_equals_an_uninterrupted_one(lab, tmp_path):
     assert again.history.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
+class StopAtThird(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_stopped_shows_no_older_merge(lab, tmp_path, monkeypatch):
+    config = train_config(lab, tmp_path / "run", max_steps=2, save_steps=2)
+    dam.train(config)
+    (tmp_path / "run/scores.csv").write_text("model,task")
+    assert (tmp_path / "run/merged").exists()
+    config, make = (
+        dataclasses.replace(config, max_steps=6, resume=True),
+        dam.make_trainer,
+    )
+
+    def stopping(*arguments):
+        made = make(*arguments)
+        made[0].add_callback(StopAtThird)
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dam, "make_trainer", stopping)
+        with pytest.raises(RunInterrupted, match="stopped after step 3 of 6.*--resume"):
+            dam.train(config)
+    assert not (tmp_path / "run/merged").exists()
+    assert not (tmp_path / "run/scores.csv").exists()
+    assert len(dam.train(config).history) == 6
+    assert (tmp_path / "run/merged").exists()
+
+
+def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
+    config = train_config(lab, tmp_path / "run", max_steps=1, export=False)
+    dam.train(config)
+    resumed = dataclasses.replace(config, resume=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
+        dam.train(resumed)
+    checkpoint = tmp_path / "run/checkpoint-1"
+    checkpoint.mkdir()
+    for name in ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"):
+        (checkpoint / name).touch()
+    with pytest.raises(ValueError, match="written by 2 processes, and there are 1"):
+        dam.train(resumed)
+    inside = {"untrained_merged_model_name": str(tmp_path / "run"), "overwrite": True}
+    with pytest.raises(ValueError, match="overwrite would clear"):
+        dam.train(dataclasses.replace(config, **inside))
+    assert (tmp_path / "run/masks.safetensors").exists()
+
+
+def test_datasets_and_models_of_one_name_are_all_scored(lab, tmp_path):
+    experts = [str(tmp_path / place / "merged") for place in "ab"]
+    for expert, path in zip(lab["experts"], experts):
+        shutil.copytree(expert, path)
+    rows = [chat_row(" ".join(WORDS[:i]), "sat") for i in range(1, 11)]
+    for place in "ab":
+        write_jsonl(tmp_path / place / "rows.jsonl", rows)
+    untrained, dataset = str(tmp_path / "untrained"), str(tmp_path / "dataset")
+    dam.merge(dam.DAMConfig(lab["base"], experts, untrained))
+    topk = dataclasses.replace(
+        lab["topk"],
+        dataset_names=[str(tmp_path / place / "rows.jsonl") for place in "ab"],
+        model_ids=experts,
+        split="all",
+        hf_disk_dataset_dir=dataset,
+        compute_logits=False,
+    )
+    dam.create_dataset_topk_logits(topk)
+    config = dam.DAMTrainConfig(
+        untrained_merged_model_name=untrained,
+        hf_disk_dataset_dir=dataset,
+        output_dir=str(tmp_path / "run"),
+        max_steps=1,
+        score_rows=1,
+        device="cpu",
+    )
+    scores = dam.train(config).scores
+    assert sorted(set(scores.task)) == ["a/rows.jsonl", "b/rows.jsonl"]
+    assert len(set(scores.model)) == 4 and len(scores) == 8
+
+
 def test_tensorboard_gets_the_loss(lab, tmp_path):
     from tensorboard.backend.event_processing import event_accumulator
 
@@ -715,6 +807,50 @@ def test_what_cannot_be_stored_is_said_before_teachers_run(
     assert not folder.exists()
 
 
+def test_a_row_that_cannot_be_learned_is_named_before_teachers_run(
+    lab, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dam, "load_teacher", lambda *_: pytest.fail("it was loaded"))
+    rows = [chat_row("the cat", "sat"), chat_row(" ".join(WORDS * 4), "sat")]
+    write_jsonl(tmp_path / "long.jsonl", rows)
+    config = dataclasses.replace(
+        lab["topk"],
+        dataset_names=[lab["topk"].dataset_names[0], str(tmp_path / "long.jsonl")],
+        hf_disk_dataset_dir=str(tmp_path / "dataset"),
+        max_length=30,
+    )
+    with pytest.raises(ValueError, match="long.jsonl:2: .* cut to max_length=30"):
+        dam.create_dataset_topk_logits(config)
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_dataset_of_rows_or_models_that_changed_is_refused(lab, tmp_path):
+    data = make_data(tmp_path)
+    (tmp_path / "folder").mkdir()
+    shutil.move(data[0], tmp_path / "folder/train.jsonl")
+    model = tmp_path / "expert1"
+    shutil.copytree(lab["experts"][1], model)
+    config = dataclasses.replace(
+        lab["topk"],
+        dataset_names=[str(tmp_path / "folder"), data[1]],
+        model_ids=[lab["experts"][0], str(model)],
+        hf_disk_dataset_dir=str(tmp_path / "dataset"),
+    )
+    whole = dam.create_dataset_topk_logits(config)
+    shutil.copy(data[1], tmp_path / "folder/test.jsonl")  # another split
+    assert dam.create_dataset_topk_logits(config)[:] == whole[:]
+    for changed, file in ((data[1], data[1]), (model, model / "model.safetensors")):
+        time_before = Path(file).stat().st_mtime_ns
+        os.utime(file, ns=(time_before, time_before + 1))
+        with pytest.raises(FileExistsError, match=f"with an older {changed}. Choose"):
+            dam.create_dataset_topk_logits(config)
+        os.utime(file, ns=(time_before, time_before))
+    facts = dam.dataset_facts(config)
+    shutil.rmtree(tmp_path / "folder")
+    assert not dam.changes(facts, dam.dataset_facts(config))
+    assert dam.changes(facts, dam.dataset_facts(dataclasses.replace(config, k=7)))
+
+
 def test_device_that_is_not_there(lab, tmp_path):
     config = dam.DAMConfig(
         lab["base"], lab["experts"], str(tmp_path / "out"), device="cuda:77"
@@ -732,11 +868,44 @@ def test_data_in_another_order_than_the_models(lab, tmp_path):
         dam.train(train_config(lab, tmp_path / "run", **options))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_of_models_from_the_hub(lab, tmp_path, monkeypatch, turned):
+    "They lie in folders whose names say nothing of them."
+    names = {"who/base": lab["base"], "who/x": lab["experts"][0]}
+    names["who/y"] = lab["experts"][1]
+    for number, (name, path) in enumerate(names.items()):
+        shutil.copytree(path, tmp_path / f"hub/{number}f")
+        names[name] = str(tmp_path / f"hub/{number}f")
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: names[name]
+    )
+    models = ["who/y", "who/x"] if turned else ["who/x", "who/y"]
+    options = {"cache_dir": "kept", "output_path": str(tmp_path / "untrained")}
+    dam.merge(dam.DAMConfig("who/base", models, **options))
+    topk = dataclasses.replace(
+        lab["topk"],
+        model_ids=["who/x", "who/y"],
+        base_model_name="who/base",
+        cache_dir="kept",
+        hf_disk_dataset_dir=str(tmp_path / "dataset"),
+        compute_logits=False,
+    )
+    dam.create_dataset_topk_logits(topk)
+    options = {"generate_logits_on_fly": True, "export": False, "max_steps": 1}
+    config = train_config({"folder": tmp_path}, tmp_path / "run", **options)
+    if turned:
+        with pytest.raises(ValueError, match="data of x, y: expected .* y, x, in this"):
+            dam.train(config)
+    else:
+        dam.train(config)
+        assert dam.DAMMerger.from_pretrained(tmp_path / "run").model_ids == models
+
+
 def test_resuming_passes_over_a_checkpoint_that_was_cut_off(lab, tmp_path):
     config = train_config(lab, tmp_path / "run", max_steps=4, save_steps=2)
     whole = dam.train(config)
     (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").unlink()
-    assert dam.last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
     again = dam.train(dataclasses.replace(config, resume=True))
     for name, mask in whole.merger.mask_state().items():
         assert torch.equal(mask, again.merger.mask_state()[name]), name

@@ -10,10 +10,10 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DATASET_FILE'
            'load_teacher', 'with_teacher', 'check_topk', 'check_k', 'create_dataset_topk_logits', 'dataset_facts',
            'file_stamps', 'changes', 'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective',
            'momentum_filter', 'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data',
-           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'loop_arguments', 'make_trainer', 'train',
-           'show_merge', 'show_dataset', 'show_run']
+           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'loop_arguments', 'make_trainer',
+           'clear_export', 'train', 'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #a2b91d60
+# %% ../../nbs/40_systems/02_dam.ipynb #b2b62174
 import dataclasses
 import json
 import logging
@@ -43,7 +43,7 @@ from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_con
 from ..tasks import ChatCollator, encode_rows, load_task
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from merge_lab.training import (
-    HistoryCallback, LoopConfig, MergerTrainer, StopCallback, attach_watchers, check_going_on, open_together, train_from,
+    HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, open_together, train_from,
     training_arguments,
 )
 
@@ -704,7 +704,7 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
     scores.to_csv(folder / "scores.csv", index=False)
     return scores
 
-# %% ../../nbs/40_systems/02_dam.ipynb #11bf7c33
+# %% ../../nbs/40_systems/02_dam.ipynb #fbcb0297
 RESUMABLE = {
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "score_rows", "resume",
     "overwrite", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
@@ -732,8 +732,14 @@ def make_trainer(
     return trainer, *attach_watchers(trainer, Path(arguments.output_dir), "training coefficients")
 
 
+def clear_export(folder: Path):
+    "Remove checkpoint and scores of coefficients that are going to be trained further."
+    shutil.rmtree(folder / "merged", ignore_errors=True)
+    (folder / "scores.csv").unlink(missing_ok=True)
+
+
 def train(config: DAMTrainConfig) -> DAMRun:
-    "Train the coefficients of a merged model, save them and export the merge."
+    "Train the coefficients of a merged model, save them and export the merge. Raises `RunInterrupted` if it was stopped."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     inputs = [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model_name]
     check_outside(folder, inputs, config.overwrite)
@@ -743,12 +749,17 @@ def train(config: DAMTrainConfig) -> DAMRun:
     trainer, history, stopper = make_trainer(config, arguments)
     tests, scores = rows_to_score(config), None
     open_together(config, folder, arguments)
+    merger, main = trainer.model, arguments.should_save
+    if main:
+        clear_export(folder)
     train_from(trainer, checkpoint)
-    merger, main = trainer.accelerator.unwrap_model(trainer.model).eval(), trainer.args.should_save
-    merger.save_pretrained(folder, is_main_process=main)
+    merger.eval().save_pretrained(folder, is_main_process=main)
     if stopper.requested.is_set():
-        logger.warning("%s: stopped at step %d; go on with resume=True.", folder, trainer.state.global_step)
-    elif config.export:
+        raise RunInterrupted(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; coefficients and optimizer are in {folder}. "
+            f"Go on with: merge-lab dam-train {folder / 'config.yaml'} --resume"
+        )
+    if config.export:
         merger.save_merged(folder / "merged", is_main_process=main)
         scores = score_export(config, merger, folder, tests) if tests and main else None
     return DAMRun(merger, history.frame(), folder, scores)
