@@ -151,7 +151,7 @@ class Section:
         template = environment.from_string(self.template)
         return Markup(template.render(section=self, **self.context()))
 
-# %% ../nbs/35_report.ipynb #82870044
+# %% ../nbs/35_report.ipynb #4314ac67
 @dataclass
 class Heading(Section):
     "A heading; those of level 2 make the list of contents."
@@ -193,7 +193,7 @@ class Headline(Section):
     def context(self) -> dict:
         return dict(cells=[(label, format_value(value, self.digits)) for label, value in self.numbers.items()])
 
-
+# %% ../nbs/35_report.ipynb #d05a7123
 def format_value(value, digits: int = 3) -> str:
     "A number as a reader wants it; a dash for what is missing."
     if value is None or isinstance(value, float) and math.isnan(value):

@@ -1504,7 +1504,7 @@ def evaluate(self, mask_init: dict | None, masks: dict | None = None) -> Outcome
     })
     return Outcome(mask_init, pd.concat([*references["scores"], scores]), table, alphas, time.perf_counter() - started)
 
-# %% ../nbs/34_widgets.ipynb #6358dfa8
+# %% ../nbs/34_widgets.ipynb #936ea0c2
 @method_of(MergeExplorer)
 def _score(self, merger: Merger, model: str) -> pd.DataFrame:
     scores = evaluate_tasks(merger, self.tokenizer, self.tasks, metrics=["loss"], progress=False).reset_index()
@@ -1528,7 +1528,7 @@ def _components(self, merger: Merger) -> dict:
         self._known = known
     return self._known
 
-
+# %% ../nbs/34_widgets.ipynb #e8c03c45
 @method_of(MergeExplorer)
 def _work(self, wanted: Dials | Given):
     by_hand = isinstance(wanted, Dials)
