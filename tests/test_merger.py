@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from merge_lab.masks import IMPLS, MODES
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
 from merge_lab.objective import Objective
+from merge_lab.training import compiled_layers
 
 ARCHITECTURES = {
     "llama": dict(architecture="llama", tie_word_embeddings=False),
@@ -236,14 +238,24 @@ def test_reload_in_a_fresh_process(tmp_path):
 
 
 @pytest.mark.parametrize("architecture_name", ["llama", "gpt2"])
-def test_torch_compile_gives_the_same(architecture_name):
-    pytest.importorskip("torch._dynamo")
+def test_compiled_layers_give_the_same(architecture_name):
     merger = merger_of(architecture_name)
-    wanted = logits_of(merger)
-    compiled = torch.compile(merger.model, backend="aot_eager")
     masks = [p for p in merger.parameters() if p.requires_grad]
-    logits = compiled(input_ids=IDS).logits
-    assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
-    plain = torch.autograd.grad(merger(input_ids=IDS).logits[..., 3].sum(), masks)
-    for got, want in zip(torch.autograd.grad(logits[..., 3].sum(), masks), plain):
+
+    def results(length):
+        inputs = dict(input_ids=IDS[:, :length], use_cache=False)
+        logits = merger(**inputs).logits
+        teacher = merger.component_forward(1, **inputs).logits
+        return logits, teacher, *torch.autograd.grad(logits[..., 3].sum(), masks)
+
+    lengths = IDS.shape[1], IDS.shape[1] - 1
+    plain = [results(length) for length in lengths]
+    torch._dynamo.utils.counters.clear()
+    with compiled_layers(merger, backend="aot_eager"):
+        compiled = [results(length) for length in lengths]
+    for got, want in zip(chain(*compiled), chain(*plain)):
         assert_close(got, want, atol=1e-4, rtol=1e-3)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4
+    assert_close(results(lengths[0]), plain[0])  # and outside nothing is compiled
+    assert counters["stats"]["unique_graphs"] <= 4
