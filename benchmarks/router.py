@@ -228,11 +228,9 @@ def measure_opponents(bench: Bench, costs: torch.Tensor):
 
 
 WAYS = {
-    "soft": dict(pretrain="none", learning_rate=1e-2),
-    "straight-through": dict(
-        pretrain="none", learning_rate=1e-2, straight_through=True
-    ),
-    "end-to-end": dict(learning_rate=1e-3, straight_through=True),  # from costs
+    "soft": dict(pretrain="none", learning_rate=1e-2, straight_through=False),
+    "straight-through": dict(pretrain="none", learning_rate=1e-2),
+    "end-to-end": dict(learning_rate=1e-3),  # from costs
 }
 
 

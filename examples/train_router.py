@@ -34,7 +34,6 @@ def main():
         model_path=str(quantized),
         save_dir="runs/example-router",
         target_bits=3.5,
-        straight_through=True,
         prefix_length=24,
         num_examples=60,
         num_validation=24,

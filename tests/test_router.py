@@ -423,6 +423,25 @@ def test_options(tiny, tmp_path, options):
         assert epochs.average_bits.iloc[-1] == 3
 
 
+def test_what_is_trained_is_what_is_chosen(tiny, tmp_path):
+    "By default the bits that the last step trained at are those that hard choices spend."
+    model, _ = run(router_config(tiny, tmp_path / "run", target_bits=5.0))
+    ids, labels = collate(text_windows(load_tokenizer(tiny), ["tasks"], 24, 40), 8)
+    trained = model.train().train_forward(ids, labels=labels).bits.mean()
+    assert abs(trained - model.eval().infer_forward(ids, labels=labels).bits.float().mean()) < 0.1
+
+
+@pytest.mark.parametrize("weights, bits", [((0.7, 0.3), 3), ((1.0, 0.0), 8)])
+def test_an_objective_that_leaves_nothing_to_choose_says_so(tiny, tmp_path, caplog, weights, bits):
+    options = dict(zip(("weight_ce", "weight_precision"), weights)) | dict(num_epochs=0)
+    _, epochs = run(router_config(tiny, tmp_path / "none", **options))
+    assert epochs.average_bits.iloc[0] == bits
+    assert f"all layers are read at {bits} bits for every window" in caplog.text
+    caplog.clear()
+    run(router_config(tiny, tmp_path / "target", **options, target_bits=bits))
+    assert "all layers are read" not in caplog.text
+
+
 def test_a_curriculum_begins_with_the_easy_third_and_ends_cold(tiny, tmp_path):
     options = dict(curriculum=True, num_epochs=4, batch_size=1, pretrain="none")
     model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'FREE', 'greedy_assignments', 'measure_costs', 'factor_error', 'explained', 'set_static', 'fit_costs',
            'average_bits', 'fit_price', 'precision_term', 'RouterConfig', 'RouterTrainer', 'step', 'epoch_order',
-           'validate', 'save_checkpoint', 'load_checkpoint', 'objective_price', 'start_from_costs', 'end_epoch', 'fit',
-           'last_checkpoint', 'check_budget', 'run', 'quantized_note', 'LayerwiseQuantizeForCausalLM', 'QuantizeConfig',
-           'run_quantize', 'score_windows', 'text_windows']
+           'validate', 'save_checkpoint', 'load_checkpoint', 'objective_price', 'start_from_costs',
+           'warn_of_one_precision', 'end_epoch', 'fit', 'last_checkpoint', 'check_budget', 'run', 'quantized_note',
+           'LayerwiseQuantizeForCausalLM', 'QuantizeConfig', 'run_quantize', 'score_windows', 'text_windows']
 
 # %% ../../nbs/40_systems/05_router.ipynb #9f712c46
 import copy
@@ -186,7 +186,7 @@ def precision_term(
     low, high = precisions[0], precisions[-1]
     return (average - low) / max(high - low, 1) * ce.detach()
 
-# %% ../../nbs/40_systems/05_router.ipynb #a0c7422c
+# %% ../../nbs/40_systems/05_router.ipynb #ded58102
 @dataclass
 class RouterConfig:
     "Options of `merge-lab router`."
@@ -207,7 +207,7 @@ class RouterConfig:
     target_bits: float | None = option(None, "Average bits to spend; none: a price on bits instead", low=1, high=8, group="Objective")
     precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has", group="Model and text")
     gate: str = option("softmax", "How logits become probabilities", choices=list(GATES), group="Router")
-    straight_through: bool = option(False, "Hard choices in each forward pass, soft gradients", group="Router")
+    straight_through: bool = option(True, "Hard choices in each forward pass, soft gradients; false: a blend, which need not end as a choice", group="Router")
     temperature_start: float = option(1.0, "Temperature at the beginning", low=1e-3, group="Router")
     temperature_end: float = option(0.05, "Temperature at the end", low=1e-3, group="Router")
     pretrain: str = option("costs", "What the routers start from: costs measured layer by layer, or nothing", choices=["costs", "none"], group="Training")
@@ -376,10 +376,22 @@ def start_from_costs(self: RouterTrainer):
 
 RouterTrainer.start_from_costs = start_from_costs
 
-# %% ../../nbs/40_systems/05_router.ipynb #f6df37f1
+# %% ../../nbs/40_systems/05_router.ipynb #24a76a66
+def warn_of_one_precision(self: RouterTrainer, bits: float):  # average of the validation windows
+    "Say it if the objective leaves nothing to choose."
+    low, high = self.model.precisions[0], self.model.precisions[-1]
+    if self.config.target_bits is None and bits in (low, high):
+        logger.warning(
+            "all layers are read at %d bits for every window: weight_precision=%g makes a bit %s than it is worth beside weight_ce=%g. "
+            "Set target_bits, or %s weight_precision.", bits, self.config.weight_precision, "dearer" if bits == low else "cheaper",
+            self.config.weight_ce, "lower" if bits == low else "raise",
+        )  # fmt: skip
+
+
 def end_epoch(self: RouterTrainer):
     "Validate, keep the best, write checkpoint and history."
     validation = self.validate() | dict(epoch=self.epoch)
+    self.warn_of_one_precision(validation["average_bits"])
     self.history["epochs"].append(validation)
     better = validation["loss"] < self.best
     self.best = min(self.best, validation["loss"])
@@ -416,7 +428,8 @@ def fit(self: RouterTrainer) -> pd.DataFrame:  # the epochs
     return pd.DataFrame(self.history["epochs"])
 
 
-RouterTrainer.end_epoch, RouterTrainer.fit = end_epoch, fit
+for method in (warn_of_one_precision, end_epoch, fit):
+    setattr(RouterTrainer, method.__name__, method)
 
 # %% ../../nbs/40_systems/05_router.ipynb #92dabd81
 def last_checkpoint(folder: Path) -> Path | None:
