@@ -14,7 +14,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from merge_lab.core import begin_run
 from merge_lab.systems.lora import (
+    LiveCurves,
     LoRAPipelineConfig,
     RunInterrupted,
     SmoLoRA,
@@ -26,6 +28,7 @@ from merge_lab.systems.lora import (
     quiet_peft,
     run,
     task_names,
+    train_with_ranks,
     use_curriculum,
 )
 from merge_lab.systems.lora_parts import (
@@ -241,6 +244,69 @@ def test_training_again_goes_on(base):
     assert both.loss.iloc[-1] < first.loss.iloc[-1]
 
 
+def same(model, other):
+    return torch.equal(probe_logits(model.eval()), probe_logits(other.eval()))
+
+
+@pytest.mark.parametrize("between", ["save", "adapter", "inference"])
+def test_training_goes_on_after_merging_and_loading(base, between):
+    "The adapter that was trained is the one that is trained further, wherever it was in between."
+    lora, whole = (quick(base, output_dir=folder) for folder in ("run", "whole"))
+    for each in (lora, whole):
+        each.train()
+    if between == "save":
+        lora.save()
+    elif between == "adapter":
+        lora.load_model(lora.adapter_dir)
+        assert not lora.model.training and same(lora.model, whole.model)
+    else:
+        lora.save()
+        lora = quick(base, output_dir="run")  # as in a later process
+        lora.inference("the cat", max_new_tokens=1)
+    both, wanted = lora.train(), whole.train()
+    assert both.loss.iloc[-4:].tolist() == wanted.loss.iloc[-4:].tolist()
+    assert both.index[-1] == (4 if between == "inference" else 8)
+    assert same(lora.model, whole.model)
+    assert same(
+        load_adapter(load_base(base, "cpu"), "run/adapter_checkpoint"), whole.model
+    )
+
+
+def test_a_merged_model_without_its_adapter_is_not_trained(base):
+    save_tiny(tiny_model(seed=3), "merged")
+    lora = quick(base, output_dir="run")
+    lora.load_model("merged")
+    with pytest.raises(
+        FileNotFoundError, match="adapter_checkpoint has no adapter_config"
+    ):
+        lora.train()
+    assert not pathlib.Path("run/adapter_checkpoint").exists()
+
+
+class StopOnce(TrainerCallback):
+    "Stops the first training after two steps, with a checkpoint."
+
+    stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.stopped:
+            self.stopped = control.should_training_stop = control.should_save = True
+
+
+def test_what_was_stopped_goes_on_in_the_same_process(base):
+    live = LiveCurves(lambda figure: None)
+    lora = quick(base, output_dir="run", callbacks=[StopOnce(), live])
+    assert list(lora.train().index) == [1, 2]
+    assert list(lora.train(resume=True).index) == [1, 2, 3, 4]
+    lines = pathlib.Path("run/history.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "loss" in row]
+    assert steps == [1, 2, 3, 4] == [row["step"] for row in live.log if "loss" in row]
+    whole = quick(base, output_dir="whole")
+    assert (
+        whole.train().loss.tolist() == training_curves(lora.log_history).loss.tolist()
+    )
+
+
 def test_validation_loss_is_logged_and_callbacks_are_called(base):
     class Counter(TrainerCallback):
         steps = 0
@@ -326,6 +392,24 @@ def test_a_grown_rank_keeps_the_function_and_learns(architecture, rslora):
     assert all(grad[:, 4:].abs().max() > 0 for grad in ups)
 
 
+def test_stages_of_a_rank_stabilised_adapter_join_without_a_jump(base):
+    adapter = dict(r=8, lora_alpha=16, use_rslora=True)
+    lora = quick(base, output_dir="run", lora=adapter)
+    stages = train_with_ranks(lora, [2, 4])
+    assert abs(stages.loss_first[4] - stages.loss_last[2]) < 1e-4
+    config = lora.model.peft_config["default"]
+    assert config.lora_alpha / config.r**0.5 == pytest.approx(16 / 8**0.5)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_an_adapter_with_biases_of_its_own_does_not_grow():
+    model = adapted("llama", r=2, lora_bias=True)
+    with pytest.raises(
+        ValueError, match="lora_bias=True: the adapter is more than B A"
+    ):
+        grow_rank(model, 4)
+
+
 def test_curriculum_changes_what_is_read_first(base):
     rows = datasets.Dataset.from_dict({"text": ["the " * n for n in (9, 3, 7, 1, 5)]})
     lora = quick(base, rows, output_dir="run")
@@ -385,10 +469,8 @@ def quick_config(**options):
     ],
 )
 def test_what_cannot_run_clears_nothing(base, options, says):
-    folder = pathlib.Path("run")
-    folder.mkdir()
-    for name in ("config.yaml", "kept.jsonl"):
-        (folder / name).write_text('{"text": "kept"}\n')
+    folder = begin_run(quick_config())
+    (folder / "kept.jsonl").write_text('{"text": "kept"}\n')
     long = {"messages": [{"role": "user", "content": "the cat " * 9}]}
     long["messages"].append({"role": "assistant", "content": "a dog."})
     pathlib.Path("long.jsonl").write_text(json.dumps(long) + "\n")

@@ -1,6 +1,7 @@
 """Blended adapters: equal to peft as components, equal to dense arithmetic as a blend, never dense themselves."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab.cli import main
 from merge_lab.components import load_tokenizer
-from merge_lab.core import bundled_path
+from merge_lab.core import begin_run, bundled_path
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.masks import MODES, MergeState
 from merge_lab.systems.lora import (
@@ -34,7 +35,9 @@ from merge_lab.systems.lora_merge import (
     AdapterMerger,
     LoRAMergeConfig,
     base_path,
+    check_adapter,
     peft_baselines,
+    read_adapters,
     run,
     save_adapter,
 )
@@ -95,6 +98,51 @@ def test_components_blend_and_exports_agree(architecture, mode):
     assert (probe_logits(exported) - wanted).abs().max() < 1e-4
     assert merger.save_merged("plain")["max_logit_difference"] < 1e-4
     assert (probe_logits(load_base("plain", "cpu")) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore::peft.PeftWarning", "ignore:Adapter 'default'")
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lora_bias=True),
+        dict(alora_invocation_tokens=[1, 2]),
+        dict(layer_replication=[[0, 2], [1, 2]]),
+        dict(trainable_token_indices=[1]),
+        dict(bias="all"),
+        dict(init_lora_weights="pissa"),
+        dict(init_lora_weights="olora"),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_adapters_that_are_more_than_deltas_are_refused_by_name(options):
+    save_tiny(tiny_model(), "base")
+    adapter("one", 1, r=2)
+    adapter("more", 2, r=2, **options)
+    with pytest.raises(
+        ValueError, match=f"more: with {next(iter(options))}=.* cannot be blended"
+    ):
+        read_adapters(load_base("base", "cpu"), ["one", "more"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kasa_config",
+        "monteclora_config",
+        "velora_config",
+        "use_bdlora",
+        "use_qalora",
+        "arrow_config",
+        "target_parameters",
+    ],
+)
+def test_variants_that_peft_may_have_are_refused_by_name(name):
+    save_tiny(tiny_model(), "base")
+    adapter("more", 2, r=2)
+    file = Path("more/adapter_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: {"any": 1}}))
+    with pytest.raises(ValueError, match=f"more: with {name}="):
+        check_adapter("more")
 
 
 def test_the_exported_adapter_needs_plain_peft_only():
@@ -270,12 +318,12 @@ def test_what_cannot_run_clears_nothing(options, says):
     config = ready(overwrite=True, **options)
     save_tiny(tiny_model(seed=7), "other")
     save_tiny(tiny_model(hidden_size=64), "wide")
+    begin_run(config)
     adapter("run", 3, r=2)
     held = {p.name for p in Path("run").iterdir()}
-    Path("run/config.yaml").touch()
     with pytest.raises((ValueError, OSError), match=says):
         run(config)
-    assert {p.name for p in Path("run").iterdir()} == held | {"config.yaml"}
+    assert {p.name for p in Path("run").iterdir()} == held
 
 
 def test_a_run_of_the_pipeline_stands_for_its_adapter_and_names_its_base():
