@@ -13,12 +13,11 @@ __all__ = ['SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYL
            'adjust_again', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials', 'Given',
            'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #2e83a2e1
+# %% ../nbs/34_widgets.ipynb #f288a3e9
 import ctypes
 import dataclasses
 import gc
 import html
-import importlib
 import json
 import math
 import re
@@ -37,6 +36,7 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from .commands import COMMANDS
 from .components import preflight, read_component
 from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, narrow, write_text
 from .evaluation import evaluate_tasks, generate_answers
@@ -255,11 +255,10 @@ def method_of(cls: type, name: str | None = None):  # None: the function's own
 
     return attach
 
-# %% ../nbs/34_widgets.ipynb #63d92fd9
+# %% ../nbs/34_widgets.ipynb #06db73fb
 def command_of(config_class: type) -> str:  # e.g. "merge-lab layer-merge"
     "What runs a config from a terminal."
-    commands = importlib.import_module("merge_lab.cli").COMMANDS
-    for name, command in commands.items():
+    for name, command in COMMANDS.items():
         if command.config == config_class.__name__ and config_class.__module__.startswith("merge_lab."):
             return f"merge-lab {name}"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", config_class.__name__.removesuffix("Config"))
