@@ -6,6 +6,9 @@
 All contestants share the same frozen components, masks and batch, run in one process, and take turns, so that a slow spell of
 the machine meets all of them. Per cell: median step time, its spread, the ratio to the better of the two earlier approaches, peak
 memory, tokens per second, and the share of the measured matrix-product rate that the necessary operations reach.
+
+The earlier approaches run as their systems run them. What torch.compile adds to theirs and to ours stands in rows of its own,
+for one share of scored tokens, one batch and one n.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +38,7 @@ from merge_lab.masks import IMPLS
 from merge_lab.memory import estimate_memory, track_memory
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.objective import Objective
+from merge_lab.training import compiled_layers
 
 SIZES = {
     "tiny": dict(
@@ -172,6 +176,7 @@ class Contestant:
     objective: Callable
     checkpointing: bool = False
     earlier: bool = False  # an approach of an earlier system
+    compiled: bool = False  # decoder layers through torch.compile
 
 
 def contestants(merger: Merger) -> list[Contestant]:
@@ -183,6 +188,8 @@ def contestants(merger: Merger) -> list[Contestant]:
         Contestant("accurate + full logits", "accurate", plain_kl),
         Contestant("ours", "fused", ours),
         Contestant("ours + checkpointing", "fused", ours, checkpointing=True),
+        Contestant("weights, compiled", "autograd", plain_kl, compiled=True),
+        Contestant("ours, compiled", "fused", ours, compiled=True),
     ]
 
 
@@ -228,12 +235,13 @@ def batch_of(
 
 @contextmanager
 def as_contestant(merger: Merger, who: Contestant):
-    "Switch impl and checkpointing."
+    "Switch impl, checkpointing and compilation."
     merger.state.impl = who.impl
     if who.checkpointing:
         merger.checkpoint_activations()
     try:
-        yield
+        with compiled_layers(merger) if who.compiled else nullcontext():
+            yield
     finally:
         for module in merger.modules():
             if getattr(module, "gradient_checkpointing", False):
@@ -296,6 +304,8 @@ def run_cell(
 ) -> list[dict]:
     "One setting: everyone takes turns."
     batch = batch_of(merger, cell.batch, cell.tokens, cell.scored)
+    first = (args.components[0], args.batches[0], args.scored[0])
+    everyone = [who for who in everyone if not who.compiled or (cell.n, cell.batch, cell.scored) == first]
     trained = [p for p in merger.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)  # all see the same masks
     rows = {}
@@ -311,9 +321,10 @@ def run_cell(
             row["oom"] = True
             continue
         try:
-            if args.device == "cuda":
+            if args.device == "cuda" or who.compiled:
                 timed(merger, who, batch, optimizer, args.device)
-            row |= measured_memory(merger, who, batch, optimizer, args.device)
+            if args.device == "cuda" or not who.compiled:  # compiled code does not pass where live storages are counted
+                row |= measured_memory(merger, who, batch, optimizer, args.device)
         except torch.OutOfMemoryError:
             row["oom"] = True
             hopeless.add(who.name)
@@ -393,7 +404,7 @@ def finish(rows: list[dict], merger: Merger, rate: float):
 def add_estimate(row: dict, config, everyone, kinds, device: str):
     "What estimate_memory says of the same step."
     who = next(w for w in everyone if w.name == row["contestant"])
-    if isinstance(who.objective, FunctionalCall) or row["scored"] != 1:
+    if who.impl == "autograd" or who.compiled or row["scored"] != 1:  # not ways that a config can name
         return
     estimate = estimate_memory(
         config,
@@ -455,6 +466,7 @@ def table(rows: list[dict]) -> str:
             )
             continue
         ratio = f"{r['ratio']:6.2f}" if r["ratio"] else "     -"
+        peak = f"{r['peak_bytes'] / 2**30:7.2f}" if "peak_bytes" in r else "      -"
         estimated = (
             f"{r['estimated_bytes'] / 2**30:7.2f}"
             if "estimated_bytes" in r
@@ -462,7 +474,7 @@ def table(rows: list[dict]) -> str:
         )
         lines.append(
             head
-            + f"{r['seconds']:8.3f} {ratio} {r['spread']:6.2f} {r['peak_bytes'] / 2**30:7.2f} {estimated} "
+            + f"{r['seconds']:8.3f} {ratio} {r['spread']:6.2f} {peak} {estimated} "
             f"{r['tokens_per_second']:8.0f} {r['flops_utilisation']:5.2f}"
         )
     return "\n".join(lines)
