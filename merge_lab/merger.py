@@ -9,7 +9,7 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'Merger
            'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
            'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #bcd92aba
+# %% ../nbs/20_merger.ipynb #535a708a
 import dataclasses
 import functools
 import json
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    check_choice, check_disk_space, check_options, check_type, config_from_dict, narrow, option, read_value, save_tensors,
+    check_choice, check_disk_space, check_options, check_type, config_from_dict, method_of, narrow, option, read_value, save_tensors,
     write_json, write_text,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
@@ -354,14 +354,8 @@ def checkpoint_activations(model: nn.Module):  # a transformers model
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
 
-# %% ../nbs/20_merger.ipynb #7f4efb5e
-def _method(function):
-    "Add a function to `Merger` under its own name."
-    setattr(Merger, function.__name__, function)
-    return function
-
-
-@_method
+# %% ../nbs/20_merger.ipynb #246054b1
+@method_of(Merger)
 def leaves(self) -> dict[str, MaskedModule]:  # module name in the plain model -> leaf
     "The masked modules."
     return {plain_name(n): m for n, m in self.model.named_modules() if isinstance(m, MaskedModule)}
@@ -372,7 +366,7 @@ def plain_name(name: str) -> str:  # "mixer.template.in_proj" -> "mixer.in_proj"
     return ".".join(part for part in name.split(".") if part != "template")
 
 
-@_method
+@method_of(Merger)
 def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
     "Each masked parameter once: its name in the checkpoint, its leaf, its name in the leaf."
     seen = set()
@@ -383,7 +377,7 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
                 yield f"{name}.{key}", leaf, key
 
 
-@_method
+@method_of(Merger)
 def init_masks(self, mask_init: dict):
     "Start the masks from the alphas that `mask_init` describes."
     self.drop_gathered()
@@ -397,8 +391,8 @@ def init_masks(self, mask_init: dict):
         shape = leaf.masks[key].shape[1:]
         leaf.set_alphas(key, initial_alphas(mask_init, list(leaf.weights[key]), shape, name, depth, generator))
 
-# %% ../nbs/20_merger.ipynb #d136d31b
-@_method
+# %% ../nbs/20_merger.ipynb #6612de98
+@method_of(Merger)
 @torch.no_grad()
 def alphas(self) -> pd.DataFrame:
     "Summary of the alphas: module, layer, kind, parameter, component, mean, std, min, max."
@@ -414,7 +408,7 @@ def alphas(self) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 
-@_method
+@method_of(Merger)
 @torch.no_grad()
 def alpha_values(
     self,
@@ -428,17 +422,17 @@ def alpha_values(
         tables.append(pd.DataFrame({"component": i, "alpha": values[::step].numpy()}))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/20_merger.ipynb #fcaf4479
+# %% ../nbs/20_merger.ipynb #f9ef01bb
 MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 
-@_method
+@method_of(Merger)
 def mask_state(self) -> dict[str, Tensor]:
     "A copy of the masks on the CPU, by the name of the parameter they belong to."
     return {name: full(leaf.masks[key].detach()).to("cpu", copy=True) for name, leaf, key in self.masked_parameters()}
 
 
-@_method
+@method_of(Merger)
 @torch.no_grad()
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
@@ -456,7 +450,7 @@ def load_mask_state(self, masks: dict[str, Tensor]):
         mask.copy_(shard_like(masks[name].to(mask.dtype), mask))
 
 
-@_method
+@method_of(Merger)
 def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; components are referred to, not copied."
     folder, masks = Path(folder), self.mask_state()  # every rank gathers, one writes
@@ -468,7 +462,7 @@ def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     save_tensors(folder / MASKS_FILE, masks)
     write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths})
 
-# %% ../nbs/20_merger.ipynb #1c3973c5
+# %% ../nbs/20_merger.ipynb #56fdd09b
 def read_merger_config(
     folder: str | Path,  # written by `save_pretrained`
     model_paths: Sequence[str] | None = None,  # where the components are now, if they moved
@@ -487,7 +481,7 @@ def read_merger_config(
     return config_from_dict(MergerConfig, {**values, "model_paths": list(model_paths)}, str(file))
 
 
-@_method
+@method_of(Merger)
 def load_masks(self, folder: str | Path):
     "Read the masks that `save_pretrained` wrote. Raises `FileNotFoundError` if there are none."
     from safetensors.torch import load_file
@@ -506,8 +500,8 @@ def _from_pretrained(cls, folder, model_paths=None) -> Merger:
 
 Merger.from_pretrained = classmethod(_from_pretrained)
 
-# %% ../nbs/20_merger.ipynb #c0a0edb3
-@_method
+# %% ../nbs/20_merger.ipynb #03a857d2
+@method_of(Merger)
 @torch.no_grad()
 def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
     "Name and maker of each tensor of the merged checkpoint; tied tensors once."
@@ -532,12 +526,12 @@ def _merged_tensor(leaf: MaskedModule, key: str, copy: bool) -> Tensor:
     return tensor.clone() if copy and key not in leaf.masks else tensor
 
 
-@_method
+@method_of(Merger)
 def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     return {name: make() for name, make in self.merged_tensors()}
 
-# %% ../nbs/20_merger.ipynb #a4e39751
+# %% ../nbs/20_merger.ipynb #fb130676
 def _empty_like(leaf_or_tensor) -> Tensor:
     "A tensor of the same shape and dtype that takes no memory."
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
@@ -554,7 +548,7 @@ def _checkpoint_plan(merger: Merger, max_shard_size: str):
     return split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
 
 
-@_method
+@method_of(Merger)
 def save_merged(
     self,
     folder: str | Path,  # of the checkpoint
@@ -622,15 +616,15 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
         "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", "",
     ])
 
-# %% ../nbs/20_merger.ipynb #244d025a
-@_method
+# %% ../nbs/20_merger.ipynb #24c02a0a
+@method_of(Merger)
 def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:  # (batch, length, d)
     "The last hidden state, after the final norm."
     decoder = self.model.base_model
     return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
 
 
-@_method
+@method_of(Merger)
 def logit_options(self) -> dict:  # softcap, logit_scale
     "What the architecture does to its logits after the head."
     config = self.config.get_text_config()
@@ -642,13 +636,13 @@ def logit_options(self) -> dict:  # softcap, logit_scale
     return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
 
 
-@_method
+@method_of(Merger)
 def head_parameters(self) -> list[nn.Parameter]:
     "Masks of the head, which need a gradient from the loss."
     return [mask for mask in getattr(self.model.get_output_embeddings(), "masks", {}).values() if mask.requires_grad]
 
 
-@_method
+@method_of(Merger)
 @contextmanager
 def held_head(self):
     "Hold the head's blend inside the block, so that chunks of tokens share it; yields the head."
@@ -660,8 +654,8 @@ def held_head(self):
     finally:
         self.state.keep_merged, head._merged = before, own
 
-# %% ../nbs/20_merger.ipynb #827d0316
-@_method
+# %% ../nbs/20_merger.ipynb #677fc711
+@method_of(Merger)
 @torch.no_grad()
 def fused_head_agrees(self) -> bool:
     "Whether hidden state, head and logit options give the model's own logits (checked on a few tokens)."

@@ -9,7 +9,7 @@ __all__ = ['logger', 'NO_MODULE', 'LoopConfig', 'TrainConfig', 'objective_of', '
            'attach_watchers', 'last_checkpoint', 'train_from', 'checkpoint_to_resume', 'check_going_on',
            'open_together']
 
-# %% ../nbs/31_training.ipynb #47ae5cd0
+# %% ../nbs/31_training.ipynb #776ae195
 import dataclasses
 import difflib
 import json
@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from . import losses as L
-from .core import begin_run, check_choice, check_resumed, option, save_tensors, write_text
+from .core import begin_run, check_choice, check_resumed, method_of, option, save_tensors, write_text
 from .distributed import decoder_layers, is_sharded
 from .masks import full, shard_like
 from .merger import Merger
@@ -245,7 +245,7 @@ class MergerTrainer(Trainer):
         everyone = gather_object([sums])
         return {name: sum(one.get(name, 0.0) for one in everyone) for name in dict.fromkeys(chain(*everyone))}
 
-# %% ../nbs/31_training.ipynb #38e46670
+# %% ../nbs/31_training.ipynb #38f6a503
 NO_MODULE = "the loss itself"
 
 
@@ -270,6 +270,7 @@ def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
     return found[0] if found else NO_MODULE
 
 
+@method_of(MergerTrainer)
 def _check_finite(self, loss: Tensor, inputs: dict):
     "Raise `FloatingPointError` that names the module, after putting the last good masks back."
     merger, losses = self.accelerator.unwrap_model(self.model), loss[None]
@@ -295,10 +296,8 @@ def _check_finite(self, loss: Tensor, inputs: dict):
         "Lower learning_rate, or load the components in bfloat16 or float32 rather than float16."
     )
 
-
-MergerTrainer._check_finite = _check_finite
-
-# %% ../nbs/31_training.ipynb #a8c8d2df
+# %% ../nbs/31_training.ipynb #12d1212d
+@method_of(MergerTrainer)
 def _save(self, output_dir=None, state_dict=None):
     folder = Path(output_dir or self.args.output_dir)
     self.accelerator.unwrap_model(self.model).save_pretrained(folder, is_main_process=self.args.should_save)
@@ -306,12 +305,14 @@ def _save(self, output_dir=None, state_dict=None):
         save_tensors(folder / _REFERENCE, self.objective.mask_reference)
 
 
+@method_of(MergerTrainer, "save_model")
 def _save_model(self, output_dir: str | None = None, _internal_call: bool = False):
     "Write the masks; a sharded run must call it on every process."
     if is_sharded(self.model) or self.args.should_save:
         self._save(output_dir)
 
 
+@method_of(MergerTrainer)
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
     self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
     reference = Path(resume_from_checkpoint) / _REFERENCE
@@ -319,6 +320,7 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.objective.mask_reference = load_file(reference)
 
 
+@method_of(MergerTrainer)
 def _save_optimizer_and_scheduler(self, output_dir: str):
     if not is_sharded(self.model):
         return Trainer._save_optimizer_and_scheduler(self, output_dir)
@@ -328,17 +330,13 @@ def _save_optimizer_and_scheduler(self, output_dir: str):
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
 
+@method_of(MergerTrainer)
 def _load_optimizer_and_scheduler(self, checkpoint: str | None):
     Trainer._load_optimizer_and_scheduler(self, checkpoint)
     for parameter, state in self.optimizer.state.items() if checkpoint and is_sharded(self.model) else ():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = shard_like(value, parameter)
-
-
-MergerTrainer.save_model = _save_model
-for _method in (_save, _load_from_checkpoint, _save_optimizer_and_scheduler, _load_optimizer_and_scheduler):
-    setattr(MergerTrainer, _method.__name__, _method)
 
 # %% ../nbs/31_training.ipynb #1a980ba8
 @torch.no_grad()
