@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'MergerConfig', 'check_mask_init', 'depth_value',
-           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'Merger', 'checkpoint_activations', 'leaves',
-           'plain_name', 'masked_parameters', 'init_masks', 'alphas', 'alpha_values', 'mask_state', 'load_mask_state',
-           'save_pretrained', 'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged',
-           'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
+           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'Merger', 'leaves', 'plain_name',
+           'masked_parameters', 'drop_gathered', 'init_masks', 'generate', 'checkpoint_activations', 'alphas',
+           'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained', 'read_merger_config', 'load_masks',
+           'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'logit_options',
+           'head_parameters', 'held_head', 'fused_head_agrees']
 
 # %% ../nbs/20_merger.ipynb #535a708a
 import dataclasses
@@ -261,7 +262,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-# %% ../nbs/20_merger.ipynb #7be382a6
+# %% ../nbs/20_merger.ipynb #f58d6151
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
@@ -292,22 +293,6 @@ class Merger(nn.Module):
             return objective(self, input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
 
-    def generate(self, *args, **kwargs):
-        "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
-        before, self.state.keep_merged = self.state.keep_merged, True
-        if hasattr(self, "reshard"):  # sharded: all processes gather until the last of them has ended
-            kwargs.setdefault("synced_gpus", True)
-        try:
-            return self.model.generate(*args, **kwargs)
-        finally:
-            self.state.keep_merged = before
-            for leaf in self.leaves().values() if not before else ():
-                leaf._merged.clear()
-
-    def drop_gathered(self):
-        "Where FSDP2 shards the merger, drop weights and masks that are gathered: what is written is this process's part of them."
-        getattr(self, "reshard", lambda: None)()
-
     def as_component(self, i: int | None):
         "Context in which the whole model is component `i`."
         if i is not None and not 0 <= i < self.n_components:
@@ -319,10 +304,6 @@ class Merger(nn.Module):
         "Output of component `i`, without gradients."
         with self.as_component(i):
             return self.model(**inputs)
-
-    def checkpoint_activations(self):
-        "Compute each layer again in backward instead of keeping its activations; takes effect in training mode."
-        checkpoint_activations(self.model)
 
     @property
     def n_components(self) -> int:
@@ -338,23 +319,7 @@ class Merger(nn.Module):
         "Where it computes; components that are offloaded are elsewhere."
         return next((p for p in self.parameters() if p.requires_grad), next(self.parameters())).device
 
-    def _apply(self, fn, recurse=True):
-        "Move or convert; with `offload` the components stay, pinned so that they travel fast."
-        super()._apply(fn, recurse)
-        if self.state.offload:
-            self.state.device = self.device
-            for weight in (p for p in self.parameters() if not p.requires_grad):
-                if self.device.type == "cuda" and weight.device.type == "cpu" and not weight.is_pinned():
-                    weight.data = weight.data.pin_memory()
-        return self
-
-# %% ../nbs/20_merger.ipynb #44fdcbe9
-def checkpoint_activations(model: nn.Module):  # a transformers model
-    "Let a transformers model compute its layers again in backward instead of keeping their activations."
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
-
-# %% ../nbs/20_merger.ipynb #246054b1
+# %% ../nbs/20_merger.ipynb #59c4665d
 @method_of(Merger)
 def leaves(self) -> dict[str, MaskedModule]:  # module name in the plain model -> leaf
     "The masked modules."
@@ -378,6 +343,12 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
 
 
 @method_of(Merger)
+def drop_gathered(self):
+    "Where FSDP2 shards the merger, drop weights and masks that are gathered: what is written is this process's part of them."
+    getattr(self, "reshard", lambda: None)()
+
+
+@method_of(Merger)
 def init_masks(self, mask_init: dict):
     "Start the masks from the alphas that `mask_init` describes."
     self.drop_gathered()
@@ -390,6 +361,44 @@ def init_masks(self, mask_init: dict):
         depth = layer / last if layer is not None else float(leaf is head)
         shape = leaf.masks[key].shape[1:]
         leaf.set_alphas(key, initial_alphas(mask_init, list(leaf.weights[key]), shape, name, depth, generator))
+
+# %% ../nbs/20_merger.ipynb #2cbbe097
+@method_of(Merger)
+def generate(self, *args, **kwargs):
+    "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
+    before, self.state.keep_merged = self.state.keep_merged, True
+    if hasattr(self, "reshard"):  # sharded: all processes gather until the last of them has ended
+        kwargs.setdefault("synced_gpus", True)
+    try:
+        return self.model.generate(*args, **kwargs)
+    finally:
+        self.state.keep_merged = before
+        for leaf in self.leaves().values() if not before else ():
+            leaf._merged.clear()
+
+# %% ../nbs/20_merger.ipynb #ad7e23ca
+def checkpoint_activations(model: nn.Module):  # a transformers model
+    "Let a transformers model compute its layers again in backward instead of keeping their activations."
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
+
+
+@method_of(Merger, "checkpoint_activations")
+def _checkpoint_activations(self):
+    "Compute each layer again in backward instead of keeping its activations; takes effect in training mode."
+    checkpoint_activations(self.model)
+
+
+@method_of(Merger)
+def _apply(self, fn, recurse=True):
+    "Move or convert; with `offload` the components stay, pinned where the device is a CUDA device."
+    nn.Module._apply(self, fn, recurse)
+    if self.state.offload:
+        self.state.device = self.device
+        for weight in (p for p in self.parameters() if not p.requires_grad):
+            if self.device.type == "cuda" and weight.device.type == "cpu" and not weight.is_pinned():
+                weight.data = weight.data.pin_memory()
+    return self
 
 # %% ../nbs/20_merger.ipynb #6612de98
 @method_of(Merger)
