@@ -658,6 +658,15 @@ def test_what_is_wrong_is_said_before_a_run_begins(options, said, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_run_never_clears_what_it_reads(tmp_path):
+    folder = begin_run(run_config(tmp_path))
+    config = run_config(tmp_path, overwrite=True, model_path=str(folder / "merged"))
+    (folder / "merged").mkdir()
+    with pytest.raises(ValueError, match="overwrite would clear .* which holds"):
+        lm.run(config, progress=False)
+    assert (folder / "merged").exists()
+
+
 def test_bundled_model_is_deep_small_and_has_learned():
     folder = bundled_path("models/deep")
     assert sum(f.stat().st_size for f in folder.iterdir()) < 2 * 2**20

@@ -15,7 +15,7 @@ __all__ = ['logger', 'BLENDS', 'INIT_STRATEGIES', 'ALPHA_LOSSES', 'EMPTY', 'STAR
            'LayerMergeResult', 'share_table', 'run', 'first_rows', 'searched', 'learn', 'alpha_points', 'score_bars',
            'make_plots', 'save_result']
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #a8fbb206
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #57921aaa
 import copy
 import functools
 import itertools
@@ -43,6 +43,7 @@ from merge_lab.core import (
     bundled_path,
     check_choice,
     check_options,
+    check_outside,
     check_run,
     option,
     set_seed,
@@ -911,7 +912,7 @@ def share_table(alphas: pd.DataFrame) -> pd.DataFrame:  # a column per pair, a r
     table = alphas.assign(pair=pairs, weight=weights).pivot(index="weight", columns="pair", values="after")
     return table.loc[list(dict.fromkeys(weights)), list(dict.fromkeys(pairs))].round(3)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #ae5cb819
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #d923f39d
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
@@ -920,6 +921,8 @@ def run(
     "Measure similarity, choose pairs, learn alphas, fuse, heal, evaluate, draw, save."
     set_seed(config.seed)
     check_run(config.output_dir, overwrite=config.overwrite)
+    inputs = [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text]
+    check_outside(config.output_dir, inputs, config.overwrite)
     if config.data_dir is None:
         logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
     made = prepare(config, progress)
