@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'NO_MODULE', 'LoopConfig', 'TrainConfig', 'objective_of', 'check_report_to', 'MergerArguments',
-           'training_arguments', 'compiled_layers', 'MergerTrainer', 'first_nonfinite', 'alpha_summary',
+           'training_arguments', 'compiled_layers', 'MergerTrainer', 'first_nonfinite', 'take_sums', 'alpha_summary',
            'memory_in_use', 'HistoryCallback', 'read_history', 'StopCallback', 'ProgressBar', 'RunInterrupted',
            'attach_watchers', 'last_checkpoint', 'train_from', 'checkpoint_to_resume', 'check_going_on',
            'open_together']
@@ -172,7 +172,7 @@ def compiled_layers(
         for layer in layers:
             del layer.forward
 
-# %% ../nbs/31_training.ipynb #1abfd265
+# %% ../nbs/31_training.ipynb #fe9d266a
 _REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
 
 
@@ -209,16 +209,6 @@ class MergerTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 getattr(callback, "close", lambda: None)()
 
-    def _move_model_to_device(self, model, device):
-        if not is_sharded(model):  # shards are where they belong
-            super()._move_model_to_device(model, device)
-
-    def _prepare_for_training(self, *arguments, **options):
-        if is_sharded(self.model):
-            self.model.drop_gathered()  # the optimizer gets this process's part of the masks
-            self.accelerator.prepare_model = lambda model, **_: model  # it is prepared: no DDP around it
-        return super()._prepare_for_training(*arguments, **options)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         results = model(objective=self.objective, num_items_in_batch=num_items_in_batch, **inputs)
         loss = results["loss"]
@@ -228,22 +218,6 @@ class MergerTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages what was normalised over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _remember(self, results: dict[str, Tensor], inputs: dict):
-        "Add this micro-step to the sums of the optimizer step."
-        results = {**results, "tokens": inputs["attention_mask"].sum()}
-        for name, value in results.items():
-            value = torch.as_tensor(value).detach()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def take_sums(self) -> dict[str, float]:
-        "Sums over all processes since they were last taken."
-        sums = {name: float(value) for name, value in self.sums.items()}
-        self.sums.clear()
-        if self.args.world_size == 1:
-            return sums
-        everyone = gather_object([sums])
-        return {name: sum(one.get(name, 0.0) for one in everyone) for name in dict.fromkeys(chain(*everyone))}
 
 # %% ../nbs/31_training.ipynb #38f6a503
 NO_MODULE = "the loss itself"
@@ -296,7 +270,21 @@ def _check_finite(self, loss: Tensor, inputs: dict):
         "Lower learning_rate, or load the components in bfloat16 or float32 rather than float16."
     )
 
-# %% ../nbs/31_training.ipynb #12d1212d
+# %% ../nbs/31_training.ipynb #06ec1fb1
+@method_of(MergerTrainer)
+def _move_model_to_device(self, model, device):
+    if not is_sharded(model):  # shards are where they belong
+        Trainer._move_model_to_device(self, model, device)
+
+
+@method_of(MergerTrainer)
+def _prepare_for_training(self, *arguments, **options):
+    if is_sharded(self.model):
+        self.model.drop_gathered()  # the optimizer gets this process's part of the masks
+        self.accelerator.prepare_model = lambda model, **_: model  # it is prepared: no DDP around it
+    return Trainer._prepare_for_training(self, *arguments, **options)
+
+
 @method_of(MergerTrainer)
 def _save(self, output_dir=None, state_dict=None):
     folder = Path(output_dir or self.args.output_dir)
@@ -337,6 +325,26 @@ def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = shard_like(value, parameter)
+
+# %% ../nbs/31_training.ipynb #39403b3d
+@method_of(MergerTrainer)
+def _remember(self, results: dict[str, Tensor], inputs: dict):
+    "Add this micro-step to the sums of the optimizer step."
+    results = {**results, "tokens": inputs["attention_mask"].sum()}
+    for name, value in results.items():
+        value = torch.as_tensor(value).detach()
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+
+@method_of(MergerTrainer)
+def take_sums(self) -> dict[str, float]:
+    "Sums over all processes since they were last taken."
+    sums = {name: float(value) for name, value in self.sums.items()}
+    self.sums.clear()
+    if self.args.world_size == 1:
+        return sums
+    everyone = gather_object([sums])
+    return {name: sum(one.get(name, 0.0) for one in everyone) for name in dict.fromkeys(chain(*everyone))}
 
 # %% ../nbs/31_training.ipynb #1a980ba8
 @torch.no_grad()
