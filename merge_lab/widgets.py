@@ -6,14 +6,14 @@
 __all__ = ['ROW', 'SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYLE', 'LOG_FLOOR', 'LOG_STEP', 'BUDGET',
            'PRICE', 'STATES', 'ACTIVE', 'ADJUSTABLE', 'ADJUSTED', 'DEPTHS', 'FILTERS', 'Control', 'control_kind',
            'control_of', 'controls_of', 'show_value', 'read_number', 'read_value', 'read_quietly', 'is_hub_name',
-           'hub_note', 'components_note', 'data_note', 'held_note', 'places_note', 'folder_note', 'method_of',
-           'command_of', 'ConfigPanel', 'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field',
-           'panel_view', 'LatestWorker', 'svg_text', 'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench',
-           'Gate', 'Rest', 'tidy_memory', 'held_bytes', 'TrainingSession', 'set_learning_rate', 'read_adjusted',
-           'note_adjusted', 'adjust_again', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials',
-           'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
+           'hub_note', 'components_note', 'data_note', 'held_note', 'places_note', 'folder_note', 'command_of',
+           'ConfigPanel', 'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
+           'LatestWorker', 'svg_text', 'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench', 'Gate', 'Rest',
+           'tidy_memory', 'held_bytes', 'TrainingSession', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
+           'adjust_again', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials', 'Given',
+           'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #f288a3e9
+# %% ../nbs/34_widgets.ipynb #53d09d15
 import ctypes
 import dataclasses
 import gc
@@ -38,7 +38,7 @@ from transformers import TrainerCallback
 
 from .commands import COMMANDS
 from .components import preflight, read_component
-from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, narrow, write_text
+from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, method_of, narrow, write_text
 from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
@@ -248,17 +248,6 @@ CHECKS = {  # by the names that options have in all systems
 RECHECKED = {  # option -> whose checks look at it
     **dict.fromkeys(["resume", "overwrite"], FOLDERS), **dict.fromkeys(["eval_split", "eval_samples"], ("dataset_configs",)),
 }
-
-# %% ../nbs/34_widgets.ipynb #9544ab8a
-def method_of(cls: type, name: str | None = None):  # None: the function's own
-    "Decorator that makes a function a method, so that a class can be read in parts."
-
-    def attach(function):
-        function.__name__ = name or function.__name__
-        setattr(cls, function.__name__, function)
-        return function
-
-    return attach
 
 # %% ../nbs/34_widgets.ipynb #06db73fb
 def command_of(config_class: type) -> str:  # e.g. "merge-lab layer-merge"
