@@ -45,6 +45,22 @@ CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfl
 SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def conversations_are_rendered_once():
+    "Most runs here read the bundled conversations, and their template takes longer than their training."
+    real, known = router_parts.chat_text, {}
+
+    def chat_text(rows, tokenizer):
+        key = repr(rows), tokenizer.chat_template
+        if key not in known:
+            known[key] = real(rows, tokenizer)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router_parts, "chat_text", chat_text)
+        yield
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def quantized(request, tmp_path_factory):
     "A quantised tiny model: its folder and the folder of the original."
@@ -394,7 +410,7 @@ def test_a_folder_that_holds_the_input_is_not_cleared(tiny, tmp_path):
 
 def test_a_run_goes_on_with_the_options_it_was_begun_with(tiny, tmp_path):
     "Where it runs and how much it keeps in memory may differ; what is learned may not."
-    config = router_config(tiny, tmp_path / "run", num_epochs=0)
+    config = router_config(tiny, tmp_path / "run", num_epochs=0, num_costs=4)
     run(config)
     again = dataclasses.replace(config, resume=True)
     with pytest.raises(ValueError, match="learning_rate=0.1, but the run in"):
@@ -425,21 +441,19 @@ def test_options(tiny, tmp_path, options):
 
 def test_what_is_trained_is_what_is_chosen(tiny, tmp_path):
     "By default the bits that the last step trained at are those that hard choices spend."
-    model, _ = run(router_config(tiny, tmp_path / "run", target_bits=5.0))
+    model, _ = run(router_config(tiny, tmp_path / "run", target_bits=5.0, num_costs=4, num_epochs=1))
     ids, labels = collate(text_windows(load_tokenizer(tiny), ["tasks"], 24, 40), 8)
     trained = model.train().train_forward(ids, labels=labels).bits.mean()
     assert abs(trained - model.eval().infer_forward(ids, labels=labels).bits.float().mean()) < 0.1
 
 
-@pytest.mark.parametrize("weights, bits", [((0.7, 0.3), 3), ((1.0, 0.0), 8)])
-def test_an_objective_that_leaves_nothing_to_choose_says_so(tiny, tmp_path, caplog, weights, bits):
-    options = dict(zip(("weight_ce", "weight_precision"), weights)) | dict(num_epochs=0)
-    _, epochs = run(router_config(tiny, tmp_path / "none", **options))
-    assert epochs.average_bits.iloc[0] == bits
-    assert f"all layers are read at {bits} bits for every window" in caplog.text
-    caplog.clear()
-    run(router_config(tiny, tmp_path / "target", **options, target_bits=bits))
-    assert "all layers are read" not in caplog.text
+@pytest.mark.parametrize("weights, target, bits", [((0.7, 0.3), None, 3), ((1.0, 0.0), None, 8), ((0.7, 0.3), 3.0, None)])
+def test_an_objective_that_leaves_nothing_to_choose_says_so(tiny, tmp_path, caplog, weights, target, bits):
+    options = dict(zip(("weight_ce", "weight_precision"), weights)) | dict(num_epochs=0, num_costs=4, target_bits=target)
+    _, epochs = run(router_config(tiny, tmp_path / "run", **options))
+    assert epochs.average_bits.iloc[0] == (bits or target)
+    assert ("all layers are read at" in caplog.text) == (target is None)
+    assert target or f"at {bits} bits for every window" in caplog.text
 
 
 def test_a_curriculum_begins_with_the_easy_third_and_ends_cold(tiny, tmp_path):
@@ -473,7 +487,7 @@ def test_no_pass_is_larger_than_was_asked_for(tiny, tmp_path, monkeypatch):
         return model
 
     monkeypatch.setattr(LayerwiseQuantizeForCausalLM, "from_quantized", watched)
-    options = dict(num_epochs=1, target_bits=5.0, curriculum=True, num_validation=7)
+    options = dict(num_epochs=1, target_bits=5.0, curriculum=True, num_validation=7, num_costs=4)
     run(router_config(tiny, tmp_path / "run", batch_size=1, eval_batch_size=3, **options))
     assert max(windows for windows, tokens in seen if tokens == 24) == 3
     assert {tokens for _, tokens in seen} == {8, 24} and {tokens for _, tokens in heads} == {24}
@@ -529,7 +543,7 @@ def test_a_price_alone_is_learned(tiny, tmp_path):
 
 
 def test_what_is_trained_with_dropout_chooses_without(tiny, tmp_path):
-    model, _ = run(router_config(tiny, tmp_path / "run", dropout=0.5, num_epochs=1, target_bits=5.0))
+    model, _ = run(router_config(tiny, tmp_path / "run", dropout=0.5, num_epochs=0, num_costs=4))
     assert not model.training and not model.routers.training
     model.routers.layers[0][-1].weight.data.normal_(std=3.0)  # so that dropout would show
     ids = torch.stack([window.input_ids for window in text_windows(load_tokenizer(tiny), ["tasks"], 24, 60)])
