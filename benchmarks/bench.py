@@ -282,6 +282,22 @@ def measured_memory(merger, who, batch, optimizer, device) -> dict:
         return {"peak_bytes": use.peak_bytes, "parts": use.parts}
 
 
+PRODUCTS, ATTENTION = ("aten::mm", "aten::bmm", "aten::addmm"), "scaled_dot_product"
+
+
+def necessary_share(merger, who, batch, optimizer) -> dict[str, float]:
+    "Share of a step's processor time that matrix products and attention take, which no approach can do without (CPU)."
+    with as_contestant(merger, who), torch.profiler.profile() as profiler:
+        step(merger, who, batch, optimizer)
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    products = sum(spent.get(name, 0) for name in PRODUCTS)
+    attention = sum(time for name, time in spent.items() if ATTENTION in name)
+    return {
+        "products": products / sum(spent.values()),
+        "attention": attention / sum(spent.values()),
+    }
+
+
 def gradients(merger, who, batch) -> torch.Tensor:
     with as_contestant(merger, who):
         merger.zero_grad(set_to_none=True)
@@ -325,6 +341,8 @@ def run_cell(
                 timed(merger, who, batch, optimizer, args.device)
             if args.device == "cuda" or not who.compiled:  # compiled code does not pass where live storages are counted
                 row |= measured_memory(merger, who, batch, optimizer, args.device)
+            if args.device == "cpu" and not who.compiled:
+                row["share"] = necessary_share(merger, who, batch, optimizer)
         except torch.OutOfMemoryError:
             row["oom"] = True
             hopeless.add(who.name)
@@ -529,7 +547,7 @@ def main():
     parser.add_argument(
         "--seconds",
         type=float,
-        default=420,
+        default=900,
         help="no new cell is begun after this time",
     )
     parser.add_argument("--threads", type=int)
