@@ -72,7 +72,7 @@ TRAINED_ON = dict(  # hashes of the text that the bundled model has read, and of
     questions="8dad378870657225",
 )
 CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
-PARTS = ["choices", "seeds", "defaults", "depths", "accuracy", "times"]
+PARTS = ["choices", "seeds", "defaults", "questions", "depths", "accuracy", "times"]
 TRAINING = dict(num_steps=100, learning_rate=0.1)
 DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge` does
 OVER_DEPTH = [
@@ -276,6 +276,28 @@ def measure_defaults(model, tokenizer, text: dict, seed: int) -> list[dict]:
     return [dict(row, seed=seed, **setting) for row in plain(table) if row["alphas"]]
 
 
+def measure_questions(model, tokenizer, text: dict, seed: int) -> list[dict]:
+    "Test perplexity on prose where pairs and shares come from the bundled questions, as without `data_dir`."
+    config = LayerMergeConfig()
+    sizes = (config.num_samples, config.batch_size, config.max_length)
+    loader = functools.partial(
+        prepare_calibration_data, tokenizer, bundled_path("mmlu"), *sizes, seed=seed
+    )
+    similarity, pairs = chosen(model, loader, config.n_pairs, seed)
+    table = compare_variants(
+        model,
+        tokenizer,
+        pairs,
+        loader,
+        ASKED,
+        similarity,
+        dict(texts=text["test"]),
+        progress=False,
+        **TRAINING,
+    )
+    return [dict(row, seed=seed, pairs=pairs) for row in plain(table)]
+
+
 def over_depth(model, tokenizer, n_pairs: int, variants, evaluation: dict) -> list:
     "Scores with this many layers removed, seed 0."
     loader = loader_of(tokenizer, 0)
@@ -375,6 +397,7 @@ def measure(
     jobs = [("choices", measure_choice, "seed", seed) for seed in seeds]
     jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
     jobs += [("defaults", measure_defaults, "seed", seed) for seed in seeds]
+    jobs += [("questions", measure_questions, "seed", seed) for seed in seeds]
     jobs += [("depths", measure_depth, "n_pairs", depth) for depth in depths]
     jobs += [("accuracy", measure_accuracy, "n_pairs", depth) for depth in depths[::2]]
     for name, job, key, value in (job for job in jobs if job[0] in parts):
