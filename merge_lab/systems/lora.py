@@ -12,7 +12,7 @@ __all__ = ['logger', 'LAYOUT_FILE', 'MORE_THAN_FACTORS', 'RESUMABLE', 'default_d
            'check_ranks', 'was_stopped', 'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options',
            'task_names', 'config_rows', 'make_lora', 'check_lora_run', 'run', 'show_result']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #da1f542e
+# %% ../../nbs/40_systems/04_lora.ipynb #799cc4e4
 import dataclasses
 import gc
 import json
@@ -35,7 +35,7 @@ from safetensors import safe_open
 from ..components import load_model as load_weights
 from ..components import load_tokenizer, read_component
 from ..core import begin_run, best_device, bundled_path, check_options, check_outside, check_run, did_you_mean
-from ..core import option, set_seed, write_json, write_text
+from ..core import method_of, option, set_seed, write_json, write_text
 from .lora_parts import advice, device_settings, encode_rows, make_lora_config, make_sft_config
 from .lora_parts import prepare_dataset, presets, quiet_datasets, rank_by_task, remake, trainable_parameters
 from .lora_parts import training_curves, training_diagnostics
@@ -392,14 +392,8 @@ def recorded_layout(folder: str | Path) -> str | None:
     file = Path(folder) / LAYOUT_FILE
     return json.loads(file.read_text(encoding="utf-8"))["layout"] if file.is_file() else None
 
-# %% ../../nbs/40_systems/04_lora.ipynb #ab48c446
-def _method(function):
-    "Add a function to `SmoLoRA` under its own name."
-    setattr(SmoLoRA, function.__name__, function)
-    return function
-
-
-@_method
+# %% ../../nbs/40_systems/04_lora.ipynb #9b7fff83
+@method_of(SmoLoRA)
 def train(
     lora: SmoLoRA,
     resume: bool = False,  # from the last checkpoint in the output folder
@@ -460,8 +454,8 @@ def check_same_adapter(present, wanted):
                 "again with a new SmoLoRA."
             )
 
-# %% ../../nbs/40_systems/04_lora.ipynb #59ce2baa
-@_method
+# %% ../../nbs/40_systems/04_lora.ipynb #aac7065f
+@method_of(SmoLoRA)
 def save(lora: SmoLoRA) -> dict:
     "Write `final_merged/` from the adapter, here or from an earlier process; the report of `merge_adapter`."
     if lora.has_adapter:
@@ -474,7 +468,7 @@ def save(lora: SmoLoRA) -> dict:
     return report
 
 
-@_method
+@method_of(SmoLoRA)
 def load_model(lora: SmoLoRA, path: str | Path | None = None) -> nn.Module:  # None for `final_merged/`
     "Load a merged model, or an adapter on this base, to ask it or to train it further."
     path = Path(path or lora.merged_dir)
@@ -488,7 +482,7 @@ def load_model(lora: SmoLoRA, path: str | Path | None = None) -> nn.Module:  # N
     return lora.model
 
 
-@_method
+@method_of(SmoLoRA)
 def inference(lora: SmoLoRA, prompt: str | list[dict], max_new_tokens: int = 64, **generation) -> str:
     "Answer a prompt, put as in training, with the model in memory, else the merged model, else the adapter."
     if lora.model is None:

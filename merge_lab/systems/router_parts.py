@@ -13,7 +13,7 @@ __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text',
            'from_quantized', 'router_state', 'load_state_dict', 'memory_table', 'read_bytes', 'collate',
            'windows_at_once', 'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #6ec5f3ec
+# %% ../../nbs/40_systems/05_router_parts.ipynb #13b14556
 import json
 import logging
 import math
@@ -40,6 +40,7 @@ from merge_lab.core import (
     check_outside,
     check_resumed,
     check_run,
+    method_of,
     option,
     save_tensors,
     write_text,
@@ -592,13 +593,15 @@ def train_forward(
 
 LayerwiseQuantizeForCausalLM.train_forward = train_forward
 
-# %% ../../nbs/40_systems/05_router_parts.ipynb #977096e0
+# %% ../../nbs/40_systems/05_router_parts.ipynb #5c72a4a4
+@method_of(LayerwiseQuantizeForCausalLM)
 def hard_bits(self: LayerwiseQuantizeForCausalLM, batch: int) -> Tensor:  # (batch, layers)
     "What the last pass used."
     chosen = self.plan.fixed or [self.plan.decided[n] for n in range(len(self._linears))]
     return torch.stack([torch.as_tensor(column, device=self.device).expand(batch) for column in chosen], dim=1)
 
 
+@method_of(LayerwiseQuantizeForCausalLM)
 def start_plan(self: LayerwiseQuantizeForCausalLM, mask: Tensor, labels: Tensor | None, record: bool = False):
     "A new plan for inference: what is fixed, or hard choices."
     if self.assignment is None:
@@ -607,6 +610,7 @@ def start_plan(self: LayerwiseQuantizeForCausalLM, mask: Tensor, labels: Tensor 
         self.plan = Plan(fixed=self.assignment, record=record, prompt=prompt_mask(mask, labels) if record else None)
 
 
+@method_of(LayerwiseQuantizeForCausalLM)
 @torch.no_grad()
 def infer_forward(
     self: LayerwiseQuantizeForCausalLM,
@@ -630,6 +634,7 @@ def infer_forward(
     return RoutedOutput(output.loss, output.logits, self.hard_bits(len(input_ids)), None, output.past_key_values)
 
 
+@method_of(LayerwiseQuantizeForCausalLM)
 @torch.no_grad()
 def generate(
     self: LayerwiseQuantizeForCausalLM,
@@ -643,6 +648,7 @@ def generate(
     return self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
 
 
+@method_of(LayerwiseQuantizeForCausalLM)
 @torch.no_grad()
 def choose(
     self: LayerwiseQuantizeForCausalLM,
@@ -654,10 +660,6 @@ def choose(
     self.start_plan(mask, None)
     self.model.get_decoder()(input_ids=input_ids, attention_mask=mask, use_cache=False)
     return self.hard_bits(len(input_ids))
-
-
-for method in (hard_bits, start_plan, infer_forward, generate, choose):
-    setattr(LayerwiseQuantizeForCausalLM, method.__name__, method)
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #d7b7e73d
 def read_quantized(folder: Path) -> dict:
