@@ -6,7 +6,7 @@
 __all__ = ['check_choice', 'did_you_mean', 'method_of', 'expect_fail', 'set_seed', 'best_device', 'atomic_path', 'write_text',
            'save_tensors', 'write_json', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'bundled_path',
            'option', 'check_type', 'check_options', 'changed_options', 'config_to_yaml', 'config_to_python',
-           'check_names', 'config_from_dict', 'read_yaml', 'read_value', 'config_from_yaml', 'check_resumed',
+           'check_names', 'config_from_dict', 'read_yaml', 'yaml_value', 'config_from_yaml', 'check_resumed',
            'begin_run', 'narrow', 'config_to_cli']
 
 # %% ../nbs/00_core.ipynb #bc172c8a
@@ -310,7 +310,7 @@ def config_to_python(config) -> str:
     arguments = ",\n".join(f"    {name}={value!r}" for name, value in changed_options(config).items())
     return f"{type(config).__name__}(\n{arguments},\n)" if arguments else f"{type(config).__name__}()"
 
-# %% ../nbs/00_core.ipynb #d14c6d76
+# %% ../nbs/00_core.ipynb #d6d1675e
 def check_names(cls: type, values: dict, origin: str = "config"):
     "Raise `ValueError` for a key that no field of the config class has, suggesting the nearest."
     names = [field.name for field in dataclasses.fields(cls) if field.init]
@@ -339,7 +339,7 @@ def read_yaml(path: str | Path) -> dict:
     return values or {}
 
 
-def read_value(
+def yaml_value(
     name: str,  # of the option, for the message
     text: str,  # YAML or JSON, as a command line gives it
 ):

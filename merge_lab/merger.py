@@ -10,7 +10,7 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'Merger
            'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'logit_options',
            'head_parameters', 'held_head', 'fused_head_agrees']
 
-# %% ../nbs/20_merger.ipynb #535a708a
+# %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
 import functools
 import json
@@ -30,21 +30,21 @@ from torch import Tensor, nn
 from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    check_choice, check_disk_space, check_options, check_type, config_from_dict, method_of, narrow, option, read_value, save_tensors,
-    write_json, write_text,
+    check_choice, check_disk_space, check_options, check_type, config_from_dict, method_of, narrow, option, save_tensors,
+    write_json, write_text, yaml_value,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/20_merger.ipynb #9913231c
+# %% ../nbs/20_merger.ipynb #dec630fc
 KINDS = ("linear", "embedding", "norm", "other")
 STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend")
 
 
 def _plain(name: str, value):
     "A dict or list given as YAML or JSON text, as the command line does."
-    return read_value(name, value) if isinstance(value, str) else value
+    return yaml_value(name, value) if isinstance(value, str) else value
 
 # %% ../nbs/20_merger.ipynb #ef8fafa3
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ __all__ = ['MODULE_ORDER', 'CURVES', 'DASHES', 'HEAR', 'RUN_COMMAND', 'read_conf
            'compare_runs', 'check_fit', 'RunBrowser', 'frame_html', 'BrowserView', 'terminal_lines', 'share_done',
            'CommandRun', 'CommandRunView']
 
-# %% ../nbs/36_runs.ipynb #4052c4cb
+# %% ../nbs/36_runs.ipynb #4d4051ce
 import atexit
 import html
 import json
@@ -34,12 +34,12 @@ from .components import component_names
 from .constraints import constrain
 from .core import bundled_path, check_choice, config_from_dict, config_to_yaml, method_of
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, layer_of, read_merger_config
-from .training import read_history
+from .training import read_adjusted, read_history
 from merge_lab.viz import (
     add_colour_bar, add_legend, colour_of, colour_scale, draw_layers, figure_to_png, layer_grid, name_of, new_figure,
     numbered_columns,
 )
-from .widgets import STYLE, Bench, ConfigPanel, LatestWorker, block, read_adjusted
+from .widgets import STYLE, Bench, ConfigPanel, LatestWorker, block
 
 # %% ../nbs/36_runs.ipynb #9b991b3e
 def read_config(file: Path) -> dict:

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ROW', 'SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED', 'STYLE', 'LOG_FLOOR', 'LOG_STEP', 'BUDGET',
-           'PRICE', 'STATES', 'ACTIVE', 'ADJUSTABLE', 'ADJUSTED', 'DEPTHS', 'FILTERS', 'Control', 'control_kind',
-           'control_of', 'controls_of', 'show_value', 'read_number', 'read_value', 'read_quietly', 'is_hub_name',
-           'hub_note', 'components_note', 'data_note', 'held_note', 'places_note', 'folder_note', 'command_of',
-           'ConfigPanel', 'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
+           'PRICE', 'STATES', 'ACTIVE', 'ADJUSTABLE', 'DEPTHS', 'FILTERS', 'Control', 'control_kind', 'control_of',
+           'controls_of', 'show_value', 'read_number', 'read_value', 'read_quietly', 'is_hub_name', 'hub_note',
+           'components_note', 'data_note', 'held_note', 'places_note', 'folder_note', 'command_of', 'ConfigPanel',
+           'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
            'LatestWorker', 'svg_text', 'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench', 'Gate', 'Rest',
-           'tidy_memory', 'held_bytes', 'TrainingSession', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
-           'adjust_again', 'clock', 'session_line', 'memory_html', 'SessionView', 'AdjustDials', 'Dials', 'Given',
-           'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html', 'ExplorerView']
+           'tidy_memory', 'held_bytes', 'TrainingSession', 'clock', 'session_line', 'memory_html', 'SessionView',
+           'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html',
+           'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #53d09d15
+# %% ../nbs/34_widgets.ipynb #00ceb147
 import ctypes
 import dataclasses
 import gc
@@ -43,7 +43,8 @@ from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
 from .tasks import answer_of, load_task, prompt_of
-from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, read_history, train_from
+from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, note_adjusted, read_adjusted, read_history
+from .training import set_learning_rate, train_from
 from .viz import alpha_trajectories, colour_of, colour_scale, figure_to_png, layer_grid, loss_curves, name_of
 
 # %% ../nbs/34_widgets.ipynb #1e0f7544
@@ -777,7 +778,7 @@ class Gate(TrainerCallback):
             self.held = False
             self.session.lock.release()
 
-# %% ../nbs/34_widgets.ipynb #23325b45
+# %% ../nbs/34_widgets.ipynb #04f195c0
 class Rest(TrainerCallback):
     "Comes last: tells a session how far it is, and lets it pause, save and stop between two steps."
 
@@ -786,7 +787,6 @@ class Rest(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.session.step, self.session.total = state.global_step, state.max_steps
-        adjust_again(self.session.trainer)
         self.session._become("running")
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -1041,48 +1041,8 @@ def release(self):
     self._alphas = self.alphas()
     self.trainer = self.history.trainer = None
 
-# %% ../nbs/34_widgets.ipynb #5ec3aa7e
+# %% ../nbs/34_widgets.ipynb #045b7116
 ADJUSTABLE = {"losses": LOSSES, "penalties": {name: text for name, text in PENALTIES.items() if name != "angle_overlap"}}
-
-
-def set_learning_rate(trainer: MergerTrainer, learning_rate: float):  # of the schedule's top
-    "Scale the schedule of a trainer at work."
-    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
-    for i, group in enumerate(trainer.optimizer.param_groups):
-        factor = group["lr"] / scheduler.base_lrs[i] if scheduler.base_lrs[i] else 1.0
-        group["lr"], group["initial_lr"] = learning_rate * factor, learning_rate
-        scheduler.base_lrs[i] = learning_rate
-    scheduler._last_lr = [group["lr"] for group in trainer.optimizer.param_groups]
-
-# %% ../nbs/34_widgets.ipynb #4042b742
-ADJUSTED = "adjusted.jsonl"  # in a run's folder
-
-
-def read_adjusted(folder: str | Path, step: float = math.inf) -> list[dict]:  # rows: step, learning_rate, losses, penalties
-    "What was adjusted in a run's pauses, up to a step."
-    file = Path(folder) / ADJUSTED
-    rows = read_history(file).to_dict("records") if file.exists() else []
-    return [row for row in rows if row["step"] <= step]
-
-
-def note_adjusted(trainer: MergerTrainer):
-    "Write down what a trainer goes on with, in place of what was adjusted at the same step before."
-    objective, step = trainer.objective, trainer.state.global_step
-    row = {"step": step, "learning_rate": trainer.optimizer.param_groups[0]["initial_lr"]}
-    rows = [*read_adjusted(trainer.args.output_dir, step - 1), row | {"losses": objective.losses, "penalties": objective.penalties}]
-    write_text(Path(trainer.args.output_dir) / ADJUSTED, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def adjust_again(trainer: MergerTrainer):
-    "Take over what was adjusted before a trainer's step, and forget what was adjusted later."
-    folder, step = Path(trainer.args.output_dir), trainer.state.global_step
-    rows = read_adjusted(folder, step)
-    if (folder / ADJUSTED).exists():
-        write_text(folder / ADJUSTED, "".join(json.dumps(row) + "\n" for row in rows))
-    if rows:
-        trainer.objective.losses, trainer.objective.penalties = rows[-1]["losses"], rows[-1]["penalties"]
-        if trainer.optimizer.param_groups[0]["initial_lr"] != rows[-1]["learning_rate"]:
-            set_learning_rate(trainer, rows[-1]["learning_rate"])
 
 # %% ../nbs/34_widgets.ipynb #d31d94b2
 @method_of(TrainingSession)

@@ -29,7 +29,7 @@ from merge_lab.systems.mask_merge import (
 from merge_lab.runs import BrowserView, CommandRun, CommandRunView, Run, RunBrowser
 from merge_lab.tasks import load_task
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
-from merge_lab.training import last_checkpoint
+from merge_lab.training import last_checkpoint, read_adjusted
 from merge_lab.widgets import (
     Bench,
     ConfigPanel,
@@ -44,7 +44,6 @@ from merge_lab.widgets import (
     controls_of,
     field_in,
     memory_html,
-    read_adjusted,
     read_value,
     show_value,
 )

@@ -8,7 +8,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_UNITS', 'LOSS_CAP
            'sample_answers', 'manners', 'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots',
            'save_plots', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #5616112d
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #95ddda8b
 import dataclasses
 import logging
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import TrainingArguments
 
 from ..components import check_components, component_bytes, component_names, load_tokenizer, read_component
 from merge_lab.core import (
-    bundled_path, check_choice, check_disk_space, check_outside, check_run, config_to_python, config_to_yaml, option, read_value, set_seed,
+    bundled_path, check_choice, check_disk_space, check_outside, check_run, config_to_python, config_to_yaml, option, set_seed,
+    yaml_value,
 )
 from ..distributed import shard_merger
 from ..evaluation import confusion, encode_task, evaluate_tasks, generate_answers, positions_of
@@ -34,13 +35,13 @@ from merge_lab.training import (
 
 logger = logging.getLogger(__name__)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #d6b8dba4
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #988cebc0
 def parse_datasets(
     value: dict | list | str | None,  # {"path": 1000}, ["path=1000", "path"], or either as YAML text
 ) -> dict[str, int | None]:  # path or hub name -> number of samples, None for all
     "Datasets in any of the forms that Python, YAML and the command line give. Raises `ValueError` for another."
     if isinstance(value, str):
-        value = read_value("dataset_configs", value) if value.lstrip().startswith(("{", "[")) else [value]
+        value = yaml_value("dataset_configs", value) if value.lstrip().startswith(("{", "[")) else [value]
     if isinstance(value, (list, tuple)):
         if len(value) == 1 and str(value[0]).lstrip().startswith("{"):
             return parse_datasets(value[0])
