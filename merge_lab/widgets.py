@@ -13,12 +13,11 @@ __all__ = ['ROW', 'SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED'
            'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html',
            'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #00ceb147
+# %% ../nbs/34_widgets.ipynb #b953ca71
 import ctypes
 import dataclasses
 import gc
 import html
-import json
 import math
 import re
 import threading
@@ -38,12 +37,12 @@ from transformers import TrainerCallback
 
 from .commands import COMMANDS
 from .components import preflight, read_component
-from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, method_of, narrow, write_text
+from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, method_of, narrow
 from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
 from .tasks import answer_of, load_task, prompt_of
-from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, note_adjusted, read_adjusted, read_history
+from .training import HistoryCallback, MergerTrainer, StopCallback, memory_in_use, note_adjusted, read_adjusted
 from .training import set_learning_rate, train_from
 from .viz import alpha_trajectories, colour_of, colour_scale, figure_to_png, layer_grid, loss_curves, name_of
 
