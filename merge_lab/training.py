@@ -45,7 +45,7 @@ from .objective import Objective
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #8ac5d32c
+# %% ../nbs/31_training.ipynb #eaafd1a2
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -75,7 +75,7 @@ class LoopConfig:
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
     device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")
     torch_compile: bool = option(
-        False, "Compile the decoder layers: steps take a tenth less time on a CPU, the first ones a minute or more", group="Training"
+        False, "Compile the decoder layers: steps take up to a tenth less time on a CPU, the first ones a minute or more", group="Training"
     )
     dataloader_num_workers: int = option(0, "Processes that prepare batches", low=0, group="Training")
 
