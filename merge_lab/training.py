@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'objective_of', 'check_report_to', 'MergerArguments',
-           'training_arguments', 'compiled_layers', 'MergerTrainer', 'first_nonfinite', 'take_sums', 'alpha_summary',
+           'training_arguments', 'compiled_layers', 'MergerTrainer', 'first_nonfinite', 'alpha_summary',
            'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted', 'adjust_again',
            'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'last_checkpoint',
            'train_from', 'checkpoint_to_resume', 'check_going_on', 'open_together']
@@ -327,7 +327,7 @@ def _load_optimizer_and_scheduler(self, checkpoint: str | None):
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = shard_like(value, parameter)
 
-# %% ../nbs/31_training.ipynb #39403b3d
+# %% ../nbs/31_training.ipynb #d07841ac
 @method_of(MergerTrainer)
 def _remember(self, results: dict[str, Tensor], inputs: dict):
     "Add this micro-step to the sums of the optimizer step."
