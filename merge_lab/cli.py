@@ -6,7 +6,7 @@
 __all__ = ['PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'shadow_of', 'parser_of', 'parse', 'show_tables',
            'usage', 'call', 'main']
 
-# %% ../nbs/60_cli.ipynb #702e8174
+# %% ../nbs/60_cli.ipynb #8a883e08
 import argparse
 import dataclasses
 import json
@@ -17,7 +17,6 @@ import typing
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import yaml
 
 from .commands import COMMANDS, Command
 
@@ -110,16 +109,12 @@ def _positional_help(command: Command) -> str:
     named = ", ".join(command.positional)
     return f"{named}, or a YAML file with options" if named else "YAML file with options; flags win over it"
 
-# %% ../nbs/60_cli.ipynb #678d3b8f
+# %% ../nbs/60_cli.ipynb #64e8a3ce
 def _mapping_of(name: str, words: list[str]):
     "What the words of a mapping option say: one YAML mapping, or a list for the config to read. Raises `ValueError`."
-    if len(words) != 1 or not words[0].lstrip().startswith("{"):
-        return words
-    try:
-        return yaml.safe_load(words[0])
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
-        why = getattr(error, "problem", None) or error
-        raise ValueError(f"--{name} {words[0]}: not a YAML mapping ({why}). Write '{{name: value}}', in quotes.") from error
+    from merge_lab.core import yaml_value
+
+    return yaml_value(f"--{name}", words[0]) if len(words) == 1 and words[0].lstrip().startswith("{") else words
 
 
 def parse(name: str, words: list[str]):
