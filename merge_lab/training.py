@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'objective_of', 'check_report_to', 'MergerArguments',
-           'training_arguments', 'compiled_layers', 'MergerTrainer', 'first_nonfinite', 'alpha_summary',
-           'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted', 'adjust_again',
-           'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'attach_watchers', 'last_checkpoint',
-           'train_from', 'checkpoint_to_resume', 'check_going_on', 'open_together']
+           'training_arguments', 'compiled_layers', 'MergerTrainer', 'sees_samples_again', 'kept_teachers',
+           'first_nonfinite', 'alpha_summary', 'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted',
+           'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted',
+           'attach_watchers', 'last_checkpoint', 'train_from', 'checkpoint_to_resume', 'check_going_on',
+           'open_together']
 
-# %% ../nbs/31_training.ipynb #44155d07
+# %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
 import difflib
 import json
@@ -41,11 +42,11 @@ from .core import begin_run, check_choice, check_resumed, method_of, option, sav
 from .distributed import decoder_layers, is_sharded
 from .masks import full, shard_like
 from .merger import Merger
-from .objective import Objective
+from .objective import Objective, TeacherCache
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #eaafd1a2
+# %% ../nbs/31_training.ipynb #a4a7b7fc
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -73,6 +74,10 @@ class LoopConfig:
         group="Memory",
     )
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
+    teacher_cache_gb: float = option(
+        8.0, "GiB of disk for what teachers say, where samples are seen more than once; later passes take a fifth less time; 0: none",
+        low=0, group="Memory",
+    )
     device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")
     torch_compile: bool = option(
         False, "Compile the decoder layers: steps take up to a tenth less time on a CPU, the first ones a minute or more", group="Training"
@@ -90,7 +95,7 @@ class TrainConfig(LoopConfig):
         0.0, "Weight of the mean squared distance of the masks to their start", low=0, high=10, group="Objective"
     )
 
-# %% ../nbs/31_training.ipynb #da8d372e
+# %% ../nbs/31_training.ipynb #20f9f51d
 def objective_of(config: TrainConfig) -> Objective:
     "The objective that a config describes."
     penalties = {"mask_decay": config.mask_decay} if config.mask_decay else {}
@@ -120,6 +125,7 @@ class MergerArguments(TrainingArguments):
     "transformers' arguments and what they do not know."
 
     compile_layers: bool = dataclasses.field(default=False, metadata={"help": "Compile the decoder layers while training."})
+    teacher_cache_gb: float = dataclasses.field(default=0.0, metadata={"help": "GiB of disk for teachers' hidden states; 0: none."})
 
 
 def training_arguments(
@@ -173,7 +179,7 @@ def compiled_layers(
         for layer in layers:
             del layer.forward
 
-# %% ../nbs/31_training.ipynb #fe9d266a
+# %% ../nbs/31_training.ipynb #233d00d2
 _REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
 
 
@@ -204,7 +210,7 @@ class MergerTrainer(Trainer):
         "Train; whatever happens, signals and bars are given back."
         compiled = compiled_layers(self.model) if getattr(self.args, "compile_layers", False) else nullcontext()
         try:
-            with compiled:
+            with compiled, kept_teachers(self):
                 return super().train(*args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
@@ -219,6 +225,33 @@ class MergerTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages what was normalised over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+# %% ../nbs/31_training.ipynb #f52f09e3
+def sees_samples_again(trainer: MergerTrainer) -> bool:
+    "Whether the run takes more samples than its training data has; False if the data do not say how many they are."
+    args, data = trainer.args, trainer.train_dataset
+    if not hasattr(data, "__len__"):
+        return False
+    if args.max_steps <= 0:
+        return args.num_train_epochs > 1
+    return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size > len(data)
+
+
+@contextmanager
+def kept_teachers(trainer: MergerTrainer):
+    "Inside the block the objective keeps what teachers say, if that is wanted and of use."
+    args, objective = trainer.args, trainer.objective
+    limit = getattr(args, "teacher_cache_gb", 0.0) * 2**30
+    if not limit or is_sharded(trainer.model) or not sees_samples_again(trainer):
+        yield
+        return
+    path = Path(args.output_dir) / f"teachers-{args.process_index}.cache"
+    objective.teachers = TeacherCache(path, trainer.model, limit)
+    try:
+        yield
+    finally:
+        objective.teachers.close(remove=trainer.state.global_step >= trainer.state.max_steps > 0)
+        objective.teachers = None
 
 # %% ../nbs/31_training.ipynb #38f6a503
 NO_MODULE = "the loss itself"

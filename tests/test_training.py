@@ -1,6 +1,9 @@
 """What training gives back when it goes wrong, and what it says before it begins."""
 
+import dataclasses
 import logging
+import os
+import resource
 import signal
 import time
 
@@ -11,8 +14,11 @@ from transformers import TrainerCallback
 from merge_lab import memory, training
 from merge_lab.cli import main
 from merge_lab.core import bundled_path, config_to_yaml
-from merge_lab.merger import Merger
-from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run
+from merge_lab.merger import Merger, MergerConfig
+from merge_lab.objective import TeacherCache
+from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run, train
+from merge_lab.tinylm import tiny_experts
+from merge_lab.training import RunInterrupted
 
 
 def small(tmp_path, **options):
@@ -126,3 +132,76 @@ def test_a_tracker_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "get_available_reporting_integrations", list)
     with pytest.raises(ValueError, match="wandb is not installed"):
         prepare(small(tmp_path, report_to="wandb"))
+
+
+def masks_and_taught(config, **callbacks):
+    "Masks after a run, and how many samples were read by a component in it."
+    taught = []
+    ready, merger = prepare(config), Merger.from_config(config)
+    hidden = merger.hidden
+
+    def watched(input_ids, *others):
+        taught.append(len(input_ids) * (merger.state.component is not None))
+        return hidden(input_ids, *others)
+
+    merger.hidden = watched
+    trainer, _, stopper = make_trainer(merger, ready, progress=False, **callbacks)
+    try:
+        train(trainer, stopper, ready)
+    except RunInterrupted:
+        pass
+    return merger.mask_state(), sum(taught)
+
+
+def test_teachers_read_each_sample_once(tmp_path):
+    options = dict(max_steps=24, per_device_train_batch_size=8, save_merged=False)
+    once, few = masks_and_taught(small(tmp_path / "kept", **options))
+    always, many = masks_and_taught(
+        small(tmp_path / "ran", teacher_cache_gb=0, **options)
+    )
+    assert (few, many) == (97, 193)  # one asks how the head makes logits
+    assert not list((tmp_path / "kept").rglob("*.cache"))
+    some, between = masks_and_taught(
+        small(tmp_path / "short", teacher_cache_gb=2e-4, **options)
+    )
+    assert 97 < between < 193  # room for some samples
+    for name, mask in always.items():
+        torch.testing.assert_close(once[name], mask, atol=1e-4, rtol=0)
+        torch.testing.assert_close(some[name], mask, atol=1e-4, rtol=0)
+
+
+def test_a_run_goes_on_from_the_very_teachers_that_it_began_with(tmp_path):
+    "Bit for bit, although samples meet in other batches in the second pass."
+    options = dict(max_steps=24, per_device_train_batch_size=8, save_merged=False)
+    whole, _ = masks_and_taught(small(tmp_path / "whole", **options))
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 13:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    config = small(tmp_path / "cut", **options)
+    masks_and_taught(config, callbacks=(Interrupt(),))
+    kept = tmp_path / "cut" / "run" / "teachers-0.cache"
+    with open(kept, "ab") as file:
+        file.write(b"half a record, as a kill leaves it")
+    resumed, ran = masks_and_taught(dataclasses.replace(config, resume=True))
+    assert ran == 1 and not kept.exists()  # all samples were seen before the interruption
+    assert all(torch.equal(mask, resumed[name]) for name, mask in whole.items())
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, caplog):
+    merger = Merger(tiny_experts("llama", n=2), MergerConfig())
+    cache = TeacherCache(tmp_path / "teachers.cache", merger)
+    cache.add(b"a" * 16, torch.ones(4, 8))
+    held = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (cache.end + 100, held[1]))
+    try:
+        cache.add(b"b" * 16, torch.ones(400, 8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, held)
+    assert "Teachers read all others in every pass" in caplog.text
+    cache.add(b"c" * 16, torch.ones(4, 8))
+    assert len(cache) == 1 and torch.equal(cache.get(b"a" * 16), torch.ones(4, 8))
+    cache.close()
+    assert len(TeacherCache(cache.path, merger)) == 1

@@ -704,10 +704,10 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
     scores.to_csv(folder / "scores.csv", index=False)
     return scores
 
-# %% ../../nbs/40_systems/02_dam.ipynb #fbcb0297
+# %% ../../nbs/40_systems/02_dam.ipynb #ce085ed6
 RESUMABLE = {
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "score_rows", "resume",
-    "overwrite", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
+    "overwrite", "teacher_cache_gb", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
 }
 
 

@@ -431,8 +431,8 @@ def train_adapter_masks(
         )
     return history.frame()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #032ea123
-RESUMABLE = {"max_steps", "resume", "overwrite", "output_dir", "device", "merged", "save_steps", "save_total_limit", "logging_steps"}
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #1a9eaeab
+RESUMABLE = {"max_steps", "resume", "overwrite", "output_dir", "device", "merged", "save_steps", "save_total_limit", "logging_steps", "teacher_cache_gb"}
 
 
 def run(

@@ -207,13 +207,13 @@ def _check_inputs(config: MaskMergeConfig):
     if len({str(Path(path).absolute()) for path in config.model_paths}) < n:
         logger.warning("model_paths names a model twice: its two copies cannot be told apart by training.")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #ed9aaf7e
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #feecc3e2
 # what a resumed run may change: how long it trains, what is measured and written, how it is computed
 _RESUMABLE = {
     "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "base_model", "eval_samples", "eval_split", "report",
     "save_merged", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "dataloader_num_workers",
     "torch_compile", "impl", "keep_merged", "offload", "gradient_checkpointing", "shard",
-    "logit_chunk",
+    "logit_chunk", "teacher_cache_gb",
 }
 
 
