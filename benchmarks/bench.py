@@ -88,6 +88,7 @@ def masked_weights(x, weights, alphas, bias, merged):
     return F.linear(x, sum(a.to(dtype) * w for a, w in zip(alphas, weights)), bias)
 
 
+LATER = ", later passes"  # steps whose samples the teachers have read before
 IMPLS["autograd"] = (masked_weights, "for comparison only")
 
 
@@ -196,8 +197,8 @@ def contestants(merger: Merger, folder: Path) -> list[Contestant]:
         Contestant("ours + checkpointing", "fused", ours, checkpointing=True),
         Contestant("weights, compiled", "autograd", plain_kl, compiled=True),
         Contestant("ours, compiled", "fused", ours, compiled=True),
-        Contestant("ours, later passes", "fused", again),
-        Contestant("ours, compiled, later passes", "fused", again, compiled=True),
+        Contestant("ours" + LATER, "fused", again),
+        Contestant("ours, compiled" + LATER, "fused", again, compiled=True),
     ]
 
 
@@ -427,10 +428,33 @@ def finish(rows: list[dict], merger: Merger, rate: float):
             row["ratio"] = row["seconds"] / min(earlier) if earlier else None
 
 
+def over_passes(rows: list[dict]) -> list[dict]:
+    "Per cell and contestant, the mean ratio of runs of one, two and three passes over their samples."
+    found = []
+    ratios = {
+        (r["contestant"], r["n"], r["batch"], r["tokens"], r["scored"]): r.get("ratio")
+        for r in rows
+    }
+    for (name, *cell), later in ratios.items():
+        if name.endswith(LATER) and later:
+            first = ratios[(name.removesuffix(LATER), *cell)]
+            found.append(
+                dict(
+                    contestant=name.removesuffix(LATER),
+                    **dict(zip(("n", "batch", "tokens", "scored"), cell)),
+                    passes={
+                        str(n): (first + (n - 1) * later) / n for n in (1, 2, 3)
+                    },
+                )
+            )
+    return found
+
+
 def add_estimate(row: dict, config, everyone, kinds, device: str):
     "What estimate_memory says of the same step."
     who = next(w for w in everyone if w.name == row["contestant"])
-    if who.impl == "autograd" or who.compiled or row["scored"] != 1:  # not ways that a config can name
+    named = who.impl != "autograd" and not who.compiled and not who.name.endswith(LATER)
+    if not named or row["scored"] != 1:  # a config cannot say the others
         return
     estimate = estimate_memory(
         config,
@@ -615,6 +639,8 @@ def main():
         result["cells"] += rows
         print(table(rows), f"\n[{time.perf_counter() - begun:.0f} s]", flush=True)
         write(args, result)
+    result["over_passes"] = over_passes(result["cells"])
+    write(args, result)
     if not args.no_estimate:
         for row in result["cells"]:
             if time.perf_counter() - begun < args.seconds + 90:
@@ -629,6 +655,12 @@ def main():
         f"gradients of ours and the plain approach differ by {result['gradient_difference']:.1e} (relative)"
     )
     print(table(result["cells"]))
+    for row in result["over_passes"]:
+        shares = ", ".join(f"{n}: {ratio:.2f}" for n, ratio in row["passes"].items())
+        print(
+            f"{row['tokens']} tokens, n {row['n']}, batch {row['batch']}, {row['scored']:.0%} scored, {row['contestant']}: "
+            f"mean ratio by passes over the data {shares}"
+        )
 
 
 if __name__ == "__main__":

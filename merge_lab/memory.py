@@ -7,10 +7,11 @@ __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'M
            'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
            'fit_run', 'MemoryConfig', 'run', 'show_fit']
 
-# %% ../nbs/30_memory.ipynb #359b7208
+# %% ../nbs/30_memory.ipynb #82b3c4f8
 import dataclasses
 import functools
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import losses, masks
 from .components import as_dtype, find_folder, read_config
 from .core import check_choice, check_options, option
+from .distributed import decoder_layers
 from .masks import IMPLS, MODES
 from .merger import KINDS, Merger, MergerConfig
 from .objective import Objective
@@ -380,7 +383,7 @@ def _pretend_batch(batch_size: int, seq_len: int, n: int, vocab_size: int) -> di
     ids = (torch.arange(batch_size * seq_len) % vocab_size).view(batch_size, seq_len)
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, source=torch.arange(batch_size) % n)
 
-# %% ../nbs/30_memory.ipynb #6090f544
+# %% ../nbs/30_memory.ipynb #1c6f535b
 def load_config(config):  # a transformers config, a folder or a hub name
     "The transformers config."
     if not isinstance(config, (str, Path)):
@@ -415,9 +418,20 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     optimizer.step()
     start = len(ledger.events)
     training_step(merger, batch, objective, optimizer)
-    return start
+    return merger, start
 
-# %% ../nbs/30_memory.ipynb #24c68511
+# %% ../nbs/30_memory.ipynb #4025cf49
+def _divided(parts: dict[str, int], merger: Merger, ranks: int) -> dict[str, int]:
+    "The parts that one rank of a sharded run holds."
+    def frozen(module):
+        return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+    layers = [frozen(layer) for layer in decoder_layers(merger.model)]
+    gathered = frozen(merger) - sum(layers) + 2 * max(layers)
+    shares = {name: -(-parts[name] // ranks) for name in ("components", "masks")}
+    return {**parts, **shares, "transients": parts["transients"] + gathered}
+
+# %% ../nbs/30_memory.ipynb #601babe5
 OPTIMIZERS = {"adamw": "two numbers per mask value", "sgd": "no state"}
 
 
@@ -438,6 +452,7 @@ def estimate_memory(
     keep_merged: bool = False,  # keep merged weights between micro-steps
     device: str = "cuda",  # whose choices are made: "cuda" or "cpu"
     objective: Callable | None = None,  # (merger, **batch) -> {"loss": ...}; None: that of training
+    ranks: int = 1,  # processes that the components are divided over; the estimate is of one of them
     **merger_options,  # further fields of MergerConfig
 ) -> MemoryEstimate:
     "Peak memory of training, by parts, without allocating it. Raises `ValueError` for options that do not exist."
@@ -449,6 +464,9 @@ def estimate_memory(
     merger_config = MergerConfig(
         mode=mode, impl=impl, target_kinds=list(target_kinds), keep_merged=keep_merged, **merger_options
     )
+    for name in ("offload", "keep_merged"):
+        if ranks > 1 and getattr(merger_config, name):
+            raise ValueError(f"ranks={ranks} with {name}=True: they do not go together. Leave one out.")
     objective = objective or _default_objective(loss, fused_loss, logit_chunk)
     vocab_size = config.get_text_config().vocab_size
     ledger = Ledger(vocab_size)
@@ -456,12 +474,14 @@ def estimate_memory(
     with _as_if_on(device, offload), _watching(ledger, _Pretend(ledger, device)):
         models = _pretend_models(config, n_components, dtype)
         batch = _pretend_batch(batch_size, seq_len, n_components, vocab_size)
-        start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
+        merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
     parts = read_peak(ledger, start)
+    if ranks > 1:
+        return MemoryEstimate(_divided(parts, merger, ranks), f"{title}, one of {ranks} ranks")
     return MemoryEstimate({**parts, "components": 0} if offload else parts, title)
 
-# %% ../nbs/30_memory.ipynb #cf2426e4
+# %% ../nbs/30_memory.ipynb #288a42dd
 RESERVE = 0.05  # share of the budget that is kept free
 
 
@@ -473,7 +493,7 @@ def _cures(options: dict) -> Iterable[dict]:
         {"fused_loss": True},
         {"gradient_checkpointing": True},
         {"batch_size": 1},
-        *([{"offload": True}] if options.get("device") == "cuda" else []),
+        *([{"offload": True}] if options.get("device") == "cuda" and options.get("ranks", 1) == 1 else []),
     ]
     yield from (cure for cure in cures if options.get(*cure) not in (None, *cure.values()))
     seq_len = options.get("seq_len", 2048)
@@ -481,7 +501,7 @@ def _cures(options: dict) -> Iterable[dict]:
         seq_len //= 2
         yield {"seq_len": seq_len}
 
-# %% ../nbs/30_memory.ipynb #55267e5b
+# %% ../nbs/30_memory.ipynb #68162064
 @dataclasses.dataclass
 class FitReport:
     "What was tried to make a merge fit."
@@ -516,25 +536,24 @@ class FitReport:
         least = min(e.peak_bytes for _, e in self.tried)
         return (
             f"{asked}\nIt does not fit into {budget}, and no option makes it fit: {readable(least)} is the least. "
-            "Take a larger device, divide the components over several (torchrun and --shard), or mask smaller models."
+            "Take a larger device, divide the components over several (torchrun and --shard; --ranks estimates it), or mask smaller models."
         )
 
 
 def _words(changes: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or "as asked"
 
-# %% ../nbs/30_memory.ipynb #de233f0a
+# %% ../nbs/30_memory.ipynb #f9bc2736
 def free_memory(device: str | None = None) -> int:  # "cuda" or "cpu"; None: CUDA where there is one
     "Bytes that a new run could take on this machine."
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    import os
-
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started on this machine
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(lines["MemAvailable"].split()[0]) * 1024 // shared
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // shared
 
 
 def fit_report(
@@ -554,7 +573,7 @@ def fit_report(
         report.tried.append((changes, estimate_memory(config, **{**options, **changes})))
     return report
 
-# %% ../nbs/30_memory.ipynb #06d73a1f
+# %% ../nbs/30_memory.ipynb #31995a38
 _OF_RUN = {  # option of a run -> option of `estimate_memory`
     "mode": "mode", "impl": "impl", "dtype": "dtype", "target_kinds": "target_kinds", "target_modules": "target_modules",
     "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "offload": "offload", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
@@ -567,18 +586,21 @@ def fit_run(
     seq_len: int,  # tokens of the longest sample
     device: str = "cuda",  # "cuda" or "cpu"
     budget_bytes: int | None = None,  # None: what is free here
+    ranks: int = 1,  # processes that the components are divided over
 ) -> FitReport:
     "Whether a run fits; if recomputing activations was left open, with that choice made."
     options = {ours: getattr(config, theirs) for theirs, ours in _OF_RUN.items()}
-    options |= dict(n_components=len(config.model_paths), seq_len=max(seq_len, 2), device=device)
+    options |= dict(n_components=len(config.model_paths), seq_len=max(seq_len, 2), device=device, ranks=ranks)
     asked = config.gradient_checkpointing
     budget_bytes = free_memory(device) if budget_bytes is None else budget_bytes
+    if ranks > 1:
+        budget_bytes = min(gather_object([budget_bytes]))  # all processes come to the same choice
     report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=bool(asked))
     if asked is None and not report.fits:
         report = fit_report(config.model_paths[0], budget_bytes, **options, gradient_checkpointing=True)
     return report
 
-# %% ../nbs/30_memory.ipynb #73fdbd7a
+# %% ../nbs/30_memory.ipynb #e14f7ed3
 @dataclasses.dataclass
 class MemoryConfig:
     "What `merge-lab memory` estimates."
@@ -598,6 +620,7 @@ class MemoryConfig:
     optimizer: str = option("adamw", "Optimizer of the masks", choices=OPTIMIZERS, group="Objective")
     keep_merged: bool = option(False, "Keep merged weights between micro-steps", group="Masks")
     offload: bool = option(False, "Components stay in host memory, weights are brought when they are used", group="Masks")
+    ranks: int = option(1, "Processes that torchrun and --shard divide the components over; the estimate is of one", low=1, high=4096, group="Device")
     device: str = option("cuda", "Whose choices are made", choices=["cuda", "cpu"], group="Device")
     budget_gib: float | None = option(None, "Memory to fit into; none given: what is free here", low=0, group="Device")
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from merge_lab.distributed import frozen_bytes, shard_merger, wrapper_of
+from merge_lab.memory import training_step
 from merge_lab.merger import Merger, MergerConfig, full
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.objective import Objective
@@ -103,6 +105,34 @@ def sharded_run():
     return found
 
 
+def gathered_bytes(merger):
+    "Bytes of parameters that are whole on this rank at this moment."
+    states = [m._get_fsdp_state() for m in merger.modules() if isinstance(m, FSDPModule)]
+    params = [p for state in states for p in state._fsdp_param_group.fsdp_params]
+    return sum(t.untyped_storage().nbytes() for p in params for t in p.all_gather_outputs)
+
+
+def largest_gathered():
+    "Of a step of a deeper model: whenever a leaf runs forward or backward."
+    found = []
+    merger = Merger(tiny_experts("llama", n=2, num_hidden_layers=6), MergerConfig())
+    shard_merger(merger, dist.init_device_mesh("cpu", (WORLD,)))
+
+    def look(*_):
+        found.append(gathered_bytes(merger))
+
+    def watch(module, args, output):
+        look()
+        if output.requires_grad:
+            output.register_hook(look)
+
+    for leaf in merger.leaves().values():
+        leaf.register_forward_hook(watch)
+    batch = {name: torch.stack([row[name] for row in rows(2)]) for name in next(rows())}
+    training_step(merger, batch, Objective(fused=True))
+    return max(found)
+
+
 if WORLD == 1:
     for path, model in zip(paths, tiny_experts("llama", n=2)):
         save_tiny(model, path, tiny_tokenizer())
@@ -110,6 +140,8 @@ masks = trainer_run()
 if WORLD > 1 and not dist.is_initialized():
     dist.init_process_group("gloo")
 found = sharded_run()
+if WORLD > 1:
+    facts["gathered"] = largest_gathered()
 if RANK == 0:
     torch.save({"masks": masks, "gradients": found}, folder / f"tensors-{WORLD}.pt")
     (folder / f"facts-{WORLD}.json").write_text(json.dumps(facts))

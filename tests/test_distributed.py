@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from merge_lab.memory import estimate_memory
+from merge_lab.tinylm import tiny_config
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -91,6 +94,22 @@ def test_two_ranks_hold_half_of_the_frozen_weights(runs):
     facts = runs[2][0]
     assert facts["wrapper"] == "FSDP2"
     assert facts["bytes"] <= 0.55 * facts["bytes_whole"]
+
+
+def test_the_estimate_knows_what_a_sharded_run_gathers(runs):
+    "Between the layer at work and that with the next one, which is fetched ahead where there are streams."
+
+    def parts(layers, ranks):
+        config = tiny_config("llama", num_hidden_layers=layers)
+        options = dict(seq_len=12, batch_size=2, dtype="float32", device="cpu")
+        return estimate_memory(config, ranks=ranks, **options).parts
+
+    one, two = parts(6, 1), parts(6, 2)
+    gathered = two["transients"] - one["transients"]
+    layer = parts(7, 1)["components"] - one["components"]
+    masks = 0.05 * layer  # are gathered, too
+    assert gathered - layer <= runs[2][0]["gathered"] <= gathered + masks
+    assert two["components"] == one["components"] / 2
 
 
 def test_sharded_gradients_are_those_of_one_process(runs):

@@ -146,7 +146,7 @@ class Prepared:
         "Whether this process writes: the first, where several train together."
         return self.arguments.process_index == 0
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #e7fdcbaa
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #0011bbba
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     _check_inputs(config)
@@ -171,19 +171,16 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     if config.save_merged:
         dtype = None if config.dtype == "auto" else config.dtype
         check_disk_space(folder, component_bytes(config.model_paths[0], dtype))
-    memory = _estimate(config, max(map(len, dataset["input_ids"])))
+    memory = _estimate(config, max(map(len, dataset["input_ids"])), arguments.world_size)
     names = component_names(config.model_paths)
     return Prepared(config, folder, arguments, names, tokenizer, dataset, tests, memory, checkpoint)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #36a43754
-def _estimate(config: MaskMergeConfig, longest: int) -> FitReport | None:
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #e755f604
+def _estimate(config: MaskMergeConfig, longest: int, n_processes: int) -> FitReport | None:
     "Will it fit? Says so before anything is loaded, and warns if not."
-    if config.shard:
-        logger.info("memory is not estimated for a sharded run: each process holds its part of the components, and one layer whole")
-        return None
     device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     try:
-        report = fit_run(config, longest, device)
+        report = fit_run(config, longest, device, ranks=n_processes if config.shard else 1)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # cannot be traced
         logger.warning("the memory that training takes could not be estimated: %s", error)
         return None
