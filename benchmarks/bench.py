@@ -9,7 +9,7 @@ memory, tokens per second, and the share of the measured matrix-product rate tha
 
 The earlier approaches run as their systems run them. What torch.compile adds to theirs and to ours stands in rows of its own,
 for one share of scored tokens, one batch and one n. "Later passes" are the steps of a run that meets its samples again: what the
-teachers said of them in the first pass is read from a file.
+teachers said of them in the first pass is read from a file. Writing it, milliseconds in a step, is in no row.
 """
 
 import argparse
@@ -346,7 +346,7 @@ def run_cell(
             row["oom"] = True
             continue
         try:
-            if args.device == "cuda" or who.compiled:
+            if args.device == "cuda" or who.compiled or who.name.endswith(LATER):
                 timed(merger, who, batch, optimizer, args.device)
             if args.device == "cuda" or not who.compiled:  # compiled code does not pass where live storages are counted
                 row |= measured_memory(merger, who, batch, optimizer, args.device)
@@ -372,8 +372,10 @@ def run_cell(
     return list(rows.values())
 
 
-def useful_flops(merger: Merger, batch: int, tokens: int) -> float:
-    "Operations that no approach can avoid: teacher, student, gradient of inputs, gradient of masks."
+def useful_flops(
+    merger: Merger, batch: int, tokens: int, taught: bool = False
+) -> float:
+    "Operations that no approach can avoid: teacher unless it was read before, student, gradient of inputs, gradient of masks."
     weights = sum(
         leaf.weights["weight"][0].numel()
         for name, leaf in merger.leaves().items()
@@ -390,7 +392,9 @@ def useful_flops(merger: Merger, batch: int, tokens: int) -> float:
         * config.head_dim
         * config.num_hidden_layers
     )  # causal
-    return 2 * weights * count * 4 + attention * (1 + 1 + 2.5)
+    head = merger.config.vocab_size * merger.config.hidden_size if taught else 0
+    passes = 3 if taught else 4
+    return 2 * count * (weights * passes + head) + attention * (passes - 3 + 1 + 2.5)
 
 
 def matmul_rate(device: str) -> float:  # operations per second
@@ -421,7 +425,12 @@ def finish(rows: list[dict], merger: Merger, rate: float):
             row["spread"] = (max(row["times"]) - min(row["times"])) / row["seconds"]
             row["tokens_per_second"] = row["batch"] * row["tokens"] / row["seconds"]
             row["flops_utilisation"] = (
-                useful_flops(merger, row["batch"], row["tokens"])
+                useful_flops(
+                    merger,
+                    row["batch"],
+                    row["tokens"],
+                    row["contestant"].endswith(LATER),
+                )
                 / rate
                 / row["seconds"]
             )
@@ -438,6 +447,8 @@ def over_passes(rows: list[dict]) -> list[dict]:
     for (name, *cell), later in ratios.items():
         if name.endswith(LATER) and later:
             first = ratios[(name.removesuffix(LATER), *cell)]
+            if not first:
+                continue
             found.append(
                 dict(
                     contestant=name.removesuffix(LATER),

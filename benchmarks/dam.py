@@ -125,6 +125,7 @@ class Lab:
                 "generate_logits_on_fly": False,
                 "output_dir": path,
                 "save_steps": 0,
+                "teacher_cache_gb": 0,  # components that teach run in every step
                 "device": "cpu",
                 "overwrite": True,
                 **self.training,

@@ -65,7 +65,7 @@ COMMANDS = {
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
 }
 
-# %% ../nbs/04_commands.ipynb #fdbb24f8
+# %% ../nbs/04_commands.ipynb #c26e3b21
 @dataclasses.dataclass(frozen=True)
 class System:
     "What the runs of one system leave."
@@ -75,13 +75,13 @@ class System:
     steps: str = ""  # option that says how many steps were asked for
     history: str = "history.jsonl"
     merged: str = "merged"  # folder of the plain checkpoint; empty: there is none
-    recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's
+    recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's alone
 
 
 SYSTEMS = {  # by their commands
     "mask-merge": System("dataset_configs", "merge_lab.merger.Merger", "max_steps", recipe="recipe_of"),
     "dam-merge": System("base_model_id", "merge_lab.systems.dam.DAMMerger"),
-    "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", "max_steps"),
+    "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", "max_steps", recipe="recipe_of"),
     "lora": System("lora_dropout", steps="max_steps", merged="final_merged"),
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", "max_steps"),
     "layer-merge": System("n_pairs", steps="num_steps"),

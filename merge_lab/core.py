@@ -310,7 +310,7 @@ def config_to_python(config) -> str:
     arguments = ",\n".join(f"    {name}={value!r}" for name, value in changed_options(config).items())
     return f"{type(config).__name__}(\n{arguments},\n)" if arguments else f"{type(config).__name__}()"
 
-# %% ../nbs/00_core.ipynb #b113617a
+# %% ../nbs/00_core.ipynb #1c91611c
 def check_names(cls: type, values: dict, origin: str = "config"):
     "Raise `ValueError` for a key that no field of the config class has, suggesting the nearest."
     names = [field.name for field in dataclasses.fields(cls) if field.init]
@@ -348,7 +348,7 @@ def yaml_value(
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
         why = getattr(error, "problem", None) or error
-        raise ValueError(f"{name} {text}: not a YAML mapping ({why}). Write '{{key: value}}', in quotes.") from error
+        raise ValueError(f"{name} {text}: not a YAML mapping ({why}). Write 'key: value', on a command line '{{key: value}}' in quotes.") from error
 
 
 def config_from_yaml(cls: type, path: str | Path):

@@ -420,16 +420,19 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     training_step(merger, batch, objective, optimizer)
     return merger, start
 
-# %% ../nbs/30_memory.ipynb #4025cf49
+# %% ../nbs/30_memory.ipynb #b6c1d479
+def _frozen_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+
+
 def _divided(parts: dict[str, int], merger: Merger, ranks: int) -> dict[str, int]:
     "The parts that one rank of a sharded run holds."
-    def frozen(module):
-        return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
-
-    layers = [frozen(layer) for layer in decoder_layers(merger.model)]
-    gathered = frozen(merger) - sum(layers) + 2 * max(layers)
-    shares = {name: -(-parts[name] // ranks) for name in ("components", "masks")}
-    return {**parts, **shares, "transients": parts["transients"] + gathered}
+    layers = [_frozen_bytes(layer) for layer in decoder_layers(merger.model)]
+    root, layer = _frozen_bytes(merger) - sum(layers), max(layers)
+    held = {"components": -(-parts["components"] // ranks), "masks": -(-parts["masks"] // min(ranks, merger.n_components))}
+    running = {**parts, **held, "transients": parts["transients"] + root + 2 * layer}
+    starting = {**dict.fromkeys(parts, 0), **held, "transients": 2 * root + layer}
+    return max(running, starting, key=lambda each: sum(each.values()))
 
 # %% ../nbs/30_memory.ipynb #601babe5
 OPTIMIZERS = {"adamw": "two numbers per mask value", "sgd": "no state"}
@@ -501,7 +504,7 @@ def _cures(options: dict) -> Iterable[dict]:
         seq_len //= 2
         yield {"seq_len": seq_len}
 
-# %% ../nbs/30_memory.ipynb #68162064
+# %% ../nbs/30_memory.ipynb #991f1b18
 @dataclasses.dataclass
 class FitReport:
     "What was tried to make a merge fit."
@@ -536,7 +539,8 @@ class FitReport:
         least = min(e.peak_bytes for _, e in self.tried)
         return (
             f"{asked}\nIt does not fit into {budget}, and no option makes it fit: {readable(least)} is the least. "
-            "Take a larger device, divide the components over several (torchrun and --shard; --ranks estimates it), or mask smaller models."
+            f"Take a larger device, divide the components over {'more' if self.options.get('ranks', 1) > 1 else 'several'} (torchrun and --shard; `merge-lab memory --ranks` "
+            "estimates it), or mask smaller models."
         )
 
 

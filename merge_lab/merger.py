@@ -540,7 +540,7 @@ def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     return {name: make() for name, make in self.merged_tensors()}
 
-# %% ../nbs/20_merger.ipynb #fb130676
+# %% ../nbs/20_merger.ipynb #bb939fc6
 def _empty_like(leaf_or_tensor) -> Tensor:
     "A tensor of the same shape and dtype that takes no memory."
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
@@ -563,7 +563,7 @@ def save_merged(
     folder: str | Path,  # of the checkpoint
     max_shard_size: str = "2GB",  # also the memory that export takes
     is_main_process: bool = True,  # only this rank writes; a sharded run must call it on all
-    recipe: dict | None = None,  # options for the model card; None: those of the merger
+    recipe: dict | None = None,  # options for the model card, beside those of the merger
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small."
     folder, plan = Path(folder), _checkpoint_plan(self, max_shard_size)
@@ -590,7 +590,7 @@ def _remove_stale(folder: Path, plan):
         if file.name not in plan.filename_to_tensors:
             file.unlink()
 
-# %% ../nbs/20_merger.ipynb #17563a3b
+# %% ../nbs/20_merger.ipynb #5846136b
 def _save_companions(merger: Merger, folder: Path, card: str):
     "Config, generation config, tokenizer and model card beside the weights."
     import copy
@@ -610,7 +610,7 @@ def _save_companions(merger: Merger, folder: Path, card: str):
 
 def model_card(merger: Merger, recipe: dict | None = None) -> str:
     "Markdown with the metadata that the hub reads: base models, tags and the recipe."
-    recipe = dict(recipe or dataclasses.asdict(merger.merger_config))
+    recipe = dataclasses.asdict(merger.merger_config) | (recipe or {})
     recipe["model_paths"] = [p if not Path(p).exists() else name for p, name in zip(recipe["model_paths"], merger.names)]
     front = {"base_model": recipe["model_paths"], "library_name": "transformers", "tags": ["merge", "merge_lab"]}
     means = merger.alphas().groupby("component")[["mean", "min", "max"]].agg({"mean": "mean", "min": "min", "max": "max"})

@@ -46,7 +46,7 @@ from .objective import Objective, TeacherCache
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #a4a7b7fc
+# %% ../nbs/31_training.ipynb #7918d5e2
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -75,7 +75,7 @@ class LoopConfig:
     )
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
     teacher_cache_gb: float = option(
-        8.0, "GiB of disk for what teachers say, where samples are seen more than once; later passes take a fifth less time; 0: none",
+        8.0, "GiB of disk for teachers' hidden states of samples that come again: later passes need no teacher's forward; 0: none",
         low=0, group="Memory",
     )
     device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")
@@ -226,9 +226,11 @@ class MergerTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages what was normalised over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
-# %% ../nbs/31_training.ipynb #f52f09e3
-def sees_samples_again(trainer: MergerTrainer) -> bool:
-    "Whether the run takes more samples than its training data has; False if the data do not say how many they are."
+# %% ../nbs/31_training.ipynb #70c97c2a
+def sees_samples_again(
+    trainer: MergerTrainer,
+) -> bool:  # False as well if the data do not say how many they are
+    "Whether the run takes more samples than its training data has."
     args, data = trainer.args, trainer.train_dataset
     if not hasattr(data, "__len__"):
         return False
@@ -237,21 +239,29 @@ def sees_samples_again(trainer: MergerTrainer) -> bool:
     return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size > len(data)
 
 
+def _cache_paths(trainer: MergerTrainer) -> list[Path]:
+    "Where the processes keep what teachers say, this one's first."
+    ranks = [trainer.args.process_index, *(r for r in range(trainer.args.world_size) if r != trainer.args.process_index)]
+    return [Path(trainer.args.output_dir) / f"teachers-{rank}.cache" for rank in ranks]
+
+
 @contextmanager
-def kept_teachers(trainer: MergerTrainer):
+def kept_teachers(
+    trainer: MergerTrainer,
+):
     "Inside the block the objective keeps what teachers say, if that is wanted and of use."
-    args, objective = trainer.args, trainer.objective
-    limit = getattr(args, "teacher_cache_gb", 0.0) * 2**30
-    if not limit or is_sharded(trainer.model) or not sees_samples_again(trainer):
-        yield
-        return
-    path = Path(args.output_dir) / f"teachers-{args.process_index}.cache"
-    objective.teachers = TeacherCache(path, trainer.model, limit)
+    args, objective, (own, *others) = trainer.args, trainer.objective, _cache_paths(trainer)
+    limit = getattr(args, "teacher_cache_gb", 0.0) * 2**30 / args.world_size
+    if limit and not is_sharded(trainer.model) and sees_samples_again(trainer):
+        objective.teachers = TeacherCache(own, trainer.model, limit, others)
     try:
         yield
     finally:
-        objective.teachers.close(remove=trainer.state.global_step >= trainer.state.max_steps > 0)
-        objective.teachers = None
+        if objective.teachers is not None:
+            objective.teachers.close()
+            objective.teachers = None
+        if trainer.state.global_step >= trainer.state.max_steps > 0:
+            own.unlink(missing_ok=True)
 
 # %% ../nbs/31_training.ipynb #38f6a503
 NO_MODULE = "the loss itself"
@@ -574,7 +584,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
-# %% ../nbs/31_training.ipynb #a05f1f92
+# %% ../nbs/31_training.ipynb #e31c6d63
 def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     "Train, from a checkpoint if there is one; where it has all steps already, its masks and history are only read."
     if checkpoint is None:
@@ -586,6 +596,7 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     if done != asked:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return
+    _cache_paths(trainer)[0].unlink(missing_ok=True)
     trainer._load_from_checkpoint(str(checkpoint))  # transformers would take one step before it looks at the limit
     trainer.state.global_step = trainer.state.max_steps = done
     for callback in trainer.callback_handler.callbacks:

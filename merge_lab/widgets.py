@@ -13,7 +13,7 @@ __all__ = ['ROW', 'SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED'
            'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html',
            'ExplorerView']
 
-# %% ../nbs/34_widgets.ipynb #b953ca71
+# %% ../nbs/34_widgets.ipynb #7a4acf6a
 import ctypes
 import dataclasses
 import gc
@@ -37,7 +37,7 @@ from transformers import TrainerCallback
 
 from .commands import COMMANDS
 from .components import preflight, read_component
-from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, method_of, narrow
+from .core import check_choice, check_run, config_to_cli, config_to_python, config_to_yaml, method_of, narrow, yaml_value
 from .evaluation import evaluate_tasks, generate_answers
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig, check_mask_init
@@ -128,7 +128,7 @@ def read_number(control: Control, text: str):
         empty = ", or nothing for the default way" if control.optional else ""
         raise ValueError(f"{control.name}={text!r}: expected {what}{empty}. {control.help}") from None
 
-# %% ../nbs/34_widgets.ipynb #fdb034c5
+# %% ../nbs/34_widgets.ipynb #dabab3a7
 def read_value(control: Control, value):
     "The value that a control's content stands for. Raises `ValueError` that names the option."
     if not isinstance(value, str):
@@ -137,10 +137,7 @@ def read_value(control: Control, value):
     if control.optional and text.lower() in ("", "none"):
         return None
     if control.kind == "mapping":
-        try:
-            found = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{control.name}: not YAML ({str(error).splitlines()[0]}). Write 'name: value' lines.") from error
+        found = yaml_value(control.name, text) or {}
         if not isinstance(found, dict):
             raise ValueError(f"{control.name}={text!r}: expected 'name: value' lines. {control.help}")
         return found

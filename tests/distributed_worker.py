@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_group
 
 from merge_lab.distributed import frozen_bytes, shard_merger, wrapper_of
 from merge_lab.memory import training_step
@@ -112,24 +113,21 @@ def gathered_bytes(merger):
     return sum(t.untyped_storage().nbytes() for p in params for t in p.all_gather_outputs)
 
 
-def largest_gathered():
-    "Of a step of a deeper model: whenever a leaf runs forward or backward."
-    found = []
-    merger = Merger(tiny_experts("llama", n=2, num_hidden_layers=6), MergerConfig())
+def largest_gathered(**shape):
+    "Of a step: wherever what arrived in one piece is copied to its tensors."
+    found, copy_out = [], fsdp_group.foreach_all_gather_copy_out
+    merger = Merger(tiny_experts("llama", n=2, **shape), MergerConfig())
     shard_merger(merger, dist.init_device_mesh("cpu", (WORLD,)))
 
-    def look(*_):
-        found.append(gathered_bytes(merger))
+    def watched(result, *others):
+        copy_out(result, *others)
+        piece = result.all_gather_output.untyped_storage().nbytes()
+        found.append(piece + gathered_bytes(merger))
 
-    def watch(module, args, output):
-        look()
-        if output.requires_grad:
-            output.register_hook(look)
-
-    for leaf in merger.leaves().values():
-        leaf.register_forward_hook(watch)
+    fsdp_group.foreach_all_gather_copy_out = watched
     batch = {name: torch.stack([row[name] for row in rows(2)]) for name in next(rows())}
     training_step(merger, batch, Objective(fused=True))
+    fsdp_group.foreach_all_gather_copy_out = copy_out
     return max(found)
 
 
@@ -141,7 +139,10 @@ if WORLD > 1 and not dist.is_initialized():
     dist.init_process_group("gloo")
 found = sharded_run()
 if WORLD > 1:
-    facts["gathered"] = largest_gathered()
+    facts["gathered"] = {
+        "deep": largest_gathered(num_hidden_layers=6),
+        "wide": largest_gathered(num_hidden_layers=3, vocab_size=4096),
+    }
 if RANK == 0:
     torch.save({"masks": masks, "gradients": found}, folder / f"tensors-{WORLD}.pt")
     (folder / f"facts-{WORLD}.json").write_text(json.dumps(facts))

@@ -97,19 +97,26 @@ def test_two_ranks_hold_half_of_the_frozen_weights(runs):
 
 
 def test_the_estimate_knows_what_a_sharded_run_gathers(runs):
-    "Between the layer at work and that with the next one, which is fetched ahead where there are streams."
+    "Two layers beside embedding and head; where these are large, they themselves while they are copied."
 
-    def parts(layers, ranks):
-        config = tiny_config("llama", num_hidden_layers=layers)
-        options = dict(seq_len=12, batch_size=2, dtype="float32", device="cpu")
-        return estimate_memory(config, ranks=ranks, **options).parts
+    def parts(ranks, **shape):
+        options = dict(seq_len=4, batch_size=1, dtype="float32", device="cpu")
+        return estimate_memory(
+            tiny_config("llama", **shape), ranks=ranks, **options
+        ).parts
 
-    one, two = parts(6, 1), parts(6, 2)
-    gathered = two["transients"] - one["transients"]
-    layer = parts(7, 1)["components"] - one["components"]
-    masks = 0.05 * layer  # are gathered, too
-    assert gathered - layer <= runs[2][0]["gathered"] <= gathered + masks
+    one, two = (parts(ranks, num_hidden_layers=6) for ranks in (1, 2))
+    masks = 0.05 * one["components"]  # are gathered, too
+    deep = two["transients"] - one["transients"]
+    assert 0 <= runs[2][0]["gathered"]["deep"] - deep <= masks
     assert two["components"] == one["components"] / 2
+    assert two["masks"] == one["masks"] / 2 == parts(8, num_hidden_layers=6)["masks"]
+    wide = dict(num_hidden_layers=3, vocab_size=4096)
+    layer = parts(1, num_hidden_layers=7)["components"] - one["components"]
+    starting = parts(2, **wide)
+    assert starting["activations"] == 0  # nothing has run yet
+    found = runs[2][0]["gathered"]["wide"]
+    assert abs(found - starting["transients"]) <= layer + masks
 
 
 def test_sharded_gradients_are_those_of_one_process(runs):

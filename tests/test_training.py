@@ -193,15 +193,66 @@ def test_a_run_goes_on_from_the_very_teachers_that_it_began_with(tmp_path):
 def test_a_full_disk_does_not_end_a_run(tmp_path, caplog):
     merger = Merger(tiny_experts("llama", n=2), MergerConfig())
     cache = TeacherCache(tmp_path / "teachers.cache", merger)
-    cache.add(b"a" * 16, torch.ones(4, 8))
+    for size in (4, 4000):  # below and above what a file would buffer
+        cache.add(b"%016d" % size, torch.ones(size, 8))
     held = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (cache.end + 100, held[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (cache.files[0].end + 100, held[1]))
     try:
-        cache.add(b"b" * 16, torch.ones(400, 8))
+        cache.add(b"b" * 16, torch.ones(40, 8))
+        for size in (4, 4000):
+            assert torch.equal(cache.get(b"%016d" % size), torch.ones(size, 8))
+        cache.add(b"c" * 16, torch.ones(1, 1))
+        cache.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, held)
-    assert "Teachers read all others in every pass" in caplog.text
-    cache.add(b"c" * 16, torch.ones(4, 8))
-    assert len(cache) == 1 and torch.equal(cache.get(b"a" * 16), torch.ones(4, 8))
-    cache.close()
-    assert len(TeacherCache(cache.path, merger)) == 1
+    assert caplog.text.count("Teachers read all others in every pass") == 1
+    again = TeacherCache(cache.path, merger)
+    assert again.get(b"b" * 16) is None and len(again) == 2
+    nowhere = tmp_path / "file"
+    nowhere.touch()
+    cache = TeacherCache(nowhere / "teachers.cache", merger)
+    cache.add(b"a" * 16, torch.ones(4, 8))
+    assert cache.get(b"a" * 16) is None
+
+
+def test_two_that_write_one_file_do_not_mix_up_their_teachers(tmp_path):
+    merger = Merger(tiny_experts("llama", n=2), MergerConfig())
+    both = [TeacherCache(tmp_path / "teachers.cache", merger) for _ in range(2)]
+    keys = [b"a" * 16, b"b" * 16]
+    for cache in both:
+        cache.get(keys[0])
+    for cache, key, value in zip(both, keys, (1.0, 2.0)):
+        cache.add(key, torch.full((4, 8), value))
+    for cache in both:
+        for key, value in zip(keys, (1.0, 2.0)):
+            found = cache.get(key)
+            assert found is None or torch.equal(found, torch.full((4, 8), value))
+
+
+def test_processes_read_what_the_others_kept(tmp_path):
+    merger = Merger(tiny_experts("llama", n=2), MergerConfig())
+    paths = [tmp_path / f"teachers-{rank}.cache" for rank in range(2)]
+    one, two = (
+        TeacherCache(path, merger, others=[p for p in paths if p != path])
+        for path in paths
+    )
+    assert two.get(b"a" * 16) is None
+    one.add(b"a" * 16, torch.ones(4, 8))
+    assert torch.equal(two.get(b"a" * 16), torch.ones(4, 8)) and len(two) == 0
+
+
+def test_a_cache_does_not_outlive_its_run(tmp_path):
+    options = dict(max_steps=24, per_device_train_batch_size=8, save_merged=False)
+    config = small(tmp_path, **options)
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    masks_and_taught(config, callbacks=(Stop(),))
+    kept = tmp_path / "run" / "teachers-0.cache"
+    assert kept.exists()
+    options = dict(resume=True, teacher_cache_gb=0, max_steps=4)
+    masks_and_taught(dataclasses.replace(config, **options))
+    assert not kept.exists()
