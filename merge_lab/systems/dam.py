@@ -10,7 +10,7 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DATASET_FILE'
            'load_teacher', 'with_teacher', 'check_topk', 'check_k', 'create_dataset_topk_logits', 'dataset_facts',
            'file_stamps', 'changes', 'open_dataset', 'TopkCollator', 'DAMTrainConfig', 'task_angles', 'dam_objective',
            'momentum_filter', 'MoFOAdamW', 'DAMRun', 'load_untrained', 'check_models', 'load_training_data',
-           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'loop_arguments', 'make_trainer',
+           'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'loop_arguments', 'make_trainer', 'recipe_of',
            'clear_export', 'train', 'show_merge', 'show_dataset', 'show_run']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #b2b62174
@@ -167,10 +167,12 @@ def dam_save_pretrained(self, folder: str | Path, is_main_process: bool = True):
 DAMMerger.from_pretrained = classmethod(dam_from_pretrained)
 DAMMerger.save_pretrained = dam_save_pretrained
 
-# %% ../../nbs/40_systems/02_dam.ipynb #b848a537
-def dam_save_merged(self, folder: str | Path, max_shard_size: str = "2GB", is_main_process: bool = True):
+# %% ../../nbs/40_systems/02_dam.ipynb #e3544eca
+def dam_save_merged(
+    self, folder: str | Path, max_shard_size: str = "2GB", is_main_process: bool = True, recipe: dict | None = None
+):
     "Write the merged model as a plain transformers checkpoint."
-    Merger.save_merged(self, folder, max_shard_size, is_main_process)
+    Merger.save_merged(self, folder, max_shard_size, is_main_process, recipe)
     if is_main_process and self.base_path is not None:
         chat_tokenizer(self.base_path, self.merger_config.model_paths).save_pretrained(folder)
 
@@ -704,7 +706,7 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
     scores.to_csv(folder / "scores.csv", index=False)
     return scores
 
-# %% ../../nbs/40_systems/02_dam.ipynb #ce085ed6
+# %% ../../nbs/40_systems/02_dam.ipynb #39e5626b
 RESUMABLE = {
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "score_rows", "resume",
     "overwrite", "teacher_cache_gb", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
@@ -730,6 +732,13 @@ def make_trainer(
     )
     trainer.add_callback(NoiseGate(config.noise_floor))
     return trainer, *attach_watchers(trainer, Path(arguments.output_dir), "training coefficients")
+
+
+def recipe_of(config: DAMTrainConfig) -> dict:
+    "What a model card should tell of the training: every option but places and what the run leaves."
+    places = {"untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir", "output_dir", "device", "report_to"}
+    left_out = places | {"export", "score_rows", "resume", "overwrite"}
+    return {"training": {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}}
 
 
 def clear_export(folder: Path):
@@ -760,7 +769,7 @@ def train(config: DAMTrainConfig) -> DAMRun:
             f"Go on with: merge-lab dam-train {folder / 'config.yaml'} --resume"
         )
     if config.export:
-        merger.save_merged(folder / "merged", is_main_process=main)
+        merger.save_merged(folder / "merged", is_main_process=main, recipe=recipe_of(config))
         scores = score_export(config, merger, folder, tests) if tests and main else None
     return DAMRun(merger, history.frame(), folder, scores)
 
