@@ -1,5 +1,6 @@
 """One torch thread: two collapse when anything else runs on two cores. Nothing is downloaded."""
 
+import gc
 import logging
 import os
 import shlex
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_collected_again():
+    "Loading a model collects garbage; among the objects of all that is imported that takes longer than the model."
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

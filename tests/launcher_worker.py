@@ -1,4 +1,4 @@
-"""Training as a notebook starts it: a function handed to accelerate's launchers. `python launcher_worker.py FOLDER PROCESSES`."""
+"""Training as a notebook starts it: a function handed to accelerate's launchers. `python launcher_worker.py FOLDER`."""
 
 import sys
 from pathlib import Path
@@ -42,10 +42,9 @@ def train(folder: str, processes: int):
 
 
 if __name__ == "__main__":
-    folder, processes = sys.argv[1], int(sys.argv[2])
-    if processes == 1:
-        for i, model in enumerate(tiny_experts("llama", n=2)):
-            save_tiny(model, Path(folder) / f"component-{i}", tiny_tokenizer())
-        notebook_launcher(train, (folder, 1), num_processes=1)
-    else:  # without GPUs notebook_launcher starts one process; its twin for CPUs starts several
-        debug_launcher(train, (folder, processes), num_processes=processes)
+    folder = sys.argv[1]
+    for i, model in enumerate(tiny_experts("llama", n=2)):
+        save_tiny(model, Path(folder) / f"component-{i}", tiny_tokenizer())
+    # without GPUs notebook_launcher starts one process, this one; its twin for CPUs starts several
+    debug_launcher(train, (folder, 2), num_processes=2)
+    notebook_launcher(train, (folder, 1), num_processes=1)

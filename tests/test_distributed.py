@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def finish(processes: list[subprocess.Popen]):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "One process, then two agents of one process each: {1: (facts, tensors, folder), 2: ...}."
+    "This process, then two agents of one process each: {1: (facts, tensors, folder), 2: ...}."
     folder = tmp_path_factory.mktemp("distributed")
     environment = {
         **os.environ,
@@ -65,7 +66,9 @@ def runs(tmp_path_factory):
     options = dict(
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    finish([subprocess.Popen([sys.executable, str(WORKER), str(folder)], **options)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(WORKER), str(folder)])
+        runpy.run_path(str(WORKER))
     command = agent(folder, free_port())
     finish([subprocess.Popen(command, **options) for _ in range(2)])
     return {
@@ -143,17 +146,15 @@ def test_a_notebook_launches_two_processes(tmp_path):
 
     worker = Path(__file__).with_name("launcher_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for n in (1, 2):
-        command = [sys.executable, str(worker), str(tmp_path), str(n)]
-        done = subprocess.run(
-            command,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
     one, two = (
         load_file(tmp_path / f"masks-{n}" / "masks.safetensors") for n in (1, 2)
     )
@@ -161,9 +162,11 @@ def test_a_notebook_launches_two_processes(tmp_path):
         assert_close(two[name], one[name], rtol=1e-6, atol=1e-6)
 
 
-def launch(*words: str, **environment) -> subprocess.CompletedProcess:
-    "merge-lab in two processes."
-    program = Path(sys.executable).with_name("merge-lab")
+PROGRAM = Path(sys.executable).with_name("merge-lab")
+
+
+def launch(*words: str, program=PROGRAM, **environment) -> subprocess.CompletedProcess:
+    "merge-lab, or another program, in two processes."
     engine = ["-m", "torch.distributed.run", "--nproc-per-node=2"]
     return subprocess.run(
         [sys.executable, *engine, f"--master-port={free_port()}", str(program), *words],
@@ -217,6 +220,7 @@ def test_the_command_trains_sharded_as_in_one_process(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("Written:") == 1  # the other process keeps quiet
     config.output_dir, config.per_device_train_batch_size = str(tmp_path / "one"), 8
+    config.report = False
     run(config, progress=False)
     for name in ("masks/masks.safetensors", "merged/model.safetensors"):
         one, two = (saved(tmp_path / n, name) for n in ("one", "two"))
@@ -226,10 +230,8 @@ def test_the_command_trains_sharded_as_in_one_process(tmp_path):
     one, two = (read_history(tmp_path / n / "history.jsonl") for n in ("one", "two"))
     assert two.loss.to_list() == pytest.approx(one.loss.to_list(), rel=1e-5)
     assert one.loss.iloc[-1] < one.loss.iloc[0]
-    plots = {
-        n: len(list((tmp_path / n / "plots").glob("*.png"))) for n in ("one", "two")
-    }
-    assert (tmp_path / "two" / "report.html").exists() and plots["two"] == plots["one"]
+    assert (tmp_path / "two" / "report.html").exists()
+    assert len(list((tmp_path / "two" / "plots").glob("*.png"))) == 6
 
 
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
@@ -240,6 +242,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
     options = dict(
         max_steps=4, per_device_train_batch_size=1, save_merged=False, report=False
     )
+    options["base_model"] = None
     files = {}
     for name in ("whole", "cut"):
         config = small(
@@ -247,8 +250,6 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
         )
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(config_to_yaml(config), encoding="utf-8")
-    whole = launch("mask-merge", str(files["whole"]))
-    assert whole.returncode == 0, whole.stderr[-4000:]
     stop = tmp_path / "stop"
     stop.mkdir()
     (stop / "sitecustomize.py").write_text(SIGNAL_TO_ONE, encoding="utf-8")
@@ -267,11 +268,22 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
                 tmp_path / "cut", resume=True, lr_scheduler_type="constant", **options
             )
         )
-    on = launch("mask-merge", str(files["cut"]), "--resume")
+    both = tmp_path / "both.py"
+    both.write_text(RESUMED_AND_WHOLE, encoding="utf-8")
+    on = launch(str(files["cut"]), str(files["whole"]), program=both)
     assert on.returncode == 0, on.stderr[-4000:]
     one, two = (saved(tmp_path / name) for name in ("whole", "cut"))
     for name in one:
         assert torch.equal(one[name], two[name]), name
+
+
+RESUMED_AND_WHOLE = """
+import sys
+from merge_lab.cli import main
+
+cut, whole = sys.argv[1:]
+sys.exit(main(["mask-merge", cut, "--resume"]) or main(["mask-merge", whole]))
+"""
 
 
 SIGNAL_TO_ONE = """

@@ -125,34 +125,31 @@ def test_presets_grow():
     assert find_target_modules(tiny_model("gpt2"), "balanced") == ["c_attn"]
 
 
-@pytest.mark.parametrize("layout", ["text", "messages"])
-def test_save_and_inference_in_later_processes(base, layout):
-    rows = TEXTS if layout == "text" else CHAT
-    rows = (
-        datasets.Dataset.from_dict({"text": rows})
-        if layout == "text"
-        else datasets.Dataset.from_list(rows)
-    )
-    lora = quick(base, rows, output_dir="run", lora=dict(target_modules="aggressive"))
-    lora.train()
-    chat = layout == "messages"
-    wanted = lora.inference("the cat", max_new_tokens=6, chat=chat)
-    assert wanted == lora.inference("the cat", max_new_tokens=6)
+def test_save_and_inference_in_a_later_process(base):
+    "Of an adapter that was trained on text, and of one that was trained on conversations."
+    wanted = {}
+    for layout, column in (("text", TEXTS), ("messages", [c["messages"] for c in CHAT])):
+        rows, chat = datasets.Dataset.from_dict({layout: column}), layout == "messages"
+        lora = quick(base, rows, output_dir=layout, lora=dict(target_modules="aggressive"))
+        lora.train()
+        wanted[layout] = f"{chat} {lora.inference('the cat', max_new_tokens=6, chat=chat)}"
+        assert wanted[layout] == f"{chat} {lora.inference('the cat', max_new_tokens=6)}"
     script = (
         "from merge_lab.systems import lora as pipeline\n"
         "from merge_lab.systems.lora import SmoLoRA, complete\n"
         "def told(*given, chat, **options):\n"
         "    return f'{chat} {complete(*given, chat=chat, **options)}'\n"
         "pipeline.complete = told\n"
-        "lora = SmoLoRA('base', output_dir='run', device='cpu')\n"
-        "print(lora.save()['max_logit_difference'])\n"
-        "print(SmoLoRA('base', output_dir='run', device='cpu').inference('the cat', max_new_tokens=6))\n"
+        "for run in ('text', 'messages'):\n"
+        "    lora = SmoLoRA('base', output_dir=run, device='cpu')\n"
+        "    print(lora.save()['max_logit_difference'])\n"
+        "    print(SmoLoRA('base', output_dir=run, device='cpu').inference('the cat', max_new_tokens=6))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    difference, said = done.stdout.splitlines()[-2:]
-    assert float(difference) < 1e-4 and said == f"{chat} {wanted}"
+    differences, said = done.stdout.splitlines()[-4::2], done.stdout.splitlines()[-3::2]
+    assert max(map(float, differences)) < 1e-4 and said == list(wanted.values())
 
 
 def test_training_touches_adapters_only(base):

@@ -379,7 +379,7 @@ def scores(model, questions):
 def adapter_of(task, path, steps):
     "An adapter of the bundled base, trained for real; its merged model."
     adapter = dict(r=16, target_modules="aggressive", lora_dropout=0.0)
-    pace = dict(max_steps=steps, batch_size=32, gradient_accumulation_steps=1)
+    pace = dict(max_steps=steps, batch_size=16, gradient_accumulation_steps=1)
     rate = dict(learning_rate=6e-3, lr_scheduler_type="cosine", warmup_steps=10)
     where = dict(datasets=[path], output_dir=task, device="cpu")
     train_adapter(
@@ -389,7 +389,7 @@ def adapter_of(task, path, steps):
 
 
 def test_two_tasks_are_learned_and_one_blend_keeps_both():
-    "The runs of the README, on the two tasks that take the fewest steps."
+    "The runs of the README in batches of half the size, on the two tasks that take the fewest steps."
     steps = {"summarize": 40, "extract": 90}
     paths = {task: str(bundled_path(f"tasks/{task}")) for task in steps}
     questions = {task: load_task(paths[task], "test", n=50) for task in steps}

@@ -43,6 +43,7 @@ def small(tmp_path, **options):
         per_device_train_batch_size=4,
         report=False,
         save_steps=2,
+        base_model=None,  # the demo has one
     )
     return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
 
@@ -53,6 +54,28 @@ def demo(tmp_path_factory):
     return run(
         demo_config(output_dir=str(folder / "run"), eval_samples=60), progress=False
     )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A short run; what goes on with it does so with a copy."
+    config = small(tmp_path_factory.mktemp("finished"), max_steps=2)
+    return config, run(config, progress=False)
+
+
+def copy_of(config, tmp_path, **options):
+    "The same run, in a folder of this test."
+    folder = shutil.copytree(config.output_dir, tmp_path / "run")
+    return dataclasses.replace(config, output_dir=str(folder), **options)
+
+
+@pytest.fixture(scope="module")
+def without_checkpoint(tmp_path_factory):
+    "A short run of some parameters that leaves no checkpoint; nothing goes on with it."
+    folder = tmp_path_factory.mktemp("without")
+    options = dict(save_steps=0, save_merged=False, target_modules=["mlp"])
+    config = small(folder, max_steps=2, **options)
+    return config, run(config, progress=False)
 
 
 def test_learned_masks_do_both_jobs(demo):
@@ -96,8 +119,10 @@ def test_everything_is_written(demo):
 
 
 def test_interrupt_then_resume_equals_an_uninterrupted_run(tmp_path):
-    whole = run(small(tmp_path / "whole"), progress=False)
-    config = small(tmp_path / "cut", save_steps=0)
+    "With decay, which pulls to the start of the first run after the resume as before it."
+    options = dict(mask_decay=5.0, save_merged=False)
+    whole = run(small(tmp_path / "whole", **options), progress=False)
+    config = small(tmp_path / "cut", save_steps=0, **options)
 
     from transformers import TrainerCallback
 
@@ -137,13 +162,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path):
     process.wait()
     steps = read_history(history).step.max()
     assert steps >= 5
-    done = subprocess.run(
-        [*command, "--resume", "--max_steps", str(steps + 4)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    assert main([*command[1:], "--resume", "--max_steps", str(steps + 4)]) == 0
     assert read_history(history).step.tolist() == list(range(1, steps + 5))
 
 
@@ -256,11 +275,11 @@ def test_data_in_the_folder_that_would_be_cleared_is_refused(tmp_path):
     assert any(data.iterdir())
 
 
-def test_outputs_of_earlier_masks_are_not_shown_as_new(tmp_path, capsys):
-    config = small(tmp_path, max_steps=2)
-    show_result(run(config, progress=False))
+def test_outputs_of_earlier_masks_are_not_shown_as_new(finished, tmp_path, capsys):
+    config, result = finished
+    show_result(result)
     assert "Of earlier masks" not in capsys.readouterr().out
-    going_on = dataclasses.replace(config, max_steps=4, resume=True, save_merged=False)
+    going_on = copy_of(config, tmp_path, max_steps=4, resume=True, save_merged=False)
     show_result(run(going_on, progress=False))
     written, older = capsys.readouterr().out.strip().splitlines()[-2:]
     assert "merged" not in written and older.startswith("Of earlier masks")
@@ -271,42 +290,28 @@ def test_outputs_of_earlier_masks_are_not_shown_as_new(tmp_path, capsys):
         run(config_from_yaml(MaskMergeConfig, tmp_path / "run/config.yaml"))
 
 
-def test_resume_without_a_checkpoint_keeps_the_history(tmp_path):
-    config = small(tmp_path, max_steps=2, save_steps=0, save_merged=False)
-    run(config, progress=False)
+def test_resume_without_a_checkpoint_keeps_the_history(without_checkpoint):
+    config, result = without_checkpoint
     with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
         run(dataclasses.replace(config, max_steps=4, resume=True), progress=False)
-    assert len(read_history(tmp_path / "run/history.jsonl")) == 2
+    assert len(read_history(result.folder / "history.jsonl")) == 2
 
 
-def test_the_average_is_named_by_what_it_averages(tmp_path):
-    options = dict(target_modules=["mlp"], save_merged=False)
-    result = run(small(tmp_path, max_steps=2, **options), progress=False)
+def test_the_average_is_named_by_what_it_averages(without_checkpoint):
+    _, result = without_checkpoint
     name = "uniform average of what is masked"
     assert name in set(result.scores.model) and name in result.answers
     assert f"rewrite: with the {name}" in headline(result.scores)
 
 
-def test_resume_refuses_other_options_and_nothing(tmp_path):
-    config = small(tmp_path, save_merged=False, max_steps=2)
+def test_resume_refuses_other_options_and_nothing(finished, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run that could be resumed"):
         run(small(tmp_path, resume=True), progress=False)
-    run(config, progress=False)
+    config = copy_of(finished[0], tmp_path, resume=True, mode="scalar")
     before = (tmp_path / "run" / "config.yaml").read_text()
     with pytest.raises(ValueError, match="mode='scalar', but the run"):
-        run(small(tmp_path, resume=True, mode="scalar"), progress=False)
+        run(config, progress=False)
     assert (tmp_path / "run" / "config.yaml").read_text() == before
-
-
-def test_mask_decay_pulls_to_the_same_start_after_a_resume(tmp_path):
-    options = dict(
-        mask_decay=5.0, save_merged=False, save_steps=3, lr_scheduler_type="constant"
-    )
-    whole = run(small(tmp_path / "whole", **options), progress=False)
-    run(small(tmp_path / "cut", max_steps=3, **options), progress=False)
-    resumed = run(small(tmp_path / "cut", resume=True, **options), progress=False)
-    for name, mask in whole.merger.mask_state().items():
-        assert torch.equal(mask, resumed.merger.mask_state()[name]), name
 
 
 def test_the_run_seeds_random_masks(tmp_path):
@@ -351,9 +356,9 @@ def test_a_folder_that_holds_a_run_is_kept(tmp_path, capsys):
     assert (folder / "config.yaml").read_text() == before
 
 
-def test_checkpoints_hold_masks_only(tmp_path):
-    result = run(small(tmp_path, save_merged=False), progress=False)
-    checkpoint = result.folder / "checkpoint-6"
+def test_checkpoints_hold_masks_only(finished):
+    result = finished[1]
+    checkpoint = result.folder / "checkpoint-2"
     weights = sum(p.numel() for p in result.merger.parameters() if not p.requires_grad)
     masks = load_file(checkpoint / "masks.safetensors")
     assert sum(mask.numel() for mask in masks.values()) < 0.1 * weights
@@ -370,13 +375,13 @@ def test_help_and_unknown_commands(capsys):
     assert stopped.value.code == 0 and "--constrain_mode" in capsys.readouterr().out
 
 
-def test_resuming_a_finished_run_changes_nothing(tmp_path):
-    options = dict(save_merged=False, max_steps=3, lr_scheduler_type="constant")
-    first = run(small(tmp_path, **options), progress=False)
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    config, first = finished
     masks = (first.folder / "masks" / "masks.safetensors").read_bytes()
-    again = run(small(tmp_path, resume=True, **options), progress=False)
-    assert (first.folder / "masks" / "masks.safetensors").read_bytes() == masks
-    assert again.history.step.tolist() == [1, 2, 3]
+    config = copy_of(config, tmp_path, resume=True, save_merged=False)
+    again = run(config, progress=False)
+    assert (again.folder / "masks" / "masks.safetensors").read_bytes() == masks
+    assert again.history.step.tolist() == [1, 2]
 
 
 def test_a_dry_run_finds_what_the_run_would_refuse(tmp_path):

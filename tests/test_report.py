@@ -84,26 +84,35 @@ def test_table_marks_the_best_at_printed_precision():
     assert "–" in body and "best" not in report.Table(frame, better={}).html()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1200])
-def test_page_in_a_browser(tmp_path, scheme, width):
+@pytest.fixture(scope="module")
+def browser():
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is not installed")
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = report.report_html(
-        "Two experts, one model", example_sections(), tmp_path / "r.html"
-    )
-    asked, told = [], []
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
         browser = playwright.chromium.launch(executable_path=chromium, args=flags)
-        page = browser.new_page(
-            viewport=dict(width=width, height=800), color_scheme=scheme
-        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "r.html"
+    return report.report_html("Two experts, one model", example_sections(), path)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_page_in_a_browser(browser, written, scheme, width):
+    asked, told = [], []
+    with browser.new_page(
+        viewport=dict(width=width, height=800), color_scheme=scheme
+    ) as page:
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: told.append(message.text))
-        page.goto(path.as_uri())
+        page.goto(written.as_uri())
         shown = page.locator("img").evaluate(
             "i => [i.complete, i.naturalWidth, i.currentSrc]"
         )
@@ -112,7 +121,6 @@ def test_page_in_a_browser(tmp_path, scheme, width):
         page.locator("summary").click()
         config = page.get_by_text("seed: 0").is_visible()
         sources = page.locator("source").get_attribute("srcset"), shown[2]
-        browser.close()
     assert [
         url for url in asked if not url.startswith(("file:", "data:"))
     ] == [] and told == []

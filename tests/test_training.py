@@ -121,7 +121,7 @@ def test_a_pause_is_not_counted_as_work(tmp_path):
     class Pause(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                time.sleep(2)
+                time.sleep(1)
 
     config = small(tmp_path, save_merged=False, max_steps=4)
     rates = run(config, callbacks=(Pause(),), progress=False).history.tokens_per_second
