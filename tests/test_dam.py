@@ -205,6 +205,8 @@ def test_identical_components_give_themselves_back(
     )
     for name, tensor in plain.state_dict().items():
         assert_close(tensor, wanted.state_dict()[name], atol=1e-6, rtol=1e-6)
+    card = (tmp_path / "trained" / "merged" / "README.md").read_text(encoding="utf-8")
+    assert "learning_rate: 0.02" in card and str(tmp_path) not in card
     # it is the gate that held them: the gradient is rounding noise, but it is there
     options |= dict(noise_floor=0.0, export=False)
     caplog.clear()
