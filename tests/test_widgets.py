@@ -56,7 +56,7 @@ widgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed"
 def one_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     estimate = "merge_lab.systems.mask_merge._estimate"
-    monkeypatch.setattr(estimate, lambda config, longest: None)  # has its own tests
+    monkeypatch.setattr(estimate, lambda *_: None)  # has its own tests
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
