@@ -434,7 +434,7 @@ def _divided(parts: dict[str, int], merger: Merger, ranks: int) -> dict[str, int
     starting = {**dict.fromkeys(parts, 0), **held, "transients": 2 * root + layer}
     return max(running, starting, key=lambda each: sum(each.values()))
 
-# %% ../nbs/30_memory.ipynb #601babe5
+# %% ../nbs/30_memory.ipynb #6379aedf
 OPTIMIZERS = {"adamw": "two numbers per mask value", "sgd": "no state"}
 
 
@@ -461,6 +461,8 @@ def estimate_memory(
     "Peak memory of training, by parts, without allocating it. Raises `ValueError` for options that do not exist."
     check_choice("optimizer", optimizer, OPTIMIZERS)
     check_choice("device", device, ["cuda", "cpu"])
+    if seq_len * batch_size > _REAL:
+        raise ValueError(f"seq_len={seq_len} with batch_size={batch_size}: at most {_REAL:,} tokens at once can be estimated. Take fewer.")
     config = load_config(config)
     dtype = as_dtype(dtype)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
@@ -504,7 +506,7 @@ def _cures(options: dict) -> Iterable[dict]:
         seq_len //= 2
         yield {"seq_len": seq_len}
 
-# %% ../nbs/30_memory.ipynb #991f1b18
+# %% ../nbs/30_memory.ipynb #d4c0ae15
 @dataclasses.dataclass
 class FitReport:
     "What was tried to make a merge fit."
@@ -535,10 +537,10 @@ class FitReport:
             return f"{asked}\nIt fits into {budget}."
         if self.remedy:
             peak = readable(self.tried[-1][1].peak_bytes)
-            return f"{asked}\nIt does not fit into {budget}. With {_words(self.remedy)} it does: {peak}."
+            return f"{asked}\nIt does not fit into {budget} with {RESERVE:.0%} kept free. With {_words(self.remedy)} it does: {peak}."
         least = min(e.peak_bytes for _, e in self.tried)
         return (
-            f"{asked}\nIt does not fit into {budget}, and no option makes it fit: {readable(least)} is the least. "
+            f"{asked}\nIt does not fit into {budget} with {RESERVE:.0%} kept free, and no option makes it fit: {readable(least)} is the least. "
             f"Take a larger device, divide the components over {'more' if self.options.get('ranks', 1) > 1 else 'several'} (torchrun and --shard; `merge-lab memory --ranks` "
             "estimates it), or mask smaller models."
         )

@@ -46,7 +46,7 @@ from .objective import Objective, TeacherCache
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/31_training.ipynb #7918d5e2
+# %% ../nbs/31_training.ipynb #02bbc4dd
 @dataclasses.dataclass
 class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
@@ -75,7 +75,7 @@ class LoopConfig:
     )
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
     teacher_cache_gb: float = option(
-        8.0, "GiB of disk for teachers' hidden states of samples that come again: later passes need no teacher's forward; 0: none",
+        8.0, "GiB of disk for teachers' hidden states of samples that come again: later passes need no teacher's forward; 0: none; not with shard",
         low=0, group="Memory",
     )
     device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")

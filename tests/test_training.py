@@ -80,7 +80,7 @@ def test_a_run_that_will_not_fit_is_told_before_it_begins(
     monkeypatch.setattr(memory, "free_memory", lambda device=None: 15 * 2**20)
     with caplog.at_level(logging.WARNING):
         ready = prepare(small(tmp_path, per_device_train_batch_size=256))
-    assert "does not fit into 15.00 MiB. With " in caplog.text
+    assert "does not fit into 15.00 MiB with 5% kept free. With " in caplog.text
     assert ready.recompute  # was left open, so it is chosen where memory is short
     chosen = small(
         tmp_path, per_device_train_batch_size=256, gradient_checkpointing=False

@@ -175,7 +175,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     names = component_names(config.model_paths)
     return Prepared(config, folder, arguments, names, tokenizer, dataset, tests, memory, checkpoint)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #e755f604
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #7796efec
 def _estimate(config: MaskMergeConfig, longest: int, n_processes: int) -> FitReport | None:
     "Will it fit? Says so before anything is loaded, and warns if not."
     device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
@@ -186,7 +186,8 @@ def _estimate(config: MaskMergeConfig, longest: int, n_processes: int) -> FitRep
         return None
     if report.fits:
         peak, free = readable(report.tried[0][1].peak_bytes), readable(report.budget_bytes)
-        logger.info("training takes about %s (an estimate, evaluation not counted); %s are free", peak, free)
+        each = f" on each of {n_processes} processes" if n_processes > 1 else ""
+        logger.info("training takes about %s%s (an estimate, evaluation not counted); %s are free%s", peak, each, free, each and " for each")
     else:
         logger.warning("%s", report)
     return report
@@ -275,7 +276,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #f20f73ec
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #68cc9f90
 def make_trainer(
     merger: Merger,
     ready: Prepared,
@@ -298,9 +299,11 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     train_from(trainer, ready.checkpoint)
     trainer.model.save_pretrained(ready.folder / "masks", is_main_process=trainer.args.should_save)
     if stopper.requested.is_set():
+        n = ready.arguments.world_size
+        start = f"torchrun --nproc-per-node={n} .venv/bin/" if n > 1 else ""
         raise RunInterrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "
-            f"{last_checkpoint(ready.folder)}. Go on with: merge-lab mask-merge {ready.folder / 'config.yaml'} --resume"
+            f"{last_checkpoint(ready.folder)}. Go on with: {start}merge-lab mask-merge {ready.folder / 'config.yaml'} --resume"
         )
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #3ee5ecbe
