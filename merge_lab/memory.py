@@ -7,7 +7,7 @@ __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'M
            'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
            'fit_run', 'MemoryConfig', 'run', 'show_fit']
 
-# %% ../nbs/30_memory.ipynb #82b3c4f8
+# %% ../nbs/30_memory.ipynb #2cbd7f16
 import dataclasses
 import functools
 import logging
@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import losses, masks
 from .components import as_dtype, find_folder, read_config
 from .core import check_choice, check_options, option
-from .distributed import decoder_layers
+from .distributed import decoder_layers, frozen_bytes
 from .masks import IMPLS, MODES
 from .merger import KINDS, Merger, MergerConfig
 from .objective import Objective
@@ -420,21 +420,26 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     training_step(merger, batch, objective, optimizer)
     return merger, start
 
-# %% ../nbs/30_memory.ipynb #b6c1d479
-def _frozen_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
-
-
+# %% ../nbs/30_memory.ipynb #5e5ba1f7
 def _divided(parts: dict[str, int], merger: Merger, ranks: int) -> dict[str, int]:
     "The parts that one rank of a sharded run holds."
-    layers = [_frozen_bytes(layer) for layer in decoder_layers(merger.model)]
-    root, layer = _frozen_bytes(merger) - sum(layers), max(layers)
+    layers = [frozen_bytes(layer) for layer in decoder_layers(merger.model)]
+    root, layer = frozen_bytes(merger) - sum(layers), max(layers)
     held = {"components": -(-parts["components"] // ranks), "masks": -(-parts["masks"] // min(ranks, merger.n_components))}
     running = {**parts, **held, "transients": parts["transients"] + root + 2 * layer}
     starting = {**dict.fromkeys(parts, 0), **held, "transients": 2 * root + layer}
     return max(running, starting, key=lambda each: sum(each.values()))
 
-# %% ../nbs/30_memory.ipynb #6379aedf
+# %% ../nbs/30_memory.ipynb #6897a540
+def _check_possible(merger_config: MergerConfig, seq_len: int, batch_size: int, ranks: int):
+    "Raise `ValueError` for what cannot be pretended, or cannot be trained."
+    if seq_len * batch_size > _REAL:
+        raise ValueError(f"seq_len={seq_len} with batch_size={batch_size}: at most {_REAL:,} tokens at once can be estimated. Take fewer.")
+    for name in ("offload", "keep_merged"):
+        if ranks > 1 and getattr(merger_config, name):
+            raise ValueError(f"ranks={ranks} with {name}=True: they do not go together. Leave one out.")
+
+# %% ../nbs/30_memory.ipynb #b9e54db2
 OPTIMIZERS = {"adamw": "two numbers per mask value", "sgd": "no state"}
 
 
@@ -461,17 +466,13 @@ def estimate_memory(
     "Peak memory of training, by parts, without allocating it. Raises `ValueError` for options that do not exist."
     check_choice("optimizer", optimizer, OPTIMIZERS)
     check_choice("device", device, ["cuda", "cpu"])
-    if seq_len * batch_size > _REAL:
-        raise ValueError(f"seq_len={seq_len} with batch_size={batch_size}: at most {_REAL:,} tokens at once can be estimated. Take fewer.")
     config = load_config(config)
     dtype = as_dtype(dtype)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     merger_config = MergerConfig(
         mode=mode, impl=impl, target_kinds=list(target_kinds), keep_merged=keep_merged, **merger_options
     )
-    for name in ("offload", "keep_merged"):
-        if ranks > 1 and getattr(merger_config, name):
-            raise ValueError(f"ranks={ranks} with {name}=True: they do not go together. Leave one out.")
+    _check_possible(merger_config, seq_len, batch_size, ranks)
     objective = objective or _default_objective(loss, fused_loss, logit_chunk)
     vocab_size = config.get_text_config().vocab_size
     ledger = Ledger(vocab_size)

@@ -7,8 +7,8 @@ __all__ = ['logger', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'obje
            'training_arguments', 'compiled_layers', 'MergerTrainer', 'sees_samples_again', 'kept_teachers',
            'first_nonfinite', 'alpha_summary', 'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted',
            'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted',
-           'attach_watchers', 'last_checkpoint', 'train_from', 'checkpoint_to_resume', 'check_going_on',
-           'open_together']
+           'resume_command', 'attach_watchers', 'last_checkpoint', 'train_from', 'checkpoint_to_resume',
+           'check_going_on', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -226,7 +226,7 @@ class MergerTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # DDP averages what was normalised over all processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
-# %% ../nbs/31_training.ipynb #70c97c2a
+# %% ../nbs/31_training.ipynb #13f64801
 def sees_samples_again(
     trainer: MergerTrainer,
 ) -> bool:  # False as well if the data do not say how many they are
@@ -239,10 +239,10 @@ def sees_samples_again(
     return args.max_steps * args.gradient_accumulation_steps * args.train_batch_size * args.world_size > len(data)
 
 
-def _cache_paths(trainer: MergerTrainer) -> list[Path]:
-    "Where the processes keep what teachers say, this one's first."
-    ranks = [trainer.args.process_index, *(r for r in range(trainer.args.world_size) if r != trainer.args.process_index)]
-    return [Path(trainer.args.output_dir) / f"teachers-{rank}.cache" for rank in ranks]
+def _cache_paths(args: TrainingArguments) -> tuple[Path, list[Path]]:
+    "Where this process keeps what teachers say, and where the others do."
+    paths = [Path(args.output_dir) / f"teachers-{rank}.cache" for rank in range(args.world_size)]
+    return paths.pop(args.process_index), paths
 
 
 @contextmanager
@@ -250,7 +250,7 @@ def kept_teachers(
     trainer: MergerTrainer,
 ):
     "Inside the block the objective keeps what teachers say, if that is wanted and of use."
-    args, objective, (own, *others) = trainer.args, trainer.objective, _cache_paths(trainer)
+    args, objective, (own, others) = trainer.args, trainer.objective, _cache_paths(trainer.args)
     limit = getattr(args, "teacher_cache_gb", 0.0) * 2**30 / args.world_size
     if limit and not is_sharded(trainer.model) and sees_samples_again(trainer):
         objective.teachers = TeacherCache(own, trainer.model, limit, others)
@@ -561,9 +561,19 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/31_training.ipynb #78652229
+# %% ../nbs/31_training.ipynb #4c0ca06b
 class RunInterrupted(RuntimeError):
     "A run was stopped by the user; the message says where its masks are and how to go on."
+
+
+def resume_command(
+    command: str,  # of merge-lab
+    folder: Path,  # of the run
+    n_processes: int = 1,  # that train together
+) -> str:
+    "What goes on with a run that was stopped."
+    start = f"torchrun --nproc-per-node={n_processes} .venv/bin/" if n_processes > 1 else ""
+    return f"{start}merge-lab {command} {folder / 'config.yaml'} --resume"
 
 
 def attach_watchers(
@@ -584,7 +594,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     whole = [file.parent for file in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
-# %% ../nbs/31_training.ipynb #e31c6d63
+# %% ../nbs/31_training.ipynb #6dc47f77
 def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     "Train, from a checkpoint if there is one; where it has all steps already, its masks and history are only read."
     if checkpoint is None:
@@ -596,7 +606,7 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     if done != asked:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return
-    _cache_paths(trainer)[0].unlink(missing_ok=True)
+    _cache_paths(trainer.args)[0].unlink(missing_ok=True)
     trainer._load_from_checkpoint(str(checkpoint))  # transformers would take one step before it looks at the limit
     trainer.state.global_step = trainer.state.max_steps = done
     for callback in trainer.callback_handler.callbacks:

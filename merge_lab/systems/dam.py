@@ -13,7 +13,7 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DATASET_FILE'
            'dam_optimizer', 'NoiseGate', 'rows_to_score', 'score_export', 'loop_arguments', 'make_trainer', 'recipe_of',
            'clear_export', 'train', 'show_merge', 'show_dataset', 'show_run']
 
-# %% ../../nbs/40_systems/02_dam.ipynb #b2b62174
+# %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
 import json
 import logging
@@ -44,7 +44,7 @@ from ..tasks import ChatCollator, encode_rows, load_task
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from merge_lab.training import (
     HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, open_together, train_from,
-    training_arguments,
+    resume_command, training_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -706,7 +706,7 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
     scores.to_csv(folder / "scores.csv", index=False)
     return scores
 
-# %% ../../nbs/40_systems/02_dam.ipynb #39e5626b
+# %% ../../nbs/40_systems/02_dam.ipynb #f4849261
 RESUMABLE = {
     "max_steps", "num_train_epochs", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "export", "score_rows", "resume",
     "overwrite", "teacher_cache_gb", "output_dir", "untrained_merged_model_name", "base_model_name", "hf_disk_dataset_dir", "cache_dir",
@@ -766,7 +766,7 @@ def train(config: DAMTrainConfig) -> DAMRun:
     if stopper.requested.is_set():
         raise RunInterrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; coefficients and optimizer are in {folder}. "
-            f"Go on with: merge-lab dam-train {folder / 'config.yaml'} --resume"
+            f"Go on with: {resume_command('dam-train', folder, arguments.world_size)}"
         )
     if config.export:
         merger.save_merged(folder / "merged", is_main_process=main, recipe=recipe_of(config))

@@ -8,7 +8,7 @@ __all__ = ['logger', 'MORE_THAN_DELTAS', 'CHANGE_THE_BASE', 'Factors', 'SHARES',
            'blended_factors', 'LoRAMergeConfig', 'AdapterMerger', 'base_path', 'save_adapter', 'peft_baselines',
            'adapter_rows', 'train_adapter_masks', 'run', 'show_result']
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #c317042d
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #f8ce69bb
 import dataclasses
 import json
 import logging
@@ -31,7 +31,7 @@ from .lora import MORE_THAN_FACTORS
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
 from ..tasks import ChatCollator, build_dataset
 from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on
-from ..training import last_checkpoint, objective_of, train_from, training_arguments
+from ..training import last_checkpoint, objective_of, resume_command, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -399,7 +399,7 @@ def peft_baselines(
         model.set_adapter("blend")
         yield method, model.eval()
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #601a78ca
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #f4043435
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter."
     if len(config.datasets) != len(config.adapters):
@@ -427,7 +427,7 @@ def train_adapter_masks(
     if stopper.requested.is_set():
         raise RunInterrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "
-            f"{last_checkpoint(folder)}. Go on with: merge-lab lora-merge {folder / 'config.yaml'} --resume"
+            f"{last_checkpoint(folder)}. Go on with: {resume_command('lora-merge', folder)}"
         )
     return history.frame()
 

@@ -8,7 +8,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'UNIFORM', 'LOSS_UNITS', 'LOSS_CAP
            'sample_answers', 'manners', 'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots',
            'save_plots', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #95ddda8b
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
 import logging
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, load_task, prompt_of
 from merge_lab.training import (
     HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, check_going_on, last_checkpoint, objective_of,
-    open_together, train_from, training_arguments,
+    open_together, resume_command, train_from, training_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -276,7 +276,7 @@ def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
             references[name] = generate_answers(merger, ready.tokenizer, flat)
     return confusion(merger, ready.tokenizer, some, references, progress=False)
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #68cc9f90
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #b4aef211
 def make_trainer(
     merger: Merger,
     ready: Prepared,
@@ -299,11 +299,9 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     train_from(trainer, ready.checkpoint)
     trainer.model.save_pretrained(ready.folder / "masks", is_main_process=trainer.args.should_save)
     if stopper.requested.is_set():
-        n = ready.arguments.world_size
-        start = f"torchrun --nproc-per-node={n} .venv/bin/" if n > 1 else ""
         raise RunInterrupted(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "
-            f"{last_checkpoint(ready.folder)}. Go on with: {start}merge-lab mask-merge {ready.folder / 'config.yaml'} --resume"
+            f"{last_checkpoint(ready.folder)}. Go on with: {resume_command('mask-merge', ready.folder, ready.arguments.world_size)}"
         )
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #3ee5ecbe
