@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from merge_lab.distributed import frozen_bytes
 from merge_lab.losses import shift_labels
 from merge_lab.masks import IMPLS
 from merge_lab.memory import estimate_memory, track_memory
@@ -180,6 +181,11 @@ class Contestant:
     checkpointing: bool = False
     earlier: bool = False  # an approach of an earlier system
     compiled: bool = False  # decoder layers through torch.compile
+
+    @property
+    def later(self) -> bool:
+        "Whether the teachers have read its samples before."
+        return self.name.endswith(LATER)
 
 
 def contestants(merger: Merger, folder: Path) -> list[Contestant]:
@@ -346,7 +352,7 @@ def run_cell(
             row["oom"] = True
             continue
         try:
-            if args.device == "cuda" or who.compiled or who.name.endswith(LATER):
+            if args.device == "cuda" or who.compiled or who.later:
                 timed(merger, who, batch, optimizer, args.device)
             if args.device == "cuda" or not who.compiled:  # compiled code does not pass where live storages are counted
                 row |= measured_memory(merger, who, batch, optimizer, args.device)
@@ -445,26 +451,19 @@ def over_passes(rows: list[dict]) -> list[dict]:
         for r in rows
     }
     for (name, *cell), later in ratios.items():
-        if name.endswith(LATER) and later:
-            first = ratios[(name.removesuffix(LATER), *cell)]
-            if not first:
-                continue
-            found.append(
-                dict(
-                    contestant=name.removesuffix(LATER),
-                    **dict(zip(("n", "batch", "tokens", "scored"), cell)),
-                    passes={
-                        str(n): (first + (n - 1) * later) / n for n in (1, 2, 3)
-                    },
-                )
-            )
+        base = name.removesuffix(LATER)
+        first = ratios[(base, *cell)]
+        if base != name and first and later:
+            setting = dict(zip(("n", "batch", "tokens", "scored"), cell))
+            means = {str(n): (first + (n - 1) * later) / n for n in (1, 2, 3)}
+            found.append(dict(contestant=base, **setting, passes=means))
     return found
 
 
 def add_estimate(row: dict, config, everyone, kinds, device: str):
     "What estimate_memory says of the same step."
     who = next(w for w in everyone if w.name == row["contestant"])
-    named = who.impl != "autograd" and not who.compiled and not who.name.endswith(LATER)
+    named = who.impl != "autograd" and not who.compiled and not who.later
     if not named or row["scored"] != 1:  # a config cannot say the others
         return
     estimate = estimate_memory(
@@ -629,12 +628,7 @@ def main():
             free()
             merger = build(args.size, cell.n, args.device, args.kinds)
             everyone, hopeless = contestants(merger, Path(folder.name)), set()
-            components = sum(
-                p.numel() * p.element_size()
-                for p in merger.parameters()
-                if not p.requires_grad
-            )
-            result.setdefault("floor_bytes", {})[cell.n] = components
+            result.setdefault("floor_bytes", {})[cell.n] = frozen_bytes(merger)
             if "gradient_difference" not in result:
                 small = batch_of(merger, 1, 128)
                 plain, ours = (
