@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONSTRAINTS', 'sigmoid_alpha', 'sigmoid_mask', 'tanh_alpha', 'tanh_mask', 'relu_alpha', 'relu_mask', 'cosine_alpha',
-           'cosine_mask', 'softmax_alpha', 'softmax_mask', 'weight_angle', 'spherical_alpha', 'spherical_mask',
-           'constrain', 'unconstrain']
+           'cosine_mask', 'softmax_alpha', 'softmax_mask', 'delta_alpha', 'delta_mask', 'weight_angle',
+           'spherical_alpha', 'spherical_mask', 'constrain', 'unconstrain']
 
 # %% ../nbs/10_constraints.ipynb #458f0435
 import math
@@ -71,6 +71,16 @@ def cosine_mask(alphas: Tensor) -> Tensor:
     return torch.acos(1 - 2 * alphas) / math.pi
 
 # %% ../nbs/10_constraints.ipynb #2c72ef8d
+def _check_sum(alphas: Tensor, mode: str):
+    "Raise `ValueError` unless alphas sum to 1 over the components."
+    total = alphas.sum(0)
+    if ((total - 1).abs() > 1e-4).any():
+        raise ValueError(
+            f"alphas sum to {total.flatten()[0].item():g}: expected 1 under constrain_mode={mode!r}. "
+            "Scale them, or choose constrain_mode='identity' for free coefficients."
+        )
+
+
 def softmax_alpha(masks: Tensor) -> Tensor:  # (n, ...)
     "Coefficients in (0, 1) that sum to 1 over the components (dimension 0)."
     return torch.softmax(masks, dim=0)
@@ -79,14 +89,26 @@ def softmax_alpha(masks: Tensor) -> Tensor:  # (n, ...)
 def softmax_mask(alphas: Tensor) -> Tensor:  # (n, ...)
     "Inverse of `softmax_alpha` with masks of mean 0. Raises `ValueError` unless alphas are positive and sum to 1."
     _refuse(alphas, alphas <= 0, "sum1", "alpha > 0")
-    total = alphas.sum(0)
-    if ((total - 1).abs() > 1e-4).any():
-        raise ValueError(
-            f"alphas sum to {total.flatten()[0].item():g}: expected 1 under constrain_mode='sum1'. "
-            "Scale them, or choose constrain_mode='identity' for free coefficients."
-        )
+    _check_sum(alphas, "sum1")
     logs = alphas.log()
     return logs - logs.mean(0)
+
+# %% ../nbs/10_constraints.ipynb #769ffce8
+def delta_alpha(
+    masks: Tensor,  # (n, ...)
+    anchor: int | None = None,  # component whose coefficient is what the others leave of 1; None: their mean is the anchor
+) -> Tensor:  # (n, ...), summing to 1
+    "Coefficients whose masks multiply each component's difference from the anchor."
+    if anchor is None:
+        return masks - masks.mean(0) + 1 / len(masks)
+    rest = 1 - (masks[:anchor].sum(0) + masks[anchor + 1 :].sum(0))
+    return torch.cat([masks[:anchor], rest[None], masks[anchor + 1 :]])
+
+
+def delta_mask(alphas: Tensor, anchor: int | None = None) -> Tensor:  # (n, ...)
+    "Inverse of `delta_alpha`; the anchor's own mask has no effect. Raises `ValueError` unless alphas sum to 1."
+    _check_sum(alphas, "delta")
+    return alphas.clone()
 
 # %% ../nbs/10_constraints.ipynb #19292f1e
 def weight_angle(
@@ -137,21 +159,24 @@ CONSTRAINTS: dict[str, tuple[Callable, Callable, str]] = {
     "relu": (relu_alpha, relu_mask, "rectifier: 0 and above, nothing else bounded"),
     "sum1": (softmax_alpha, softmax_mask, "softmax over components: shares that sum to 1"),
     "cosine": (cosine_alpha, cosine_mask, "half a cosine wave: 0 to 1, ends included"),
+    "delta": (delta_alpha, delta_mask, "free coefficients of the differences from the anchor: what all share stays"),
     "spherical": (spherical_alpha, spherical_mask, "SLERP: the arc between two components"),
 }
 
 
-def _apply(tensors, mode, weights, angle, which) -> list[Tensor]:
+def _apply(tensors, mode, weights, angle, anchor, which) -> list[Tensor]:
     "Run one direction of a constraint on stacked masks or alphas."
     check_choice("constrain_mode", mode, CONSTRAINTS)
     stacked = tensors if isinstance(tensors, Tensor) else torch.stack(list(tensors))
     function = CONSTRAINTS[mode][which]
+    if mode == "delta":
+        return list(function(stacked, anchor).unbind(0))
     if mode != "spherical":
         return list(function(stacked).unbind(0))
     if len(stacked) != 2:
         raise ValueError(
             f"constrain_mode='spherical' with {len(stacked)} components: expected 2, an arc has two ends. "
-            "Use 'sum1' to keep an average of more."
+            "Use 'delta' for more."
         )
     if angle is None:
         if weights is None:
@@ -165,9 +190,10 @@ def constrain(
     mode: str,  # a key of CONSTRAINTS
     weights: Sequence[Tensor] | None = None,  # for 'spherical': the two tensors
     angle: Tensor | None = None,  # for 'spherical': their angle, if it is known already
+    anchor: int | None = None,  # for 'delta': the component that is left alone; None: the mean of all
 ) -> list[Tensor]:  # n alphas of shape (...), same dtype
     "Alphas of these masks. Raises `ValueError` for an unknown mode."
-    return _apply(masks, mode, weights, angle, 0)
+    return _apply(masks, mode, weights, angle, anchor, 0)
 
 
 def unconstrain(
@@ -175,6 +201,7 @@ def unconstrain(
     mode: str,  # a key of CONSTRAINTS
     weights: Sequence[Tensor] | None = None,  # for 'spherical': the two tensors
     angle: Tensor | None = None,  # for 'spherical': their angle, if it is known already
+    anchor: int | None = None,  # for 'delta': the component that is left alone; None: the mean of all
 ) -> list[Tensor]:  # n masks of shape (...), same dtype
     "Masks that give these alphas. Raises `ValueError` for an alpha that the mode cannot give."
-    return _apply(alphas, mode, weights, angle, 1)
+    return _apply(alphas, mode, weights, angle, anchor, 1)

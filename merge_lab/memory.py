@@ -31,7 +31,7 @@ from .components import as_dtype, find_folder, read_config
 from .core import check_choice, check_options, option
 from .distributed import decoder_layers, frozen_bytes
 from .masks import IMPLS, MODES
-from .merger import KINDS, Merger, MergerConfig
+from .merger import KINDS, Merger, MergerConfig, held_paths
 from .objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -597,7 +597,7 @@ def fit_run(
 ) -> FitReport:
     "Whether a run fits; if recomputing activations was left open, with that choice made."
     options = {ours: getattr(config, theirs) for theirs, ours in _OF_RUN.items()}
-    options |= dict(n_components=len(config.model_paths), seq_len=max(seq_len, 2), device=device, ranks=ranks)
+    options |= dict(n_components=len(held_paths(config)), seq_len=max(seq_len, 2), device=device, ranks=ranks)
     asked = config.gradient_checkpointing
     budget_bytes = free_memory(device) if budget_bytes is None else budget_bytes
     if ranks > 1:

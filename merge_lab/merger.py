@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'KINDS', 'STRATEGIES', 'MASKS_FILE', 'CONFIG_FILE', 'MergerConfig', 'check_mask_init', 'depth_value',
-           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'Merger', 'leaves', 'plain_name',
-           'masked_parameters', 'drop_gathered', 'init_masks', 'generate', 'checkpoint_activations', 'alphas',
-           'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained', 'read_merger_config', 'load_masks',
-           'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'logit_options',
+           'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'anchored', 'held_paths', 'Merger', 'leaves',
+           'plain_name', 'masked_parameters', 'drop_gathered', 'init_masks', 'generate', 'checkpoint_activations',
+           'alphas', 'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained', 'read_merger_config',
+           'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'logit_options',
            'head_parameters', 'held_head', 'fused_head_agrees']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
@@ -53,7 +53,11 @@ class MergerConfig:
 
     model_paths: list[str] = option([], "Components, in order: folders or hub names, at least two", group="Components")
     mode: str = option("vector_input", "Granularity of the masks", choices=MODES, group="Masks")
-    constrain_mode: str = option("identity", "How a mask becomes an alpha", choices=CONSTRAINTS, group="Masks")
+    base_model: str | None = option(
+        None, "Their common ancestor: with constrain_mode 'delta' coefficients multiply the difference from it; none: from their mean",
+        group="Components",
+    )
+    constrain_mode: str = option("delta", "How a mask becomes an alpha", choices=CONSTRAINTS, group="Masks")
     impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Memory")
     mask_init: dict = option(
         {"strategy": "uniform"},
@@ -172,9 +176,14 @@ def initial_alphas(
     name: str,  # of the module
     depth: float,  # 0 for the first layer, 1 for the last
     generator: torch.Generator,  # for 'random'
+    anchor: int | None = None,  # one of the n that gets what the others leave of 1
 ) -> list:  # n numbers or tensors
     "The alphas that one parameter starts from."
     strategy, n = mask_init["strategy"], len(weights)
+    if anchor is not None:
+        merged = [weight for i, weight in enumerate(weights) if i != anchor]
+        alphas = initial_alphas(mask_init, merged, shape, name, depth, generator)
+        return [*alphas[:anchor], 1 - sum(alphas), *alphas[anchor:]]
     if strategy == "uniform":
         return mask_init.get("factors") or [1 / n] * n
     if strategy == "odd_one_out":
@@ -263,30 +272,42 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
         del leaf.masks[key]
 
 # %% ../nbs/20_merger.ipynb #f58d6151
+def anchored(config: MergerConfig) -> bool:
+    "Whether coefficients are measured from a base, which is then held beside the components."
+    return config.constrain_mode == "delta" and config.base_model is not None
+
+
+def held_paths(config: MergerConfig) -> list[str]:
+    "Models that a merger holds: the components, and the base that coefficients are measured from."
+    return [*config.model_paths, config.base_model] if anchored(config) else list(config.model_paths)
+
+
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
     def __init__(
         self,
-        models: Sequence[nn.Module],  # components of one architecture; their trees are used up
+        models: Sequence[nn.Module],  # components of one architecture, then the base if coefficients are measured from it; their trees are used up
         config: MergerConfig,
     ):
         super().__init__()
         self.seed = getattr(config, "seed", 0)  # of random masks
         self.merger_config = narrow(config, MergerConfig)
-        self.names = component_names(config.model_paths) or [f"component {i}" for i in range(len(models))]
+        n = len(models) - anchored(config)
+        self.names = component_names(config.model_paths) or [f"component {i}" for i in range(n)]
         for model in models:
             silence_dropout(model)
-        check_mask_init(config.mask_init, len(models))
-        self.state = MergeState(config.impl, config.keep_merged, config.offload)
+        check_mask_init(config.mask_init, n)
+        self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.init_masks(config.mask_init)
 
     @classmethod
     def from_config(cls, config: MergerConfig) -> "Merger":
         "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons."
-        check_components(config.model_paths)
-        return cls(list(load_components(config.model_paths, dtype=config.dtype)), config)
+        paths = held_paths(config)
+        check_components(paths)
+        return cls(list(load_components(paths, dtype=config.dtype)), config)
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, objective=None, **inputs):
         if objective is not None:  # the training loss is taken inside forward, so that DDP and FSDP see one call
@@ -294,9 +315,10 @@ class Merger(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
 
     def as_component(self, i: int | None):
-        "Context in which the whole model is component `i`."
-        if i is not None and not 0 <= i < self.n_components:
-            raise ValueError(f"component {i}: expected 0 to {self.n_components - 1}.")
+        "Context in which the whole model is component `i`; `n_components` is the base, where coefficients are measured from one."
+        last = self.n_components - (self.state.anchor is None)
+        if i is not None and not 0 <= i <= last:
+            raise ValueError(f"component {i}: expected 0 to {last}.")
         return self.state.as_component(i)
 
     @torch.no_grad()
@@ -308,6 +330,16 @@ class Merger(nn.Module):
     @property
     def n_components(self) -> int:
         return len(self.names)
+
+    @property
+    def moves_deltas(self) -> bool:
+        "Whether a step of the masks leaves alone what the components share."
+        return self.merger_config.constrain_mode in ("delta", "sum1")
+
+    @property
+    def has_base(self) -> bool:
+        "Whether it can act as the base too, as component `n_components`."
+        return self.state.anchor is not None
 
     @property
     def config(self):
@@ -360,7 +392,8 @@ def init_masks(self, mask_init: dict):
         layer = layer_of(name)
         depth = layer / last if layer is not None else float(leaf is head)
         shape = leaf.masks[key].shape[1:]
-        leaf.set_alphas(key, initial_alphas(mask_init, list(leaf.weights[key]), shape, name, depth, generator))
+        alphas = initial_alphas(mask_init, list(leaf.weights[key]), shape, name, depth, generator, self.state.anchor)
+        leaf.set_alphas(key, alphas)
 
 # %% ../nbs/20_merger.ipynb #2cbbe097
 @method_of(Merger)
@@ -409,7 +442,7 @@ def alphas(self) -> pd.DataFrame:
     for name, leaf, key in self.masked_parameters():
         module = name.rpartition(".")[0]
         facts = dict(module=module, layer=layer_of(name), kind=module.rsplit(".", 1)[-1], parameter=key)
-        for i, alpha in enumerate(leaf.alphas(key)):
+        for i, alpha in enumerate(leaf.alphas(key)[: self.n_components]):
             alpha = full(alpha).float()
             std = alpha.std(correction=0).item()
             spread = dict(mean=alpha.mean().item(), std=std, min=alpha.min().item(), max=alpha.max().item())
@@ -467,14 +500,14 @@ def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
         return
     folder.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(self.merger_config)
-    paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in self.merger_config.model_paths]
+    paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held_paths(self.merger_config)]
     save_tensors(folder / MASKS_FILE, masks)
     write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths})
 
 # %% ../nbs/20_merger.ipynb #56fdd09b
 def read_merger_config(
     folder: str | Path,  # written by `save_pretrained`
-    model_paths: Sequence[str] | None = None,  # where the components are now, if they moved
+    model_paths: Sequence[str] | None = None,  # where the components are now, if they moved; the base last, if there is one
 ) -> MergerConfig:
     "The config of a saved merger, with paths that exist. Raises `FileNotFoundError` if it is not there."
     file = Path(folder) / CONFIG_FILE
@@ -482,12 +515,15 @@ def read_merger_config(
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
     values = json.loads(file.read_text(encoding="utf-8"))
     relative = values.pop("relative_paths", [])
+    config = config_from_dict(MergerConfig, values, str(file))
+    held, n = held_paths(config), len(config.model_paths)
     if model_paths is None:
         model_paths = []
-        for given, moved in zip(values["model_paths"], relative):
+        for given, moved in zip(held, relative):
             moved = None if moved is None else os.path.normpath(Path(folder) / moved)
             model_paths.append(moved if moved and not Path(given).exists() else given)
-    return config_from_dict(MergerConfig, {**values, "model_paths": list(model_paths)}, str(file))
+    base = model_paths[n] if n < len(model_paths) else config.base_model
+    return dataclasses.replace(config, model_paths=list(model_paths[:n]), base_model=base)
 
 
 @method_of(Merger)

@@ -8,12 +8,12 @@ __all__ = ['synonyms', 'other_word', 'days', 'prepositions', 'tasks', 'split_siz
            'expert_steps', 'expert_rate', 'draw_sentence', 'sentence_of', 'rewrite', 'summarize', 'extract', 'chat_row',
            'prompt_of', 'answer_of', 'last_assistant', 'generate_tasks', 'write_jsonl', 'make_tasks', 'Row', 'place_of',
            'check_row', 'read_jsonl', 'as_conversation', 'read_hub', 'read_folder', 'deal_splits', 'read_file',
-           'load_task', 'template_ids', 'prefix_spans', 'assistant_spans', 'encode_chat', 'encode_rows',
-           'build_dataset', 'ChatCollator', 'choice_row', 'ask_synonym', 'ask_kind', 'ask_odd', 'ask_day',
-           'generate_mmlu', 'choice_key', 'make_mmlu', 'load_mmlu', 'format_choice', 'prose_paragraphs',
-           'code_paragraphs', 'without_docstrings', 'text_corpus', 'text_hash', 'repeat', 'thank', 'ask_back', 'fact',
-           'vocabulary', 'task_tokenizer', 'encode_text', 'base_row', 'encode_question', 'fit', 'shuffled_batches',
-           'held_out_text', 'make_base', 'make_expert', 'make_experts']
+           'load_task', 'template_ids', 'spoken', 'prefix_spans', 'assistant_spans', 'encode_chat', 'encode_rows',
+           'build_dataset', 'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row', 'ask_synonym',
+           'ask_kind', 'ask_odd', 'ask_day', 'generate_mmlu', 'choice_key', 'make_mmlu', 'load_mmlu', 'format_choice',
+           'prose_paragraphs', 'code_paragraphs', 'without_docstrings', 'text_corpus', 'text_hash', 'repeat', 'thank',
+           'ask_back', 'fact', 'vocabulary', 'task_tokenizer', 'encode_text', 'base_row', 'encode_question', 'fit',
+           'shuffled_batches', 'held_out_text', 'make_base', 'make_expert', 'make_experts']
 
 # %% ../nbs/02_tasks.ipynb #991d8d9e
 import ast
@@ -24,6 +24,7 @@ import json
 import random
 import re
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -330,6 +331,16 @@ def template_ids(tokenizer, messages: list[dict], **options) -> list[int]:
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
 
 
+def spoken(
+    tokenizer,
+    turn: list[int],  # ids that the template adds for an assistant's turn
+) -> int:  # how many of them the assistant says
+    "Length of a turn up to its end token: a line break that a template puts behind it is never generated."
+    special = set(tokenizer.all_special_ids)
+    end = max((place for place, i in enumerate(turn, 1) if i in special), default=len(turn))
+    return len(turn) if tokenizer.decode(turn[end:]).strip() else end
+
+
 def prefix_spans(
     tokenizer,
     messages: list[dict],
@@ -347,7 +358,8 @@ def prefix_spans(
                 f"turn {turn}: the chat template renders a conversation differently once it goes on, so the "
                 "assistant's tokens cannot be told from its prefixes. Use a template with {% generation %} marks."
             )
-        said[len(before) : len(after)] = [True] * (len(after) - len(before))
+        end = len(before) + spoken(tokenizer, after[len(before) :])
+        said[len(before) : end] = [True] * (end - len(before))
     return ids, said
 
 # %% ../nbs/02_tasks.ipynb #e8c8ad7c
@@ -425,6 +437,60 @@ def build_dataset(
     for source, (path, n) in zip(sources, dataset_configs.items()):
         encoded += encode_rows(tokenizer, load_task(path, split, n, seed), source, max_length)
     return Dataset.from_list(encoded)
+
+# %% ../nbs/02_tasks.ipynb #5a3818d4
+def validation_rows(
+    path: str | Path,  # as in `load_task`
+) -> list[Row]:  # empty if the dataset has no such split
+    "Rows of the validation split."
+    place = Path(path)
+    if place.is_dir() and not (place / "validation.jsonl").exists():
+        return []
+    try:
+        return load_task(path, "validation")
+    except ValueError:
+        if place.exists() and not place.is_file():
+            raise
+        return []  # a file too small to split, or a hub dataset without one
+
+
+def take_rows(
+    train: Dataset,  # with a column source
+    sources: Sequence[int],  # whose rows are taken
+    n: int,  # of each source, at most; a tenth of its rows at most
+    seed: int = 0,  # of the choice
+) -> tuple[Dataset, list[dict]]:  # what is left; the rows that were taken
+    "Take a few rows of each source out of a dataset; where there are fewer than ten, they are lent, not taken."
+    generator, of_rows, held, taken = random.Random(seed), [int(source) for source in train["source"]], [], set()
+    for source in sources:
+        own = [i for i, of in enumerate(of_rows) if of == source]
+        chosen = generator.sample(own, min(n, len(own) // 10) or min(n, len(own)))
+        held += [train[i] for i in chosen]
+        taken |= set(chosen) if len(own) >= 10 else set()
+    left = [i for i in range(len(train)) if i not in taken]
+    return (train.select(left) if taken else train), held
+
+
+def hold_out(
+    train: Dataset,  # from `build_dataset`
+    dataset_configs: dict[str, int | None],  # what it was built from
+    tokenizer,  # with a chat template
+    n: int = 32,  # rows of each dataset, at most; 0: none
+    max_length: int | None = None,  # tokens
+    seed: int = 0,  # of the choice
+    source_keys: list[int] | None = None,  # source of each dataset; None for its position
+) -> tuple[Dataset, list[dict]]:  # what is left to train on; encoded rows that are held out
+    "Rows that say whether training helps: of the validation split, else up to a tenth of the training rows."
+    sources = list(range(len(dataset_configs))) if source_keys is None else list(source_keys)
+    held, without, generator = [], [], random.Random(seed)
+    for source, path in zip(sources, dataset_configs) if n else ():
+        rows = validation_rows(path)
+        if rows:
+            held += encode_rows(tokenizer, generator.sample(rows, min(n, len(rows))), source, max_length)
+        else:
+            without.append(source)
+    left, taken = take_rows(train, without, n, seed)
+    return left, held + taken
 
 # %% ../nbs/02_tasks.ipynb #d1a139da
 class ChatCollator:

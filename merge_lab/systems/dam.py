@@ -36,21 +36,22 @@ from merge_lab.components import (
 from merge_lab.core import (
     begin_run, best_device, check_choice, check_options, check_outside, check_run, option, set_seed, write_json,
 )
-from ..evaluation import evaluate_models
+from ..evaluation import UNIFORM, evaluate_models
+from ..held_out import HeldOut
 from ..losses import shift_labels, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_config
-from ..tasks import ChatCollator, encode_rows, load_task
+from ..tasks import ChatCollator, encode_rows, load_task, take_rows
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from merge_lab.training import (
-    HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, open_together, train_from,
-    resume_command, training_arguments,
+    UNIT_RATE, HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, delta_unit,
+    open_together, train_from, resume_command, training_arguments,
 )
 
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #90fad62d
-NON_LINEARITIES = {"tanh": "-11", "sigmoid": "01", "relu": "relu", "None": "identity"}
+NON_LINEARITIES = {"delta": "delta", "tanh": "-11", "sigmoid": "01", "relu": "relu", "None": "identity"}
 INIT_KINDS = ("linear", "embedding", "norm")
 
 
@@ -67,12 +68,18 @@ class DAMConfig:
     model_ids: list[str] = option([], "Models to merge: folders or hub names", group="Components")
     output_path: str = option("runs/dam/untrained", "Folder for coefficients and references to the models", group="Output")
     device: str = option("cpu", "Where to put the weights: cpu, cuda, cuda:1, mps or auto", group="Memory")
-    use_base_model: bool = option(False, "Blend the base model's layers too", group="Components")
+    use_base_model: bool = option(
+        False, "Give the base coefficients of its own; with non_linearity 'delta' its coefficient is what the models leave of 1 anyway",
+        group="Components",
+    )
     use_embedding_layers: bool = other_name(
         option(False, "Blend embeddings", group="Components"), "--merge_embedding_layers"
     )
     merge_layernorms: bool = option(False, "Blend the weights of norms", group="Components")
-    non_linearity: str = option("None", "From mask to coefficient", choices=NON_LINEARITIES, group="Masks")
+    non_linearity: str = option(
+        "delta", "From mask to coefficient; delta: of the difference from the base, the others: of the whole weight", choices=NON_LINEARITIES,
+        group="Masks",
+    )
     random_init: list[str] = option([], f"Kinds of layer that start at random: {', '.join(INIT_KINDS)}", group="Masks")
     repo_id: str | None = option(None, "Push the folder to this hub repository; none given: keep it here", group="Output")
     cache_dir: str | None = option(None, "Where models from the hub are kept; none given: the usual cache", group="Output")
@@ -119,12 +126,20 @@ class DAMMerger(Merger):
         config: MergerConfig,  # its paths end with the base's
         base: nn.Module | None = None,  # the base where it is no component
     ):
-        paths = config.model_paths if base is None else config.model_paths[:-1]
-        blended = dataclasses.replace(config, model_paths=paths, fallback=len(models) - 1 if base is None else 0)
+        on_deltas, path = config.constrain_mode == "delta", (config.model_paths or ["base"])[-1]
+        models = list(models) if base is None or not on_deltas else [*models, base]
+        whole = base is None and not on_deltas  # the base is a component like the others
+        blended = dataclasses.replace(
+            config, model_paths=config.model_paths if whole else config.model_paths[:-1], fallback=len(models) - 1 if whole else 0,
+            base_model=path if on_deltas else None,
+        )
         super().__init__(models, blended)
-        self.use_base_model, self.base_path = base is None, (config.model_paths or [None])[-1]
+        self.use_base_model, self.base_path = whole, (config.model_paths or [None])[-1]
         self.model_ids: list[str] | None = None  # components as `merge` was given them, where they have other paths
-        if base is not None:
+        if on_deltas:
+            for leaf in self.leaves().values():
+                leaf.fallback = self.n_components
+        elif base is not None:
             take_unmerged(self, base)
 
     @classmethod
@@ -155,7 +170,7 @@ def dam_save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks, config and what only DAM knows; models are referred to, not copied."
     blended = self.merger_config
     if not self.use_base_model:
-        self.merger_config = dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path])
+        self.merger_config = dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path], base_model=None)
     try:
         Merger.save_pretrained(self, folder, is_main_process)
     finally:
@@ -488,7 +503,6 @@ _PENALTIES = {
 class DAMTrainConfig(LoopConfig):
     "How the coefficients are trained, and towards what."
 
-    learning_rate: float = option(3e-2, "Step size of the optimizer on the masks", low=0, high=1, log=True, group="Training")
     max_steps: int = option(600, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
     lr_scheduler_type: str = option(
         "linear", "Course of the learning rate", group="Training",
@@ -657,7 +671,8 @@ def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Opti
     if config.optim != "mofo":
         return None
     masks = [mask for mask in merger.parameters() if mask.requires_grad]
-    return MoFOAdamW(masks, config.mofo_fraction, lr=config.learning_rate, weight_decay=config.weight_decay)
+    rate = UNIT_RATE * delta_unit(merger) if config.learning_rate is None else config.learning_rate
+    return MoFOAdamW(masks, config.mofo_fraction, lr=rate, weight_decay=config.weight_decay)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #a13bf318
 class NoiseGate(TrainerCallback):
@@ -702,7 +717,10 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
         return lambda: load_model(path, dtype=merger.merger_config.dtype).to(device).eval()
 
     models = {name: loader(path) for name, path in zip(names, paths)}
+    trained = merger.mask_state()
+    models[UNIFORM] = lambda: merger.init_masks({"strategy": "uniform"}) or merger
     scores = evaluate_models(models, load_tokenizer(folder / "merged"), tests, progress=False)
+    merger.load_mask_state(trained)
     scores.to_csv(folder / "scores.csv", index=False)
     return scores
 
@@ -726,8 +744,11 @@ def make_trainer(
     "Trainer of a config, with its history and a way to stop it."
     merger = load_untrained(config)
     dataset, collate = load_training_data(config, merger)
+    held = []
+    if config.held_out_rows:
+        dataset, held = take_rows(dataset, range(merger.n_components), config.held_out_rows, config.seed)
     trainer = MergerTrainer(
-        merger, arguments, dam_objective(config, merger), config.gradient_checkpointing,
+        merger, arguments, dam_objective(config, merger), config.gradient_checkpointing, HeldOut(held, collate) if held else None,
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
     trainer.add_callback(NoiseGate(config.noise_floor))

@@ -12,6 +12,7 @@ __all__ = ['logger', 'MORE_THAN_DELTAS', 'CHANGE_THE_BASE', 'Factors', 'SHARES',
 import dataclasses
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..components import load_tokenizer
+from ..components import component_names, load_tokenizer
 from ..constraints import CONSTRAINTS
 from ..core import begin_run, bundled_path, check_choice, check_options, check_outside, check_run, option
 from ..core import save_tensors, set_seed, write_json, write_text
@@ -29,8 +30,10 @@ from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, 
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
 from .lora import MORE_THAN_FACTORS
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
-from ..tasks import ChatCollator, build_dataset
-from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on
+from ..evaluation import load_tests, score_baselines, score_model, wide_scores
+from ..held_out import HeldOut
+from ..tasks import ChatCollator, build_dataset, hold_out
+from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on, held_out_facts
 from ..training import last_checkpoint, objective_of, resume_command, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -132,7 +135,7 @@ class AdapterLinear(MaskedModule):
         factors: Sequence[tuple[Tensor, Tensor] | None],  # A (r, in) and scaled B (out, r) of each adapter
         state: MergeState,
         mode: str = "vector_output",  # a key of merge_lab.masks.MODES
-        constrain_mode: str = "identity",  # a key of merge_lab.constraints.CONSTRAINTS
+        constrain_mode: str = "delta",  # a key of merge_lab.constraints.CONSTRAINTS; 'delta' and 'identity' are the same here
     ):
         nn.Module.__init__(self)
         a, b = next(pair for pair in factors if pair is not None)
@@ -140,7 +143,8 @@ class AdapterLinear(MaskedModule):
         downs, ups = zip(*(none if pair is None else pair for pair in factors))
         frozen = [nn.ParameterList([nn.Parameter(t, requires_grad=False) for t in ts]) for ts in (downs, ups)]
         self.template, self.state, self.parameter_names = linear, state, ["weight"]
-        self.mode, self.constrain_mode, self.fallback = mode, constrain_mode, 0
+        free = constrain_mode == "delta"  # what is blended here are deltas already
+        self.mode, self.constrain_mode, self.fallback = mode, "identity" if free else constrain_mode, 0
         self.weights = nn.ModuleDict({"down": frozen[0], "up": frozen[1]})
         shape = alpha_shape((b.shape[0], a.shape[1]), mode)
         self.masks = nn.ParameterDict({"weight": nn.Parameter(torch.zeros(len(factors), *shape, device=a.device))})
@@ -163,6 +167,8 @@ class AdapterLinear(MaskedModule):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y, component = self.template(x), self.state.component
+        if component is not None and component >= len(self.weights["down"]):
+            return y  # the base
         if component is not None:
             return y + self.delta(x, component).to(y.dtype) if len(self.weights["down"][component]) else y
         for i, alpha in enumerate(self.alphas("weight")):
@@ -185,6 +191,8 @@ def blended_factors(leaf: AdapterLinear) -> tuple[Tensor, Tensor]:  # A (sum of 
 def _dense_weight(self: AdapterLinear, name: str) -> Tensor:  # weight as the plain layer has it
     "The weight in force: base and delta of the component, or of the blend. Dense, for one module."
     weight, i = self.template.weight, self.state.component
+    if i is not None and i >= len(self.weights["down"]):
+        return weight.detach()
     down, up = blended_factors(self) if i is None else (self.weights["down"][i], self.weights["up"][i])
     delta = (up @ down).to(weight.dtype)
     return weight.detach() + (delta.t() if type(self.template).__name__ == "Conv1D" else delta)
@@ -212,9 +220,16 @@ class LoRAMergeConfig(TrainConfig):
     mode: str = option("vector_output", "Granularity of the masks", choices=MODES, group="Masks")
     share: str = option("module", "Which alphas are one and the same", choices=SHARES, group="Masks")
     constrain_mode: str = option(
-        "identity", "How a mask becomes an alpha", choices=[name for name in CONSTRAINTS if name != "spherical"], group="Masks"
+        "delta", "How a mask becomes an alpha; delta and identity are the same here: what is blended are deltas",
+        choices=[name for name in CONSTRAINTS if name != "spherical"], group="Masks",
     )
     initial_alpha: float | None = option(None, "Alpha that training starts from; none: 1/n", group="Masks")
+    dtype: str = option(
+        "auto", "Of the base in memory and of merged/; auto: as stored", group="Components",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none given: all; 0: no scores", low=0, group="Output")
+    eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Output")
     merged: bool = option(True, "Write merged/, a plain model, beside the adapter", group="Output")
     output_dir: str = option("runs/lora_merge", "Folder of the run", group="Output")
     resume: bool = option(False, "Go on from the last checkpoint of the run", group="Output")
@@ -244,9 +259,8 @@ class AdapterMerger(Merger):
         nn.Module.__init__(self)
         self.adapter_config = config = LoRAMergeConfig() if config is None else config
         self.merger_config = MergerConfig(mode=config.mode, constrain_mode=config.constrain_mode)
-        self.names = [Path(p).parent.name if Path(p).name == "adapter_checkpoint" else Path(p).name for p in config.adapters]
-        self.names = self.names or [f"adapter {i}" for i in range(len(factors))]
-        self.state, self.model = MergeState(), base.requires_grad_(False)
+        self.names = component_names(config.adapters) or [f"adapter {i}" for i in range(len(factors))]
+        self.state, self.model = MergeState(anchor=len(factors)), base.requires_grad_(False)
         for name in dict.fromkeys(name for f in factors for name in f):
             leaf = AdapterLinear(
                 base.get_submodule(name), [f.get(name) for f in factors], self.state, config.mode, config.constrain_mode
@@ -254,15 +268,17 @@ class AdapterMerger(Merger):
             _replace(base, name, leaf)
         _share_masks(self, config.share)
         if base.get_output_embeddings() is not None:
-            base.set_output_embeddings(_unmasked_head(base.get_output_embeddings(), len(factors), self.state))
+            base.set_output_embeddings(_unmasked_head(base.get_output_embeddings(), len(factors) + 1, self.state))
         if config.initial_alpha is not None:
             self.init_masks({"strategy": "uniform", "factors": [config.initial_alpha] * len(factors)})
+
+    moves_deltas = True  # under every constraint
 
     @classmethod
     def from_config(cls, config: LoRAMergeConfig) -> "AdapterMerger":
         "Load base and adapters."
         device = None if config.device == "auto" else config.device
-        return cls(*read_adapters(load_base(base_path(config), device), config.adapters), config)
+        return cls(*read_adapters(load_base(base_path(config), device, config.dtype), config.adapters), config)
 
     def init_masks(self, mask_init: dict):
         "Start all masks from the same alphas."
@@ -359,8 +375,9 @@ def _load_masked(cls, folder: str | Path) -> AdapterMerger:
 def _save_plain(self: AdapterMerger, folder: str | Path) -> dict:  # report of `merge_adapter`
     "Write the blend as a plain model: its adapter, merged into a fresh base, one layer after another."
     path, folder = base_path(self.adapter_config), Path(folder)
-    adapter = save_adapter(self, folder / "adapter")
-    return merge_adapter(load_base(path, self.device), adapter, folder, load_tokenizer(path))[1]
+    with tempfile.TemporaryDirectory() as place:
+        adapter = save_adapter(self, place)
+        return merge_adapter(load_base(path, self.device, self.adapter_config.dtype), adapter, folder, load_tokenizer(path))[1]
 
 
 AdapterMerger.save_pretrained, AdapterMerger.save_merged = _save_masks, _save_plain
@@ -414,11 +431,12 @@ def train_adapter_masks(
     tokenizer,
     config: LoRAMergeConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects
+    held_out: HeldOut | None = None,  # rows that choose the masks that are kept
 ) -> pd.DataFrame:  # history, one row per step
     "Train the masks; checkpoints and history go to `config.output_dir`. Raises `RunInterrupted` if it was stopped."
     folder = Path(config.output_dir)
     trainer = MergerTrainer(
-        merger, training_arguments(config, folder), objective_of(config), bool(config.gradient_checkpointing),
+        merger, training_arguments(config, folder), objective_of(config), bool(config.gradient_checkpointing), held_out,
         train_dataset=rows, data_collator=ChatCollator(tokenizer), callbacks=list(callbacks),
     )  # fmt: skip
     history, stopper = attach_watchers(trainer, folder)
@@ -432,7 +450,7 @@ def train_adapter_masks(
     return history.frame()
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #1a9eaeab
-RESUMABLE = {"max_steps", "resume", "overwrite", "output_dir", "device", "merged", "save_steps", "save_total_limit", "logging_steps", "teacher_cache_gb"}
+RESUMABLE = {"max_steps", "resume", "overwrite", "output_dir", "device", "merged", "save_steps", "save_total_limit", "logging_steps", "teacher_cache_gb", "eval_samples", "eval_split"}
 
 
 def run(
@@ -444,17 +462,28 @@ def run(
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     check_outside(folder, [config.base_model, *config.adapters, *config.datasets], config.overwrite)
     check_going_on(config, folder, RESUMABLE)
-    training_arguments(config, folder)
+    arguments = training_arguments(config, folder)
     merger, tokenizer = AdapterMerger.from_config(config), load_tokenizer(base_path(config))
+    datasets, tests = {str(path): config.n_samples for path in config.datasets}, {}
+    if config.eval_samples != 0:
+        tests = load_tests(config.datasets, config.eval_split, config.eval_samples)
     rows = adapter_rows(config, tokenizer)
+    rows, held = hold_out(rows, datasets, tokenizer, config.held_out_rows, config.max_length, config.seed)
+    held_out = HeldOut(held, ChatCollator(tokenizer), config.per_device_train_batch_size) if held else None
+    merger.to(arguments.device)
     begin_run(config)
-    history = train_adapter_masks(merger, rows, tokenizer, config, callbacks)
+    scores = [score_baselines(merger, tokenizer, tests)] if tests else []
+    history = train_adapter_masks(merger, rows, tokenizer, config, callbacks, held_out)
+    scores += [score_model(merger.eval(), tokenizer, tests, "learned masks")] if tests else []
     merger.save_pretrained(folder / "masks")
     save_adapter(merger, folder / "adapter")
     report = merger.save_merged(folder / "merged") if config.merged else None
     alphas = merger.alphas()
     write_text(folder / "alphas.csv", alphas.to_csv(index=False))
-    return dict(merger=merger, history=history, alphas=alphas, report=report)
+    scores = pd.concat(scores, ignore_index=True) if scores else None
+    if scores is not None:
+        write_text(folder / "scores.csv", scores.to_csv(index=False))
+    return dict(merger=merger, history=history, alphas=alphas, report=report, scores=scores, held_out=held_out_facts(folder))
 
 
 def show_result(result: dict):  # from `run`
@@ -463,6 +492,10 @@ def show_result(result: dict):  # from `run`
     table = result["alphas"].groupby("component").agg({"mean": "mean", "min": "min", "max": "max"})
     print(table.rename(index=dict(enumerate(merger.names))).round(3).to_string())
     name = {"kl": "KL to each sample's own adapter"}.get(merger.adapter_config.loss_func_name, "loss")
-    print(f"{name}: {history.loss.iloc[0]:.3g} at first, {history.loss.iloc[-1]:.3g} at last.")
+    found = result.get("held_out")
+    if found:
+        print(f"{name} on held-out rows: {found['start']:.3g} at the start, {found['loss']:.3g} at the best step, {found['step']} of {len(history)}, which is kept.")
+    if result.get("scores") is not None:
+        print(f"\nScores (loss in nats per answer token)\n\n{wide_scores(result['scores']).to_string(float_format='{:.3f}'.format)}\n")
     folder = Path(merger.adapter_config.output_dir)
-    print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged") if (folder / p).exists()))
+    print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged", "scores.csv") if (folder / p).exists()))
