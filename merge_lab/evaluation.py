@@ -7,9 +7,9 @@ __all__ = ['logger', 'MAX_TOKENS', 'CHECKED_TOKENS', 'GREEDY', 'UNIFORM', 'METRI
            'positions_of', 'check_length', 'ModelParts', 'whole_model', 'cut_model', 'parts_agree', 'warn_whole',
            'scoring', 'row_nats', 'end_tokens', 'pad_left', 'answer_room', 'answer_batches', 'generate_answers',
            'check_tasks', 'encode_task', 'task_loss', 'said_right', 'chrf', 'evaluate_tasks', 'evaluate_models',
-           'load_tests', 'score_model', 'uniform_name', 'score_baselines', 'wide_scores', 'recovered_share',
-           'resemblance', 'attribute', 'confusion', 'reference_answers', 'text_windows', 'perplexity', 'option_tails',
-           'option_scores', 'choice_prompt', 'fit_question', 'multiple_choice']
+           'load_tests', 'score_model', 'uniform_name', 'score_baselines', 'recovered_share', 'resemblance',
+           'attribute', 'confusion', 'reference_answers', 'text_windows', 'perplexity', 'option_tails', 'option_scores',
+           'choice_prompt', 'fit_question', 'multiple_choice']
 
 # %% ../nbs/32_evaluation.ipynb #a109fffd
 import dataclasses
@@ -467,17 +467,6 @@ def score_baselines(
     tables.append(score_model(merger, tokenizer, tests, uniform_name(merger), **options))
     merger.load_mask_state(masks)
     return pd.concat(tables, ignore_index=True)
-
-
-def wide_scores(
-    scores: pd.DataFrame,  # long form
-    metrics: Sequence[str] = ("exact_match", "chrf", "loss"),  # those that are there
-) -> pd.DataFrame:  # index model; columns (task, metric)
-    "A table to read: models below each other, tasks side by side."
-    metrics = [metric for metric in metrics if metric in scores]
-    wide = scores.pivot(index="model", columns="task", values=metrics).swaplevel(axis=1)
-    wide = wide[[(task, metric) for task in scores.task.unique() for metric in metrics]].loc[scores.model.unique()]
-    return wide.rename(columns={"exact_match": "exact match", "chrf": "chrF"}).rename_axis(index=None, columns=[None, None])
 
 # %% ../nbs/32_evaluation.ipynb #44901496
 def recovered_share(

@@ -8,9 +8,9 @@ __all__ = ['PALETTE', 'INK', 'MUTED', 'GRID', 'PAPER', 'DARK', 'ON_LIGHT', 'ON_D
            'repaint', 'swap_colour', 'save_figure', 'need_columns', 'name_of', 'add_legend', 'legend_below',
            'colour_scale', 'text_on', 'draw_image', 'slant', 'add_colour_bar', 'column_labels', 'layer_grid',
            'alpha_heatmap', 'draw_layers', 'alpha_histogram', 'coefficient_map', 'alpha_curve', 'numbered_columns',
-           'plain_log_ticks', 'loss_curves', 'alpha_trajectories', 'wide_scores', 'score_norm', 'task_matrix',
-           'confusion_matrix', 'memory_breakdown', 'spread_points', 'on_frontier', 'pareto', 'draw_spread',
-           'similarity_heatmap']
+           'plain_log_ticks', 'loss_curves', 'held_out_curve', 'alpha_trajectories', 'wide_scores', 'score_norm',
+           'task_matrix', 'confusion_matrix', 'memory_breakdown', 'spread_points', 'on_frontier', 'pareto',
+           'draw_spread', 'similarity_heatmap']
 
 # %% ../nbs/33_viz.ipynb #ed6d2f22
 import io
@@ -501,6 +501,28 @@ def loss_curves(
         plain_log_ticks(axis.yaxis)
     axis.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    add_legend(axis)
+    return figure
+
+# %% ../nbs/33_viz.ipynb #23632c1d
+def held_out_curve(
+    found: dict,  # start, loss and step of the best, looks: rows with step, loss, source_0, ..
+    names: Sequence[str] | None = None,  # of the sources
+    unit: str = "nats per scored token",
+) -> Figure:
+    "Loss on held-out rows at every look, in total and per source, with the start as a line and the masks that are kept as a ring."
+    looks = pd.DataFrame(found["looks"])
+    need_columns(looks, ["step", "loss"], "held_out_curve")
+    figure, axes = new_figure("It should stay below its start: loss on rows that are not trained on; the ring is what is kept", size=(6.4, 3.5))
+    axis = axes[0, 0]
+    axis.axhline(found["start"], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="start")
+    for source, column in numbered_columns(looks, "source_").items():
+        axis.plot(looks["step"], looks[column], color=colour_of(source), marker="o", markersize=3, linewidth=1.4, label=name_of(source, names))
+    axis.plot(looks["step"], looks["loss"], color=INK, marker="o", markersize=3, linewidth=2, label="mean of the sources")
+    axis.plot([found["step"]], [found["loss"]], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK, linewidth=0)
+    axis.set(xlabel="optimizer step", ylabel=f"loss ({unit})")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_ylim(0, None)
     add_legend(axis)
     return figure
 

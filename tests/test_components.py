@@ -492,7 +492,9 @@ def test_names_are_unique_and_spare_the_columns_of_tables():
     names = ["x/m", "y/m", "y/m (2)", "ok (2)", "property (2)"]
     assert component_names(paths) == names
     assert component_names(["a", "b/a", "/c/b/a"]) == ["a", "b/a", "c/b/a"]
-    assert component_names(["x/merged", "other"]) == ["merged (2)", "other (2)"]
+    assert component_names(["x/merged", "other"]) == ["x", "other (2)"]
+    runs = ["runs/a/final_merged", "runs/b/final_merged", "adapter_checkpoint"]
+    assert component_names(runs) == ["a", "b", "adapter_checkpoint"]
 
 
 def test_preflight_reads_headers_only(pair):

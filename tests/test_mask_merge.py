@@ -301,7 +301,7 @@ def test_the_average_is_named_by_what_it_averages(without_checkpoint):
     _, result = without_checkpoint
     name = "uniform average of what is masked"
     assert name in set(result.scores.model) and name in result.answers
-    assert f"rewrite: with the {name}" in headline(result.scores)
+    assert f"rewrite: with the {name}" in headline(result)
 
 
 def test_resume_refuses_other_options_and_nothing(finished, tmp_path):

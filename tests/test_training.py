@@ -154,7 +154,9 @@ def masks_and_taught(config, **callbacks):
 
 
 def test_teachers_read_each_sample_once(tmp_path):
-    options = dict(max_steps=24, per_device_train_batch_size=8, save_merged=False)
+    options = dict(
+        max_steps=24, per_device_train_batch_size=8, save_merged=False, held_out_rows=0
+    )
     once, few = masks_and_taught(small(tmp_path / "kept", **options))
     always, many = masks_and_taught(
         small(tmp_path / "ran", teacher_cache_gb=0, **options)
@@ -172,7 +174,9 @@ def test_teachers_read_each_sample_once(tmp_path):
 
 def test_a_run_goes_on_from_the_very_teachers_that_it_began_with(tmp_path):
     "Bit for bit, although samples meet in other batches in the second pass."
-    options = dict(max_steps=24, per_device_train_batch_size=8, save_merged=False)
+    options = dict(
+        max_steps=24, per_device_train_batch_size=8, save_merged=False, held_out_rows=0
+    )
     whole, _ = masks_and_taught(small(tmp_path / "whole", **options))
 
     class Interrupt(TrainerCallback):
@@ -242,7 +246,9 @@ def test_processes_read_what_the_others_kept(tmp_path):
 
 
 def test_a_cache_does_not_outlive_its_run(tmp_path):
-    options = dict(max_steps=24, per_device_train_batch_size=8, save_merged=False)
+    options = dict(
+        max_steps=24, per_device_train_batch_size=8, save_merged=False, held_out_rows=0
+    )
     config = small(tmp_path, **options)
 
     class Stop(TrainerCallback):

@@ -30,7 +30,7 @@ from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, 
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
 from .lora import MORE_THAN_FACTORS
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
-from ..evaluation import load_tests, score_baselines, score_model, wide_scores
+from ..evaluation import load_tests, score_baselines, score_model
 from ..held_out import HeldOut
 from ..tasks import ChatCollator, build_dataset, hold_out
 from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on, held_out_facts
@@ -496,6 +496,8 @@ def show_result(result: dict):  # from `run`
     if found:
         print(f"{name} on held-out rows: {found['start']:.3g} at the start, {found['loss']:.3g} at the best step, {found['step']} of {len(history)}, which is kept.")
     if result.get("scores") is not None:
-        print(f"\nScores (loss in nats per answer token)\n\n{wide_scores(result['scores']).to_string(float_format='{:.3f}'.format)}\n")
+        from merge_lab.report import score_table
+
+        print(f"\nScores (loss in nats per answer token)\n\n{score_table(result['scores']).to_string(float_format='{:.3f}'.format)}\n")
     folder = Path(merger.adapter_config.output_dir)
     print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged", "scores.csv") if (folder / p).exists()))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'LOSS_UNITS', 'LOSS_CAPTIONS', 'LOADING', 'parse_datasets', 'MaskMergeConfig',
            'demo_config', 'Prepared', 'prepare', 'with_base', 'score_all', 'sample_answers', 'manners', 'make_trainer',
-           'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'headline', 'report_sections',
-           'write_report', 'print_scores', 'show_result', 'demo']
+           'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'shares_of', 'told_held_out',
+           'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
@@ -27,14 +27,15 @@ from merge_lab.core import (
 )
 from ..distributed import shard_merger
 from merge_lab.evaluation import (
-    UNIFORM, confusion, encode_task, generate_answers, load_tests, positions_of, score_baselines, score_model, uniform_name, wide_scores,
+    UNIFORM, confusion, encode_task, recovered_share, generate_answers, load_tests, positions_of, score_baselines, score_model, uniform_name,
 )
 from ..held_out import HeldOut
 from ..memory import FitReport, fit_run, readable
 from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, hold_out, prompt_of
 from merge_lab.training import (
-    HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, check_going_on, last_checkpoint, objective_of,
+    HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, check_going_on, held_out_facts, last_checkpoint,
+    objective_of,
     open_together, resume_command, train_from, training_arguments,
 )
 
@@ -320,6 +321,7 @@ class MaskMergeResult:
     confusion: pd.DataFrame  # task x component whose manner the answer has
     answers: pd.DataFrame  # prompt, expected, uniform average, learned masks
     folder: Path
+    held_out: dict | None = None  # what held-out rows said: start, loss and step of the best, looks
     written: tuple[str, ...] = ("masks", "scores.csv")  # of this start, in the folder
 
 
@@ -356,7 +358,8 @@ def run(
     merger.eval()
     scores = pd.concat([baselines, score_model(merger, ready.tokenizer, ready.tests, LEARNED)], ignore_index=True)
     result = MaskMergeResult(
-        merger, ready.tokenizer, scores, history.frame(), manners(merger, ready), sample_answers(merger, ready), ready.folder
+        merger, ready.tokenizer, scores, history.frame(), manners(merger, ready), sample_answers(merger, ready), ready.folder,
+        held_out_facts(ready.folder),
     )
     if config.save_merged:
         merger.save_merged(ready.merged_dir, is_main_process=ready.is_main, recipe=recipe_of(config))
@@ -384,6 +387,7 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
     from merge_lab import viz
 
     alphas, names, held = result.merger.alphas(), result.merger.names, f"{config.eval_split} rows"
+    of = "'s difference from the " + ("base" if result.merger.has_base else "mean of all") if config.constrain_mode == "delta" else ""
     started = {"uniform": "They started at one value each; w", "odd_one_out": "They started at 0 or 1; w"}
     part = {"vector_input": "columns", "vector_output": "rows"}.get(config.mode)
     spread = f"here they spread, {part} of one weight chose differently." if part else "here they spread, modules chose differently."
@@ -397,7 +401,11 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
             viz.loss_curves(result.history, names=names, unit=LOSS_UNITS.get(config.loss_func_name, "nats per scored token")),
             f"{LOSS_CAPTIONS[config.loss_func_name]}. Every curve should fall: no expert is sacrificed for another.",
         ),
-        "alphas": (viz.alpha_heatmap(alphas, names=names), "Mean coefficient of each expert, by layer and module."),
+        **(
+            {"held_out": (viz.held_out_curve(result.held_out, names), "Rows that were not trained on choose the masks that are kept.")}
+            if result.held_out else {}
+        ),
+        "alphas": (viz.alpha_heatmap(alphas, names=names), f"Mean coefficient of each expert{of}, by layer and module."),
         "alpha_histogram": (
             viz.alpha_histogram(result.merger.alpha_values(), names=names),
             f"All coefficients. {started.get(config.mask_init['strategy'], 'W')}{spread}",
@@ -417,13 +425,38 @@ def save_plots(plots: dict[str, tuple], folder: Path):
         save_figure(figure, folder / f"{name}.png")
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #a082b978
-def headline(scores: pd.DataFrame) -> dict[str, str]:
-    "The result in a few numbers: per task, learned masks against the average."
-    table, numbers = scores.pivot(index="model", columns="task", values="exact_match"), {}
-    uniform = next(name for name in table.index if name.startswith(UNIFORM))
-    for task in scores.task.unique():
-        numbers[f"{task}: exact match with learned masks"] = f"{table.loc[LEARNED, task]:.1%}"
-        numbers[f"{task}: with the {uniform}"] = f"{table.loc[uniform, task]:.1%}"
+def shares_of(result: MaskMergeResult) -> pd.DataFrame | None:  # index model; a column per task, and 'worst'
+    "How much of the way from base to expert each model has gone; None without a base or with several tasks per expert."
+    experts = {task: f"expert: {name}" for task, name in zip(result.scores.task.unique(), result.merger.names)}
+    if "base" not in set(result.scores.model) or len(experts) != result.scores.task.nunique():
+        return None
+    return recovered_share(result.scores, experts)
+
+
+def told_held_out(found: dict, steps: int) -> str:
+    "What the rows that were held out said, in a sentence."
+    kept = f"step {found['step']} of {steps}" if found["step"] else "the start: training did not improve on it"
+    back = f" The run went back to its best masks {found['recoveries']} times and took smaller steps." if found["recoveries"] else ""
+    return (
+        f"Loss on held-out rows: {found['start']:.4g} at the start, {found['loss']:.4g} at the best, {found['looks'][-1]['loss']:.4g} at the last look. "
+        f"Kept: {kept}.{back}"
+    )
+
+
+def headline(result: MaskMergeResult) -> dict[str, str]:
+    "The result in a few numbers: the worst task's recovered share, and per task learned masks against the average."
+    scores, shares, numbers = result.scores, shares_of(result), {}
+    uniform = next(name for name in scores.model.unique() if name.startswith(UNIFORM))
+    if shares is not None:
+        numbers["recovered share of the worst task with learned masks"] = f"{shares.worst[LEARNED]:.3f}"
+        numbers[f"with the {uniform}"] = f"{shares.worst[uniform]:.3f}"
+    for value, shown, said in (("exact_match", "{:.1%}", "exact match"), ("loss", "{:.3f}", "loss")):
+        table = scores.pivot(index="model", columns="task", values=value)
+        for task in scores.task.unique():
+            numbers[f"{task}: {said} with learned masks"] = shown.format(table.loc[LEARNED, task])
+            numbers[f"{task}: {said} with the {uniform}"] = shown.format(table.loc[uniform, task])
+        if table.to_numpy().max() > 0:
+            break  # a task that nobody answers to the letter is told by its loss
     return numbers
 
 
@@ -444,15 +477,16 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
         f"is a blend of the experts' weights; **{masks:,} coefficients** were trained and {weights:,} weights stayed as they "
         f"were. On a sample of one task the merged model learned to predict what that task's expert predicts."
     )
+    told = [R.Prose(told_held_out(result.held_out, len(result.history)))] if result.held_out else []
     pictures = [R.Plot(figure, caption) for figure, caption in plots.values()]
     again = dataclasses.replace(config, output_dir=f"{config.output_dir}-again", resume=False, overwrite=False, report=True)
     loading = [R.Heading("Load the merged model"), R.Code(LOADING.format(folder=config.output_dir + "/merged"))]
     return [
-        R.Headline(headline(result.scores)), R.Prose(intro),
+        R.Headline(headline(result)), R.Prose(intro),
         R.Heading("Scores"),
         R.Table(R.score_table(result.scores), f"On the {config.eval_split} split; loss in nats per answer token."),
         R.Heading("What the answers look like"), R.Answers(result.answers),
-        R.Heading("What happened in training"), *pictures,
+        R.Heading("What happened in training"), *told, *pictures,
         *(loading if config.save_merged else []),
         R.Heading("Do it again"), R.Code(config_to_python(again) + "\n", "In Python: pass this to run()."),
         R.Code(config_to_yaml(again, only_changed=True), "The same as YAML", folded=True),
@@ -473,7 +507,13 @@ def write_report(result: MaskMergeResult, config: MaskMergeConfig, more: tuple =
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #d25f23ea
 def print_scores(result: MaskMergeResult, title: str):
     "The final table of a run, for the command line."
-    print(f"\n{title} (loss in nats per answer token)\n\n{wide_scores(result.scores).to_string(float_format='{:.3f}'.format)}\n")
+    from merge_lab.report import score_table
+
+    shares = shares_of(result)
+    table = score_table(result.scores)
+    if shares is not None:
+        table[("recovered share", "worst task")] = shares.worst
+    print(f"\n{title} (loss in nats per answer token)\n\n{table.to_string(float_format='{:.3f}'.format)}\n")
 
 
 def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
@@ -483,6 +523,8 @@ def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
         print(result.memory or "The memory could not be estimated.")
         return int(result.memory is not None and not result.memory.fits)
     print_scores(result, "Scores of the base, the components, their average and the learned masks")
+    if result.held_out:
+        print(told_held_out(result.held_out, len(result.history)) + "\n")
     print("Written: " + ", ".join(str(result.folder / name) for name in result.written))
     older = [name for name in ("merged", "report.html") if name not in result.written and (result.folder / name).exists()]
     if older:
