@@ -40,7 +40,7 @@ class RealConfig:
     pair_only: bool = option(False, "Merge the first two only", group="Tasks")
     methods: list[str] = option(list(METHODS), f"Systems that merge: {', '.join(METHODS)}", group="Merges")
     merge_steps: int | None = option(None, "Optimizer steps of each merge; none given: each system's default", low=1, group="Merges")
-    expert_steps: int = option(150, "Optimizer steps of an expert, of 8 rows each", low=1, group="Experts")
+    expert_steps: int = option(120, "Optimizer steps of an expert, of 8 rows each", low=1, group="Experts")
     expert_rate: float = option(1e-3, "Highest learning rate of an expert", low=0, high=1, log=True, group="Experts")
     together: bool = option(True, "Also train one model on all data at once, for as many tokens", group="Experts")
     test_rows: int = option(150, "Test rows of each task that are scored", low=1, group="Scores")
@@ -184,9 +184,7 @@ def all_steps(config: RealConfig, root: Path) -> list[Step]:
     for group in config.groups:
         for method in config.methods:
             steps += merge_steps_of(config, root, method, group)
-        if config.together:
-            steps.append(expert_step(config, root, "+".join(group), group))
-    return steps
+    return steps + [expert_step(config, root, "+".join(group), group) for group in config.groups if config.together]
 
 
 def make_inputs(config: RealConfig, root: Path):

@@ -107,7 +107,7 @@ def described_functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef, str]]:
 
 
 def docstring_rows(
-    longest: int = 320,  # characters of a function
+    longest: int = 200,  # characters of a function
 ) -> Rows:
     "Describe a short function of the standard library in one sentence."
     root, seen = Path(sysconfig.get_paths()["stdlib"]), set()

@@ -55,9 +55,9 @@ class LoopConfig:
     learning_rate: float | None = option(
         None, "Step size of the optimizer on the masks; none given: 0.1 in units of the components' differences", low=0, high=1, group="Training"
     )
-    max_steps: int = option(200, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
+    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
     num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training")
-    per_device_train_batch_size: int = option(32, "Samples per device and micro-step", low=1, high=256, group="Training")
+    per_device_train_batch_size: int = option(8, "Samples per device and micro-step", low=1, high=256, group="Training")
     gradient_accumulation_steps: int = option(1, "Micro-steps per optimizer step", low=1, high=256, group="Training")
     lr_scheduler_type: str = option(
         "cosine", "Course of the learning rate", group="Training",

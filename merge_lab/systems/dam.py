@@ -503,11 +503,6 @@ _PENALTIES = {
 class DAMTrainConfig(LoopConfig):
     "How the coefficients are trained, and towards what."
 
-    max_steps: int = option(600, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
-    lr_scheduler_type: str = option(
-        "linear", "Course of the learning rate", group="Training",
-        choices=["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"],
-    )
     optim: str = option("adamw_torch", "Optimizer, by transformers' name, or mofo", group="Training")
     mofo_fraction: float = option(
         0.1, "With optim mofo: share of the entries of a mask that a step updates", low=0, high=1, group="Training"

@@ -1064,10 +1064,12 @@ def _train_until_stopped(lora: SmoLoRA, config: LoRAPipelineConfig, stopper: Sto
 
 def pace_of(log: list[dict]) -> dict:
     "Steps, seconds and tokens per second of a run, over all its stages."
-    ends = [entry for entry in log if "train_runtime" in entry]
-    seconds = sum(entry["train_runtime"] for entry in ends)
-    rates = [entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry]
-    return dict(steps=log[-1]["step"], seconds=seconds, tokens_per_second=sum(rates) / len(rates) if rates else math.nan)
+    seconds, tokens, seen = 0.0, 0, 0
+    for entry in log:
+        seen = entry.get("num_tokens", seen)
+        if "train_runtime" in entry:  # the end of a stage; the next one counts anew
+            seconds, tokens, seen = seconds + entry["train_runtime"], tokens + seen, 0
+    return dict(steps=log[-1]["step"], seconds=seconds, tokens_per_second=tokens / seconds if seconds else math.nan)
 
 
 def show_result(result: dict):  # from `run`

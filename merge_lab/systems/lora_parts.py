@@ -491,6 +491,7 @@ def trainable_parameters(model: nn.Module) -> pd.DataFrame:  # index trainable, 
 advice = {
     "overfitting": "Reduce training steps, increase dropout, use a smaller rank, add regularisation or data.",
     "underfitting": "Increase the learning rate, increase the rank, add more target modules, train for more steps.",
+    "too short": "Train for more steps, or raise the learning rate: the loss was still falling when the run ended.",
     "loss rising": "Reduce the learning rate, add warm-up steps, or clip gradients harder (max_grad_norm).",
     "loss not finite": "Reduce the learning rate, use bf16 or fp32 instead of fp16, and check the data for empty rows.",
     "learning rate": "Raise learning_rate; 2e-4 is usual for LoRA, 5e-4 or 1e-3 for faster adaptation.",
@@ -501,7 +502,7 @@ advice = {
 }
 
 
-_MEASURED = ("memory_bytes", "free_bytes", "elapsed_seconds")  # what `HistoryLog` adds to a trainer's log
+_MEASURED = ("memory_bytes", "free_bytes", "elapsed_seconds", "tokens_per_second")  # what `HistoryLog` adds to a trainer's log
 
 
 def log_of(trainer_or_log) -> list[dict]:
@@ -537,6 +538,29 @@ def _plateau(train: pd.Series) -> bool:
     quarter = len(train) // 4
     first, middle, last = train[:quarter].mean(), train[-2 * quarter : -quarter].mean(), train[-quarter:].mean()
     return bool(abs(last - middle) < 0.01 * middle and last > 2 / 3 * first)
+
+
+def _still_falling(train: pd.Series, validation: pd.Series, steps: int) -> bool:
+    """Whether the last third lies below the middle one by a quarter of the whole fall, and by 5 %. Under ten steps: False.
+
+    A curve that only the number of steps limits falls by a third to a half of the whole there. Validation loss is asked where
+    it was taken often enough, for it has no noise of the rows; a fall of training loss must be twice its noise."""
+    losses = validation if len(validation) >= 3 else train
+    third = len(losses) // 3
+    if steps < 10 or len(losses) < 3 or losses is train and len(train) < 4:
+        return False
+    first, middle, last = losses[:third].mean(), losses[third:-third].mean(), losses[-third:].mean()
+    noise = 0.0 if losses is validation else losses.diff().std() / third**0.5
+    falls = first - last > 2 * noise and middle - last > 0.25 * (first - last)
+    return bool(falls and last < 0.95 * middle and losses.iloc[-1] <= losses.min() + noise)
+
+
+def _jumped(train: pd.Series) -> bool:
+    "Whether the loss went to twice its start, or to half as much again and stayed above the start; half a nat at least."
+    if len(train) < 3:
+        return False
+    start, top, end = train.iloc[0], train.max(), train[-max(len(train) // 3, 1) :].mean()
+    return bool(top > start + 0.5 and (top > 2 * start or top > 1.5 * start and end >= start))
 
 
 def _rising(train: pd.Series) -> bool:
@@ -583,15 +607,23 @@ def training_diagnostics(
     peak = rate.max() if len(rate) else math.nan
     finite = all(math.isfinite(entry[name]) for entry in log_of(trainer_or_log) for name in ("loss", "eval_loss") if name in entry)
     seen_train = f"training loss {train.iloc[0]:.3g} to {train.iloc[-1]:.3g}" if len(train) else "no training loss"
-    seen_validation = f"validation loss {validation.iloc[-1]:.3g}, best {validation.min():.3g}" if len(validation) else "no validation"
+    rising = finite and (_rising(train) or _jumped(train))
+    if rising:
+        seen_train += f", highest {train.max():.3g} at step {train.idxmax()}"
+    seen_validation = "no validation"
+    if len(validation):
+        seen_validation = f"validation loss {validation.iloc[-1]:.3g}, best {validation.min():.3g} at step {validation.idxmin()}"
+    overfit = finite and _overfit(validation, train)
+    short = finite and not rising and not overfit and _still_falling(train, validation, int(planned))
     tiny = len(running) and (running.iloc[-1] < 1e-6 and running.iloc[-1] < 0.01 * peak or peak < 1e-6)
     tight, seen_memory = _tight(curves)
     slow, seen_pace = _slow(curves, int(planned), hours)
     checks = {
         "loss not finite": (finite, seen_train),
-        "loss rising": (not (finite and _rising(train)), seen_train),
+        "loss rising": (not rising, seen_train),
         "underfitting": (not (finite and _plateau(train)), seen_train),
-        "overfitting": (not (finite and _overfit(validation, train)), seen_validation),
+        "too short": (not short, seen_validation if len(validation) >= 3 else seen_train),
+        "overfitting": (not overfit, seen_validation),
         "learning rate": (not tiny, f"learning rate {rate.iloc[-1]:.2g}, highest {peak:.2g}" if len(rate) else "not logged"),
         "memory": (not tight, seen_memory),
         "slow training": (not slow, seen_pace),
