@@ -209,6 +209,7 @@ def call(name: str, words: list[str]) -> int:
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: threads that spin while they wait collapse on busy cores
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -55,7 +55,7 @@ class HeldOut:
 
     @torch.no_grad()
     def __call__(self, merger: Merger, objective: Objective) -> dict[str, float]:  # loss, source_0, source_1, ...
-        "Mean loss of each source, and their mean. Penalties are left out."
+        "Mean loss of each source, and their mean with the penalties on the coefficients."
         asked = dataclasses.replace(objective, penalties={}, teachers=self.teachers)
         sums, tokens = {}, {}
         for batch in self.batches:
@@ -66,7 +66,8 @@ class HeldOut:
                 tokens[i] = tokens.get(i, 0) + int(found[f"tokens_source_{i}"])
         objective.fused = asked.fused
         means = {f"source_{i}": sums[i] / max(tokens[i], 1) for i in sorted(sums)}
-        return {"loss": sum(means.values()) / len(means), **means}
+        penalties = sum(weight * float(coefficient_penalty(merger, name, objective)) for name, weight in objective.penalties.items())
+        return {"loss": sum(means.values()) / len(means) + penalties, **means}
 
 # %% ../nbs/23_held_out.ipynb #ed592422
 def is_due(

@@ -27,7 +27,7 @@ import yaml
 from pydantic import FiniteFloat
 from torch import Tensor, nn
 
-from .components import check_components, component_names, load_components, load_tokenizer, silence_dropout
+from .components import check_components, component_name, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
     check_choice, check_disk_space, check_options, check_type, config_from_dict, method_of, narrow, option, save_tensors,
@@ -53,10 +53,6 @@ class MergerConfig:
 
     model_paths: list[str] = option([], "Components, in order: folders or hub names, at least two", group="Components")
     mode: str = option("vector_input", "Granularity of the masks", choices=MODES, group="Masks")
-    base_model: str | None = option(
-        None, "Their common ancestor: with constrain_mode 'delta' coefficients multiply the difference from it; none: from their mean",
-        group="Components",
-    )
     constrain_mode: str = option("delta", "How a mask becomes an alpha", choices=CONSTRAINTS, group="Masks")
     impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Memory")
     mask_init: dict = option(
@@ -82,6 +78,10 @@ class MergerConfig:
     )
     keep_merged: bool = option(
         False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory"
+    )
+    base_model: str | None = option(
+        None, "Their common ancestor: with constrain_mode 'delta' coefficients multiply the difference from it; none: from their mean",
+        group="Components",
     )
 
     def __post_init__(self):
@@ -298,6 +298,7 @@ class Merger(nn.Module):
         for model in models:
             silence_dropout(model)
         check_mask_init(config.mask_init, n)
+        self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; trainers switch it off in the config of what they train
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.init_masks(config.mask_init)
@@ -634,6 +635,8 @@ def _save_companions(merger: Merger, folder: Path, card: str):
     config = copy.deepcopy(merger.config)
     if merger.merger_config.untie_embeddings:
         config.tie_word_embeddings = False
+    if merger.use_cache is not None:
+        config.use_cache = merger.use_cache
     config.architectures = [type(merger.model).__name__]
     config.save_pretrained(folder)
     if getattr(merger.model, "generation_config", None) is not None:
@@ -648,7 +651,10 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
     "Markdown with the metadata that the hub reads: base models, tags and the recipe."
     recipe = dataclasses.asdict(merger.merger_config) | (recipe or {})
     recipe["model_paths"] = [p if not Path(p).exists() else name for p, name in zip(recipe["model_paths"], merger.names)]
-    front = {"base_model": recipe["model_paths"], "library_name": "transformers", "tags": ["merge", "merge_lab"]}
+    named = [path for path in held_paths(merger.merger_config) if not Path(path).exists()]  # on the hub; a folder of this machine means nothing there
+    if recipe.get("base_model"):
+        recipe["base_model"] = recipe["base_model"] if recipe["base_model"] in named else component_name(recipe["base_model"])
+    front = ({"base_model": named} if named else {}) | {"library_name": "transformers", "tags": ["merge", "merge_lab"]}
     means = merger.alphas().groupby("component")[["mean", "min", "max"]].agg({"mean": "mean", "min": "min", "max": "max"})
     lines = [
         f"| {merger.names[i]} | {row['mean']:.3f} | {row['min']:.3f} | {row['max']:.3f} |" for i, row in means.iterrows()

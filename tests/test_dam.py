@@ -70,7 +70,10 @@ def lab(tmp_path_factory):
     "Base, two experts, their data, an untrained model and a dataset with teachers."
     folder = tmp_path_factory.mktemp("dam")
     base, *experts = make_models(folder / "models", "llama")
-    dam.merge(dam.DAMConfig(base, experts, str(folder / "untrained")))
+    free = dam.DAMConfig(
+        base, experts, str(folder / "untrained"), non_linearity="None"
+    )
+    dam.merge(free)  # every coefficient matters, whatever the models share
     topk = dam.DAMTopkConfig(
         k=8,
         dataset_names=make_data(folder),
@@ -94,6 +97,7 @@ def train_config(lab, output, **options):
         max_steps=4,
         per_device_train_batch_size=4,
         save_steps=0,
+        held_out_rows=0,  # what the last step gave is looked at
         device="cpu",
     )
     return dam.DAMTrainConfig(**{**defaults, **options})
@@ -155,7 +159,7 @@ def make_twins(folder, architecture, tied, use_base_model, **options):
         use_base_model=use_base_model,
         use_embedding_layers=True,
         merge_layernorms=True,
-        **options,
+        **{"non_linearity": "None", **options},
     )
     merger = dam.merge(config)
     topk = dam.DAMTopkConfig(
@@ -584,7 +588,7 @@ def test_datasets_and_models_of_one_name_are_all_scored(lab, tmp_path):
     )
     scores = dam.train(config).scores
     assert sorted(set(scores.task)) == ["a/rows.jsonl", "b/rows.jsonl"]
-    assert len(set(scores.model)) == 4 and len(scores) == 8
+    assert len(set(scores.model)) == 5 and len(scores) == 10  # with the average
 
 
 def test_tensorboard_gets_the_loss(lab, tmp_path):
@@ -715,7 +719,7 @@ def test_commands_of_the_readme(readme_commands, tmp_path, monkeypatch, capsys):
     assert "24 rows of 3 components, with stored teachers" in said
     assert "plain transformers: runs/dam/trained/merged" in said
     scores = pd.read_csv("runs/dam/trained/scores.csv")
-    assert scores.n.eq(4).all() and len(scores) == 5 * 3
+    assert scores.n.eq(4).all() and len(scores) == 6 * 3
     table = scores.set_index(["model", "task"]).exact_match.unstack()
     names = ["rewrite", "summarize", "extract"]
     assert list(pd.unique(scores.model)) == [*names, "base", "merged"]

@@ -1,9 +1,11 @@
 """The LoRA pipeline across architectures, processes and settings."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import stat
 import subprocess
 import sys
 
@@ -11,27 +13,35 @@ import datasets
 import pandas as pd
 import pytest
 import torch
+import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from merge_lab.core import begin_run
+from merge_lab.core import begin_run, bundled_path
+from merge_lab.systems import lora as pipeline
+from merge_lab.systems import lora_parts
 from merge_lab.systems.lora import (
     LiveCurves,
     LoRAPipelineConfig,
     RunInterrupted,
     SmoLoRA,
+    fixed_loss,
     grow_rank,
     load_adapter,
     load_base,
+    make_lora,
     merge_adapter,
     probe_logits,
     quiet_peft,
     run,
+    show_result,
     task_names,
     train_with_ranks,
     use_curriculum,
 )
 from merge_lab.systems.lora_parts import (
+    cpu_likes_bf16,
+    device_settings,
     encode_rows,
     find_target_modules,
     make_lora_config,
@@ -40,6 +50,7 @@ from merge_lab.systems.lora_parts import (
     training_curves,
     training_diagnostics,
 )
+from merge_lab.tasks import ChatCollator
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = [
@@ -128,11 +139,18 @@ def test_presets_grow():
 def test_save_and_inference_in_a_later_process(base):
     "Of an adapter that was trained on text, and of one that was trained on conversations."
     wanted = {}
-    for layout, column in (("text", TEXTS), ("messages", [c["messages"] for c in CHAT])):
+    for layout, column in (
+        ("text", TEXTS),
+        ("messages", [c["messages"] for c in CHAT]),
+    ):
         rows, chat = datasets.Dataset.from_dict({layout: column}), layout == "messages"
-        lora = quick(base, rows, output_dir=layout, lora=dict(target_modules="aggressive"))
+        lora = quick(
+            base, rows, output_dir=layout, lora=dict(target_modules="aggressive")
+        )
         lora.train()
-        wanted[layout] = f"{chat} {lora.inference('the cat', max_new_tokens=6, chat=chat)}"
+        wanted[layout] = (
+            f"{chat} {lora.inference('the cat', max_new_tokens=6, chat=chat)}"
+        )
         assert wanted[layout] == f"{chat} {lora.inference('the cat', max_new_tokens=6)}"
     script = (
         "from merge_lab.systems import lora as pipeline\n"
@@ -567,3 +585,255 @@ def test_curves_of_a_log():
     ]
     curves = training_curves(log + [{"step": 2, "train_runtime": 1.0}])
     assert curves.loss.tolist() == [2.0, 1.0] and curves.eval_loss.iloc[0] == 3.0
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_likes_bf16_trains_large_bf16_bases_in_it(base, monkeypatch, fast):
+    monkeypatch.setattr(lora_parts, "cpu_likes_bf16", lambda: fast)
+    save_tiny(tiny_model().to(torch.bfloat16), "half")
+    assert not device_settings("cpu", "half")["bf16"]  # too small to gain anything
+    monkeypatch.setattr(lora_parts, "SMALL", 1000)
+    assert device_settings("cpu", "half")["bf16"] == fast
+    assert not device_settings("cpu", base)["bf16"]  # stored in fp32
+    assert not device_settings("cpu")["bf16"]
+    lora = make_lora(quick_config(base_model="half"))
+    assert lora.sft_config.bf16 == fast
+    assert lora.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert not make_lora(
+        quick_config(base_model="half", precision="fp32")
+    ).sft_config.bf16
+
+
+def test_a_torch_that_does_not_tell_means_fp32(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert cpu_likes_bf16() is False
+    monkeypatch.setattr(
+        torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False
+    )
+    assert cpu_likes_bf16() is True
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_bf16_weights_are_merged_in_fp32_and_rounded_once(architecture):
+    save_tiny(tiny_model(architecture).to(torch.bfloat16), "base")
+    adapted(architecture, target_modules="aggressive").save_pretrained("adapter")
+    exact = load_adapter(load_base("base", "cpu", torch.float32), "adapter")
+    exact = exact.merge_and_unload().state_dict()
+    half = load_base("base", "cpu", torch.bfloat16)
+    buffers = {name: b.clone() for name, b in half.named_buffers()}
+    merged, report = merge_adapter(half, "adapter", "merged")
+    assert report["dtype"] == "bfloat16" and "verdict" not in report
+    again = AutoModelForCausalLM.from_pretrained("merged", dtype="auto")
+    for model in (merged, again):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
+    for name, buffer in merged.named_buffers():
+        assert buffer.dtype == buffers[name].dtype and torch.equal(
+            buffer, buffers[name]
+        )
+
+
+def test_merging_is_judged_by_the_loss_on_some_rows(base, monkeypatch, caplog):
+    rows = datasets.Dataset.from_list(CHAT * 3)
+    adapted("llama", target_modules="aggressive").save_pretrained("adapter")
+    with caplog.at_level("INFO", "merge_lab"):
+        merged, report = merge_adapter(
+            load_base(base, "cpu"), "adapter", "merged", tiny_tokenizer(), rows
+        )
+    assert report["loss_merged"] == pytest.approx(report["loss_adapter"], abs=1e-4)
+    wanted = fixed_loss(merged, tiny_tokenizer(), rows, n=16)
+    assert report["loss_merged"] == pytest.approx(wanted) and report["loss_rows"] == 16
+    assert report["fine"] and report["verdict"] in caplog.text
+    assert report["verdict"].endswith("nats per answer token: fine")
+
+    merge = pipeline.merge_layers
+
+    def badly(model):
+        merged = merge(model)
+        with torch.no_grad():
+            merged.lm_head.weight.mul_(0.5)
+        return merged
+
+    monkeypatch.setattr(pipeline, "merge_layers", badly)
+    caplog.clear()
+    _, report = merge_adapter(
+        load_base(base, "cpu"), "adapter", "merged", tiny_tokenizer(), rows
+    )
+    assert not report["fine"] and "more than 2 %" in report["verdict"]
+    assert [r.levelname for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_the_loss_of_rows_does_not_depend_on_how_many_are_read_at_once():
+    model, rows = tiny_model().eval(), datasets.Dataset.from_dict({"text": TEXTS[:6]})
+    batch = ChatCollator(tiny_tokenizer())(list(encode_rows(rows, tiny_tokenizer())))
+    names = ("input_ids", "attention_mask", "labels")
+    whole = model(**{name: batch[name] for name in names}).loss.item()
+    assert fixed_loss(model, tiny_tokenizer(), rows) == pytest.approx(whole, abs=1e-5)
+
+
+def task_folder(name="pets", validation=5):
+    "A folder of splits, as a task has."
+    pathlib.Path(name).mkdir()
+    for split, n in (("train", 8), ("validation", validation)):
+        lines = (json.dumps(CHAT[0]) + "\n") * n
+        if n:
+            pathlib.Path(name, f"{split}.jsonl").write_text(lines)
+    return name
+
+
+def test_the_validation_split_of_a_task_is_used(base):
+    task_folder()
+    config = quick_config(datasets=["pets"], max_steps=40, batch_size=4)
+    found = run(config, disable_tqdm=True)
+    looks = found["curves"].eval_loss.dropna()
+    assert 5 <= len(looks) <= 8 and looks.index[-1] == 40
+    assert len(found["lora"].eval_dataset) == 5
+    assert found["report"]["loss_rows"] == 5
+    without = quick_config(
+        datasets=["pets"], eval_dataset="none", output_dir="without", max_steps=20
+    )
+    assert "eval_loss" not in run(without, disable_tqdm=True)["curves"]
+
+
+def test_a_task_without_a_validation_split_is_not_validated(base):
+    task_folder(validation=0)
+    lora = make_lora(quick_config(datasets=["pets"]))
+    assert lora.eval_dataset is None and lora.sft_config.eval_strategy == "no"
+    given = make_lora(quick_config(datasets=["pets"], eval_dataset="rows.jsonl"))
+    assert len(given.eval_dataset) == 8
+
+
+def test_validation_takes_a_tenth_of_a_run_at_most():
+    for steps in (60, 150, 1000):
+        config = LoRAPipelineConfig(max_steps=steps, output_dir="bundled")
+        lora = make_lora(config)  # the bundled task
+        rows, every = len(lora.eval_dataset), lora.sft_config.eval_steps
+        assert rows <= 64 and 5 <= steps / every <= 8
+        assert rows * steps / every <= 0.1 * 3 * 8 * steps
+    given = bundled_path("tasks/rewrite/train.jsonl")
+    many = make_lora(
+        LoRAPipelineConfig(max_steps=50, eval_dataset=str(given), output_dir="bundled")
+    )
+    assert many.sft_config.eval_steps == 50  # once, at the end
+
+
+def test_several_tasks_are_validated_with_their_prefixes(base):
+    for name in ("dog", "bird"):
+        task_folder(name)
+    config = quick_config(datasets=["dog", "bird"], task_prefixes=True, max_steps=40)
+    rows = make_lora(config).eval_dataset["messages"]
+    said = {row[0]["content"].split("]")[0] for row in rows}
+    assert said == {"[TASK:dog", "[TASK:bird"}
+
+
+def test_validation_does_not_change_what_is_trained(base):
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    models = []
+    for folder, held_out in (("with", rows), ("without", None)):
+        lora = quick(
+            base,
+            output_dir=folder,
+            eval_dataset=held_out,
+            lora=dict(lora_dropout=0.5, target_modules="aggressive"),
+        )
+        lora.train()
+        models.append(lora.model)
+    assert same(*models)
+
+
+def test_files_of_a_run_are_as_readable_as_others(base):
+    umask = os.umask(0o022)
+    try:
+        run(quick_config(save_steps=2), disable_tqdm=True)
+    finally:
+        os.umask(umask)
+    files = [path for path in pathlib.Path("run").rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"model.safetensors", "README.md"}
+    narrow = {str(p) for p in files if stat.S_IMODE(p.stat().st_mode) != 0o644}
+    assert not narrow
+
+
+def card_of(folder):
+    "Front matter and text of a card."
+    _, data, text = (pathlib.Path(folder) / "README.md").read_text().split("---", 2)
+    return yaml.safe_load(data), text
+
+
+def test_cards_say_what_was_trained(base):
+    here = str(pathlib.Path("base").resolve())
+    run(quick_config(base_model=here, save_steps=4), disable_tqdm=True)
+    for folder in ("run/adapter_checkpoint", "run/checkpoint-4"):
+        data, text = card_of(folder)
+        assert here not in f"{data} {text}" and "More Information" not in text
+        assert data["library_name"] == "peft" and "rank 8" in text
+    recorded = json.loads(
+        pathlib.Path("run/adapter_checkpoint/adapter_config.json").read_text()
+    )
+    assert recorded["base_model_name_or_path"] == here
+    data, text = card_of("run/final_merged")
+    assert data["base_model"] == [here] and data["library_name"] == "transformers"
+    assert "4 of 8 x 1 rows" in text and "Merging changed the loss" in text
+    later = SmoLoRA(here, output_dir="run", device="cpu")
+    later.save()
+    assert "4 of 8 x 1 rows" in card_of("run/final_merged")[1]
+
+
+def test_the_card_of_an_adapter_names_a_base_that_others_can_find(base):
+    run(quick_config(merge=False), disable_tqdm=True)
+    assert card_of("run/adapter_checkpoint")[0]["base_model"] == "base"
+
+
+def test_the_pace_is_shown_and_kept(base, capsys):
+    found = run(quick_config(max_steps=6, logging_steps=2))
+    shown = capsys.readouterr()
+    assert "tokens_per_second" in shown.err + shown.out
+    history = pd.read_json("run/history.jsonl", lines=True)
+    rates = history.tokens_per_second[history.loss.notna()]
+    assert (rates > 0).all() and (history.seconds_left.dropna() >= 0).all()
+    show_result(found)
+    said = capsys.readouterr().out
+    assert "Trained 6 steps in " in said and " tokens per second." in said
+    assert "Merging changed the loss from " in said and ": fine." in said
+
+
+def test_a_step_learns_eight_rows_unless_both_numbers_are_given(base, monkeypatch):
+    def both(**options):
+        options = {"gradient_accumulation_steps": None} | options
+        sft = make_lora(quick_config(**options)).sft_config
+        return sft.per_device_train_batch_size, sft.gradient_accumulation_steps
+
+    assert both() == (8, 1)
+    assert both(batch_size=2) == (2, 4)
+    assert both(gradient_accumulation_steps=4) == (2, 4)
+    assert both(batch_size=3, gradient_accumulation_steps=2) == (3, 2)
+    token = lora_parts.bytes_of_token(tiny_model().config)
+    longest = lora_parts.longest_row(
+        datasets.Dataset.from_dict({"text": TEXTS}), tiny_tokenizer()
+    )
+    monkeypatch.setattr("merge_lab.systems.lora.FORWARD_BYTES", 5 * token * longest)
+    assert both() == (4, 2)
+
+
+def test_logits_are_computed_of_learned_positions_only(base, monkeypatch):
+    "Also where there is no Triton; the losses are those of trl as it is."
+    from trl.trainer import utils
+
+    rows, scored = datasets.Dataset.from_list(CHAT), []
+    apply = utils._ChunkedLogProbFunction.apply
+
+    def counted(hidden, *args):
+        scored.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", counted)
+    curves = quick(base, rows, output_dir="run").train()
+    learned = sum(l != -100 for l in encode_rows(rows, tiny_tokenizer())[0]["labels"])
+    assert set(scored) == {learned}
+    scored.clear()
+    monkeypatch.setattr(
+        "merge_lab.systems.lora.learned_positions_only", contextlib.nullcontext
+    )
+    plain = quick(base, rows, output_dir="plain").train()
+    assert min(scored) > learned
+    assert curves.loss.tolist() == pytest.approx(plain.loss.tolist(), abs=1e-5)

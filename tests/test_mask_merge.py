@@ -103,11 +103,12 @@ def test_everything_is_written(demo):
         "config.yaml",
         "history.jsonl",
         "scores.csv",
+        "held_out.json",
         "report.html",
         "masks/masks.safetensors",
     ):
         assert (demo.folder / name).stat().st_size > 0
-    assert len(list((demo.folder / "plots").glob("*.png"))) == 6
+    assert len(list((demo.folder / "plots").glob("*.png"))) == 7
     html = (demo.folder / "report.html").read_text(encoding="utf-8")
     assert (
         "data:image/png;base64," in html
@@ -301,7 +302,7 @@ def test_the_average_is_named_by_what_it_averages(without_checkpoint):
     _, result = without_checkpoint
     name = "uniform average of what is masked"
     assert name in set(result.scores.model) and name in result.answers
-    assert f"rewrite: with the {name}" in headline(result)
+    assert f"rewrite: exact match with the {name}" in headline(result)
 
 
 def test_resume_refuses_other_options_and_nothing(finished, tmp_path):

@@ -466,7 +466,10 @@ def run(
     merger, tokenizer = AdapterMerger.from_config(config), load_tokenizer(base_path(config))
     datasets, tests = {str(path): config.n_samples for path in config.datasets}, {}
     if config.eval_samples != 0:
-        tests = load_tests(config.datasets, config.eval_split, config.eval_samples)
+        try:
+            tests = load_tests(config.datasets, config.eval_split, config.eval_samples)
+        except ValueError as error:
+            logger.warning("no scores: %s", error)
     rows = adapter_rows(config, tokenizer)
     rows, held = hold_out(rows, datasets, tokenizer, config.held_out_rows, config.max_length, config.seed)
     held_out = HeldOut(held, ChatCollator(tokenizer), config.per_device_train_batch_size) if held else None

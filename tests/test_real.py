@@ -1,0 +1,163 @@
+"""The main job on a real pretrained model, and the demo around it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from merge_lab import real
+from merge_lab.real_data import (
+    REAL_TASKS,
+    make_real_base,
+    make_real_task,
+    missing_packages,
+    split_of,
+)
+from merge_lab.tasks import load_task, write_jsonl
+
+needs_real = pytest.mark.skipif(
+    bool(missing_packages()),
+    reason=f"not installed: {', '.join(missing_packages())} (make install-real)",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_real_base(tmp_path_factory.mktemp("real") / "base")
+
+
+@needs_real
+def test_the_base_answers_and_is_a_plain_checkpoint(base):
+    from merge_lab.components import load_model, load_tokenizer
+    from merge_lab.systems.lora import complete
+
+    config = json.loads((base / "config.json").read_text())
+    assert "quantization_config" not in config and config["dtype"] == "bfloat16"
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    said = complete(model, tokenizer, "What is the capital of France?", 12)
+    assert "Paris" in said
+
+
+@needs_real
+def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
+    "Two adapters of a few steps, merged into plain models; few steps, else defaults."
+    from merge_lab.components import find_base, load_model
+    from merge_lab.systems.lora import LoRAPipelineConfig
+    from merge_lab.systems.lora import run as make_expert
+    from merge_lab.systems.mask_merge import MaskMergeConfig, run
+
+    paths, data = [], {}
+    for task in ("french", "docstrings"):
+        make_real_task(task, tmp_path / "all" / task)
+        for split, n in {"train": 32, "validation": 8, "test": 2}.items():
+            rows = load_task(tmp_path / "all" / task, split)
+            rows = sorted(rows, key=lambda row: len(str(row)))[:n]
+            (tmp_path / task).mkdir(exist_ok=True)
+            write_jsonl(tmp_path / task / f"{split}.jsonl", rows)
+        make_expert(
+            LoRAPipelineConfig(
+                base_model=str(base),
+                datasets=[str(tmp_path / task)],
+                r=8,
+                target_modules="aggressive",
+                lora_dropout=0,
+                max_steps=6,
+                batch_size=4,
+                gradient_accumulation_steps=1,
+                learning_rate=2e-3,
+                output_dir=str(tmp_path / "experts" / task),
+            )
+        )
+        paths.append(str(tmp_path / "experts" / task / "final_merged"))
+        data[str(tmp_path / task)] = None
+    assert Path(find_base(paths)).resolve() == base.resolve()
+    options = dict(max_steps=6, held_out_rows=8, eval_samples=1, report=False)
+    config = MaskMergeConfig(
+        paths, dataset_configs=data, output_dir=str(tmp_path / "run"), **options
+    )
+    result = run(config, progress=False)
+    looks = [look["loss"] for look in result.held_out["looks"]]
+    assert looks[1] <= 1.1 * looks[0], "the first step already did harm"
+    assert result.held_out["loss"] < looks[0] and not result.held_out["recoveries"]
+    assert result.merger.has_base and (result.history.loss > 0).all()
+    plain = load_model(tmp_path / "run" / "merged")
+    exported = dict(plain.named_parameters())
+    for name, tensor in result.merger.merged_state_dict().items():
+        if name in exported:
+            assert torch.equal(exported[name], tensor), name
+    assert plain.config.use_cache
+
+
+@needs_real
+def test_tasks_share_no_string_between_splits(tmp_path):
+    seen = {}
+    for task in REAL_TASKS:
+        make_real_task(task, tmp_path / task)
+        for split in ("train", "validation", "test"):
+            for row in load_task(tmp_path / task, split):
+                text = row["messages"][0]["content"].partition(":")[2].strip()
+                assert seen.setdefault(text, split) == split
+    assert split_of("a string") == split_of("a string")
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'merge_lab\[real\]'"):
+        real.run(real.RealConfig(output_dir="nowhere"))
+    assert not Path("nowhere").exists()
+
+
+def test_a_step_that_is_done_is_not_done_again(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        real, "run_command", lambda words: ran.append(words) or (1.0, 2**30)
+    )
+    step = real.Step("one", ("lora", "--x", "1"), tmp_path / "one")
+    step.folder.mkdir()
+    real.do_step(step, tmp_path)
+    real.do_step(step, tmp_path)
+    assert len(ran) == 1
+    real.do_step(
+        real.Step("one", ("lora", "--x", "2"), step.folder), tmp_path
+    )  # another command
+    assert len(ran) == 2
+    (step.folder / "config.yaml").write_text("x: 2")
+    (step.folder / "checkpoint-5").mkdir()
+    (step.folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    real.do_step(real.Step("two", ("lora",), step.folder), tmp_path)
+    assert ran[-1] == ["lora", "--resume"]
+    real.do_step(real.Step("three", ("lora",), step.folder, resumes=False), tmp_path)
+    assert ran[-1] == ["lora", "--overwrite"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_a_step_stops_when_the_demo_is_killed(tmp_path):
+    "The demo dies by kill -9; its step is asked to stop, and does not train on alone."
+    script = (
+        "import sys; from merge_lab import real; "
+        "real._CHILD = real._CHILD.split('from merge_lab')[0] + "
+        "'import os, time; open(sys.argv[1], \"w\").write(str(os.getpid())); time.sleep(60)'; "
+        f"real.run_command([{str(tmp_path / 'pid')!r}])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    for _ in range(300):
+        if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+            break
+        time.sleep(0.1)
+    child = int((tmp_path / "pid").read_text())
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    for _ in range(50):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{child}/stat").read_text().split(") ")[1][0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the step goes on without its parent")
