@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .core import save_tensors, write_json
 from .merger import Merger
-from .objective import Objective
+from .objective import Objective, coefficient_penalty
 
 # %% ../nbs/23_held_out.ipynb #86e839c7
 class KeptStates(dict):

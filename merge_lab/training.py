@@ -63,7 +63,7 @@ class LoopConfig:
         "cosine", "Course of the learning rate", group="Training",
         choices=["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"],
     )
-    warmup_steps: float = option(0.05, "Steps of rising learning rate; below 1: a share of all steps", low=0, group="Training")
+    warmup_steps: float = option(8, "Steps of rising learning rate; below 1: a share of all steps", low=0, group="Training")
     weight_decay: float = option(0.0, "AdamW's pull of the masks towards zero", low=0, high=1, group="Training")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0: no clipping", low=0, group="Training")
     optim: str = option("adamw_torch", "Optimizer, by transformers' name", group="Training")
@@ -258,6 +258,16 @@ class MergerTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 getattr(callback, "close", lambda: None)()
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        "The schedule of transformers, whose warm-up begins with a step of no length; here with the first rise."
+        scheduler, warm = super().create_scheduler(num_training_steps, optimizer), self.args.get_warmup_steps(num_training_steps)
+        if warm and hasattr(scheduler, "lr_lambdas"):
+            scheduler.lr_lambdas = [lambda step, f=f: f(step + 1 if step < warm else step) for f in scheduler.lr_lambdas]
+            for group, base, f in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+                group["lr"] = base * f(0)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        return scheduler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         results = model(objective=self.objective, num_items_in_batch=num_items_in_batch, **inputs)

@@ -837,3 +837,18 @@ def test_logits_are_computed_of_learned_positions_only(base, monkeypatch):
     plain = quick(base, rows, output_dir="plain").train()
     assert min(scored) > learned
     assert curves.loss.tolist() == pytest.approx(plain.loss.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_short_rows_in_bf16_on_a_cpu_use_plain_attention(base, bf16):
+    used = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            used.append(model.config._attn_implementation)
+
+    lora = quick(base, output_dir="run", sft=dict(bf16=bf16), callbacks=[Look()])
+    for _ in range(2):  # a base, and a model that has its adapter
+        lora.train()
+    assert set(used) == {"eager" if bf16 else "sdpa"}
+    assert lora.model.config._attn_implementation == "sdpa"

@@ -400,7 +400,7 @@ def test_two_tasks_are_learned_and_one_blend_keeps_both():
         own[task] = found[task]
     options = dict(adapters=list(steps), datasets=list(paths.values()), n_samples=500)
     options |= dict(max_steps=50, per_device_train_batch_size=32, dtype="float32")
-    options |= dict(learning_rate=0.1, save_steps=0, device="cpu")
+    options |= dict(learning_rate=0.1, warmup_steps=0, save_steps=0, device="cpu")
     run(LoRAMergeConfig(**options, output_dir="both"))
     kept = scores(load_base("both/merged", "cpu"), questions)
     assert all(kept[task] >= 0.9 * own[task] for task in steps), (kept, own)

@@ -54,7 +54,7 @@ def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
     paths, data = [], {}
     for task in ("french", "docstrings"):
         make_real_task(task, tmp_path / "all" / task)
-        for split, n in {"train": 32, "validation": 8, "test": 2}.items():
+        for split, n in {"train": 24, "validation": 4, "test": 2}.items():
             rows = load_task(tmp_path / "all" / task, split)
             rows = sorted(rows, key=lambda row: len(str(row)))[:n]
             (tmp_path / task).mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
                 r=8,
                 target_modules="aggressive",
                 lora_dropout=0,
-                max_steps=6,
+                max_steps=4,
                 batch_size=4,
                 gradient_accumulation_steps=1,
                 learning_rate=2e-3,
@@ -76,7 +76,7 @@ def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
         paths.append(str(tmp_path / "experts" / task / "final_merged"))
         data[str(tmp_path / task)] = None
     assert Path(find_base(paths)).resolve() == base.resolve()
-    options = dict(max_steps=6, held_out_rows=8, eval_samples=1, report=False)
+    options = dict(max_steps=4, held_out_rows=4, eval_samples=1, report=False)
     config = MaskMergeConfig(
         paths, dataset_configs=data, output_dir=str(tmp_path / "run"), **options
     )

@@ -44,7 +44,7 @@ from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_con
 from ..tasks import ChatCollator, encode_rows, load_task, take_rows
 from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
 from merge_lab.training import (
-    UNIT_RATE, HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, delta_unit,
+    UNIT_RATE, HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, delta_unit, held_out_facts,
     open_together, train_from, resume_command, training_arguments,
 )
 
@@ -810,13 +810,19 @@ def show_dataset(dataset):
 def show_run(run: DAMRun):
     "Print how a run went and where things are."
     last = run.history.iloc[-1]
-    print(f"{len(run.history)} steps, loss {run.history['loss'].iloc[0]:.4f} -> {last['loss']:.4f}")
+    found = held_out_facts(run.folder)
+    if found:
+        kept = f"{found['start']:.4f} at the start, {found['loss']:.4f} at step {found['step']}, which is kept, {found['looks'][-1]['loss']:.4f} at the last look"
+        print(f"{len(run.history)} steps; loss on held-out rows: {kept}")
+    else:
+        print(f"{len(run.history)} steps, loss of a batch {run.history['loss'].iloc[0]:.4f} -> {last['loss']:.4f}")
     for i, name in enumerate(run.merger.names):
         print(f"  {name}: mean alpha {last[f'alpha_mean_{i}']:.3f} ({last[f'alpha_min_{i}']:.2f} to {last[f'alpha_max_{i}']:.2f})")
     if run.scores is not None:
-        print("\nExact match on test rows")
-        wide = run.scores.pivot(index="model", columns="task", values="exact_match")
-        print(wide.loc[pd.unique(run.scores.model), pd.unique(run.scores.task)].to_string(), end="\n\n")
+        from merge_lab.report import score_table
+
+        print("\nExact match and loss (nats per answer token) on test rows")
+        print(score_table(run.scores).to_string(float_format="{:.3f}".format), end="\n\n")
     if (run.folder / "merged").exists():
         print(f"Merged model, for plain transformers: {run.folder / 'merged'}")
     print(f"Coefficients, history, config: {run.folder}")

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'HALVES', 'LAYOUT_FILE', 'MORE_THAN_FACTORS', 'FORWARD_BYTES', 'RESUMABLE', 'default_dtype', 'load_base',
            'skeleton', 'explain_memory_errors', 'release_memory', 'quiet_peft', 'without_cache',
-           'learned_positions_only', 'undisturbed', 'build_trainer', 'probe_logits', 'fixed_loss', 'check_fits',
-           'load_adapter', 'in_float32', 'merge_layers', 'merge_verdict', 'share_files', 'layout_of', 'merge_adapter',
-           'complete', 'SmoLoRA', 'validate_at', 'check_change', 'Pace', 'HistoryLog', 'curves_figure', 'LiveCurves',
-           'recorded', 'recipe_of', 'write_card', 'save_adapter', 'train', 'model_to_train', 'settle',
+           'learned_positions_only', 'eager_attention', 'undisturbed', 'build_trainer', 'probe_logits', 'fixed_loss',
+           'check_fits', 'load_adapter', 'in_float32', 'merge_layers', 'merge_verdict', 'share_files', 'layout_of',
+           'merge_adapter', 'complete', 'SmoLoRA', 'validate_at', 'check_change', 'Pace', 'HistoryLog', 'curves_figure',
+           'LiveCurves', 'recorded', 'recipe_of', 'write_card', 'save_adapter', 'train', 'model_to_train', 'settle',
            'check_same_adapter', 'save', 'load_model', 'inference', 'add_task_prefix', 'mix_tasks', 'row_text',
            'count_words', 'curriculum', 'use_curriculum', 'adapter_layers', 'alpha_at', 'grow_rank', 'check_ranks',
            'was_stopped', 'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options', 'task_names',
@@ -134,6 +134,22 @@ def learned_positions_only():
         yield
     finally:
         utils._use_triton = asked
+
+# %% ../../nbs/40_systems/04_lora.ipynb #0ee0aa14
+@contextmanager
+def eager_attention(
+    model: nn.Module,  # a transformers model, with an adapter or without
+    wanted: bool = True,
+):
+    "Context in which attention is computed by plain products; afterwards as before."
+    had = model.config._attn_implementation
+    if wanted:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if wanted:
+            model.set_attn_implementation(had)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #3a1c0515
 def undisturbed(function: Callable) -> Callable:
@@ -617,7 +633,8 @@ def train(
     done = lora._earlier[-1]["step"] if lora._earlier else 0
     callbacks = [HistoryLog(lora.output_dir / "history.jsonl", done), *lora.callbacks]
     rows, config = (lora.dataset, lora.eval_dataset), peft_config if is_new else None
-    with without_cache(model.config), learned_positions_only(), explain_memory_errors():
+    short = args.use_cpu and args.bf16 and longest_row(lora.dataset, lora.tokenizer, args.max_length) <= 256
+    with without_cache(model.config), eager_attention(model, short), learned_positions_only(), explain_memory_errors():
         lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
         lora.model = lora.trainer.model
         logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
