@@ -515,7 +515,7 @@ def coefficient_penalty(
     weights = [(n, leaf, key) for n, leaf, key in parameters if "bias" not in key]
     if name == "angle_overlap" and objective.angles is not None:
         weights = [each for each in weights if each[0] in objective.angles]
-    alphas = [leaf.alphas(key) for _, leaf, key in weights]
+    alphas = [leaf.alphas(key)[: merger.n_components] for _, leaf, key in weights]  # what is left for a base is no choice
     if name != "angle_overlap":
         return L.mean_over_modules(PENALTY_FUNCTIONS[name], alphas)
     if objective.angles is None:

@@ -552,14 +552,15 @@ class DAMTrainConfig(LoopConfig):
 # %% ../../nbs/40_systems/02_dam.ipynb #b99ca516
 def task_angles(merger: DAMMerger) -> dict[str, Tensor]:  # by parameter, (n, n) radians
     "Angles between the components' task vectors in every masked weight."
-    base = None if merger.use_base_model else load_model(merger.base_path, dtype=merger.merger_config.dtype)
+    held = merger.use_base_model or merger.has_base
+    base = None if held else load_model(merger.base_path, dtype=merger.merger_config.dtype)
     tensors = {} if base is None else dict(base.named_parameters(remove_duplicate=False))
     found = {}
     for name, leaf, key in merger.masked_parameters():
         if key == "weight":
             weights = list(leaf.weights[key])
             origin = weights[-1] if base is None else tensors[name].to(weights[0].device)
-            found[name] = task_vector_angles(weights, origin)
+            found[name] = task_vector_angles(weights[: merger.n_components], origin)
     return found
 
 
