@@ -274,7 +274,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
 # %% ../nbs/20_merger.ipynb #f58d6151
 def anchored(config: MergerConfig) -> bool:
     "Whether coefficients are measured from a base, which is then held beside the components."
-    return config.constrain_mode == "delta" and config.base_model is not None
+    return config.constrain_mode == "delta" and config.base_model not in (None, "", "none")
 
 
 def held_paths(config: MergerConfig) -> list[str]:
@@ -503,7 +503,7 @@ def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     values = dataclasses.asdict(self.merger_config)
     paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held_paths(self.merger_config)]
     save_tensors(folder / MASKS_FILE, masks)
-    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths})
+    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "anchor": self.state.anchor})
 
 # %% ../nbs/20_merger.ipynb #56fdd09b
 def read_merger_config(
@@ -515,7 +515,7 @@ def read_merger_config(
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
     values = json.loads(file.read_text(encoding="utf-8"))
-    relative = values.pop("relative_paths", [])
+    relative, _ = values.pop("relative_paths", []), values.pop("anchor", None)
     config = config_from_dict(MergerConfig, values, str(file))
     held, n = held_paths(config), len(config.model_paths)
     if model_paths is None:

@@ -141,7 +141,9 @@ def read_alphas(folder: str | Path, load: Callable = Merger.from_pretrained) -> 
 
     if not (Path(folder) / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
-    constrain_mode = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))["constrain_mode"]
+    saved = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+    anchor = saved.get("anchor")
+    constrain_mode = "identity" if "adapters" in saved and saved["constrain_mode"] == "delta" else saved["constrain_mode"]
     if constrain_mode == "spherical":  # its angles come from the weights
         return load(folder).alphas()
     rows, tensors = [], load_file(Path(folder) / MASKS_FILE)
@@ -149,7 +151,7 @@ def read_alphas(folder: str | Path, load: Callable = Merger.from_pretrained) -> 
     for name in sorted(tensors, key=lambda name: (place(name), name.endswith("bias"))):
         module, _, parameter = name.rpartition(".")
         facts = dict(module=module, layer=layer_of(name), kind=module.rsplit(".", 1)[-1], parameter=parameter)
-        alphas = constrain(tensors[name].float(), constrain_mode)
+        alphas = constrain(tensors[name].float(), constrain_mode, anchor=anchor)[:anchor]  # the base's is what the others leave
         rows += [{**facts, "component": i, "mean": alpha.mean().item()} for i, alpha in enumerate(alphas)]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 

@@ -55,6 +55,7 @@ def trainer_run():
         logging_steps=1000,
         optim="sgd",  # Adam divides a gradient by its own size, and where that is rounding, rounding decides
         learning_rate=1.0,
+        warmup_steps=0,
     )
     arguments = training_arguments(
         options, folder / f"trainer-{WORLD}", ddp_backend="gloo" if WORLD > 1 else None

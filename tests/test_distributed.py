@@ -231,7 +231,7 @@ def test_the_command_trains_sharded_as_in_one_process(tmp_path):
     assert two.loss.to_list() == pytest.approx(one.loss.to_list(), rel=1e-5)
     assert one.loss.iloc[-1] < one.loss.iloc[0]
     assert (tmp_path / "two" / "report.html").exists()
-    assert len(list((tmp_path / "two" / "plots").glob("*.png"))) == 6
+    assert len(list((tmp_path / "two" / "plots").glob("*.png"))) == 7
 
 
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):

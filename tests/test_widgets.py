@@ -130,21 +130,19 @@ def test_widget_and_state_follow_each_other():
 
 
 def test_a_sliders_own_rounding_changes_no_option():
-    panel = ConfigPanel(small_config(learning_rate=0.03, max_length=2048))
+    panel = ConfigPanel(small_config(temperature=0.3, max_length=2048))
     view = panel.view()
-    rate = field_of(view, "learning_rate").children[0].children[1]
-    rate.value = 0.0316  # the nearest step, where a browser puts it
+    rate = field_of(view, "temperature").children[0].children[1]
+    rate.value = 0.316  # the nearest step, where a browser puts it
     field_of(view, "max_length").children[0].children[1].value = 1995.26
-    assert panel.config.learning_rate == 0.03 and panel.config.max_length == 2048
-    rate.value = 0.03 * 10**0.05  # one step on
-    assert panel.config.learning_rate == 0.034
-    rate.value = 0.0123  # typed
-    assert panel.config.learning_rate == 0.0123
-    panel.set(
-        "learning_rate", 0.07
-    )  # is a step of the slider too, so the browser shows it
-    steps = (math.log10(0.07) - rate.min) / rate.step
-    assert rate.value == 0.07 and abs(steps - round(steps)) < 1e-6
+    assert panel.config.temperature == 0.3 and panel.config.max_length == 2048
+    rate.value = 0.3 * 10**0.05  # one step on
+    assert panel.config.temperature == 0.34
+    rate.value = 0.123  # typed
+    assert panel.config.temperature == 0.123
+    panel.set("temperature", 0.7)  # is a step of the slider too, so the browser shows it
+    steps = (math.log10(0.7) - rate.min) / rate.step
+    assert rate.value == 0.7 and abs(steps - round(steps)) < 1e-6
     rate.value = 10**rate.min  # its end, which is a little below the lowest allowed
     assert not panel.errors
 
@@ -449,7 +447,8 @@ def pause_at(session, step):
 def test_start_pause_adjust_save_resume_export(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    panel = ConfigPanel(small_config(max_steps=5, lr_scheduler_type="constant"))
+    options = dict(max_steps=5, lr_scheduler_type="constant", constrain_mode="identity")
+    panel = ConfigPanel(small_config(held_out_rows=0, **options))
     bench = Bench(panel)
     estimate = lambda trainer: 2**20 * trainer.args.max_steps
     session = session_of(panel, bench, estimate=estimate)

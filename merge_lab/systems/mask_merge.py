@@ -213,7 +213,7 @@ def with_base(config: MaskMergeConfig) -> MaskMergeConfig:
             base = None
         if base:
             logger.info("base_model: %s, which the components name. Coefficients multiply the difference from it; 'none' leaves it out.", base)
-    if base in (None, "none"):
+    if base in (None, "", "none"):
         return dataclasses.replace(config, base_model=None)
     same = {Path(base).expanduser().resolve()}
     merged = [path for path in config.model_paths if path != base and Path(path).expanduser().resolve() not in same]
