@@ -54,7 +54,7 @@ def trainer_run():
         save_steps=0,
         logging_steps=1000,
         optim="sgd",  # Adam divides a gradient by its own size, and where that is rounding, rounding decides
-        learning_rate=1.0,
+        learning_rate=3.0,
         warmup_steps=0,
     )
     arguments = training_arguments(

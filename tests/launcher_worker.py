@@ -31,7 +31,8 @@ def train(folder: str, processes: int):
         device="cpu",
         save_steps=0,
         max_grad_norm=0.0,
-        learning_rate=2e-2,
+        optim="sgd",  # Adam divides by the size of a gradient, and where that is rounding, rounding decides
+        learning_rate=1.0,
         warmup_steps=0,
     )
     paths = [f"{folder}/component-{i}" for i in range(2)]

@@ -447,7 +447,8 @@ def pause_at(session, step):
 def test_start_pause_adjust_save_resume_export(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    options = dict(max_steps=5, lr_scheduler_type="constant", constrain_mode="identity")
+    options = dict(max_steps=5, lr_scheduler_type="constant", learning_rate=0.03)
+    options |= dict(constrain_mode="identity")
     panel = ConfigPanel(small_config(held_out_rows=0, **options))
     bench = Bench(panel)
     estimate = lambda trainer: 2**20 * trainer.args.max_steps
