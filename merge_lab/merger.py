@@ -80,7 +80,7 @@ class MergerConfig:
         False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory"
     )
     base_model: str | None = option(
-        None, "Their common ancestor: with constrain_mode 'delta' coefficients multiply the difference from it; none: from their mean",
+        None, "Their common ancestor: with constrain_mode 'delta' coefficients multiply the difference from it; mean: from their mean",
         group="Components",
     )
 
@@ -274,7 +274,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
 # %% ../nbs/20_merger.ipynb #f58d6151
 def anchored(config: MergerConfig) -> bool:
     "Whether coefficients are measured from a base, which is then held beside the components."
-    return config.constrain_mode == "delta" and config.base_model not in (None, "", "none")
+    return config.constrain_mode == "delta" and config.base_model not in (None, "", "mean")
 
 
 def held_paths(config: MergerConfig) -> list[str]:

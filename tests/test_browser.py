@@ -224,7 +224,7 @@ def test_a_changed_field_shows_in_the_yaml_view(page):
     picture(page, ".ml-panel", "1-masks")
     page.locator(".ml-field-constrain_mode select").select_option("sum1")
     wait_text(page, ".ml-face", "text.includes('constrain_mode: sum1')")
-    page.locator(".ml-field-constrain_mode select").select_option("identity")
+    page.locator(".ml-field-constrain_mode select").select_option("delta")
     wait_text(page, ".ml-face", "!text.includes('constrain_mode')")
     open_tab(page, "Training")
     picture(page, ".ml-panel", "2-training-options")
@@ -258,7 +258,7 @@ def test_looking_at_every_tab_changes_nothing_and_nothing_is_cut_off(page):
         panel = tabs.nth(i).locator("xpath=ancestor::*[contains(@class, 'ml-panel')]")
         picture(page, panel, f"2-tab-{i:02d}-{name.lower().replace(' ', '-')}")
     assert [face.inner_text() for face in page.locator(".ml-face").all()] == before
-    assert "learning_rate: 0.03\n" in before[0] and "max_length" not in before[0]
+    assert "learning_rate: 0.2\n" in before[0] and "max_length" not in before[0]
 
 
 def test_the_share_changes_the_scores(page):

@@ -389,3 +389,41 @@ def test_a_dry_run_finds_what_the_run_would_refuse(tmp_path):
     for options in (dict(optim="adamw_torhc"), dict(report_to="wandbb")):
         with pytest.raises(ValueError, match=next(iter(options))):
             run(small(tmp_path, dry_run=True, **options), progress=False)
+
+
+def test_the_base_is_found_given_or_left_out(tmp_path):
+    from merge_lab.systems.mask_merge import prepare
+
+    base, paths = str(bundled_path("models/base")), []
+    for task in ("rewrite", "summarize"):
+        shutil.copytree(bundled_path(f"models/{task}"), tmp_path / task)
+        card = f"---\nbase_model: {base}\n---\n"
+        (tmp_path / task / "README.md").write_text(card)
+        paths.append(str(tmp_path / task))
+
+    def base_of(**options):
+        config = prepare(small(tmp_path, **options)).config
+        assert config.model_paths == paths
+        return config.base_model
+
+    assert base_of(model_paths=paths) == base  # the cards name it
+    assert base_of(model_paths=paths, base_model="mean") is None
+    assert base_of(model_paths=[*paths, base], base_model=base) == base  # without data
+    free = dict(model_paths=paths, constrain_mode="identity")
+    assert base_of(**free) is None  # nothing is measured from it
+    with pytest.raises(ValueError, match="where base_model names it"):
+        base_of(model_paths=[*paths, base], base_model="mean")
+
+
+def test_a_run_tells_start_best_and_last(demo):
+    from merge_lab.systems.mask_merge import told_held_out
+
+    looks = demo.held_out["looks"]
+    assert demo.held_out["start"] == looks[0]["loss"] >= demo.held_out["loss"]
+    told = told_held_out(demo.held_out, len(demo.history))
+    for value in (looks[0]["loss"], demo.held_out["loss"], looks[-1]["loss"]):
+        assert f"{value:.4g}" in told
+    assert told in (demo.folder / "report.html").read_text(encoding="utf-8")
+    numbers = headline(demo)
+    worst = float(numbers["recovered share of the worst task with learned masks"])
+    assert worst > 0.98 > float(numbers["with the uniform average"])

@@ -113,12 +113,12 @@ def demo_config(
     output_dir: str = "runs/demo",
     **options,  # of MaskMergeConfig
 ) -> MaskMergeConfig:
-    "A config that merges bundled experts in about half a minute; each further expert takes 100 steps more."
+    "A config that merges bundled experts in about half a minute; each further expert takes 50 steps more."
     defaults = dict(
         model_paths=[str(bundled_path(f"models/{task}")) for task in tasks],
         dataset_configs={str(bundled_path(f"tasks/{task}")): None for task in tasks},
         base_model=str(bundled_path("models/base")), output_dir=output_dir, dtype="float32", mode="vector_output",
-        learning_rate=0.2, max_steps=100 * len(tasks) - 100, per_device_train_batch_size=16 * len(tasks), save_steps=100,
+        learning_rate=0.2, max_steps=50 * len(tasks), per_device_train_batch_size=16 * len(tasks), save_steps=100,
     )
     return MaskMergeConfig(**{**defaults, **options})
 
@@ -212,8 +212,8 @@ def with_base(config: MaskMergeConfig) -> MaskMergeConfig:
             logger.info("%s is not used as base: %s", base, error)
             base = None
         if base:
-            logger.info("base_model: %s, which the components name. Coefficients multiply the difference from it; 'none' leaves it out.", base)
-    if base in (None, "", "none"):
+            logger.info("base_model: %s, which the components name. Coefficients multiply the difference from it; base_model 'mean' leaves it out.", base)
+    if base in (None, "", "mean"):
         return dataclasses.replace(config, base_model=None)
     same = {Path(base).expanduser().resolve()}
     merged = [path for path in config.model_paths if path != base and Path(path).expanduser().resolve() not in same]
