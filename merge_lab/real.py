@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .core import check_choice, check_options, option, write_json, write_text
+from .core import check_choice, check_options, config_to_cli, option, write_json, write_text
 from .evaluation import UNIFORM, load_tests, recovered_share, score_baselines, score_model
 from .real_data import REAL_TASKS, check_real, make_real_base, make_real_task
 
@@ -320,7 +320,7 @@ def facts_of(config: RealConfig, root: Path) -> dict:
     }
     rows = {task: json.loads((root / "tasks" / task / "made_from.json").read_text(encoding="utf-8")) for task in config.tasks}
     return {
-        "command": "merge-lab real", "options": dataclasses.asdict(config) | {"output_dir": "runs/real"}, "scores": scores, "steps": steps,
+        "command": config_to_cli(dataclasses.replace(config, output_dir="runs/real"), "merge-lab real"), "scores": scores, "steps": steps,
         "trained_numbers": trained, "tasks": rows, "versions": {name: metadata.version(name) for name in VERSIONS},
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
     }

@@ -234,3 +234,21 @@ def test_the_old_default_stays_by_its_name(tmp_path):
     arguments = training_arguments(config, tmp_path)
     assert arguments.learning_rate == 2e-2 and not arguments.unit_rate
     assert merger.alphas()["mean"].eq(0.5).all()
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.3, 3.0])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_default_run_never_ends_above_its_start(tmp_path, scale, with_base):
+    "From twins to deltas larger than the weights, with one learning rate."
+    base, experts = near_experts(scale)
+    config = MergerConfig(base_model="base" if with_base else None)
+    merger = Merger([*experts, base] if with_base else experts, config)
+    trainer, _ = trainer_of(merger, tmp_path, max_steps=24)
+    assert trainer.args.learning_rate == 0.1
+    trainer.train()
+    best = trainer.keeper.best
+    above = [look["loss"] > best.start for look in best.looks]
+    assert best.recoveries == sum(above)  # each time it went back to its best masks
+    held_out = HeldOut(rows_of(16, seed=1), collate)
+    after = held_out(merger, Objective())["loss"]
+    assert after == pytest.approx(best.loss, rel=1e-5, abs=1e-9) and after <= best.start
