@@ -720,20 +720,29 @@ def _local_folder(name, beside: Path) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) else None
 
 
+def _is_same(name: str, folder: Path) -> bool:
+    "Whether a recorded name is the model itself, as older configs have it."
+    found = _local_folder(name, folder)
+    return found is not None and found.resolve() == folder.resolve()
+
+
 def find_base(
     paths: Sequence[str | Path],  # components
 ) -> str | None:  # None: they name none that is here, or not the same
-    "The one model on this machine that components say they were made from."
-    own = {Path(path).expanduser().resolve() for path in paths}
-    found = {}
+    "The one model on this machine that all components say they were made from."
+    own, found = {Path(path).expanduser().resolve() for path in paths}, {}
     for path in paths:
-        folder = Path(path).expanduser()
+        folder = _local_folder(str(path), Path())
         try:
-            named = (_local_folder(name, folder) for name in _recorded_bases(folder))
-            found |= {base.resolve(): str(base) for base in named if base is not None and base.resolve() not in own}
+            names = [] if folder is None else [name for name in _recorded_bases(folder) if isinstance(name, str) and name]
+            bases = {name: _local_folder(name, folder) for name in names if not _is_same(name, folder)}
         except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):  # a broken file names nothing
-            continue
-    return next(iter(found.values())) if len(found) == 1 else None
+            return None
+        here = {base.resolve(): str(base) for base in bases.values() if base is not None}
+        if not here:
+            return None  # it names none, or one that is not here
+        found |= here
+    return next(iter(found.values())) if len(found) == 1 and not set(found) & own else None
 
 # %% ../nbs/03_components.ipynb #b9649a15
 def load_model(

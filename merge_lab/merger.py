@@ -333,6 +333,12 @@ class Merger(nn.Module):
         return len(self.names)
 
     @property
+    def n_coefficients(self) -> int:
+        "Trained numbers. A base's own mask has no effect, so it does not count."
+        rows = [(leaf.masks[key], leaf) for _, leaf, key in self.masked_parameters()]
+        return sum(mask.numel() * (self.n_components if self.has_base and len(mask) > self.n_components else len(mask)) // len(mask) for mask, _ in rows)
+
+    @property
     def moves_deltas(self) -> bool:
         "Whether a step of the masks leaves alone what the components share."
         return self.merger_config.constrain_mode in ("delta", "sum1")
@@ -534,6 +540,13 @@ def load_masks(self, folder: str | Path):
 
     if not (Path(folder) / MASKS_FILE).exists():
         raise FileNotFoundError(f"{folder} has no {MASKS_FILE}. Give a folder that save_pretrained wrote.")
+    saved = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")) if (Path(folder) / CONFIG_FILE).exists() else {}
+    if saved.get("anchor", self.state.anchor) != self.state.anchor:
+        has = {None: "the components' mean"}
+        raise ValueError(
+            f"masks in {folder} were measured from {has.get(saved['anchor'], 'a base')}, and those of this merger from {has.get(self.state.anchor, 'a base')}. "
+            "Give base_model as it was, or load the folder by the class that wrote it (DAMMerger for DAM)."
+        )
     self.load_mask_state(load_file(Path(folder) / MASKS_FILE))
 
 

@@ -12,6 +12,7 @@ __all__ = ['logger', 'METHODS', 'STEPS_FILE', 'VERSIONS', 'RealConfig', 'Step', 
 import dataclasses
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -78,9 +79,15 @@ class Step:
     words: tuple[str, ...]  # of the command line, without --resume and --overwrite
     folder: Path
     resumes: bool = True  # whether the command goes on from a checkpoint
+    needs: tuple["Step", ...] = ()  # steps whose results it reads: made anew, it is made anew, too
+
+    @property
+    def told(self) -> list:
+        "What the result depends on: its own words, and those of what it reads."
+        return [list(self.words), *(step.told for step in self.needs)]
 
 
-def read_steps(folder: Path) -> dict[str, dict]:  # name -> words, seconds, peak_bytes
+def read_steps(folder: Path) -> dict[str, dict]:  # name -> told, seconds, peak_bytes
     "Steps that are done."
     file = folder / STEPS_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -88,13 +95,13 @@ def read_steps(folder: Path) -> dict[str, dict]:  # name -> words, seconds, peak
 
 def is_done(step: Step, folder: Path) -> bool:
     "Whether this very command has ended well, and what it wrote is there."
-    return read_steps(folder).get(step.name, {}).get("words") == list(step.words) and step.folder.exists()
+    return read_steps(folder).get(step.name, {}).get("told") == step.told and step.folder.exists()
 
 
 def note_step(step: Step, folder: Path, seconds: float, peak_bytes: int):
-    "Write down that a step is done; time of interrupted starts is added."
+    "Write down that a step is done, and what its last start took."
     steps = read_steps(folder)
-    steps[step.name] = {"words": list(step.words), "seconds": round(seconds, 1), "peak_bytes": peak_bytes}
+    steps[step.name] = {"told": step.told, "seconds": round(seconds, 1), "peak_bytes": peak_bytes}
     write_json(folder / STEPS_FILE, steps)
 
 # %% ../nbs/61_real.ipynb #a8d5164a
@@ -135,7 +142,7 @@ def do_step(step: Step, folder: Path):
         return
     begun = (step.folder / "config.yaml").exists()
     whole = any(step.folder.glob("checkpoint-*/trainer_state.json"))
-    goes_on = begun and whole and step.resumes and read_steps(folder).get(step.name, {}).get("words") in (None, list(step.words))
+    goes_on = begun and whole and step.resumes and read_steps(folder).get(step.name, {}).get("told") in (None, step.told)
     more = ["--resume"] if goes_on else ["--overwrite"] if begun else []
     logger.info("%s: merge-lab %s", step.name, " ".join([*step.words, *more]))
     note_step(step, folder, *run_command([*step.words, *more]))
@@ -161,23 +168,24 @@ def merge_steps_of(config: RealConfig, root: Path, method: str, tasks: Sequence[
     name, data = "+".join(tasks), [str(root / "tasks" / task) for task in tasks]
     folder = root / method / name
     experts = [str(root / "experts" / task) for task in tasks]
+    needs = tuple(expert_step(config, root, task, [task]) for task in tasks)
     asked = {"seed": config.seed} | ({} if config.merge_steps is None else {"max_steps": config.merge_steps})
     plain = [f"{expert}/final_merged" for expert in experts]
     if method == "mask-merge":
         options = flags_of(asked | {"eval_samples": 16, "output_dir": folder})
-        return [Step(f"{method} {name}", (method, "--model_paths", *plain, "--dataset_configs", *data, *options), folder)]
+        return [Step(f"{method} {name}", (method, "--model_paths", *plain, "--dataset_configs", *data, *options), folder, needs=needs)]
     if method == "lora-merge":
         options = flags_of(asked | {"eval_samples": 0, "output_dir": folder})
-        return [Step(f"{method} {name}", (method, "--adapters", *experts, "--datasets", *data, *options), folder)]
+        return [Step(f"{method} {name}", (method, "--adapters", *experts, "--datasets", *data, *options), folder, needs=needs)]
     base, untrained, stored = str(root / "base"), folder / "untrained", folder / "dataset"
     return [
-        Step(f"dam-merge {name}", ("dam-merge", base, *plain, "--output_path", str(untrained)), untrained, False),
+        Step(f"dam-merge {name}", ("dam-merge", base, *plain, "--output_path", str(untrained)), untrained, False, needs),
         Step(
             f"dam-topk {name}", ("dam-topk", "--dataset_names", *data, "--model_ids", *plain, "--base_model_name", base,
-            "--compute_logits", "False", "--hf_disk_dataset_dir", str(stored)), stored, False,
+            "--compute_logits", "False", "--hf_disk_dataset_dir", str(stored)), stored, False, needs,
         ),
         Step(f"dam-train {name}", ("dam-train", "--untrained_merged_model_name", str(untrained), "--hf_disk_dataset_dir", str(stored),
-             *flags_of(asked | {"output_dir": folder / "trained"})), folder / "trained"),
+             *flags_of(asked | {"output_dir": folder / "trained"})), folder / "trained", needs=needs),
     ]  # fmt: skip
 
 # %% ../nbs/61_real.ipynb #66e7f68d
@@ -243,7 +251,10 @@ def trained_numbers(folder: Path) -> int | None:  # None: the folder holds none 
         if (folder / place).exists():
             with safe_open(str(folder / place), "pt") as file:
                 names = file.keys()
-                return sum(int(pd.Series(file.get_slice(name).get_shape()).prod()) for name in names)
+                shapes = [file.get_slice(name).get_shape() for name in names]
+            config = (folder / place).with_name("merger_config.json")
+            facts = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+            return sum(math.prod([facts.get("anchor") or size[0], *size[1:]]) for size in shapes)  # the base's own mask has no effect
     return None
 
 

@@ -325,6 +325,7 @@ class KeepBest(TrainerCallback):
 
     def __init__(self, trainer: "MergerTrainer", held_out: HeldOut | None):
         self.trainer, self.held_out, self.best = trainer, held_out, Best()
+        self.towards = None  # losses and penalties that the best was judged by
 
     @property
     def merger(self) -> Merger:
@@ -332,9 +333,15 @@ class KeepBest(TrainerCallback):
 
     def look(self, step: int):
         "Score the held-out rows; all processes come to the same number."
-        losses = [self.held_out(self.merger, self.trainer.objective)]
+        objective = self.trainer.objective
+        towards = (dict(objective.losses), dict(objective.penalties))
+        if self.towards not in (None, towards):  # adjusted in a pause: what was measured before is another loss
+            self.best = Best(recoveries=self.best.recoveries)
+        losses, self.towards = [self.held_out(self.merger, objective)], towards
         if self.trainer.args.world_size > 1:
             losses = broadcast_object_list(losses)
+        if not self.best.looks and not math.isfinite(losses[0]["loss"]):
+            raise FloatingPointError(f"the loss on held-out rows is {losses[0]['loss']} before the first step. Load the components in bfloat16 or float32 rather than float16.")
         self.best.note(step, losses[0], self.merger.mask_state)
 
     def look_at(self, step: int) -> dict[str, float]:  # held_out_loss, held_out_source_0, ...
@@ -366,17 +373,19 @@ class KeepBest(TrainerCallback):
         self.merger.load_mask_state(best.masks)
         self.trainer.optimizer.state.clear()
         set_learning_rate(self.trainer, rate / 2)
+        if self.trainer.args.should_save and (Path(self.trainer.args.output_dir) / ADJUSTED).exists():
+            note_adjusted(self.trainer)  # a resumed run goes on with this rate
 
     def put_back(self):
-        "Let the merger have the best masks."
+        "Let the merger have the best masks, and write down what was seen."
         if self.best.masks:
             self.merger.load_mask_state(self.best.masks)
+        if self.best.looks and self.trainer.args.should_save:
+            facts = {name: value for name, value in vars(self.best).items() if name != "masks"}
+            write_json(Path(self.trainer.args.output_dir) / HELD_OUT_FILE, facts)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.put_back()
-        if self.best.looks and state.is_world_process_zero:
-            facts = {name: value for name, value in vars(self.best).items() if name != "masks"}
-            write_json(Path(args.output_dir) / HELD_OUT_FILE, facts)
 
 # %% ../nbs/31_training.ipynb #38f6a503
 NO_MODULE = "the loss itself"

@@ -252,3 +252,36 @@ def test_a_default_run_never_ends_above_its_start(tmp_path, scale, with_base):
     held_out = HeldOut(rows_of(16, seed=1), collate)
     after = held_out(merger, Objective())["loss"]
     assert after == pytest.approx(best.loss, rel=1e-5, abs=1e-9) and after <= best.start
+
+
+def test_another_objective_is_judged_anew(tmp_path):
+    "What is adjusted in a pause changes what a loss means: no false way back."
+    from transformers import TrainerCallback
+
+    base, experts = near_experts(0.1)
+    merger = Merger([*experts, base], MergerConfig(base_model="base"))
+    trainer, _ = trainer_of(merger, tmp_path, max_steps=12)
+
+    class Adjust(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer.objective.losses = {"kl": 50.0}
+
+    trainer.add_callback(Adjust())
+    trainer.train()
+    best = trainer.keeper.best
+    assert best.start > 1 and best.looks[0]["step"] > 4
+    assert best.recoveries <= 2
+
+
+def test_masks_measured_from_something_else_are_refused(tmp_path):
+    base, experts = near_experts(0.1)
+    with_base = Merger([*experts, base], MergerConfig(base_model="base"))
+    with_base.save_pretrained(tmp_path / "with")
+    three = Merger(tiny_experts("llama", n=3), MergerConfig())
+    with pytest.raises(ValueError, match="measured from a base, and those of this"):
+        three.load_masks(tmp_path / "with")
+    three.save_pretrained(tmp_path / "without")
+    with pytest.raises(ValueError, match="measured from the components' mean"):
+        with_base.load_masks(tmp_path / "without")
+    assert with_base.n_coefficients * 3 == sum(m.numel() for m in with_base.mask_state().values()) * 2

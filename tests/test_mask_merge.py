@@ -407,10 +407,12 @@ def test_the_base_is_found_given_or_left_out(tmp_path):
         return config.base_model
 
     assert base_of(model_paths=paths) == base  # the cards name it
-    assert base_of(model_paths=paths, base_model="mean") is None
+    assert base_of(model_paths=paths, base_model="mean") == "mean"
     assert base_of(model_paths=[*paths, base], base_model=base) == base  # without data
     free = dict(model_paths=paths, constrain_mode="identity")
     assert base_of(**free) is None  # nothing is measured from it
+    with pytest.raises(ValueError, match="Leave it out of model_paths"):
+        base_of(model_paths=[base, *paths], base_model=base)
     with pytest.raises(ValueError, match="where base_model names it"):
         base_of(model_paths=[*paths, base], base_model="mean")
 

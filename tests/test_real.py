@@ -126,6 +126,13 @@ def test_a_step_that_is_done_is_not_done_again(tmp_path, monkeypatch):
         real.Step("one", ("lora", "--x", "2"), step.folder), tmp_path
     )  # another command
     assert len(ran) == 2
+    reads = dict(words=("mask-merge",), folder=step.folder)
+    real.do_step(real.Step("merge", **reads, needs=(step,)), tmp_path)
+    real.do_step(real.Step("merge", **reads, needs=(step,)), tmp_path)
+    assert len(ran) == 3
+    other = real.Step("one", ("lora", "--x", "3"), step.folder)
+    real.do_step(real.Step("merge", **reads, needs=(other,)), tmp_path)
+    assert len(ran) == 4  # what it reads was made anew, so it is
     (step.folder / "config.yaml").write_text("x: 2")
     (step.folder / "checkpoint-5").mkdir()
     (step.folder / "checkpoint-5" / "trainer_state.json").write_text("{}")

@@ -216,7 +216,7 @@ def randomise(merger: Merger, kinds: Sequence[str], seed: int = 0):
     for name, leaf, key in merger.masked_parameters():
         if kind_of(leaf) in kinds:
             weights, shape = list(leaf.weights[key]), leaf.masks[key].shape[1:]
-            leaf.set_alphas(key, initial_alphas({"strategy": "random"}, weights, shape, name, 0.0, generator))
+            leaf.set_alphas(key, initial_alphas({"strategy": "random"}, weights, shape, name, 0.0, generator, merger.state.anchor))
 
 
 def find_device(name: str) -> torch.device:
@@ -744,7 +744,7 @@ def make_trainer(
     if config.held_out_rows:
         dataset, held = take_rows(dataset, range(merger.n_components), config.held_out_rows, config.seed)
     trainer = MergerTrainer(
-        merger, arguments, dam_objective(config, merger), config.gradient_checkpointing, HeldOut(held, collate) if held else None,
+        merger, arguments, dam_objective(config, merger), config.gradient_checkpointing, HeldOut(held, collate, config.per_device_train_batch_size) if held else None,
         train_dataset=dataset, data_collator=collate, optimizers=(dam_optimizer(config, merger), None),
     )
     trainer.add_callback(NoiseGate(config.noise_floor))

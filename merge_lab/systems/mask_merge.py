@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'LOSS_UNITS', 'LOSS_CAPTIONS', 'LOADING', 'parse_datasets', 'MaskMergeConfig',
-           'demo_config', 'Prepared', 'prepare', 'with_base', 'score_all', 'sample_answers', 'manners', 'make_trainer',
-           'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'shares_of', 'told_held_out',
-           'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
+           'demo_config', 'Prepared', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers', 'manners',
+           'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'shares_of',
+           'told_held_out', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
@@ -158,7 +158,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     config = with_base(config)
     _check_inputs(config)
-    folder, models = check_run(config.output_dir, config.resume, config.overwrite), [*config.model_paths, config.base_model]
+    folder, models = check_run(config.output_dir, config.resume, config.overwrite), [*config.model_paths, base_of(config)]
     check_outside(folder, [*models, *config.dataset_configs], config.overwrite)
     arguments = training_arguments(config, folder)
     if config.shard and arguments.world_size == 1:
@@ -201,23 +201,42 @@ def _estimate(config: MaskMergeConfig, longest: int, n_processes: int) -> FitRep
     return report
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #d1bb9bc0
+def base_of(config: MaskMergeConfig) -> str | None:
+    "The base of a config; None where coefficients are measured from the components' mean."
+    return None if config.base_model in (None, "", "mean") else config.base_model
+
+
 def with_base(config: MaskMergeConfig) -> MaskMergeConfig:
     "The config with its base: as given, as found beside the components, or none. A base among the components is none of them."
-    base = config.base_model
-    if base is None and config.constrain_mode == "delta" and len(config.model_paths) > 1:
-        base = find_base(config.model_paths)
-        try:
-            check_components([*config.model_paths, base] if base else config.model_paths)
-        except IncompatibleComponents as error:
-            logger.info("%s is not used as base: %s", base, error)
-            base = None
-        if base:
-            logger.info("base_model: %s, which the components name. Coefficients multiply the difference from it; base_model 'mean' leaves it out.", base)
-    if base in (None, "", "mean"):
-        return dataclasses.replace(config, base_model=None)
+    base, on_deltas = config.base_model or None, config.constrain_mode == "delta"
+    if base is None and on_deltas and len(config.model_paths) > 1:
+        base = _found_base(config.model_paths)
+    if base in (None, "mean"):
+        return dataclasses.replace(config, base_model="mean" if on_deltas else None)
     same = {Path(base).expanduser().resolve()}
     merged = [path for path in config.model_paths if path != base and Path(path).expanduser().resolve() not in same]
+    if not on_deltas or len(merged) == len(config.model_paths):
+        return dataclasses.replace(config, base_model=base)
+    if config.source_keys or config.fallback or set(config.mask_init) - {"strategy"} or merged != config.model_paths[: len(merged)]:
+        raise ValueError(
+            f"model_paths={config.model_paths}: base_model {base} is among them, so that numbers of components could mean two things. Leave it out of model_paths."
+        )
+    logger.info("%s is the base: it is held beside the components and needs no data.", base)
     return dataclasses.replace(config, base_model=base, model_paths=merged)
+
+
+def _found_base(paths: list[str]) -> str | None:
+    "A base that the components name, if it fits them."
+    base = find_base(paths)
+    if base is None:
+        return None
+    try:
+        check_components([*paths, base])
+    except IncompatibleComponents as error:
+        logger.info("%s is not used as base: %s", base, error)
+        return None
+    logger.info("base_model: %s, which the components name. Coefficients multiply the difference from it; base_model 'mean' leaves it out.", base)
+    return base
 
 
 def _check_inputs(config: MaskMergeConfig):
@@ -251,7 +270,7 @@ LEARNED = "learned masks"
 def score_all(merger: Merger, ready: Prepared) -> pd.DataFrame:  # columns model, task, n, loss, perplexity, exact_match
     "Scores of base, components and uniform average."
     tables = []
-    if ready.config.base_model and not merger.has_base:
+    if base_of(ready.config) and not merger.has_base:
         from merge_lab.components import load_model
 
         base = load_model(ready.config.base_model, dtype=ready.config.dtype).to(merger.device)
@@ -322,6 +341,7 @@ class MaskMergeResult:
     confusion: pd.DataFrame  # task x component whose manner the answer has
     answers: pd.DataFrame  # prompt, expected, uniform average, learned masks
     folder: Path
+    sources: list[int] | None = None  # component of each task; None: in order
     held_out: dict | None = None  # what held-out rows said: start, loss and step of the best, looks
     written: tuple[str, ...] = ("masks", "scores.csv")  # of this start, in the folder
 
@@ -360,7 +380,7 @@ def run(
     scores = pd.concat([baselines, score_model(merger, ready.tokenizer, ready.tests, LEARNED)], ignore_index=True)
     result = MaskMergeResult(
         merger, ready.tokenizer, scores, history.frame(), manners(merger, ready), sample_answers(merger, ready), ready.folder,
-        held_out_facts(ready.folder),
+        config.source_keys, held_out_facts(ready.folder),
     )
     if config.save_merged:
         merger.save_merged(ready.merged_dir, is_main_process=ready.is_main, recipe=recipe_of(config))
@@ -428,10 +448,11 @@ def save_plots(plots: dict[str, tuple], folder: Path):
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #a082b978
 def shares_of(result: MaskMergeResult) -> pd.DataFrame | None:  # index model; a column per task, and 'worst'
     "How much of the way from base to expert each model has gone; None without a base or with several tasks per expert."
-    experts = {task: f"expert: {name}" for task, name in zip(result.scores.task.unique(), result.merger.names)}
-    if "base" not in set(result.scores.model) or len(experts) != result.scores.task.nunique():
+    tasks, names = result.scores.task.unique(), result.merger.names
+    sources = result.sources or range(len(tasks))
+    if "base" not in set(result.scores.model) or len(tasks) != len(sources):
         return None
-    return recovered_share(result.scores, experts)
+    return recovered_share(result.scores, {task: f"expert: {names[i]}" for task, i in zip(tasks, sources)})
 
 
 def told_held_out(found: dict, steps: int) -> str:
@@ -448,7 +469,7 @@ def headline(result: MaskMergeResult) -> dict[str, str]:
     "The result in a few numbers: the worst task's recovered share, and per task learned masks against the average."
     scores, shares, numbers = result.scores, shares_of(result), {}
     uniform = next(name for name in scores.model.unique() if name.startswith(UNIFORM))
-    if shares is not None:
+    if shares is not None and shares.worst[[LEARNED, uniform]].notna().all():
         numbers["recovered share of the worst task with learned masks"] = f"{shares.worst[LEARNED]:.3f}"
         numbers[f"with the {uniform}"] = f"{shares.worst[uniform]:.3f}"
     for value, shown, said in (("exact_match", "{:.1%}", "exact match"), ("loss", "{:.3f}", "loss")):
@@ -471,7 +492,7 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
     "The report of one merge, in reading order."
     from merge_lab import report as R
 
-    masks = sum(p.numel() for p in result.merger.parameters() if p.requires_grad)
+    masks = result.merger.n_coefficients
     weights = sum(p.numel() for p in result.merger.parameters() if not p.requires_grad)
     intro = (
         f"{result.merger.n_components} experts were merged into one model of the size of one. Each weight of the merged model "
