@@ -90,6 +90,7 @@ class Best:
     start: float = float("nan")  # loss before the first step
     loss: float = float("inf")  # the smallest
     step: int = 0  # where it was seen
+    towards: dict | None = None  # losses and penalties that it is judged by
     recoveries: int = 0  # how often the run went back because it had risen above its start
     looks: list[dict] = dataclasses.field(default_factory=list)  # step, loss, source_0, ...
     masks: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of the best

@@ -325,7 +325,7 @@ class KeepBest(TrainerCallback):
 
     def __init__(self, trainer: "MergerTrainer", held_out: HeldOut | None):
         self.trainer, self.held_out, self.best = trainer, held_out, Best()
-        self.towards = None  # losses and penalties that the best was judged by
+        self.resumed = False  # and no step was made since
 
     @property
     def merger(self) -> Merger:
@@ -334,10 +334,10 @@ class KeepBest(TrainerCallback):
     def look(self, step: int):
         "Score the held-out rows; all processes come to the same number."
         objective = self.trainer.objective
-        towards = (dict(objective.losses), dict(objective.penalties))
-        if self.towards not in (None, towards):  # adjusted in a pause: what was measured before is another loss
+        towards = {"losses": dict(objective.losses), "penalties": dict(objective.penalties)}
+        if self.best.towards not in (None, towards):  # adjusted in a pause: what was measured before is another loss
             self.best = Best(recoveries=self.best.recoveries)
-        losses, self.towards = [self.held_out(self.merger, objective)], towards
+        losses, self.best.towards = [self.held_out(self.merger, objective)], towards
         if self.trainer.args.world_size > 1:
             losses = broadcast_object_list(losses)
         if not self.best.looks and not math.isfinite(losses[0]["loss"]):
@@ -350,17 +350,24 @@ class KeepBest(TrainerCallback):
         return {f"held_out_{name}": value for name, value in look.items() if name != "step"} if look.get("step") == step else {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.held_out is not None and not state.global_step:
+        self.resumed = state.global_step > 0
+        if self.held_out is not None and not self.resumed:
             self.best = Best()
             self.look(0)
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.resumed:  # from a checkpoint that was written in a pause, before the look
+            self.resumed = False
+            self.on_step_end(args, state, control)
+
     def on_step_end(self, args, state, control, **kwargs):
-        every = args.look_steps or max(1, state.max_steps // 10)
-        if self.held_out is None or not is_due(state.global_step, every, state.max_steps):
+        every, step = args.look_steps or max(1, state.max_steps // 10), state.global_step
+        seen = bool(self.best.looks) and self.best.looks[-1]["step"] >= step
+        if self.held_out is None or seen or not is_due(step, every, state.max_steps):
             return
-        self.look(state.global_step)
+        self.look(step)
         if self.best.has_risen:
-            self.recover(state.global_step)
+            self.recover(step)
 
     def recover(self, step: int):
         "Go back to the best masks with half the rate, and say so."
