@@ -720,12 +720,6 @@ def _local_folder(name, beside: Path) -> Path | None:
     return folder if any(folder.glob("*.safetensors")) else None
 
 
-def _is_same(name: str, folder: Path) -> bool:
-    "Whether a recorded name is the model itself, as older configs have it."
-    found = _local_folder(name, folder)
-    return found is not None and found.resolve() == folder.resolve()
-
-
 def find_base(
     paths: Sequence[str | Path],  # components
 ) -> str | None:  # None: they name none that is here, or not the same
@@ -734,11 +728,10 @@ def find_base(
     for path in paths:
         folder = _local_folder(str(path), Path())
         try:
-            names = [] if folder is None else [name for name in _recorded_bases(folder) if isinstance(name, str) and name]
-            bases = {name: _local_folder(name, folder) for name in names if not _is_same(name, folder)}
+            bases = [] if folder is None else [_local_folder(name, folder) for name in _recorded_bases(folder)]
         except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):  # a broken file names nothing
             return None
-        here = {base.resolve(): str(base) for base in bases.values() if base is not None}
+        here = {base.resolve(): str(base) for base in bases if base is not None and base.resolve() != folder.resolve()}
         if not here:
             return None  # it names none, or one that is not here
         found |= here

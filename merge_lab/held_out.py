@@ -111,11 +111,14 @@ class Best:
         "Whether the last look is worse than the start, or no number."
         return bool(self.looks) and not self.looks[-1]["loss"] <= self.start
 
+    def facts(self) -> dict:
+        "All but the masks."
+        return {name: value for name, value in vars(self).items() if name != "masks"}
+
     def save(self, folder: str | Path):
         "Write the looks, and the masks of the best."
-        facts = {name: value for name, value in vars(self).items() if name != "masks"}
         save_tensors(Path(folder) / BEST_MASKS, self.masks)
-        write_json(Path(folder) / BEST_FILE, facts)
+        write_json(Path(folder) / BEST_FILE, self.facts())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Best | None":  # None: nothing was written there

@@ -246,7 +246,7 @@ def trained_numbers(folder: Path) -> int | None:  # None: the folder holds none 
     "Numbers that a step trained: masks, or the factors of an adapter."
     from safetensors import safe_open
 
-    places = ("masks/masks.safetensors", "trained/masks.safetensors", "masks.safetensors", "adapter_checkpoint/adapter_model.safetensors")
+    places = ("masks/masks.safetensors", "masks.safetensors", "adapter_checkpoint/adapter_model.safetensors")
     for place in places:
         if (folder / place).exists():
             with safe_open(str(folder / place), "pt") as file:
@@ -266,7 +266,7 @@ def result_table(config: RealConfig, root: Path, tasks: Sequence[str], scores: p
     } | {(task, "recovered"): shares[task] for task in tasks} | {("worst task", "recovered"): shares.worst}, axis=1)  # fmt: skip
     table = table[[*((task, value) for task in tasks for value in ("loss", "chrf", "recovered")), ("worst task", "recovered")]]
     steps, models = read_steps(root), merged_models(config, root, tasks)
-    made = {name: ([step for step in of if step in steps], path.parent if path.parent.name != "trained" else path.parent.parent) for name, (path, of) in models.items()}
+    made = {name: ([step for step in of if step in steps], path.parent) for name, (path, of) in models.items()}
     made |= {f"expert: {task}": ([f"expert {task}"], root / "experts" / task) for task in tasks}
     table[("cost", "seconds")] = pd.Series({name: sum(steps[step]["seconds"] for step in of) for name, (of, _) in made.items()})
     table[("cost", "peak GiB")] = pd.Series({name: max(steps[step]["peak_bytes"] for step in of) / 2**30 for name, (of, _) in made.items() if of})
@@ -326,7 +326,7 @@ def facts_of(config: RealConfig, root: Path) -> dict:
         scores["+".join(group)] = kept["scores"]
     steps = {name: {key: step[key] for key in ("seconds", "peak_bytes")} for name, step in read_steps(root).items()}
     trained = {
-        f"{'+'.join(group)}: {name}": trained_numbers(path.parent if path.parent.name != "trained" else path.parent.parent)
+        f"{'+'.join(group)}: {name}": trained_numbers(path.parent)
         for group in config.groups for name, (path, _) in merged_models(config, root, group).items()
     }
     rows = {task: json.loads((root / "tasks" / task / "made_from.json").read_text(encoding="utf-8")) for task in config.tasks}

@@ -388,8 +388,7 @@ class KeepBest(TrainerCallback):
         if self.best.masks:
             self.merger.load_mask_state(self.best.masks)
         if self.best.looks and self.trainer.args.should_save:
-            facts = {name: value for name, value in vars(self.best).items() if name != "masks"}
-            write_json(Path(self.trainer.args.output_dir) / HELD_OUT_FILE, facts)
+            write_json(Path(self.trainer.args.output_dir) / HELD_OUT_FILE, self.best.facts())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.put_back()
