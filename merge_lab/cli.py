@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from pathlib import Path
 
 
-from .commands import COMMANDS, Command
+from .commands import COMMANDS, Command, wait_for_threads
 
 # %% ../nbs/60_cli.ipynb #24f2be13
 @dataclasses.dataclass
@@ -209,7 +209,7 @@ def call(name: str, words: list[str]) -> int:
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported: threads that spin while they wait collapse on busy cores
+    wait_for_threads(os.environ)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -43,6 +43,7 @@ def shard_merger(
     for layer in decoder_layers(merger.model):
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(merger, mesh=mesh, **options)
+    merger.packs = False  # finding out whether it can would take forwards that other processes do not make
     register_fsdp_forward_method(merger, "generate")  # gathers embedding and head, as `forward` does
     check_wrapper(merger, "FSDP2")
     return merger

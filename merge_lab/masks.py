@@ -182,7 +182,7 @@ def _input_route(dy, x, weights, alphas, needs_dx):
     for weight, alpha in zip(weights, alphas):
         h = dy @ bring(weight, dy.device)
         if needs_dx:
-            row = alpha if alpha.ndim else alpha.reshape(1)  # a number would be rounded to h's dtype
+            row = (alpha if alpha.ndim else alpha.reshape(1)).to(h.dtype)  # mixed dtypes would be copied as a whole; dx is rounded to it anyway
             dx = torch.mul(h, row, out=torch.empty_like(h)) if dx is None else dx.addcmul_(h, row)
         h.mul_(x)
         per_column = h.sum(0, dtype=_compute_dtype(alpha))

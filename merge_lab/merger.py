@@ -34,6 +34,7 @@ from merge_lab.core import (
     write_json, write_text, yaml_value,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
+from .packing import Packed, agrees, pack
 
 logger = logging.getLogger(__name__)
 
@@ -299,6 +300,7 @@ class Merger(nn.Module):
             silence_dropout(model)
         check_mask_init(config.mask_init, n)
         self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; trainers switch it off in the config of what they train
+        self.packs: bool | None = None  # whether rows may share lines; None: found out on the first batch
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.init_masks(config.mask_init)
@@ -683,9 +685,29 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @method_of(Merger)
 def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:  # (batch, length, d)
-    "The last hidden state, after the final norm."
+    "The last hidden state, after the final norm; rows of unequal length share lines where the model can (`merge_lab.packing`)."
     decoder = self.model.base_model
-    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
+    packed = None if inputs or self.packs is False else pack(input_ids, attention_mask, self.config.get_text_config().hidden_size)
+    if packed is not None and self.packs is None:
+        self.packs = _can_pack(decoder, packed, input_ids, attention_mask)
+    if packed is None or not self.packs:
+        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
+    return packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
+
+
+@torch.no_grad()
+def _can_pack(decoder: nn.Module, packed: Packed, input_ids: Tensor, attention_mask: Tensor) -> bool:
+    "Whether a decoder says the same of packed rows as of padded ones."
+    padded = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    try:
+        states = packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        logger.info("%s takes no positions, so rows are padded: %s", type(decoder).__name__, error)
+        return False
+    if not agrees(states, padded, attention_mask):
+        logger.info("%s mixes rows that share a line, so rows are padded.", type(decoder).__name__)
+        return False
+    return True
 
 
 @method_of(Merger)

@@ -26,6 +26,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .commands import wait_for_threads
 from .core import check_choice, check_options, config_to_cli, option, write_json, write_text
 from .evaluation import UNIFORM, load_tests, recovered_share, score_baselines, score_model
 from .real_data import REAL_TASKS, check_real, make_real_base, make_real_task
@@ -118,7 +119,8 @@ def run_command(
     words: Sequence[str],  # of merge-lab
 ) -> tuple[float, int]:  # seconds, largest resident memory in bytes
     "Run a command of `merge-lab` in a process of its own. Raises `RuntimeError` if it fails, `KeyboardInterrupt` if it was stopped."
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    wait_for_threads(environment)
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-c", _CHILD, *words], env=environment)
     status = usage = None

@@ -210,6 +210,7 @@ def compiled_layers(
     variants = 8 * (1 + merger.n_components)  # shapes and gradient modes, as the blend and as each component
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend)
+    merger.packs = False  # each packed batch has a shape of its own, and would be compiled anew
     try:
         with torch._dynamo.config.patch(recompile_limit=variants):
             yield

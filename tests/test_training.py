@@ -138,6 +138,7 @@ def masks_and_taught(config, **callbacks):
     "Masks after a run, and how many samples were read by a component in it."
     taught = []
     ready, merger = prepare(config), Merger.from_config(config)
+    merger.packs = False  # fewer rows for a teacher are packed otherwise, and round otherwise
     hidden = merger.hidden
 
     def watched(input_ids, *others):

@@ -1,0 +1,75 @@
+"Rows that share lines give what padded rows give, and models that cannot share them are found out."
+
+import pytest
+import torch
+from merge_lab.merger import Merger, MergerConfig
+from merge_lab.objective import Objective
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
+FAMILIES = {
+    "llama": dict(num_key_value_heads=2),
+    "qwen3": dict(num_key_value_heads=2, head_dim=8),
+    "gpt_neox": {},
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gemma2": dict(num_key_value_heads=2, head_dim=8, sliding_window=4),
+    "bloom": dict(n_layer=2, n_head=4),
+    "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
+    "lfm2": dict(num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+}
+
+
+def merger_of(family, **options):
+    "Two random models of one family, merged."
+    own = FAMILIES[family]
+    config = AutoConfig.for_model(family, **(own if family == "gpt2" else TINY | own) | dict(vocab_size=64))
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(AutoModelForCausalLM.from_config(config))
+        for name, parameter in models[-1].named_parameters():
+            parameter.data.mul_(10 if "conv." in name else 1)  # a trained convolution carries over more than a fresh one
+    return Merger(models, MergerConfig(["a", "b"], base_model="mean", **options))
+
+
+def batch_of(lengths=(16, 5, 4, 6, 3, 9)):
+    "Rows of random tokens, padded."
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, 64, mask.shape, generator=generator) * mask
+    return dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), source=torch.arange(len(lengths)) % 2)
+
+
+def loss_and_gradients(merger, packs):
+    merger.packs = packs
+    merger.zero_grad()
+    loss = merger(objective=Objective(), **batch_of())["loss"]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in merger.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_step_is_the_padded_step(family):
+    merger = merger_of(family)
+    wanted, gradients = loss_and_gradients(merger, False)
+    got, found = loss_and_gradients(merger, None)  # finds out whether it can
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_carry_over_from_row_to_row_are_padded(family):
+    merger = merger_of(family)
+    merger.hidden(**{name: value for name, value in batch_of().items() if name in ("input_ids", "attention_mask")})
+    assert merger.packs is (family not in ("bloom", "lfm2"))
+
+
+def test_a_packed_forward_reads_fewer_positions():
+    merger, seen = merger_of("llama"), []
+    merger.model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    batch = batch_of()
+    merger.packs = True
+    merger.hidden(batch["input_ids"], batch["attention_mask"])
+    assert seen[0] < 0.7 * batch["input_ids"].numel()
