@@ -223,9 +223,10 @@ def option(
     high: float | None = None,  # largest value that makes sense
     log: bool = False,  # whether the range is best seen on a log scale
     group: str = "General",  # heading in a panel
+    start: float | None = None,  # where a slider begins for an option that may be none; None: it is typed
 ):
     "A dataclass field that carries what the command line and the widgets need to know."
-    metadata = dict(help=help, low=low, high=high, log=log, group=group)
+    metadata = dict(help=help, low=low, high=high, log=log, group=group, start=start)
     if choices is not None:
         metadata["choices"] = list(choices)
     if isinstance(default, (list, dict, set)):

@@ -176,19 +176,26 @@ def backward_route(
     return "input" if by_input <= by_weight else "weight"
 
 # %% ../nbs/12_masks.ipynb #9d36e413
+_HALF = (torch.bfloat16, torch.float16)
+
+
 def _input_route(dy, x, weights, alphas, needs_dx):
-    "Gradients from one product per component: no weight-sized memory."
-    dx, gradients = None, []
-    for weight, alpha in zip(weights, alphas):
-        h = dy @ bring(weight, dy.device)
+    "Gradients from one product per component, or per difference from the last where products are rounded to 16 bits."
+    dx, sums, last = None, [], len(weights) - 1
+    reference = bring(weights[last], dy.device) if weights[last].dtype in _HALF else None
+    for i, (weight, alpha) in enumerate(zip(weights, alphas)):
+        weight = bring(weight, dy.device)
+        if reference is not None:
+            weight, alpha = (weight - reference, alpha) if i < last else (reference, sum(alphas[1:], alphas[0]))
+        h = dy @ weight
         if needs_dx:
             row = (alpha if alpha.ndim else alpha.reshape(1)).to(h.dtype)  # mixed dtypes would be copied as a whole; dx is rounded to it anyway
             dx = torch.mul(h, row, out=torch.empty_like(h)) if dx is None else dx.addcmul_(h, row)
-        h.mul_(x)
-        per_column = h.sum(0, dtype=_compute_dtype(alpha))
-        gradients.append((per_column if alpha.ndim else per_column.sum()).to(alpha.dtype))
+        sums.append(h.mul_(x).sum(0, dtype=_compute_dtype(alpha)))
         del h
-    return dx, gradients
+    if reference is not None:
+        sums[:last] = [part + sums[last] for part in sums[:last]]
+    return dx, [(part if alpha.ndim else part.sum()).to(alpha.dtype) for part, alpha in zip(sums, alphas)]
 
 
 def _weight_route(dy, x, weights, alphas, needs_dx, merged):
@@ -234,11 +241,30 @@ def _accurate(x, weights, alphas, bias, merged):
     return F.linear(x, blend(weights, alphas), bias)
 
 
+class _DifferenceLinear(torch.autograd.Function):
+    "Product with the difference of two frozen weights, which is built again in backward."
+
+    @staticmethod
+    def forward(ctx, x, weight, reference):
+        ctx.save_for_backward(weight, reference)
+        return F.linear(x, weight - reference)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, reference = ctx.saved_tensors
+        return dy @ (weight - reference), None, None
+
+
 def _efficient(x, weights, alphas, bias, merged):
-    total = None
-    for weight, alpha in zip(weights, alphas):
-        weight, alpha = bring(weight, x.device), alpha.to(x.dtype)
-        y = F.linear(x, weight) * alpha.squeeze(-1) if alpha.ndim == 2 else F.linear(alpha * x, weight)
+    total, last = None, len(weights) - 1
+    weights, half = [bring(weight, x.device) for weight in weights], weights[last].dtype in _HALF
+    for i, (weight, alpha) in enumerate(zip(weights, alphas)):
+        apart = half and i < last  # in 16 bits a product with each weight would round away what differs between them
+        alpha = (sum(alphas[1:], alphas[0]) if half and i == last else alpha).to(x.dtype)
+        seen = x if alpha.ndim == 2 else alpha * x
+        y = _DifferenceLinear.apply(seen, weight, weights[last]) if apart else F.linear(seen, weight)
+        y = y * alpha.squeeze(-1) if alpha.ndim == 2 else y
         total = y if total is None else total + y
     return total if bias is None else total + bias
 

@@ -53,7 +53,7 @@ class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
 
     learning_rate: float | None = option(
-        None, "Step size of the optimizer on the masks; none given: 0.1 in units of the components' differences", low=0, high=1, group="Training"
+        None, "Step size of the optimizer on the masks; none given: 0.1 in units of the components' differences", low=0, high=1, log=True, group="Training", start=0.1
     )
     max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
     num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training")

@@ -60,6 +60,7 @@ class Control:
     choices: tuple = ()
     low: float | None = None
     high: float | None = None
+    start: float | None = None  # where a slider of an optional number begins
 
     @property
     def label(self) -> str:
@@ -74,7 +75,7 @@ def control_kind(kind: type, optional: bool, facts) -> str:  # facts: the field'
     if kind is bool:
         return "toggle" if optional else "flag"
     if kind in (int, float):
-        if optional or low is None or high is None:
+        if (optional and facts.get("start") is None) or low is None or high is None:
             return "number"
         if facts.get("log"):
             return "log"
@@ -93,7 +94,7 @@ def control_of(field: dataclasses.Field, hint) -> Control:
     choices = (True, False) if kind is bool and optional else tuple(facts.get("choices") or ())
     return Control(
         field.name, control_kind(kind, optional, facts), facts.get("help", ""), facts.get("group", "General"), optional,
-        number if number in (int, float) else str, choices, facts.get("low"), facts.get("high"),
+        number if number in (int, float) else str, choices, facts.get("low"), facts.get("high"), facts.get("start"),
     )
 
 
@@ -413,7 +414,10 @@ def make_control(control: Control, value):
     "The widget of one option."
     import ipywidgets as w
 
-    common = dict(layout=w.Layout(width="330px"), tooltip=control.help)
+    free = control.start is not None  # beside a box that stands for none
+    common = dict(layout=w.Layout(width="262px" if free else "330px"), tooltip=control.help)
+    if free:
+        common["disabled"], value = value is None, control.start if value is None else value
     if control.kind in ("toggle", "dropdown"):
         yes_or_no = isinstance(control.choices[0], bool)
         options = [("auto" if yes_or_no else "none", "none")] if control.optional else []
@@ -450,9 +454,12 @@ def make_field(panel: ConfigPanel, control: Control):
     widget, message = make_control(control, panel.values[control.name]), w.HTML()
     widget.add_class("ml-control")
     syncing = []
+    auto = w.Checkbox(value=panel.values[control.name] is None, description="auto", indent=False, tooltip="Choose it by itself", layout=w.Layout(width="64px"))
 
     def changed(change):
         value = change["new"]
+        if panel.values[control.name] is None and control.start is not None:
+            return
         if control.kind == "log":
             if not moved(panel.values[control.name], value):
                 return
@@ -469,6 +476,10 @@ def make_field(panel: ConfigPanel, control: Control):
             message.value = block(note if note.startswith("?") or not note else "✓ " + note, "note")
         message.layout.display = "block" if message.value else "none"
         held = panel.values[name]
+        if control.start is not None:
+            auto.value, widget.disabled = held is None, held is None
+            if held is None:
+                return
         if control.kind == "log" and (held <= 0 or not moved(held, widget.value)):
             return
         if name not in panel.unread and read_quietly(control, widget.value) != panel.values[name]:
@@ -478,10 +489,15 @@ def make_field(panel: ConfigPanel, control: Control):
             widget.value = show_value(control, panel.values[name])
             syncing.clear()
 
+    def switched(change):
+        if change["new"] != (panel.values[control.name] is None):
+            panel.set(control.name, None if change["new"] else control.start)
+
     widget.observe(changed, "value")
+    auto.observe(switched, "value")
     panel.listeners.append(refresh)
     refresh(panel)
-    row = w.VBox([w.HBox([label, widget]), message], layout=w.Layout(overflow="visible"))
+    row = w.VBox([w.HBox([label, widget, *([auto] if control.start is not None else [])]), message], layout=w.Layout(overflow="visible"))
     row.add_class("ml-field")
     row.add_class(f"ml-field-{control.name}")
     return row

@@ -305,6 +305,22 @@ SUITABLE = {  # control by the type of the value
 }
 
 
+def test_a_slider_of_an_optional_number_has_a_box_for_none():
+    panel = ConfigPanel(MaskMergeConfig)
+    _, slider, auto = field_of(panel.view(), "learning_rate").children[0].children
+    assert auto.value and slider.disabled and panel.values["learning_rate"] is None
+    slider.value = 0.02  # what a browser does by itself to a slider that stands between two steps
+    assert panel.values["learning_rate"] is None
+    auto.value = False
+    assert panel.values["learning_rate"] == 0.1 and not slider.disabled
+    slider.value = 0.02
+    assert panel.values["learning_rate"] == pytest.approx(0.02, rel=0.06)
+    panel.set("learning_rate", None)
+    assert auto.value and slider.disabled and not panel.errors
+    panel.set("learning_rate", 0.3)
+    assert not auto.value and slider.value == pytest.approx(0.3)
+
+
 @pytest.fixture(params=sorted(COMMANDS))
 def system(request):
     command = COMMANDS[request.param]
