@@ -1,9 +1,14 @@
 """The real demo beside mergekit: every method with several settings, chosen on validation rows, judged on test rows.
 
     merge-lab real                       # makes base, tasks and experts in runs/real, and merges them
-    python benchmarks/real.py            # tries mergekit's settings on the same experts and writes data/benchmarks/real.json
+    python benchmarks/real.py            # tries mergekit's settings on the same experts
 
-Merging runs in this process, one setting after another; what was tried before is kept in runs/real/mergekit.json.
+Raw data of both goes to data/benchmarks/real: seed-0.json, and mergekit.json. Other seeds need a folder of their own:
+
+    merge-lab real --seed 1 --output_dir runs/real-1
+    python benchmarks/real.py --seed 1 --root runs/real-1
+
+Merging runs in this process, one setting after another; what was tried before is kept in the folder's mergekit.json.
 """
 
 import argparse
@@ -103,7 +108,8 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=["french", "docstrings"], help="tasks whose experts are merged")
     parser.add_argument("--rows", type=int, default=64, help="validation rows of each task (default: 64)")
     parser.add_argument("--test_rows", type=int, default=150, help="test rows of each task (default: 150)")
-    parser.add_argument("--output", default="data/benchmarks/real_mergekit.json", help="raw data; other groups in it stay")
+    parser.add_argument("--seed", type=int, default=0, help="seed that the experts were made with (default: 0)")
+    parser.add_argument("--output", default="data/benchmarks/real", help="folder of the raw data; other seeds and groups in it stay")
     options = parser.parse_args()
     root, tasks = Path(options.root), options.tasks
     tokenizer = load_tokenizer(root / "base")
@@ -124,11 +130,15 @@ def main():
         "test_shares": shares(on_test, test_base, test_experts), "base": test_base, "experts": test_experts,
         "seconds": sum(found["seconds"] for found in tried.values()),
         "versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine(),
-        "command": f"python benchmarks/real.py --tasks {' '.join(tasks)}",
+        "command": f"python benchmarks/real.py --seed {options.seed} --root runs/real-{options.seed} --tasks {' '.join(tasks)}",
     }  # fmt: skip
-    file = Path(options.output)
+    file, group = Path(options.output) / "mergekit.json", "+".join(tasks)
+    file.parent.mkdir(parents=True, exist_ok=True)
     written = json.loads(file.read_text()) if file.exists() else {}
-    write_json(file, written | {"+".join(tasks): result})
+    written.setdefault(f"seed {options.seed}", {})[group] = result
+    write_json(file, written)
+    if (root / "results.json").exists():
+        shutil.copy(root / "results.json", file.with_name(f"seed-{options.seed}.json"))
     print(f"best of {len(tried)}: {best}, worst task {worst[best]:.3f} on validation, {min(result['test_shares'].values()):.3f} on test")
     shutil.rmtree(root / "mergekit", ignore_errors=True)
 

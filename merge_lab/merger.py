@@ -286,6 +286,8 @@ def held_paths(config: MergerConfig) -> list[str]:
 class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
+    packs: bool | None = None  # whether rows may share lines; None: found out on the first batch
+
     def __init__(
         self,
         models: Sequence[nn.Module],  # components of one architecture, then the base if coefficients are measured from it; their trees are used up
@@ -300,7 +302,6 @@ class Merger(nn.Module):
             silence_dropout(model)
         check_mask_init(config.mask_init, n)
         self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; trainers switch it off in the config of what they train
-        self.packs: bool | None = None  # whether rows may share lines; None: found out on the first batch
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.init_masks(config.mask_init)

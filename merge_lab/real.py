@@ -277,21 +277,23 @@ def result_table(config: RealConfig, root: Path, tasks: Sequence[str], scores: p
 
 # %% ../nbs/61_real.ipynb #18c03b9b
 def share_bars(
-    tables: dict[str, pd.DataFrame],  # title -> from `result_table`
+    shares: dict[str, pd.DataFrame],  # title -> worst task's recovered share; index model, a column for each seed
 ):  # matplotlib Figure
-    "Recovered share of the worst task, a panel for each group of experts."
+    "Recovered share of the worst task, a panel for each group of experts; bars are means, dots are seeds."
     from merge_lab.viz import colour_of, new_figure
 
-    rows = max(len(table) for table in tables.values())
-    figure, axes = new_figure("How much of the experts one model keeps: recovered share of its worst task", 1, len(tables), (5.2 * len(tables), 1.4 + 0.36 * rows))
-    for axis, (title, table) in zip(axes.flat, tables.items()):
-        shares = table[("worst task", "recovered")]
-        shares = shares[[name for name in shares.index if not name.startswith("expert") and name != "base"]].sort_values()
-        ours = [name in METHODS for name in shares.index]
-        axis.barh(list(shares.index), shares.clip(lower=0), color=[colour_of(0) if own else "0.7" for own in ours])
-        for place, value in enumerate(shares):
-            axis.text(max(value, 0) + 0.01, place, f"{value:.3f}", va="center", fontsize=8)
-        axis.set(title=title, xlabel="0: the base, 1: the task's own expert", xlim=(0, 1.12))
+    shares = {title: table[[name != "base" and not name.startswith("expert") for name in table.index]] for title, table in shares.items()}
+    rows = max(map(len, shares.values()))
+    figure, axes = new_figure("How much of the experts one model keeps: recovered share of its worst task", 1, len(shares), (5.2 * len(shares), 1.4 + 0.36 * rows))
+    for axis, (title, table) in zip(axes.flat, shares.items()):
+        table = table.loc[table.mean(axis=1).sort_values().index]
+        means = table.mean(axis=1)
+        axis.barh(list(table.index), means.clip(lower=0), color=[colour_of(0) if name in METHODS else "0.7" for name in table.index])
+        for place, (mean, seeds) in enumerate(zip(means, table.clip(lower=0).to_numpy())):
+            if table.shape[1] > 1:
+                axis.plot(seeds, [place] * len(seeds), ".", color="black", markersize=4)
+            axis.text(max(mean, *seeds) + 0.015, place, f"{mean:.3f}", va="center", fontsize=8)
+        axis.set(title=title, xlabel="0: the base, 1: the task's own expert", xlim=(0, 1.14))
     return figure
 
 
@@ -300,7 +302,7 @@ def write_real_report(config: RealConfig, root: Path, tables: dict[str, pd.DataF
     from merge_lab import report as R
     from merge_lab.viz import save_figure
 
-    figure = share_bars(tables)
+    figure = share_bars({title: table[[("worst task", "recovered")]] for title, table in tables.items()})
     (root / "plots").mkdir(exist_ok=True)
     save_figure(figure, root / "plots" / "recovered.png")
     numbers = {
