@@ -261,7 +261,19 @@ def wrap(
                 f"target_modules: {pattern!r} names a head that is tied to an embedding without a mask. Name the embedding too, "
                 "or set untie_embeddings."
             )
+    _drop_idle(model)
     return model
+
+
+def _drop_idle(model: nn.Module):
+    "Take masks away where coefficients of deltas have nothing to multiply: embeddings and norms of adapters' models, for example."
+    masked = [(leaf, key) for leaf in model.modules() if isinstance(leaf, MaskedModule) for key in leaf.masks]
+    idle = [
+        (leaf, key) for leaf, key in masked
+        if leaf.constrain_mode in ("delta", "sum1") and all(weight is leaf.weights[key][0] for weight in leaf.weights[key])
+    ]  # fmt: skip
+    for leaf, key in idle if len(idle) < len(masked) else ():
+        del leaf.masks[key]
 
 
 def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, untie: bool):

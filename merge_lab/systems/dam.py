@@ -37,7 +37,7 @@ from merge_lab.core import (
     begin_run, best_device, check_choice, check_options, check_outside, check_run, option, set_seed, write_json,
 )
 from ..evaluation import UNIFORM, evaluate_models
-from ..held_out import HeldOut
+from ..held_out import HeldOut, told_held_out
 from ..losses import shift_labels, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_config
@@ -813,8 +813,7 @@ def show_run(run: DAMRun):
     last = run.history.iloc[-1]
     found = held_out_facts(run.folder)
     if found:
-        kept = f"{found['start']:.4f} at the start, {found['loss']:.4f} at step {found['step']}, which is kept, {found['looks'][-1]['loss']:.4f} at the last look"
-        print(f"{len(run.history)} steps; loss on held-out rows: {kept}")
+        print(told_held_out(found, len(run.history)))
     else:
         print(f"{len(run.history)} steps, loss of a batch {run.history['loss'].iloc[0]:.4f} -> {last['loss']:.4f}")
     for i, name in enumerate(run.merger.names):

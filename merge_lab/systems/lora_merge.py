@@ -31,7 +31,7 @@ from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
 from .lora import MORE_THAN_FACTORS
 from .lora import load_adapter, load_base, merge_adapter, quiet_peft
 from ..evaluation import load_tests, score_baselines, score_model
-from ..held_out import HeldOut
+from ..held_out import HeldOut, told_held_out
 from ..tasks import ChatCollator, build_dataset, hold_out
 from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on, held_out_facts
 from ..training import last_checkpoint, objective_of, resume_command, train_from, training_arguments
@@ -497,7 +497,7 @@ def show_result(result: dict):  # from `run`
     name = {"kl": "KL to each sample's own adapter"}.get(merger.adapter_config.loss_func_name, "loss")
     found = result.get("held_out")
     if found:
-        print(f"{name} on held-out rows: {found['start']:.3g} at the start, {found['loss']:.3g} at the best step, {found['step']} of {len(history)}, which is kept.")
+        print(told_held_out(found, len(history), name))
     if result.get("scores") is not None:
         from merge_lab.report import score_table
 

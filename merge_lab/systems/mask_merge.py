@@ -6,7 +6,7 @@
 __all__ = ['logger', 'DEMO_TASKS', 'LEARNED', 'LOSS_UNITS', 'LOSS_CAPTIONS', 'LOADING', 'parse_datasets', 'MaskMergeConfig',
            'demo_config', 'Prepared', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers', 'manners',
            'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'shares_of',
-           'told_held_out', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
+           'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
@@ -29,7 +29,7 @@ from ..distributed import shard_merger
 from merge_lab.evaluation import (
     UNIFORM, confusion, encode_task, recovered_share, generate_answers, load_tests, positions_of, score_baselines, score_model, uniform_name,
 )
-from ..held_out import HeldOut
+from ..held_out import HeldOut, told_held_out
 from ..memory import FitReport, fit_run, readable
 from ..merger import Merger, MergerConfig
 from ..tasks import ChatCollator, answer_of, build_dataset, hold_out, prompt_of
@@ -453,16 +453,6 @@ def shares_of(result: MaskMergeResult) -> pd.DataFrame | None:  # index model; a
     if "base" not in set(result.scores.model) or len(tasks) != len(sources):
         return None
     return recovered_share(result.scores, {task: f"expert: {names[i]}" for task, i in zip(tasks, sources)})
-
-
-def told_held_out(found: dict, steps: int) -> str:
-    "What the rows that were held out said, in a sentence."
-    kept = f"step {found['step']} of {steps}" if found["step"] else "the start: training did not improve on it"
-    back = f" The run went back to its best masks {found['recoveries']} times and took smaller steps." if found["recoveries"] else ""
-    return (
-        f"Loss on held-out rows: {found['start']:.4g} at the start, {found['loss']:.4g} at the best, {found['looks'][-1]['loss']:.4g} at the last look. "
-        f"Kept: {kept}.{back}"
-    )
 
 
 def headline(result: MaskMergeResult) -> dict[str, str]:
