@@ -8,7 +8,7 @@ __all__ = ['MODES', 'IMPLS', 'alpha_shape', 'bring', 'blend', 'backward_route', 
            'masked_class']
 
 # %% ../nbs/12_masks.ipynb #69ea6a08
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,14 +45,15 @@ def alpha_shape(
     return tuple(alpha) if len(shape) > 2 or kept == -2 else (shape[-1],)
 
 # %% ../nbs/12_masks.ipynb #18cf53a0
-_BLOCK = 2**22  # elements of a weight that are handled at once: 16 MiB in fp32
+_BLOCK = {"cpu": 2**19, "cuda": 2**22}  # elements of a weight that are handled at once: 2 MiB in fp32, which a cache holds, and 16
 
 
-def _row_blocks(weight: Tensor) -> list[slice]:
-    "Slices over dimension 0 that hold about `_BLOCK` elements each."
-    if weight.ndim < 2 or weight.numel() <= _BLOCK:
+def _row_blocks(weight: Tensor, device_type: str = "cpu") -> list[slice]:
+    "Slices over dimension 0 that hold about a block of elements each."
+    block = _BLOCK.get(device_type, 2**22)
+    if weight.ndim < 2 or weight.numel() <= block:
         return [slice(None)]
-    rows = max(1, _BLOCK * len(weight) // weight.numel())
+    rows = max(1, block * len(weight) // weight.numel())
     return [slice(start, start + rows) for start in range(0, len(weight), rows)]
 
 
@@ -81,11 +82,25 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 # %% ../nbs/12_masks.ipynb #900696df
-def _blend_rows(weights: Sequence[Tensor], alphas: Sequence[Tensor], out: Tensor):
+class _Wide:
+    "Blocks of weights in the dtype of the arithmetic, one after another in the same memory."
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device, self.held = dtype, device, None
+
+    def __call__(self, block: Tensor) -> Tensor:
+        if block.dtype == self.dtype:
+            return block
+        if self.held is None:
+            self.held = torch.empty(block.shape, dtype=self.dtype, device=self.device)
+        held = self.held[: len(block)] if block.ndim else self.held
+        return held.copy_(block)
+
+
+def _blend_rows(weights: Iterable[Tensor], alphas: Sequence[Tensor], out: Tensor):
     "Write the blend of these rows to `out`, whose dtype is that of the arithmetic."
-    torch.mul(weights[0], alphas[0], out=out)
-    for weight, alpha in zip(weights[1:], alphas[1:]):
-        out.addcmul_(weight, alpha)
+    for i, (weight, alpha) in enumerate(zip(weights, alphas)):
+        out.addcmul_(weight, alpha) if i else torch.mul(weight, alpha, out=out)
 
 
 @torch.no_grad()
@@ -93,31 +108,41 @@ def _blend(weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> Tensor:
     "The blend in the weights' dtype, without a graph."
     device = alphas[0].device
     merged = torch.empty_like(weights[0], device=device)
-    dtype, blocks = _compute_dtype(weights[0], *alphas), _row_blocks(merged)
+    dtype, blocks = _compute_dtype(weights[0], *alphas), _row_blocks(merged, device.type)
     if len(blocks) == 1 and merged.dtype == dtype:  # nothing to cut or to round
         _blend_rows([bring(weight, device) for weight in weights], alphas, merged)
         return merged
     alphas = [_broadcast(alpha, merged).to(dtype) for alpha in alphas]
+    wide, total = _Wide(dtype, device), None
     for rows in blocks:
         out = merged[rows] if merged.ndim else merged
-        target = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-        parts = [bring(weight[rows] if weight.ndim else weight, device) for weight in weights]
+        if out.dtype == dtype:
+            target = out
+        else:
+            total = target = torch.empty_like(out, dtype=dtype) if total is None else total[: len(out)] if out.ndim else total
+        parts = (wide(bring(weight[rows] if weight.ndim else weight, device)) for weight in weights)
         _blend_rows(parts, [_rows(alpha, rows) for alpha in alphas], target)
         if target is not out:
             out.copy_(target)
     return merged
 
 # %% ../nbs/12_masks.ipynb #d8b992e7
-def _reduce_product(gradient: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-    "Sum `gradient * weight` down to the shape of `alpha`, in fp32 or wider."
-    dtype = _compute_dtype(gradient, alpha)
-    shape = _broadcast(alpha, weight).shape
-    dims = [d for d in range(weight.ndim) if shape[d] == 1]
-    total = torch.zeros(shape, dtype=dtype, device=gradient.device)
-    for rows in _row_blocks(weight) if weight.ndim else [...]:
-        product = gradient[rows].to(dtype) * bring(weight[rows], gradient.device)
-        _rows(total, rows).add_(product.sum(dims, keepdim=True) if dims else product)
-    return total.reshape(alpha.shape).to(alpha.dtype)
+def _reduce_products(gradient: Tensor, weights: Sequence[Tensor], alphas: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    "Sum `gradient * weight` down to the shape of its alpha for each weight that needs it, in fp32 or wider."
+    dtype, device, example = _compute_dtype(gradient, *alphas), gradient.device, weights[0]
+    shapes = [_broadcast(alpha, example).shape for alpha in alphas]
+    dims = [[d for d in range(example.ndim) if shape[d] == 1] for shape in shapes]
+    totals = [torch.zeros(shape, dtype=dtype, device=device) if need else None for shape, need in zip(shapes, needed)]
+    wide, wide_gradient, product = _Wide(dtype, device), _Wide(dtype, device), None
+    for rows in _row_blocks(example, device.type) if example.ndim else [...]:
+        part = wide_gradient(gradient[rows])
+        product = torch.empty_like(part) if product is None else product
+        of_rows = product[: len(part)] if part.ndim else product
+        for weight, total, summed in zip(weights, totals, dims):
+            if total is not None:
+                torch.mul(part, wide(bring(weight[rows], device)), out=of_rows)
+                _rows(total, rows).add_(of_rows.sum(summed, keepdim=True) if summed else of_rows)
+    return [None if total is None else total.reshape(alpha.shape).to(alpha.dtype) for total, alpha in zip(totals, alphas)]
 
 
 class _Blend(torch.autograd.Function):
@@ -135,10 +160,7 @@ class _Blend(torch.autograd.Function):
         tensors, n = ctx.saved_tensors, ctx.n
         alphas, weights = tensors[:n], tensors[n:]
         needed = ctx.needs_input_grad[1 : n + 1]
-        gradients = [
-            _reduce_product(gradient, weight, alpha) if need else None
-            for weight, alpha, need in zip(weights, alphas, needed)
-        ]
+        gradients = _reduce_products(gradient, weights, alphas, needed)
         return None, *gradients, *([None] * n)
 
 # %% ../nbs/12_masks.ipynb #bb55ad90
@@ -204,7 +226,7 @@ def _weight_route(dy, x, weights, alphas, needs_dx, merged):
     if needs_dx:
         dx = dy @ (_blend(weights, alphas) if merged is None else merged)
     gradient = dy.t() @ x
-    return dx, [_reduce_product(gradient, w, a) for w, a in zip(weights, alphas)]
+    return dx, _reduce_products(gradient, weights, alphas, [True] * len(weights))
 
 # %% ../nbs/12_masks.ipynb #b0be5162
 class _FusedLinear(torch.autograd.Function):

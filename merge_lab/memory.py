@@ -353,7 +353,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 @contextmanager
 def _as_if_on(device: str, offload: bool = False):
     "Let meta tensors be treated like those of a device, to which components are brought if they are offloaded."
-    tables = (losses._BLOCK, masks._OPERATIONS_PER_ELEMENT)
+    tables = (losses._BLOCK, masks._BLOCK, masks._OPERATIONS_PER_ELEMENT)
     bring = masks.bring
     for table in tables:
         table["meta"] = table[device]

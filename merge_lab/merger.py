@@ -34,7 +34,7 @@ from merge_lab.core import (
     write_json, write_text, yaml_value,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
-from .packing import Packed, agrees, pack
+from .packing import can_pack, pack
 
 logger = logging.getLogger(__name__)
 
@@ -702,25 +702,10 @@ def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inpu
     decoder = self.model.base_model
     packed = None if inputs or self.packs is False else pack(input_ids, attention_mask, self.config.get_text_config().hidden_size)
     if packed is not None and self.packs is None:
-        self.packs = _can_pack(decoder, packed, input_ids, attention_mask)
+        self.packs = can_pack(decoder, packed, input_ids, attention_mask)
     if packed is None or not self.packs:
         return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
     return packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
-
-
-@torch.no_grad()
-def _can_pack(decoder: nn.Module, packed: Packed, input_ids: Tensor, attention_mask: Tensor) -> bool:
-    "Whether a decoder says the same of packed rows as of padded ones."
-    padded = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-    try:
-        states = packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        logger.info("%s takes no positions, so rows are padded: %s", type(decoder).__name__, error)
-        return False
-    if not agrees(states, padded, attention_mask):
-        logger.info("%s mixes rows that share a line, so rows are padded.", type(decoder).__name__)
-        return False
-    return True
 
 
 @method_of(Merger)

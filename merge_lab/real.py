@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'METHODS', 'STEPS_FILE', 'VERSIONS', 'RealConfig', 'Step', 'read_steps', 'is_done', 'note_step',
-           'run_command', 'do_step', 'expert_step', 'flags_of', 'merge_steps_of', 'all_steps', 'make_inputs',
-           'merged_models', 'score_group', 'trained_numbers', 'result_table', 'share_bars', 'write_real_report',
-           'facts_of', 'run', 'show_result']
+           'run_command', 'do_step', 'expert_step', 'flags_of', 'merge_steps_of', 'group_steps', 'all_steps',
+           'make_inputs', 'merged_models', 'score_group', 'trained_numbers', 'result_table', 'share_bars',
+           'write_real_report', 'facts_of', 'run', 'show_result']
 
 # %% ../nbs/61_real.ipynb #c59ddf17
 import dataclasses
@@ -191,13 +191,16 @@ def merge_steps_of(config: RealConfig, root: Path, method: str, tasks: Sequence[
     ]  # fmt: skip
 
 # %% ../nbs/61_real.ipynb #66e7f68d
+def group_steps(config: RealConfig, root: Path, tasks: Sequence[str]) -> list[Step]:
+    "The commands that one table needs, in order: experts, merges, one model of all data."
+    experts = [expert_step(config, root, task, [task]) for task in tasks]
+    merges = [step for method in config.methods for step in merge_steps_of(config, root, method, tasks)]
+    return experts + merges + ([expert_step(config, root, "+".join(tasks), tasks)] if config.together else [])
+
+
 def all_steps(config: RealConfig, root: Path) -> list[Step]:
-    "Every command of the demo, in order."
-    steps = [expert_step(config, root, task, [task]) for task in dict.fromkeys(task for group in config.groups for task in group)]
-    for group in config.groups:
-        for method in config.methods:
-            steps += merge_steps_of(config, root, method, group)
-    return steps + [expert_step(config, root, "+".join(group), group) for group in config.groups if config.together]
+    "Every command of the demo, in order: what two experts need comes first."
+    return list({step.name: step for group in config.groups for step in group_steps(config, root, group)}.values())
 
 
 def make_inputs(config: RealConfig, root: Path):
@@ -228,7 +231,9 @@ def score_group(config: RealConfig, root: Path, tasks: Sequence[str]) -> pd.Data
     from merge_lab.components import load_model, load_tokenizer
     from merge_lab.merger import Merger, MergerConfig
 
-    file, asked = root / "scores" / f"{'+'.join(tasks)}.json", [read_steps(root), config.test_rows, config.answered, list(tasks)]
+    steps = read_steps(root)
+    made = {step.name: steps.get(step.name) for step in group_steps(config, root, tasks)}
+    file, asked = root / "scores" / f"{'+'.join(tasks)}.json", [made, config.test_rows, config.answered, list(tasks)]
     if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8")))["of"] == json.loads(json.dumps(asked)):
         return pd.DataFrame(kept["scores"])
     tests = load_tests([root / "tasks" / task for task in tasks], n=config.test_rows)
@@ -347,17 +352,16 @@ def run(config: RealConfig) -> dict[str, pd.DataFrame]:  # group -> table
     root = Path(config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     make_inputs(config, root)
-    steps = all_steps(config, root)
-    for number, step in enumerate(steps, 1):
-        if not is_done(step, root):
-            logger.info("step %d of %d: %s", number, len(steps), step.name)
-        do_step(step, root)
-    tables = {}
+    steps, tables = [step.name for step in all_steps(config, root)], {}
     for group in config.groups:
+        for step in group_steps(config, root, group):
+            if not is_done(step, root):
+                logger.info("step %d of %d: %s", steps.index(step.name) + 1, len(steps), step.name)
+            do_step(step, root)
         title = f"{len(group)} experts: {', '.join(group)}"
         tables[title] = result_table(config, root, group, score_group(config, root, group))
         write_text(root / f"{'+'.join(group)}.csv", tables[title].to_csv())
-    write_real_report(config, root, tables)
+        write_real_report(config, root, tables)  # what there is to see already, while the next group is made
     write_json(root / "results.json", facts_of(config, root))
     return tables
 

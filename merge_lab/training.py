@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'relative_spread',
            'delta_unit', 'objective_of', 'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers',
-           'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
-           'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted', 'adjust_again',
-           'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command', 'attach_watchers',
-           'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume', 'check_going_on', 'open_together']
+           'MergerTrainer', 'has_short_rows', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite',
+           'alpha_summary', 'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
+           'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command',
+           'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume',
+           'check_going_on', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -44,6 +45,7 @@ from .held_out import Best, HeldOut, is_due
 from .masks import full, shard_like
 from .merger import Merger
 from .objective import Objective, TeacherCache
+from .packing import SHORT, eager_attention
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +256,7 @@ class MergerTrainer(Trainer):
         "Train; whatever happens, signals and bars are given back."
         compiled = compiled_layers(self.model) if getattr(self.args, "compile_layers", False) else nullcontext()
         try:
-            with compiled, kept_teachers(self):
+            with compiled, eager_attention(self.model.model, has_short_rows(self)), kept_teachers(self):
                 return super().train(*args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
@@ -281,6 +283,16 @@ class MergerTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 # %% ../nbs/31_training.ipynb #13f64801
+def has_short_rows(
+    trainer: MergerTrainer,
+) -> bool:  # False as well if the data do not say how many they are
+    "Whether plain attention is faster for this run: short rows in bf16 on a CPU."
+    data, weights = trainer.train_dataset, (p for p in trainer.model.parameters() if not p.requires_grad)
+    if not hasattr(data, "__len__") or trainer.model.device.type != "cpu" or next(weights).dtype != torch.bfloat16 or getattr(trainer.args, "compile_layers", False):
+        return False
+    return all(len(row["input_ids"]) <= SHORT for row in data)
+
+
 def sees_samples_again(
     trainer: MergerTrainer,
 ) -> bool:  # False as well if the data do not say how many they are

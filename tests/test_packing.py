@@ -4,6 +4,7 @@ import pytest
 import torch
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.objective import Objective
+from merge_lab.packing import shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
@@ -73,3 +74,63 @@ def test_a_packed_forward_reads_fewer_positions():
     merger.packs = True
     merger.hidden(batch["input_ids"], batch["attention_mask"])
     assert seen[0] < 0.7 * batch["input_ids"].numel()
+
+
+def plain_model(family):
+    "A random model of a family, with a rank 4 adapter whose factors are not zero."
+    from peft import LoraConfig, get_peft_model
+
+    config = AutoConfig.for_model(family, **TINY | FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.mul_(10 if "conv." in name else 1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    return model
+
+
+def gradients_of(model):
+    batch = {name: value for name, value in batch_of().items() if name != "source"}
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "lfm2"])
+def test_an_adapter_learns_from_shared_lines_what_it_learns_from_padded_rows(family):
+    model, widths = plain_model(family).eval(), []  # no dropout, which would fall otherwise
+    wanted, gradients = gradients_of(model)
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2].numel()))
+    with shared_lines(model):
+        got, found = gradients_of(model)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+    assert (widths[-1] < widths[0]) is (family != "lfm2")
+
+
+def test_dropout_does_not_hide_that_a_model_can_share_lines():
+    model, widths = plain_model("llama").train(), []
+    modes = {name: module.training for name, module in model.named_modules()}
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:2].numel()))
+    with shared_lines(model):
+        gradients_of(model)
+    assert widths[-1] < widths[0] and {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_shared_lines_leave_everything_else_alone():
+    model = plain_model("llama").eval()
+    batch = {name: value for name, value in batch_of().items() if name in ("input_ids", "attention_mask")}
+    plain = model.get_decoder().forward
+    with shared_lines(model):
+        assert model(**batch, use_cache=False, output_hidden_states=True).hidden_states[0].shape[:2] == batch["input_ids"].shape
+        assert model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False).shape[1] > batch["input_ids"].shape[1]
+    assert model.get_decoder().forward == plain
+    with pytest.raises(KeyError), shared_lines(model):
+        raise KeyError
+    assert model.get_decoder().forward == plain

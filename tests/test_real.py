@@ -168,3 +168,28 @@ def test_a_step_stops_when_the_demo_is_killed(tmp_path):
             return
         time.sleep(0.1)
     pytest.fail("the step goes on without its parent")
+
+
+def test_the_readme_tells_the_worst_of_ours_and_the_best_of_the_others():
+    "Figures at the top of the README against the raw data."
+    import pandas as pd
+    from merge_lab.core import bundled_path
+    from merge_lab.evaluation import UNIFORM, recovered_share
+
+    folder = bundled_path("benchmarks/real")
+    mergekit = json.loads((folder / "mergekit.json").read_text())
+    ours, average, theirs = {}, {}, {}
+    for file in folder.glob("seed-*.json"):
+        for group, scores in json.loads(file.read_text())["scores"].items():
+            shares = recovered_share(pd.DataFrame(scores), {task: f"expert: {task}" for task in group.split("+")}).worst
+            ours.setdefault(group, []).append(shares["mask-merge"])
+            average.setdefault(group, []).append(shares[UNIFORM])
+    for groups in mergekit.values():
+        for group, best in groups.items():
+            theirs.setdefault(group, []).append(min(best["test_shares"].values()))
+    assert len(ours) == 2 and min(map(len, ours.values())) >= 3
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    told = readme[readme.index("On a real model") : readme.index("([study]")]
+    for kept, of in ((ours, min), (theirs, max), (average, max)):
+        for values in kept.values():
+            assert f"{of(values):.3f}" in told, (of(values), told)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'HALVES', 'LAYOUT_FILE', 'MORE_THAN_FACTORS', 'FORWARD_BYTES', 'RESUMABLE', 'default_dtype', 'load_base',
            'skeleton', 'explain_memory_errors', 'release_memory', 'quiet_peft', 'without_cache',
-           'learned_positions_only', 'eager_attention', 'undisturbed', 'build_trainer', 'probe_logits', 'fixed_loss',
-           'check_fits', 'load_adapter', 'in_float32', 'merge_layers', 'merge_verdict', 'share_files', 'layout_of',
-           'merge_adapter', 'complete', 'SmoLoRA', 'validate_at', 'check_change', 'Pace', 'HistoryLog', 'curves_figure',
-           'LiveCurves', 'recorded', 'recipe_of', 'write_card', 'save_adapter', 'train', 'model_to_train', 'settle',
+           'learned_positions_only', 'undisturbed', 'build_trainer', 'probe_logits', 'fixed_loss', 'check_fits',
+           'load_adapter', 'in_float32', 'merge_layers', 'merge_verdict', 'share_files', 'layout_of', 'merge_adapter',
+           'complete', 'SmoLoRA', 'validate_at', 'check_change', 'Pace', 'HistoryLog', 'curves_figure', 'LiveCurves',
+           'recorded', 'recipe_of', 'write_card', 'save_adapter', 'train', 'model_to_train', 'settle',
            'check_same_adapter', 'save', 'load_model', 'inference', 'add_task_prefix', 'mix_tasks', 'row_text',
            'count_words', 'curriculum', 'use_curriculum', 'adapter_layers', 'alpha_at', 'grow_rank', 'check_ranks',
            'was_stopped', 'train_with_ranks', 'LoRAPipelineConfig', 'lora_options', 'sft_options', 'task_names',
@@ -46,6 +46,7 @@ from .lora_parts import has_split, longest_row, make_lora_config, make_sft_confi
 from .lora_parts import quiet_datasets, rank_by_task, remake, sft_defaults, split_batch, trainable_parameters
 from .lora_parts import training_curves, training_diagnostics, validation_budget, validation_sample
 from ..memory import free_memory
+from ..packing import SHORT, eager_attention, shared_lines
 from ..tasks import ChatCollator
 from ..training import RunInterrupted, StopCallback, check_going_on, memory_in_use
 
@@ -134,22 +135,6 @@ def learned_positions_only():
         yield
     finally:
         utils._use_triton = asked
-
-# %% ../../nbs/40_systems/04_lora.ipynb #0ee0aa14
-@contextmanager
-def eager_attention(
-    model: nn.Module,  # a transformers model, with an adapter or without
-    wanted: bool = True,
-):
-    "Context in which attention is computed by plain products; afterwards as before."
-    had = model.config._attn_implementation
-    if wanted:
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if wanted:
-            model.set_attn_implementation(had)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #3a1c0515
 def undisturbed(function: Callable) -> Callable:
@@ -623,6 +608,8 @@ def train(
     "Train with the settings of now, save the adapter, return the curves so far. Raises `ValueError` without a dataset."
     if lora.dataset is None:
         raise ValueError("there is no dataset to train on. Give dataset_name to SmoLoRA, or set its `dataset`.")
+    from peft.helpers import disable_input_dtype_casting
+
     settle(lora)
     peft_config, args = (remake(c, k) for c, k in zip((lora.peft_config, lora.sft_config), lora._known))
     model = model_to_train(lora)
@@ -633,12 +620,14 @@ def train(
     done = lora._earlier[-1]["step"] if lora._earlier else 0
     callbacks = [HistoryLog(lora.output_dir / "history.jsonl", done), *lora.callbacks]
     rows, config = (lora.dataset, lora.eval_dataset), peft_config if is_new else None
-    short = args.use_cpu and args.bf16 and longest_row(lora.dataset, lora.tokenizer, args.max_length) <= 256
-    with without_cache(model.config), eager_attention(model, short), learned_positions_only(), explain_memory_errors():
+    short = args.use_cpu and args.bf16 and longest_row(lora.dataset, lora.tokenizer, args.max_length) <= SHORT
+    share = shared_lines(model, not (args.torch_compile or args.fsdp or args.deepspeed))
+    with without_cache(model.config), eager_attention(model, short), share, learned_positions_only(), explain_memory_errors():
         lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
         lora.model = lora.trainer.model
         logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
-        lora.trainer.train(resume_from_checkpoint=resume or None)
+        with disable_input_dtype_casting(lora.model, args.bf16 or args.fp16):  # to fp32, whence autocast would bring it back
+            lora.trainer.train(resume_from_checkpoint=resume or None)
     lora.log_history = lora._earlier + [entry | {"step": entry["step"] + done} for entry in lora.trainer.state.log_history]
     write_json(lora.output_dir / LAYOUT_FILE, {"layout": layout_of(lora.dataset), "recipe": recipe_of(lora)})
     save_adapter(lora, lora.adapter_dir)
