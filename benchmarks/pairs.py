@@ -128,9 +128,10 @@ def main():
         facts = merge(root / name.replace(": ", "-").replace(" ", "_").replace(",", ""), components, data)
         looks = [look["loss"] for look in facts["looks"]]
         found = {"delta": [delta_size(base, path) for path in components], **facts, "highest": max(looks[1:]), "last": looks[-1]}
+        found |= {"command": f"python benchmarks/pairs.py --only {name!r}", "versions": {package: version(package) for package in PACKAGES}}
         written = json.loads(file.read_text()) if file.exists() else {"pairs": {}}
         written["pairs"][name] = found
-        written |= {"versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine(), "command": "python benchmarks/pairs.py"}
+        written["machine"] = platform.processor() or platform.machine()
         write_json(file, written)
         print(f"{name}: deltas {found['delta'][0]:.4f} and {found['delta'][1]:.4f} of the weights; start {facts['start']:.4g}, highest {found['highest']:.4g}, "
               f"best {facts['loss']:.4g}, last {found['last']:.4g}, gone back {facts['recoveries']} times", flush=True)  # fmt: skip

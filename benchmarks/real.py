@@ -7,6 +7,8 @@ Raw data of both goes to data/benchmarks/real: seed-0.json, and mergekit.json. O
 
     merge-lab real --seed 1 --output_dir runs/real-1
     python benchmarks/real.py --seed 1 --root runs/real-1
+    python benchmarks/real.py --seed 1 --root runs/real-1 --tasks french docstrings german
+    python benchmarks/real.py --picture nbs/images/real.png
 
 Merging runs in this process, one setting after another; what was tried before is kept in the folder's mergekit.json.
 """
@@ -84,14 +86,14 @@ def shares(found, base, experts):
     return {task: (base[task] - found[task]) / (base[task] - experts[task][task]) for task in experts}
 
 
-def search(root, tasks, rows, tokenizer):
-    "Losses of every setting on validation rows, kept as they are found."
+def search(root, tasks, rows, tokenizer, only):
+    "Losses of every setting on validation rows, kept as they are found; `only` these settings, if any are named."
     file, group = root / "mergekit.json", "+".join(tasks)
     kept = json.loads(file.read_text()) if file.exists() else {}
     tests = load_tests([root / "tasks" / task for task in tasks], "validation", rows)
     tried = kept.setdefault(group, {})
     for name, setting in tqdm(settings(len(tasks)).items(), desc=group, unit="setting"):
-        if name in tried:
+        if name in tried or (only and name not in only):
             continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
@@ -102,18 +104,33 @@ def search(root, tasks, rows, tokenizer):
     return tried, tests
 
 
+def draw(folder, picture):
+    "The README's bars."
+    from merge_lab.real import recorded_shares, share_bars
+    from merge_lab.viz import save_figure
+
+    groups = {"two experts": "french+docstrings", "three experts": "french+docstrings+german"}
+    shown = ("mask-merge", "uniform average", "mergekit")
+    tables = {title: recorded_shares(folder, tasks) for title, tasks in groups.items()}
+    save_figure(share_bars({title: table[[name.startswith(shown) for name in table.index]] for title, table in tables.items()}), picture)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="runs/real", help="folder of merge-lab real (default: runs/real)")
     parser.add_argument("--tasks", nargs="+", default=["french", "docstrings"], help="tasks whose experts are merged")
+    parser.add_argument("--only", nargs="+", default=[], help="settings to try, by name (default: all)")
     parser.add_argument("--rows", type=int, default=64, help="validation rows of each task (default: 64)")
     parser.add_argument("--test_rows", type=int, default=150, help="test rows of each task (default: 150)")
     parser.add_argument("--seed", type=int, default=0, help="seed that the experts were made with (default: 0)")
     parser.add_argument("--output", default="data/benchmarks/real", help="folder of the raw data; other seeds and groups in it stay")
+    parser.add_argument("--picture", help="draw the raw data there, and do nothing else")
     options = parser.parse_args()
+    if options.picture:
+        return draw(options.output, options.picture)
     root, tasks = Path(options.root), options.tasks
     tokenizer = load_tokenizer(root / "base")
-    tried, tests = search(root, tasks, options.rows, tokenizer)
+    tried, tests = search(root, tasks, options.rows, tokenizer, options.only)
     base = losses(root / "base", tokenizer, tests)
     experts = {task: losses(root / "experts" / task / "final_merged", tokenizer, tests) for task in tasks}
     worst = {name: min(shares(found["loss"], base, experts).values()) for name, found in tried.items()}
@@ -130,7 +147,7 @@ def main():
         "test_shares": shares(on_test, test_base, test_experts), "base": test_base, "experts": test_experts,
         "seconds": sum(found["seconds"] for found in tried.values()),
         "versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine(),
-        "command": f"python benchmarks/real.py --seed {options.seed} --root runs/real-{options.seed} --tasks {' '.join(tasks)}",
+        "command": f"python benchmarks/real.py --seed {options.seed} --root runs/{root.name} --tasks {' '.join(tasks)} --rows {options.rows} --test_rows {options.test_rows}",
     }  # fmt: skip
     file, group = Path(options.output) / "mergekit.json", "+".join(tasks)
     file.parent.mkdir(parents=True, exist_ok=True)

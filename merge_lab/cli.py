@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from pathlib import Path
 
 
-from .commands import COMMANDS, Command, wait_for_threads
+from .commands import COMMANDS, Command, choose_thread_waiting
 
 # %% ../nbs/60_cli.ipynb #24f2be13
 @dataclasses.dataclass
@@ -209,7 +209,7 @@ def call(name: str, words: list[str]) -> int:
 def main(words: list[str] | None = None) -> int:
     "Entry point of `merge-lab`."
     words = sys.argv[1:] if words is None else words
-    wait_for_threads(os.environ)
+    choose_thread_waiting(os.environ)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

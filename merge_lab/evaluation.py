@@ -447,8 +447,10 @@ def score_model(
 
 def uniform_name(merger: Merger) -> str:
     "What the baseline is called: unmasked parameters are not averaged."
-    masked = all(key in leaf.masks for leaf in merger.leaves().values() for key in leaf.parameter_names)
-    return UNIFORM if masked else f"{UNIFORM} of what is masked"
+    averaged = all(
+        key in leaf.masks or all(weight is leaf.weights[key][0] for weight in leaf.weights[key]) for leaf in merger.leaves().values() for key in leaf.parameter_names
+    )
+    return UNIFORM if averaged else f"{UNIFORM} of what is masked"
 
 
 def score_baselines(

@@ -151,7 +151,8 @@ def told_held_out(
 ) -> str:
     "What the rows that were held out said, in a sentence."
     kept = f"step {found['step']} of {steps}" if found["step"] else "the start: training did not improve on it"
-    back = f" The run went back to its best masks {found['recoveries']} times and took smaller steps." if found["recoveries"] else ""
+    often = "once" if found["recoveries"] == 1 else f"{found['recoveries']} times"
+    back = f" The run went back to its best masks {often} and took smaller steps." if found["recoveries"] else ""
     return (
         f"{measure[:1].upper()}{measure[1:]} on held-out rows: {found['start']:.4g} at the start, {found['loss']:.4g} at the best, {found['looks'][-1]['loss']:.4g} at the last look. "
         f"Kept: {kept}.{back}"

@@ -82,19 +82,21 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 # %% ../nbs/12_masks.ipynb #900696df
-class _Wide:
-    "Blocks of weights in the dtype of the arithmetic, one after another in the same memory."
+class _Scratch:
+    "Memory in the dtype of the arithmetic that blocks use one after another."
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device, self.held = dtype, device, None
 
-    def __call__(self, block: Tensor) -> Tensor:
-        if block.dtype == self.dtype:
-            return block
+    def like(self, block: Tensor) -> Tensor:
+        "Room for a block: none is larger than the first."
         if self.held is None:
             self.held = torch.empty(block.shape, dtype=self.dtype, device=self.device)
-        held = self.held[: len(block)] if block.ndim else self.held
-        return held.copy_(block)
+        return self.held[: len(block)] if block.ndim else self.held
+
+    def wide(self, block: Tensor) -> Tensor:
+        "The block in the dtype of the arithmetic."
+        return block if block.dtype == self.dtype else self.like(block).copy_(block)
 
 
 def _blend_rows(weights: Iterable[Tensor], alphas: Sequence[Tensor], out: Tensor):
@@ -113,14 +115,11 @@ def _blend(weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> Tensor:
         _blend_rows([bring(weight, device) for weight in weights], alphas, merged)
         return merged
     alphas = [_broadcast(alpha, merged).to(dtype) for alpha in alphas]
-    wide, total = _Wide(dtype, device), None
+    widened, summed = _Scratch(dtype, device), _Scratch(dtype, device)
     for rows in blocks:
         out = merged[rows] if merged.ndim else merged
-        if out.dtype == dtype:
-            target = out
-        else:
-            total = target = torch.empty_like(out, dtype=dtype) if total is None else total[: len(out)] if out.ndim else total
-        parts = (wide(bring(weight[rows] if weight.ndim else weight, device)) for weight in weights)
+        target = out if out.dtype == dtype else summed.like(out)
+        parts = (widened.wide(bring(weight[rows] if weight.ndim else weight, device)) for weight in weights)
         _blend_rows(parts, [_rows(alpha, rows) for alpha in alphas], target)
         if target is not out:
             out.copy_(target)
@@ -133,15 +132,14 @@ def _reduce_products(gradient: Tensor, weights: Sequence[Tensor], alphas: Sequen
     shapes = [_broadcast(alpha, example).shape for alpha in alphas]
     dims = [[d for d in range(example.ndim) if shape[d] == 1] for shape in shapes]
     totals = [torch.zeros(shape, dtype=dtype, device=device) if need else None for shape, need in zip(shapes, needed)]
-    wide, wide_gradient, product = _Wide(dtype, device), _Wide(dtype, device), None
+    of_weight, of_gradient, products = (_Scratch(dtype, device) for _ in range(3))
     for rows in _row_blocks(example, device.type) if example.ndim else [...]:
-        part = wide_gradient(gradient[rows])
-        product = torch.empty_like(part) if product is None else product
-        of_rows = product[: len(part)] if part.ndim else product
+        part = of_gradient.wide(gradient[rows])
+        product = products.like(part)
         for weight, total, summed in zip(weights, totals, dims):
             if total is not None:
-                torch.mul(part, wide(bring(weight[rows], device)), out=of_rows)
-                _rows(total, rows).add_(of_rows.sum(summed, keepdim=True) if summed else of_rows)
+                torch.mul(part, of_weight.wide(bring(weight[rows], device)), out=product)
+                _rows(total, rows).add_(product.sum(summed, keepdim=True) if summed else product)
     return [None if total is None else total.reshape(alpha.shape).to(alpha.dtype) for total, alpha in zip(totals, alphas)]
 
 
@@ -201,6 +199,14 @@ def backward_route(
 _HALF = (torch.bfloat16, torch.float16)
 
 
+def _add_scaled(total: Tensor | None, h: Tensor, alpha: Tensor) -> Tensor:
+    "`total + h * alpha` in the dtype of `h`; what rounding takes from the alpha, the same for all tokens, is added after it."
+    alpha = alpha if alpha.ndim else alpha.reshape(1)  # mixed dtypes would be copied as a whole
+    row = alpha.to(h.dtype)
+    total = torch.mul(h, row) if total is None else total.addcmul_(h, row)
+    return total if alpha.dtype == h.dtype else total.addcmul_(h, (alpha - row).to(h.dtype))
+
+
 def _input_route(dy, x, weights, alphas, needs_dx):
     "Gradients from one product per component, or per difference from the last where products are rounded to 16 bits."
     dx, sums, last = None, [], len(weights) - 1
@@ -211,8 +217,7 @@ def _input_route(dy, x, weights, alphas, needs_dx):
             weight, alpha = (weight - reference, alpha) if i < last else (reference, sum(alphas[1:], alphas[0]))
         h = dy @ weight
         if needs_dx:
-            row = (alpha if alpha.ndim else alpha.reshape(1)).to(h.dtype)  # mixed dtypes would be copied as a whole; dx is rounded to it anyway
-            dx = torch.mul(h, row, out=torch.empty_like(h)) if dx is None else dx.addcmul_(h, row)
+            dx = _add_scaled(dx, h, alpha)
         sums.append(h.mul_(x).sum(0, dtype=_compute_dtype(alpha)))
         del h
     if reference is not None:
@@ -263,32 +268,29 @@ def _accurate(x, weights, alphas, bias, merged):
     return F.linear(x, blend(weights, alphas), bias)
 
 
-class _DifferenceLinear(torch.autograd.Function):
-    "Product with the difference of two frozen weights, which is built again in backward."
+def _sum_of_products(x, weights, alphas, bias):
+    total = None
+    for weight, alpha in zip(weights, alphas):
+        weight, alpha = bring(weight, x.device), alpha.to(x.dtype)
+        y = F.linear(x, weight) * alpha.squeeze(-1) if alpha.ndim == 2 else F.linear(alpha * x, weight)
+        total = y if total is None else total + y
+    return total if bias is None else total + bias
+
+
+class _EfficientLinear(_FusedLinear):
+    "Products with each component in forward; backward as fused, whose gradients do not round away what differs between weights."
 
     @staticmethod
-    def forward(ctx, x, weight, reference):
-        ctx.save_for_backward(weight, reference)
-        return F.linear(x, weight - reference)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        weight, reference = ctx.saved_tensors
-        return dy @ (weight - reference), None, None
+    def forward(ctx, x, bias, merged, n, *tensors):
+        ctx.n, ctx.merged = n, None
+        ctx.save_for_backward(x, *tensors)
+        return _sum_of_products(x, tensors[n:], tensors[:n], bias)
 
 
 def _efficient(x, weights, alphas, bias, merged):
-    total, last = None, len(weights) - 1
-    weights, half = [bring(weight, x.device) for weight in weights], weights[last].dtype in _HALF
-    for i, (weight, alpha) in enumerate(zip(weights, alphas)):
-        apart = half and i < last  # in 16 bits a product with each weight would round away what differs between them
-        alpha = (sum(alphas[1:], alphas[0]) if half and i == last else alpha).to(x.dtype)
-        seen = x if alpha.ndim == 2 else alpha * x
-        y = _DifferenceLinear.apply(seen, weight, weights[last]) if apart else F.linear(seen, weight)
-        y = y * alpha.squeeze(-1) if alpha.ndim == 2 else y
-        total = y if total is None else total + y
-    return total if bias is None else total + bias
+    if weights[0].dtype in _HALF:
+        return _EfficientLinear.apply(x, bias, None, len(alphas), *alphas, *weights)
+    return _sum_of_products(x, weights, alphas, bias)
 
 
 def _fused(x, weights, alphas, bias, merged):

@@ -261,19 +261,22 @@ def wrap(
                 f"target_modules: {pattern!r} names a head that is tied to an embedding without a mask. Name the embedding too, "
                 "or set untie_embeddings."
             )
-    _drop_idle(model)
     return model
 
 
-def _drop_idle(model: nn.Module):
+def _drop_idle(model: nn.Module) -> set[str]:  # names of parameters
     "Take masks away where coefficients of deltas have nothing to multiply: embeddings and norms of adapters' models, for example."
-    masked = [(leaf, key) for leaf in model.modules() if isinstance(leaf, MaskedModule) for key in leaf.masks]
+    masked = [(name, leaf, key) for name, leaf in model.named_modules() if isinstance(leaf, MaskedModule) for key in leaf.masks]
     idle = [
-        (leaf, key) for leaf, key in masked
+        (name, leaf, key) for name, leaf, key in masked
         if leaf.constrain_mode in ("delta", "sum1") and all(weight is leaf.weights[key][0] for weight in leaf.weights[key])
     ]  # fmt: skip
-    for leaf, key in idle if len(idle) < len(masked) else ():
+    if not idle or len(idle) == len(masked):
+        return set()
+    for _, leaf, key in idle:
         del leaf.masks[key]
+    logger.info("%d of %d parameters are equal in all components and get no mask", len(idle), len(masked))
+    return {f"{plain_name(name)}.{key}" for name, _, key in idle}
 
 
 def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, untie: bool):
@@ -299,6 +302,7 @@ class Merger(nn.Module):
     "n frozen components and the masks that blend them, as one model."
 
     packs: bool | None = None  # whether rows may share lines; None: found out on the first batch
+    idle: frozenset[str] | set[str] = frozenset()  # parameters that are equal in all components and have no mask
 
     def __init__(
         self,
@@ -316,6 +320,7 @@ class Merger(nn.Module):
         self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; trainers switch it off in the config of what they train
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
+        self.idle = _drop_idle(self.model)
         self.init_masks(config.mask_init)
 
     @classmethod
@@ -502,6 +507,7 @@ def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
     self.drop_gathered()
     own = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
+    masks = {name: mask for name, mask in masks.items() if name in own or name not in self.idle}  # saved when these had masks without effect
     if own.keys() != masks.keys():
         differing = sorted(own.keys() ^ masks.keys())
         raise ValueError(f"masks do not fit: {len(differing)} names differ, e.g. {differing[0]!r}. Use the same config.")
@@ -702,7 +708,7 @@ def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inpu
     decoder = self.model.base_model
     packed = None if inputs or self.packs is False else pack(input_ids, attention_mask, self.config.get_text_config().hidden_size)
     if packed is not None and self.packs is None:
-        self.packs = can_pack(decoder, packed, input_ids, attention_mask)
+        self.packs = can_pack(decoder, input_ids, attention_mask)
     if packed is None or not self.packs:
         return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
     return packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)

@@ -47,18 +47,18 @@ def plan_lines(
     padded: int,  # length of the padded rectangle
     d: int,  # features of the hidden state
     device_type: str = "cpu",  # of the forward
-    gain: float = 0.95,  # share of the padded rectangle's cost that packing must stay below
+    at_most: float = 0.95,  # of the padded rectangle's cost: below that lines are worth their bookkeeping
 ) -> tuple[list[list[int]], int] | None:  # rows of each line and the width; None: padding is as cheap
     "The cheapest way to put rows into lines."
     longest = max(lengths)
     if not longest:
         return None
-    widths = {longest * k // 4 for k in range(4, 17)} | {sum(lengths)}
-    plans = [(fill_lines(lengths, width), width) for width in sorted(widths) if width <= max(sum(lengths), longest)]
-    plans = [(lines, max(sum(lengths[row] for row in line) for line in lines)) for lines, _ in plans]
-    attention = ATTENTION_COST.get(device_type, 3)
+    widths = {longest * quarters // 4 for quarters in range(4, 17)} | {sum(lengths)}  # once to four times the longest row, and one line for all
+    plans = [fill_lines(lengths, width) for width in sorted(widths) if width <= sum(lengths)]
+    plans = [(lines, max(sum(lengths[row] for row in line) for line in lines)) for lines in plans]
+    attention = ATTENTION_COST.get(device_type, ATTENTION_COST["cuda"])
     lines, width = min(plans, key=lambda plan: _cost(len(plan[0]), plan[1], d, attention))
-    return (lines, width) if _cost(len(lines), width, d, attention) < gain * _cost(len(lengths), padded, d, attention) else None
+    return (lines, width) if _cost(len(lines), width, d, attention) < at_most * _cost(len(lengths), padded, d, attention) else None
 
 # %% ../nbs/15_packing.ipynb #1080bcee
 class Packed:
@@ -105,26 +105,32 @@ def pack(
     d: int,  # features of the hidden state
 ) -> Packed | None:  # None: nothing is gained
     "A batch in lines, if that is cheaper."
-    if attention_mask is None or len(ids) < 2:
+    if attention_mask is None or attention_mask.ndim != 2 or len(ids) < 2:
         return None
     plan = plan_lines(attention_mask.sum(1).tolist(), ids.shape[1], d, ids.device.type)
     return None if plan is None else Packed(ids, attention_mask, *plan)
 
-# %% ../nbs/15_packing.ipynb #8bf03050
-def agrees(
-    packed: Tensor,  # (batch, length, d) hidden states
-    padded: Tensor,  # the same of the padded batch
-    attention_mask: Tensor,  # (batch, length)
-) -> bool:
-    "Whether two forwards say the same, up to the rounding of their dtype: a token that sees another row is off by far more."
-    taken = attention_mask.bool()
-    one, other = packed[taken].float(), padded[taken].float()
-    apart = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)
-    if packed.dtype in (torch.float32, torch.float64):
-        return bool(apart.max() < 1e-4)
-    return bool((apart > 0.1).float().mean() < 0.02)  # a choice of an expert may fall otherwise for a token or two
+# %% ../nbs/15_packing.ipynb #185c4571
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    "Relative distance of each token's states."
+    one, other = one.float(), other.float()
+    return (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)
 
-# %% ../nbs/15_packing.ipynb #78233fc2
+
+def agrees(
+    packed: Tensor,  # (4, length, d) hidden states of a, b, a backwards, b
+    padded: Tensor,  # the same of the padded batch
+    attention_mask: Tensor,  # (4, length)
+) -> bool:
+    "Whether rows on lines say what padded ones do, up to rounding, and do not notice what stands before them."
+    half = packed.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(packed.device.type)
+    taken, of_b = attention_mask.bool(), attention_mask[1].bool()
+    apart = _apart(packed[taken], padded[taken])
+    carried, noise = (_apart(states[1][of_b], states[3][of_b]).max() for states in (packed, padded))
+    same = (apart <= 0.1).float().mean() > 0.98 if half else apart.max() < 1e-4  # a choice of an expert may fall otherwise for a token or two
+    return bool(same) and bool(carried <= 4 * noise + (1e-4 if half else 1e-6))
+
+# %% ../nbs/15_packing.ipynb #a38a69dc
 @contextmanager
 def _in_eval(model: nn.Module) -> Iterator[None]:
     "Context without dropout; each module's mode comes back."
@@ -137,22 +143,34 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _question(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # ids and mask of a, b, a backwards, b
+    "Two short rows of a batch, of eight tokens at least if there are two of these."
+    rows = sorted((row[taken.bool()] for row, taken in zip(ids, attention_mask)), key=len)
+    a, b = ([row for row in rows if len(row) >= 8] + rows[-2:])[:2] if sum(len(row) >= 8 for row in rows) > 1 else rows[-2:]
+    four = [a, b, a.flip(0), b]
+    mask = (torch.arange(max(map(len, four)), device=ids.device) < torch.tensor([[len(row)] for row in four], device=ids.device)).to(attention_mask.dtype)
+    return torch.nn.utils.rnn.pad_sequence(four, batch_first=True), mask
+
+
 @torch.no_grad()
 def can_pack(
     decoder: nn.Module,  # transformers' model below the head
-    packed: Packed,
-    input_ids: Tensor,  # (batch, length), what was packed
+    input_ids: Tensor,  # (batch, length), two rows with tokens at least
     attention_mask: Tensor,  # (batch, length)
 ) -> bool:
-    "Whether a decoder says the same of packed rows as of padded ones; if not, the log says why."
+    "Whether a decoder says the same of rows that share lines as of padded ones; if not, the log says why."
+    ids, mask = _question(input_ids, attention_mask)
+    packed = Packed(ids, mask, [[0, 1], [2, 3]], int(mask[:2].sum()))
     with _in_eval(decoder):
-        padded = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        padded = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         try:
             states = packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:  # positions are unknown to it, or do not fit its own masks
             logger.info("%s takes no positions, so rows are padded: %s", type(decoder).__name__, error)
             return False
-    if not agrees(states, padded, attention_mask):
+    if not agrees(states, padded, mask):
         logger.info("%s mixes rows that share a line, so rows are padded.", type(decoder).__name__)
         return False
     return True
@@ -172,21 +190,20 @@ def shared_lines(
     wanted: bool = True,
 ) -> Iterator[None]:
     "Context in which rows of a padded batch share lines where that is cheaper and the model says the same."
-    decoder = model.get_decoder() if wanted and hasattr(model, "get_decoder") else None
-    config = model.config.get_text_config()
+    decoder, config = (model.get_decoder(), model.config.get_text_config()) if wanted and hasattr(model, "get_decoder") else (None, None)
     if decoder is None or getattr(config, "output_router_logits", False) or getattr(config, "output_hidden_states", False):
         yield
         return
-    plain, packs = decoder.forward, None
+    own, plain, packs = vars(decoder).get("forward"), decoder.forward, None
 
     def forward(input_ids=None, attention_mask=None, **inputs):
         nonlocal packs
         packed = None
-        if packs is not False and input_ids is not None and attention_mask is not None and attention_mask.ndim == 2 and not _asks_more(inputs):
+        if packs is not False and input_ids is not None and not _asks_more(inputs):
             packed = pack(input_ids, attention_mask, config.hidden_size)
         if packed is not None and packs is None:
             packs = False  # asked below, the decoder must not pack
-            packs = can_pack(decoder, packed, input_ids, attention_mask)
+            packs = can_pack(decoder, input_ids, attention_mask)
         if packed is None or not packs:
             return plain(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         output = plain(input_ids=packed.ids, position_ids=packed.positions, use_cache=False)
@@ -198,6 +215,8 @@ def shared_lines(
         yield
     finally:
         del decoder.forward
+        if own is not None:
+            decoder.forward = own
 
 # %% ../nbs/15_packing.ipynb #70126f76
 SHORT = 256  # tokens of a row, up to which plain attention is taken on a CPU

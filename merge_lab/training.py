@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'relative_spread',
            'delta_unit', 'objective_of', 'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers',
-           'MergerTrainer', 'has_short_rows', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite',
-           'alpha_summary', 'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
-           'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command',
-           'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume',
-           'check_going_on', 'open_together']
+           'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
+           'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted', 'adjust_again',
+           'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command', 'attach_watchers',
+           'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume', 'check_going_on', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -45,7 +44,6 @@ from .held_out import Best, HeldOut, is_due
 from .masks import full, shard_like
 from .merger import Merger
 from .objective import Objective, TeacherCache
-from .packing import SHORT, eager_attention
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,7 @@ class LoopConfig:
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
 
     learning_rate: float | None = option(
-        None, "Step size of the optimizer on the masks; none given: 0.1 in units of the components' differences", low=0, high=1, log=True, group="Training", start=0.1
+        None, "Step size of the optimizer on the masks, as it is; none given: 0.1, times the components' relative spread where masks multiply whole weights", low=0, high=1, log=True, group="Training", start=0.1
     )
     max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
     num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training")
@@ -212,11 +210,12 @@ def compiled_layers(
     variants = 8 * (1 + merger.n_components)  # shapes and gradient modes, as the blend and as each component
     for layer in layers:
         layer.forward = torch.compile(layer.forward, backend=backend)
-    merger.packs = False  # each packed batch has a shape of its own, and would be compiled anew
+    packs, merger.packs = merger.packs, False  # each packed batch has a shape of its own, and would be compiled anew
     try:
         with torch._dynamo.config.patch(recompile_limit=variants):
             yield
     finally:
+        merger.packs = packs
         for layer in layers:
             del layer.forward
 
@@ -256,7 +255,7 @@ class MergerTrainer(Trainer):
         "Train; whatever happens, signals and bars are given back."
         compiled = compiled_layers(self.model) if getattr(self.args, "compile_layers", False) else nullcontext()
         try:
-            with compiled, eager_attention(self.model.model, has_short_rows(self)), kept_teachers(self):
+            with compiled, kept_teachers(self):
                 return super().train(*args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
@@ -283,16 +282,6 @@ class MergerTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 # %% ../nbs/31_training.ipynb #13f64801
-def has_short_rows(
-    trainer: MergerTrainer,
-) -> bool:  # False as well if the data do not say how many they are
-    "Whether plain attention is faster for this run: short rows in bf16 on a CPU."
-    data, weights = trainer.train_dataset, (p for p in trainer.model.parameters() if not p.requires_grad)
-    if not hasattr(data, "__len__") or trainer.model.device.type != "cpu" or next(weights).dtype != torch.bfloat16 or getattr(trainer.args, "compile_layers", False):
-        return False
-    return all(len(row["input_ids"]) <= SHORT for row in data)
-
-
 def sees_samples_again(
     trainer: MergerTrainer,
 ) -> bool:  # False as well if the data do not say how many they are
@@ -662,11 +651,14 @@ class StopCallback(TrainerCallback):
     "Ends training after the current step, with a checkpoint, when asked to by `stop()`, SIGINT or SIGTERM."
 
     def __init__(self):
-        self.requested, self._before = threading.Event(), {}
+        self.requested, self._before, self._asked = threading.Event(), {}, 0.0
 
     def stop(self, *_):
-        if self.requested.is_set() and _:  # a second signal
+        again = self.requested.is_set() and time.monotonic() - self._asked > 1  # a parent that dies may send its signal once for each of its threads
+        if again and _:  # a second signal
             raise KeyboardInterrupt
+        if not self.requested.is_set():
+            self._asked = time.monotonic()
         self.requested.set()
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -454,7 +454,7 @@ def make_field(panel: ConfigPanel, control: Control):
     widget, message = make_control(control, panel.values[control.name]), w.HTML()
     widget.add_class("ml-control")
     syncing = []
-    auto = w.Checkbox(value=panel.values[control.name] is None, description="auto", indent=False, tooltip="Choose it by itself", layout=w.Layout(width="64px"))
+    auto = w.Checkbox(value=panel.values[control.name] is None, description="auto", indent=False, tooltip="Let the run choose", layout=w.Layout(width="64px"))
 
     def changed(change):
         value = change["new"]

@@ -285,3 +285,37 @@ def test_masks_measured_from_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="measured from the components' mean"):
         with_base.load_masks(tmp_path / "without")
     assert with_base.n_coefficients * 3 == sum(m.numel() for m in with_base.mask_state().values()) * 2
+
+
+def adapted(n=2):
+    "A base and experts that differ from it in linear layers only, as models of adapters do."
+    from merge_lab.evaluation import UNIFORM, uniform_name
+
+    base, experts = near_experts(0.05, n)
+    for expert in experts:
+        for name, parameter in expert.named_parameters():
+            if "proj" not in name:
+                parameter.data.copy_(base.get_parameter(name))
+    merger = Merger([*experts, base], MergerConfig(["a", "b"], base_model="base"))
+    assert uniform_name(merger) == UNIFORM  # what is equal everywhere is its own average
+    return merger
+
+
+def test_what_is_equal_everywhere_gets_no_mask():
+    merger = adapted()
+    names = [name for name, _, _ in merger.masked_parameters()]
+    assert names and all("proj" in name for name in names)
+    assert "model.embed_tokens.weight" in merger.idle and "model.norm.weight" in merger.idle
+    twins = [tiny_model("llama", seed=0) for _ in range(2)]
+    assert list(Merger(twins, MergerConfig(["a", "b"])).masked_parameters())  # all equal: it stays trainable
+
+
+def test_masks_that_were_saved_when_equal_parameters_had_some_still_load():
+    merger = adapted()
+    masks = merger.mask_state()
+    old = masks | {"model.norm.weight": torch.full((3, 32), 0.5)}
+    merger.init_masks({"strategy": "odd_one_out", "selected_idx": 0})
+    merger.load_mask_state(old)
+    assert_close(merger.mask_state(), masks)
+    with pytest.raises(ValueError, match="1 names differ"):
+        merger.load_mask_state(masks | {"model.layers.9.mlp.up_proj.weight": torch.zeros(3, 32)})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.objective import Objective
-from merge_lab.packing import shared_lines
+from merge_lab.packing import agrees, shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
@@ -134,3 +134,35 @@ def test_shared_lines_leave_everything_else_alone():
     with pytest.raises(KeyError), shared_lines(model):
         raise KeyError
     assert model.get_decoder().forward == plain
+
+
+def test_contexts_nest_and_a_forward_of_its_own_comes_back():
+    model = plain_model("llama").eval()
+    decoder = model.get_decoder()
+    own = decoder.forward = lambda *args, **kwargs: type(decoder).forward(decoder, *args, **kwargs)
+    with shared_lines(model), shared_lines(model):
+        wanted, _ = gradients_of(model)
+    assert decoder.forward is own
+    del decoder.forward
+    torch.testing.assert_close(gradients_of(model)[0], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_agrees_with_what_is_no_number():
+    states, mask = torch.ones(4, 3, 8), torch.ones(4, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert agrees(states.to(dtype), states.to(dtype), mask)
+        assert not agrees(torch.full_like(states, float("nan")).to(dtype), states.to(dtype), mask)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_cannot_are_found_out_in_16_bits(family):
+    merger = merger_of(family).to(torch.bfloat16)
+    merger.hidden(**{name: value for name, value in batch_of().items() if name in ("input_ids", "attention_mask")})
+    assert merger.packs is (family not in ("bloom", "lfm2"))
+
+
+def test_fp32_weights_under_autocast_are_judged_as_16_bits():
+    merger = merger_of("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        merger.hidden(**{name: value for name, value in batch_of().items() if name in ("input_ids", "attention_mask")})
+    assert merger.packs

@@ -18,7 +18,7 @@ from merge_lab.merger import Merger, MergerConfig
 from merge_lab.objective import TeacherCache
 from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run, train
 from merge_lab.tinylm import tiny_experts
-from merge_lab.training import RunInterrupted
+from merge_lab.training import RunInterrupted, StopCallback
 
 
 def small(tmp_path, **options):
@@ -138,7 +138,7 @@ def masks_and_taught(config, **callbacks):
     "Masks after a run, and how many samples were read by a component in it."
     taught = []
     ready, merger = prepare(config), Merger.from_config(config)
-    merger.packs = False  # fewer rows for a teacher are packed otherwise, and round otherwise
+    merger.packs = False  # which rows share a line changes rounding
     hidden = merger.hidden
 
     def watched(input_ids, *others):
@@ -263,3 +263,19 @@ def test_a_cache_does_not_outlive_its_run(tmp_path):
     options = dict(resume=True, teacher_cache_gb=0, max_steps=4)
     masks_and_taught(dataclasses.replace(config, **options))
     assert not kept.exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request():
+    "A parent that is killed may send its signal once for each of its threads; somebody who asks again later means it."
+    callback = StopCallback()
+    callback.on_train_begin(None, None, None)
+    try:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert callback.requested.is_set()
+        callback._asked -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+    finally:
+        callback.close()

@@ -608,8 +608,6 @@ def train(
     "Train with the settings of now, save the adapter, return the curves so far. Raises `ValueError` without a dataset."
     if lora.dataset is None:
         raise ValueError("there is no dataset to train on. Give dataset_name to SmoLoRA, or set its `dataset`.")
-    from peft.helpers import disable_input_dtype_casting
-
     settle(lora)
     peft_config, args = (remake(c, k) for c, k in zip((lora.peft_config, lora.sft_config), lora._known))
     model = model_to_train(lora)
@@ -626,8 +624,7 @@ def train(
         lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
         lora.model = lora.trainer.model
         logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
-        with disable_input_dtype_casting(lora.model, args.bf16 or args.fp16):  # to fp32, whence autocast would bring it back
-            lora.trainer.train(resume_from_checkpoint=resume or None)
+        lora.trainer.train(resume_from_checkpoint=resume or None)
     lora.log_history = lora._earlier + [entry | {"step": entry["step"] + done} for entry in lora.trainer.state.log_history]
     write_json(lora.output_dir / LAYOUT_FILE, {"layout": layout_of(lora.dataset), "recipe": recipe_of(lora)})
     save_adapter(lora, lora.adapter_dir)
