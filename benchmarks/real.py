@@ -6,8 +6,8 @@
 Raw data of both goes to data/benchmarks/real: seed-0.json, and mergekit.json. Other seeds need a folder of their own:
 
     merge-lab real --seed 1 --output_dir runs/real-1
-    python benchmarks/real.py --seed 1 --root runs/real-1
-    python benchmarks/real.py --seed 1 --root runs/real-1 --tasks french docstrings german
+    python benchmarks/real.py --root runs/real-1
+    python benchmarks/real.py --root runs/real-1 --tasks french docstrings german
     python benchmarks/real.py --picture nbs/images/real.png
 
 Merging runs in this process, one setting after another; what was tried before is kept in the folder's mergekit.json.
@@ -104,6 +104,12 @@ def search(root, tasks, rows, tokenizer, only):
     return tried, tests
 
 
+def seed_of(root):
+    "Seed of a folder of merge-lab real."
+    words = json.loads((root / "results.json").read_text())["command"].split() if (root / "results.json").exists() else []
+    return int(words[words.index("--seed") + 1]) if "--seed" in words else 0
+
+
 def draw(folder, picture):
     "The README's bars."
     from merge_lab.real import recorded_shares, share_bars
@@ -122,13 +128,14 @@ def main():
     parser.add_argument("--only", nargs="+", default=[], help="settings to try, by name (default: all)")
     parser.add_argument("--rows", type=int, default=64, help="validation rows of each task (default: 64)")
     parser.add_argument("--test_rows", type=int, default=150, help="test rows of each task (default: 150)")
-    parser.add_argument("--seed", type=int, default=0, help="seed that the experts were made with (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed that the experts were made with (default: what the folder's results.json says)")
     parser.add_argument("--output", default="data/benchmarks/real", help="folder of the raw data; other seeds and groups in it stay")
     parser.add_argument("--picture", help="draw the raw data there, and do nothing else")
     options = parser.parse_args()
     if options.picture:
         return draw(options.output, options.picture)
     root, tasks = Path(options.root), options.tasks
+    seed = seed_of(root) if options.seed is None else options.seed
     tokenizer = load_tokenizer(root / "base")
     tried, tests = search(root, tasks, options.rows, tokenizer, options.only)
     base = losses(root / "base", tokenizer, tests)
@@ -147,15 +154,15 @@ def main():
         "test_shares": shares(on_test, test_base, test_experts), "base": test_base, "experts": test_experts,
         "seconds": sum(found["seconds"] for found in tried.values()),
         "versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine(),
-        "command": f"python benchmarks/real.py --seed {options.seed} --root runs/{root.name} --tasks {' '.join(tasks)} --rows {options.rows} --test_rows {options.test_rows}",
+        "command": f"python benchmarks/real.py --seed {seed} --root runs/{root.name} --tasks {' '.join(tasks)} --rows {options.rows} --test_rows {options.test_rows}",
     }  # fmt: skip
     file, group = Path(options.output) / "mergekit.json", "+".join(tasks)
     file.parent.mkdir(parents=True, exist_ok=True)
     written = json.loads(file.read_text()) if file.exists() else {}
-    written.setdefault(f"seed {options.seed}", {})[group] = result
+    written.setdefault(f"seed {seed}", {})[group] = result
     write_json(file, written)
     if (root / "results.json").exists():
-        shutil.copy(root / "results.json", file.with_name(f"seed-{options.seed}.json"))
+        shutil.copy(root / "results.json", file.with_name(f"seed-{seed}.json"))
     print(f"best of {len(tried)}: {best}, worst task {worst[best]:.3f} on validation, {min(result['test_shares'].values()):.3f} on test")
     shutil.rmtree(root / "mergekit", ignore_errors=True)
 
