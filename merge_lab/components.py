@@ -282,7 +282,7 @@ def _tokens_and_rules(backend) -> dict:  # of a tokenizers.Tokenizer
 def read_tokenizer(
     folder: str | Path,  # folder of a component
 ) -> dict | None:
-    "`tokens` and `rules` of a component's tokenizer; None if it has none."
+    "`tokens` and `rules` of a component's tokenizer; None if it has none. Raises `UnreadableComponent` for a broken file."
     folder = Path(folder)
     file = folder / "tokenizer.json"
     try:
@@ -323,7 +323,7 @@ def load_tokenizer(path: str | Path):  # folder or hub name
 
 # %% ../nbs/03_components.ipynb #7d3a84a0
 def read_chat_template(folder: str | Path) -> str | None:
-    "Text of a component's chat template, or None."
+    "Text of a component's chat template, or None. Raises `UnreadableComponent` for a broken file."
     folder = Path(folder)
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -349,10 +349,12 @@ class ComponentFiles:
 
     @property
     def text_config(self):  # of the language model, where a model has other parts too
+        "Config of the language model."
         return self.config.get_text_config(decoder=True)
 
     @cached_property
     def model_class(self) -> type:
+        "transformers' class for it. Raises `UnreadableComponent` if there is none."
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -362,17 +364,21 @@ class ComponentFiles:
 
     @cached_property
     def tokenizer(self) -> dict | None:
+        "What `read_tokenizer` gives."
         return read_tokenizer(self.folder)
 
     @property
     def tied(self) -> bool:  # whether head and embedding are one tensor
+        "Whether the config ties the head to the embedding."
         return bool(getattr(self.config, "tie_word_embeddings", self.text_config.tie_word_embeddings))
 
     def short(self, name: str) -> str:
+        "A tensor name without what its wrapper puts before it."
         return name.removeprefix(f"{self.model_class.base_model_prefix}.")
 
     @cached_property
     def heads(self) -> dict[str, str]:  # name of the head -> name of the embedding it may be tied to
+        "Heads that may be tied."
         tied = getattr(self.model_class, "_tied_weights_keys", None) or {}
         return {self.short(head): self.short(embedding) for head, embedding in dict(tied).items()}
 
@@ -656,7 +662,7 @@ def preflight(
     paths: Sequence[str | Path],  # folders or hub names, at least two
     raise_on_error: bool = False,  # raise `IncompatibleComponents` if an obstacle is found
 ) -> pd.DataFrame:  # columns: property, one per component, ok, level, obstacle, remedy
-    "Say whether components can be merged, from configs, tokenizer files and safetensors headers; no weight is read."
+    "Say whether components can be merged, from configs, tokenizer files and safetensors headers; no weight is read. Raises `IncompatibleComponents` if asked to."
     paths = _check_paths(paths)
     names = component_names(paths)
     first, files, read = _read_all(paths, names)
@@ -885,7 +891,7 @@ def untie_embeddings(
     path: str | Path,  # a component with tied embeddings
     out_dir: str | Path,  # folder of the copy; must be empty or new
 ) -> Path:
-    "Write a copy of a component whose head is a tensor of its own. Returns the folder."
+    "Write a copy of a component whose head is a tensor of its own. Returns the folder. Raises `FileExistsError` if it holds files."
     out_dir = Path(out_dir)
     if out_dir.exists() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} already holds files. Choose another out_dir.")

@@ -47,7 +47,7 @@ def length_batches(
     batch_size: int,  # rows, at most
     max_tokens: int | None = None,  # rows x longest row, at most; None for no limit
 ) -> list[list[int]]:  # positions of the rows of each batch
-    "Batches of rows of like length, longest first."
+    "Batches of rows of like length, longest first. Raises `ValueError` for sizes below 1."
     for name, value in dict(batch_size=batch_size, max_tokens_per_batch=max_tokens).items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: expected 1 or more.")
@@ -213,7 +213,7 @@ def row_nats(
 
 # %% ../nbs/32_evaluation.ipynb #edcd88d9
 def end_tokens(model, tokenizer) -> list[int]:
-    "Ids that end an answer: those of the model's generation settings and the tokenizer's own."
+    "Ids that end an answer: those of the model's generation settings and the tokenizer's own. Raises `ValueError` if there are none."
     settings = getattr(model, "generation_config", None)
     if settings is None:  # a Merger holds the transformers model
         settings = getattr(getattr(model, "model", None), "generation_config", None)
@@ -409,7 +409,7 @@ def evaluate_models(
     progress: bool = True,
     **options,  # of `evaluate_tasks`
 ) -> pd.DataFrame:  # columns model, task, n, loss, perplexity, exact_match
-    "Scores of every model on every task, in long form."
+    "Scores of every model on every task, in long form. Raises `ValueError` without a model."
     check_tasks(tasks)
     if not models:
         raise ValueError("models={}: expected at least one model, as name -> model or function that loads it.")
@@ -518,7 +518,7 @@ def confusion(
     progress: bool = True,
     **options,  # of `generate_answers`
 ) -> pd.DataFrame:  # task x manner, and "other"; rows sum to 1
-    "How often a prompt of one task is answered in the manner of another."
+    "How often a prompt of one task is answered in the manner of another. Raises `ValueError` without a manner, or for one called 'other'."
     check_tasks(tasks)
     if not references or "other" in references:
         raise ValueError(f"references={list(references)}: expected at least one manner, and none called 'other'.")
@@ -536,7 +536,7 @@ def confusion(
 
 
 def reference_answers(name: str, reference, tokenizer, rows: Sequence[dict], progress: bool, options: dict) -> list[str]:
-    "Answers of one component: those given, or generated now."
+    "Answers of one component: those given, or generated now. Raises `ValueError` unless there is one for each row."
     if not isinstance(reference, (list, tuple)):
         return generate_answers(reference, tokenizer, rows, progress=progress, **options)
     if len(reference) != len(rows):
@@ -551,7 +551,7 @@ def text_windows(
     ids: Sequence[int],  # tokens of one text
     length: int,  # of a window, 2 or more
 ) -> list[dict]:  # rows for `row_nats`
-    "Windows in which every token but the text's first is scored once."
+    "Windows in which every token but the text's first is scored once. Raises `ValueError` for a length below 2."
     if length < 2:
         raise ValueError(f"max_length={length}: expected 2 or more; the first token of a window is context only.")
     pieces = [list(ids[start : start + length]) for start in range(0, len(ids) - 1, length - 1)]
@@ -566,7 +566,7 @@ def perplexity(
     batch_size: int = 8,
     max_tokens_per_batch: int | None = MAX_TOKENS,  # windows x longest window; None for no limit
 ) -> float:
-    "Perplexity of plain text: exp of the mean nats per token."
+    "Perplexity of plain text: exp of the mean nats per token. Raises `ValueError` if there is nothing to score."
     texts = [texts] if isinstance(texts, str) else list(texts)
     length = min(max_length, positions_of(model))
     encoded = [tokenizer(text)["input_ids"] for text in texts]
@@ -584,7 +584,7 @@ def option_tails(
     prompt: str,  # ends in "Answer:"
     options: Sequence[str],  # e.g. " A", " B", ..
 ) -> tuple[list[int], list[list[int]]]:  # shared ids, and what each option adds
-    "Tokens of a prompt continued by each option: the part that all share, and the rest of each."
+    "Tokens of a prompt continued by each option: the part that all share, and the rest of each. Raises `ValueError` if two options are the same tokens."
     encoded = [tokenizer(prompt + option)["input_ids"] for option in options]
     end = tokenizer.eos_token_id
     encoded = [ids[:-1] if ids[-1] == end else ids for ids in encoded]
@@ -683,7 +683,7 @@ def multiple_choice(
     progress: bool = True,
     max_tokens_per_batch: int | None = MAX_TOKENS,  # contexts x longest context; None for no limit
 ) -> pd.DataFrame:  # index subject; columns n, accuracy
-    "Share of questions for which the right letter is the likeliest; examples are dropped where the prompt is too long."
+    "Share of questions for which the right letter is the likeliest; examples are dropped where the prompt is too long. Raises `ValueError` for too few examples."
     check_choice("answer", answer, ["letter", "text"])
     tests = load_mmlu(data_dir, "test")
     solved = load_mmlu(data_dir, "dev") if n_shot else {}

@@ -27,7 +27,7 @@ def shift_labels(
     labels: Tensor,  # (..., tokens) long; -100 where a token is not learned
     attention_mask: Tensor | None = None,  # (..., tokens), 0 at padding
 ) -> Tensor:  # (..., tokens): the label of position t is token t + 1; the last is -100
-    "Labels aligned with the logits that predict them; `shift_labels(labels) != -100` is the mask of scored tokens."
+    "Labels aligned with the logits that predict them; `shift_labels(labels) != -100` is the mask of scored tokens. Raises `ValueError` if the shapes differ."
     shifted = torch.full_like(labels, -100)
     shifted[..., :-1] = labels[..., 1:]
     if attention_mask is None:
@@ -230,7 +230,7 @@ def mixture_kl_loss(
     reduction: str = "mean",  # "mean", "sum" or "none"
     num_items: int | Tensor | None = None,  # denominator of "mean"; None: the scored tokens
 ) -> Tensor:
-    "temperature^2 x KL(entropy-weighted mixture of teachers || student), averaged over the scored tokens."
+    "temperature^2 x KL(entropy-weighted mixture of teachers || student), averaged over the scored tokens. Raises `ValueError` without a teacher."
     if not teacher_logits:
         raise ValueError("teacher_logits=[]: expected one tensor per component. Use entropy_loss to train without teachers.")
     _check_temperature(temperature)
@@ -393,7 +393,7 @@ def logits_head(
     softcap: float | None = None,  # c: logits become c * tanh(logits / c)
     logit_scale: float = 1.0,  # factor on the logits, before the cap
 ) -> Callable:  # hidden (tokens, d) -> logits (tokens, vocab)
-    "The language-model head as a function."
+    "The language-model head as a function. Raises `ValueError` for a softcap that is not above 0."
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap!r}: expected a number > 0, or None for no cap. Take it from the model's config.")
 
@@ -647,7 +647,7 @@ def linear_mixture_kl_loss(
     logit_scale: float = 1.0,  # of student and teachers
     **options,  # as in `linear_kl_loss`
 ) -> Tensor:
-    "`mixture_kl_loss` of the heads' logits, a chunk of tokens at a time."
+    "`mixture_kl_loss` of the heads' logits, a chunk of tokens at a time. Raises `ValueError` unless there is one of each per component."
     _check_temperature(temperature)
     biases = [None] * len(teacher_hidden) if teacher_biases is None else teacher_biases
     if not len(teacher_hidden) == len(teacher_weights) == len(biases) > 0:
@@ -696,7 +696,7 @@ def linear_topk_kl_loss(
     temperature: float = 1.0,  # the one at which the teacher was stored
     **options,  # those of `chunked_linear_loss`
 ) -> Tensor:
-    "`topk_kl_loss` of the head's logits, a chunk of tokens at a time."
+    "`topk_kl_loss` of the head's logits, a chunk of tokens at a time. Raises `ValueError` if the shapes do not fit."
     _check_temperature(temperature)
     shape, rows = hidden.shape[:-1], partial(_topk_rows, temperature=temperature)
     if topk_log_probs.shape[:-1] != shape:
@@ -728,7 +728,7 @@ def linear_topk_mse_loss(
     mask: Tensor | None = None,  # (...) bool, True where a token is scored
     **options,  # those of `chunked_linear_loss`
 ) -> Tensor:
-    "Part of `linear_mse_loss` that the teacher's top-k have: all of it where that is the vocabulary."
+    "Part of `linear_mse_loss` that the teacher's top-k have: all of it where that is the vocabulary. Raises `ValueError` if the shapes do not fit."
     if topk_logits.shape != topk_indices.shape or topk_logits.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"topk_logits {tuple(topk_logits.shape)}, topk_indices {tuple(topk_indices.shape)}: expected (..., k) of both, "
@@ -777,7 +777,7 @@ def angle_weighted_overlap(
     alphas: Sequence[Tensor],  # n coefficients of one module, of equal shape
     angle: Tensor,  # (n, n) angles between task vectors in radians, or () where n is 2
 ) -> Tensor:  # >= 0
-    "Overlap in which a pair of components counts with sin^2(2 * angle)."
+    "Overlap in which a pair of components counts with sin^2(2 * angle). Raises `ValueError` unless `angle` is (n, n)."
     n = len(alphas)
     if angle.dim() == 0:
         angle = angle.expand(n, n) if n == 2 else angle
@@ -802,7 +802,7 @@ def mask_decay(
     masks: Sequence[Tensor],  # raw masks of one module
     reference: Sequence[Tensor] | None = None,  # values to stay near, one per mask; None: zero
 ) -> Tensor:  # >= 0
-    "Mean squared distance of the masks to `reference`."
+    "Mean squared distance of the masks to `reference`. Raises `ValueError` unless there is one tensor per mask."
     if reference is not None:
         if len(reference) != len(masks):
             raise ValueError(
@@ -818,7 +818,7 @@ def mean_over_modules(
     modules: Sequence[Sequence[Tensor]],  # alphas (or masks) of each module
     *others: Sequence,  # further arguments of `penalty`, one per module
 ) -> Tensor:
-    "Average of a penalty over modules, large and small ones alike."
+    "Average of a penalty over modules, large and small ones alike. Raises `ValueError` for unequal lengths, or none."
     if not len(modules) or any(len(other) != len(modules) for other in others):
         raise ValueError(
             f"{len(modules)} modules with arguments of lengths {[len(other) for other in others]}: expected equal lengths, "

@@ -204,6 +204,7 @@ class MemoryUse:
 
     @property
     def peak_bytes(self) -> int:
+        "Everything together."
         return sum(self.parts.values()) + self.overhead_bytes
 
     def frame(self, setup: str | None = None) -> pd.DataFrame:  # index: setup; columns part, GiB
@@ -523,12 +524,14 @@ class FitReport:
 
     @property
     def remedy(self) -> dict | None:  # changes that make it fit; None: nothing does
+        "The first changes that make it fit."
         return self.tried[-1][0] if self._fits(self.tried[-1][1]) else None
 
     def _fits(self, estimate: MemoryEstimate) -> bool:
         return estimate.peak_bytes <= self.budget_bytes * (1 - RESERVE)
 
     def frame(self) -> pd.DataFrame:  # columns options, GiB, fits
+        "What was tried, and how much it takes."
         rows = [(_words(changes), e.peak_bytes / 2**30, self._fits(e)) for changes, e in self.tried]
         return pd.DataFrame(rows, columns=["options", "GiB", "fits"])
 

@@ -149,7 +149,7 @@ def depth_value(
     name: str,  # of the module
     depth: float,  # 0 for the first layer, 1 for the last
 ) -> float:
-    "The value that a gradient over depth has for a module: the longest filter found in its name wins."
+    "The value that a gradient over depth has for a module: the longest filter found in its name wins. Raises `ValueError` if none matches and there is no default."
     if not isinstance(parameters, dict):
         parameters = {"default": parameters}
     found = [key for key in parameters if key != "default" and key in name]
@@ -236,7 +236,7 @@ def wrap(
     config: MergerConfig,
     state: MergeState,
 ) -> nn.Module:
-    "Turn n models into one whose leaves are masked modules."
+    "Turn n models into one whose leaves are masked modules. Raises `ValueError` for target modules that match nothing."
     trees = [parameter_modules(model) for model in models]
     model = max(models, key=lambda m: len(list(m.named_parameters())))  # has the biases that only some have
     skeleton = parameter_modules(model)
@@ -336,7 +336,7 @@ class Merger(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **inputs)
 
     def as_component(self, i: int | None):
-        "Context in which the whole model is component `i`; `n_components` is the base, where coefficients are measured from one."
+        "Context in which the whole model is component `i`; `n_components` is the base, where coefficients are measured from one. Raises `ValueError` for any other number."
         last = self.n_components - (self.state.anchor is None)
         if i is not None and not 0 <= i <= last:
             raise ValueError(f"component {i}: expected 0 to {last}.")
@@ -350,6 +350,7 @@ class Merger(nn.Module):
 
     @property
     def n_components(self) -> int:
+        "Fine-tunes that are merged; a base is none of them."
         return len(self.names)
 
     @property

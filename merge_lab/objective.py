@@ -89,6 +89,7 @@ class Batch:
 
     @property
     def scored(self) -> Tensor:
+        "Where a token is learned."
         return self.labels != -100
 
     @property
@@ -505,7 +506,7 @@ def coefficient_penalty(
     name: str,  # a key of losses.PENALTIES
     objective: Objective,
 ) -> Tensor:
-    "One regulariser on the coefficients, averaged over modules so that many small ones do not swamp the loss."
+    "One regulariser on the coefficients, averaged over modules so that many small ones do not swamp the loss. Raises `ValueError` where it needs angles that nobody gave."
     parameters = [(full_name, leaf, key) for full_name, leaf, key in merger.masked_parameters()]
     if name == "mask_decay":
         if objective.mask_reference is None:  # where training starts

@@ -162,9 +162,11 @@ class Heading(Section):
 
     @property
     def anchor(self) -> str:
+        "Its name in a link."
         return re.sub(r"\W+", "-", self.text.lower()).strip("-") or "section"
 
     def context(self) -> dict:
+        "Names for the template."
         return dict(level=check_choice("level", self.level, [2, 3], "Level 1 is the title."), anchor=self.anchor)
 
 
@@ -176,6 +178,7 @@ class Prose(Section):
     template: ClassVar[str] = "{% for part in parts %}<p>{{ part | inline }}</p>\n{% endfor %}"
 
     def context(self) -> dict:
+        "Names for the template."
         return dict(parts=[part.strip() for part in re.split(r"\n\s*\n", self.text) if part.strip()])
 
 
@@ -191,6 +194,7 @@ class Headline(Section):
     )
 
     def context(self) -> dict:
+        "Names for the template."
         return dict(cells=[(label, format_value(value, self.digits)) for label, value in self.numbers.items()])
 
 # %% ../nbs/35_report.ipynb #d05a7123
@@ -256,6 +260,7 @@ class Table(Section):
     )
 
     def context(self) -> dict:
+        "Names for the template."
         frame = self.frame
         units = {name: unit for name, (_, unit, _) in METRICS.items() if unit != "no unit"}
         ways = {name: "higher" if larger else "lower" for name, (_, _, larger) in METRICS.items()}
@@ -303,6 +308,7 @@ class Plot(Section):
     )
 
     def context(self) -> dict:
+        "Names for the template."
         light = figure_to_png(self.figure, self.dpi)
         ours = self.figure.get_gid() == "merge_lab"
         dark = figure_to_png(self.figure, self.dpi, dark=True) if ours else b""
@@ -343,6 +349,7 @@ class Answers(Section):
     )
 
     def context(self) -> dict:
+        "Names for the template."
         need_columns(self.frame, ["prompt", self.expected], "Answers")
         models = [name for name in self.frame.columns if name not in ("prompt", self.expected)]
         cards = []
@@ -358,7 +365,7 @@ def render_report(
     sections: Sequence[Section],  # in reading order
     subtitle: str = "",  # one or two sentences below the title
 ) -> str:
-    "The report as one HTML page."
+    "The report as one HTML page. Raises `TypeError` for sections of another kind."
     wrong = [type(section).__name__ for section in sections if not isinstance(section, Section)]
     if wrong:
         known = ", ".join(kind.__name__ for kind in Section.__subclasses__())

@@ -68,6 +68,7 @@ class Run:
 
     @property
     def has_alphas(self) -> bool:
+        "Whether coefficients can be read from it."
         return self.masks is not None or (self.kind == "layer-merge" and (self.folder / "alphas.csv").exists())
 
     @property
@@ -87,6 +88,7 @@ class Run:
 
     @property
     def changed(self) -> float:  # seconds since 1970
+        "When it last wrote something."
         files = [self.folder / name for name in ("config.yaml", self.system.history)]
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
@@ -221,7 +223,7 @@ def compare_alphas(
     alphas: dict[str, pd.DataFrame],  # run -> its alphas, as from `read_alphas`
     names: dict[str, Sequence[str]] | None = None,  # run -> its components
 ) -> Figure:
-    "Maps of several runs on one scale: a row per run, a column per component."
+    "Maps of several runs on one scale: a row per run, a column per component. Raises `ValueError` without a run."
     if not alphas:
         raise ValueError("compare_alphas: no run was given. Choose one or more.")
     names = names or {}
@@ -322,6 +324,7 @@ class RunBrowser:
         self.folder, self.bench, self.show = Path(folder), bench, show
 
     def table(self) -> pd.DataFrame:
+        "What `find_runs` finds now."
         return find_runs(self.folder)
 
     def run(self, name: str) -> Run:
@@ -494,15 +497,18 @@ class CommandRun:
 
     @property
     def lines(self) -> list[str]:
+        "What the command printed, as a terminal would show it."
         return terminal_lines(self.output)
 
     @property
     def folder(self) -> Path | None:  # None: the config names none
+        "Where it writes."
         values = self.panel.values
         return next((Path(values[name]) for name in ("output_dir", "output_path", "save_dir") if values.get(name)), None)
 
     @property
     def pictures(self) -> list[Path]:
+        "Plots that it has written."
         return sorted([*self.folder.glob("*.png"), *self.folder.glob("plots/*.png")]) if self.folder else []
 
     def view(self):

@@ -349,7 +349,7 @@ def prefix_spans(
     tokenizer,
     messages: list[dict],
 ) -> tuple[list[int], list[bool]]:  # ids, and which of them the assistant says
-    "Assistant tokens of a template without generation marks, found on growing prefixes."
+    "Assistant tokens of a template without generation marks, found on growing prefixes. Raises `ValueError` if the template renders a conversation differently once it goes on."
     ids = template_ids(tokenizer, messages)
     said = [False] * len(ids)
     for turn, message in enumerate(messages):
@@ -371,7 +371,7 @@ def assistant_spans(
     tokenizer,  # with a chat template
     messages: list[dict],  # one conversation
 ) -> tuple[list[int], list[bool]]:  # ids, and which of them the assistant says
-    "Token ids of a conversation and a mask of the assistant's tokens, its end of turn included."
+    "Token ids of a conversation and a mask of the assistant's tokens, its end of turn included. Raises `ValueError` without a chat template."
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template. Set tokenizer.chat_template, or use a chat model's tokenizer.")
     if "generation %}" in str(tokenizer.chat_template):
@@ -676,7 +676,7 @@ def text_corpus(
     n_chars: int | None = 300_000,  # stop once this many characters are there; None for all
     seed: int | None = 0,  # order of the paragraphs; None for that of the source
 ) -> list[str]:
-    "Paragraphs of real text from the running Python's standard library."
+    "Paragraphs of real text from the running Python's standard library. Raises `ValueError` if it has fewer characters."
     check_choice("kind", kind, ["prose", "code"], "Use 'prose' for documentation, 'code' for source.")
     paragraphs = list(prose_paragraphs() if kind == "prose" else code_paragraphs())
     if seed is not None:

@@ -85,7 +85,7 @@ def train_tokenizer(
     texts: list[str],  # what the merges are counted on
     vocab_size: int = 1024,  # tokens in all; at least 263: 256 bytes and 7 special tokens
 ) -> PreTrainedTokenizerFast:
-    "A byte-level BPE tokenizer with the same special tokens and chat template as `tiny_tokenizer`."
+    "A byte-level BPE tokenizer with the same special tokens and chat template as `tiny_tokenizer`. Raises `ValueError` for a vocabulary below one token per byte."
     from tokenizers import trainers
 
     fixed = [*special_tokens.values(), *role_tokens]

@@ -331,10 +331,11 @@ class KeepBest(TrainerCallback):
 
     @property
     def merger(self) -> Merger:
+        "What is trained, without its wrappers."
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def look(self, step: int):
-        "Score the held-out rows; all processes come to the same number."
+        "Score the held-out rows; all processes come to the same number. Raises `FloatingPointError` if that is none before the first step."
         objective = self.trainer.objective
         towards = {"losses": dict(objective.losses), "penalties": dict(objective.penalties)}
         if self.best.towards not in (None, towards):  # adjusted in a pause: what was measured before is another loss
@@ -613,6 +614,7 @@ class HistoryCallback(TrainerCallback):
         return self
 
     def frame(self) -> pd.DataFrame:
+        "All steps so far."
         return pd.DataFrame(self.rows)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -654,6 +656,7 @@ class StopCallback(TrainerCallback):
         self.requested, self._before, self._asked = threading.Event(), {}, 0.0
 
     def stop(self, *_):
+        "Ask for the end; asked again by a signal, raises `KeyboardInterrupt` at once."
         again = self.requested.is_set() and time.monotonic() - self._asked > 1  # a parent that dies may send its signal once for each of its threads
         if again and _:  # a second signal
             raise KeyboardInterrupt
@@ -702,6 +705,7 @@ class ProgressBar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def close(self):
+        "Take the bar away."
         if self.bar is not None:
             self.bar.close()
 
@@ -740,7 +744,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 # %% ../nbs/31_training.ipynb #6dc47f77
 def train_from(trainer: MergerTrainer, checkpoint: Path | None):
-    "Train, from a checkpoint if there is one; where it has all steps already, its masks and history are only read."
+    "Train, from a checkpoint if there is one; where it has all steps already, its masks and history are only read. Raises `ValueError` for fewer steps than it has."
     if checkpoint is None:
         trainer.train()
         return

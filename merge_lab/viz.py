@@ -173,7 +173,7 @@ def save_figure(
     path: str | Path,  # ends in .png
     dpi: int = 150,
 ) -> Path:
-    "Write the figure as PNG in one step and return its path."
+    "Write the figure as PNG in one step and return its path. Raises `ValueError` for another ending."
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"path={str(path)!r}: expected a name that ends in '.png'. Figures are saved as PNG.")
@@ -204,7 +204,7 @@ def name_of(
     component: int,
     names: Sequence[str] | None = None,  # one per component, in order
 ) -> str:
-    "What a component is called in a legend."
+    "What a component is called in a legend. Raises `ValueError` if its name is missing."
     if names is None:
         return f"component {component}"
     if not 0 <= component < len(names):
@@ -408,7 +408,7 @@ def coefficient_map(
     axis_label: str = "input column of the weight",
     title: str = "Stripes are columns that took sides: alpha of every column",
 ) -> Figure:
-    "Every coefficient of a few modules, as a module x column image."
+    "Every coefficient of a few modules, as a module x column image. Raises `ValueError` if there is none."
     if coefficients.empty:
         raise ValueError("coefficient_map: the DataFrame has no rows, so there is nothing to draw.")
     values = coefficients.to_numpy(dtype=float)
@@ -431,7 +431,7 @@ def alpha_curve(
     high: float = 6.0,
     name: str | None = None,  # in the title; default: the function's own name
 ) -> Figure:
-    "Alpha over the mask, and the slope d alpha / d mask below it."
+    "Alpha over the mask, and the slope d alpha / d mask below it. Raises `ValueError` unless `fn` works element by element."
     mask = torch.linspace(low, high, 481, dtype=torch.float64, requires_grad=True)
     alpha = fn(mask)
     if alpha.shape != mask.shape:
@@ -562,7 +562,7 @@ def wide_scores(
     scores: pd.DataFrame,  # long form: model, task and metrics, as columns or index
     value: str,
 ) -> pd.DataFrame:
-    "Scores as model x task, in the order in which they first appear."
+    "Scores as model x task, in the order in which they first appear. Raises `ValueError` for a score that is there twice."
     if "model" not in scores.columns:
         scores = scores.reset_index()
     need_columns(scores, ["model", "task", value], "task_matrix")
@@ -578,7 +578,7 @@ def score_norm(
     values: np.ndarray,  # finite
     larger: bool,  # whether larger is better
 ) -> Normalize:
-    "Shares keep the scale 0 to 1; losses, which span decades, get a logarithmic one."
+    "Shares keep the scale 0 to 1; losses, which span decades, get a logarithmic one. Raises `ValueError` without a finite score."
     if not values.size:
         raise ValueError("task_matrix: there is no finite score, so there is nothing to draw.")
     low, high = values.min(), values.max()
@@ -615,7 +615,7 @@ def confusion_matrix(
     confusion: pd.DataFrame,  # index: task of the prompt; columns: manner of the answer; rows sum to 1
     title: str = "Weight off the diagonal is confusion: how prompts of each task are answered",
 ) -> Figure:
-    "Share of prompts by task (down) and manner of the answer (across), in percent."
+    "Share of prompts by task (down) and manner of the answer (across), in percent. Raises `ValueError` unless rows sum to 1."
     values = confusion.to_numpy(dtype=float)
     if confusion.empty or not np.allclose(values.sum(axis=1), 1, atol=1e-6):
         raise ValueError("confusion_matrix: expected rows that sum to 1, as `confusion` of merge_lab.evaluation gives.")
@@ -748,7 +748,7 @@ def similarity_heatmap(
     label: str = "similarity (no unit)",
     title: str = "Bright off the diagonal: layers that do nearly the same",
 ) -> Figure:
-    "Square image of similarities; entries are written in when there are few."
+    "Square image of similarities; entries are written in when there are few. Raises `ValueError` unless rows and columns have the same names."
     if similarity.shape[0] != similarity.shape[1] or list(similarity.index) != list(similarity.columns):
         raise ValueError(
             f"similarity_heatmap: expected a square table with equal row and column names, got shape {similarity.shape}."

@@ -64,6 +64,7 @@ class Control:
 
     @property
     def label(self) -> str:
+        "What stands beside it."
         return self.name.replace("_", " ")
 
 # %% ../nbs/34_widgets.ipynb #e7c6f25d
@@ -169,6 +170,7 @@ def is_hub_name(path: str) -> bool:  # "model" or "organisation/model"; "runs/mo
 
 
 def hub_note(path: str) -> str:
+    "Note on a name that is no folder here."
     return f"? {path}: not checked; there is no such folder here, so it is taken as a hub name"
 
 
@@ -782,10 +784,12 @@ class Gate(TrainerCallback):
         self.take()
 
     def take(self):
+        "Wait for the lock."
         self.session.lock.acquire()
         self.held = True
 
     def release(self):
+        "Give the lock back, if it is held."
         if self.held:
             self.held = False
             self.session.lock.release()
@@ -870,6 +874,7 @@ class TrainingSession:
 
     @property
     def merger(self) -> Merger | None:  # None: there was no start, or the bench has loaded another
+        "What is trained; None before a run is set up."
         return None if self.trainer is None else self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     @property
@@ -1096,7 +1101,7 @@ def _recipe(self) -> dict | None:
 
 @method_of(TrainingSession)
 def export(self) -> Path:
-    "Write the merged checkpoint, which plain transformers loads."
+    "Write the merged checkpoint, which plain transformers loads. Raises `RuntimeError` if there is nothing to write."
     if self.merger is None:
         why = "the session has not been started. Start it first." if self.history is None else "another merger has been loaded. Export the run."
         raise RuntimeError(f"nothing to export: {why}")
@@ -1417,7 +1422,7 @@ class MergeExplorer:
         self.worker.submit(self.given)
 
     def use(self):
-        "Let training start from here."
+        "Let training start from here. Raises `RuntimeError` if nobody takes the masks, or if they are not the dials'."
         if self.given is not None:
             raise RuntimeError(f"what is shown are the masks of {self.given.name}, not the dials. Move a dial first.")
         if self.use_with is None:
@@ -1514,6 +1519,7 @@ def _work(self, wanted: Dials | Given):
 
 @method_of(MergeExplorer, "_tell")
 def tell_of_merge(self):
+    "Tell everybody who listens that the merge has changed."
     for listener in list(self.listeners):
         listener(self)
 

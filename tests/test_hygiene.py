@@ -1,6 +1,7 @@
 """What holds for the tree as a whole: layers, notebooks, imports, and what must not be in it."""
 
 import json
+import ast
 import re
 import subprocess
 import sys
@@ -125,3 +126,35 @@ def test_readme_is_made_from_the_index():
     made = [link.sub(r"](nbs/\1)", text).strip() for text in made]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert re.split(r"\n+", readme.strip()) == re.split(r"\n+", "\n\n".join(made))
+
+
+INHERITED = re.compile(r"on_\w+|forward|step|compute_loss|extra_repr")  # described by torch and transformers
+
+
+def public_functions():
+    "Public functions and methods of the package, with the module's name."
+    for file in sorted((ROOT / "merge_lab").rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
+        for owner in owners if not file.name.startswith("_") else ():
+            for node in owner.body:
+                if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                    yield f"{file.stem}.{getattr(owner, 'name', '')}.{node.name}".replace("..", "."), node
+
+
+def raises_itself(node: ast.FunctionDef) -> bool:
+    "Whether the body, without functions inside it, raises something new."
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        if (isinstance(child, ast.Raise) and child.exc is not None) or raises_itself(child):
+            return True
+    return False
+
+
+def test_public_functions_say_what_they_do_and_what_they_raise():
+    silent = [name for name, node in public_functions() if not ast.get_docstring(node) and not INHERITED.fullmatch(node.name)]
+    assert not silent
+    documented = [(name, node, ast.get_docstring(node)) for name, node in public_functions() if ast.get_docstring(node)]
+    untold = [name for name, node, text in documented if raises_itself(node) and not re.search(r"[Rr]aise|[Rr]efuse", text)]
+    assert not untold and sum(raises_itself(node) for _, node, _ in documented) > 100

@@ -131,6 +131,7 @@ class MergeableLayer(nn.Module):
 
     @staticmethod
     def output_dtype(output) -> torch.dtype:
+        "Dtype of the hidden states in a layer's output."
         return (output[0] if isinstance(output, tuple) else output).dtype
 
 
@@ -226,6 +227,7 @@ class MergeRecord:
 
     @property
     def kept(self) -> list[int]:  # original indices
+        "Layers that are left."
         gone = {pair[1] for pair in self.pairs}
         return [i for i in range(self.settings["num_hidden_layers"]) if i not in gone]
 
@@ -314,7 +316,7 @@ def as_original(model):
 
 
 def find_layers_of(model) -> tuple[nn.Module, str]:
-    "`find_layers` of a mergeable model, whose config may count more places than layers."
+    "`find_layers` of a mergeable model, whose config may count more places than layers. Raises `ValueError` for a plain model."
     for module in model.base_model.modules():
         for name, child in module.named_children():
             if isinstance(child, KeptLayers):
@@ -332,6 +334,7 @@ def head_options(model) -> dict:
 
 
 def last_hidden(model, batch: dict) -> Tensor:  # (B, T, d), after the final norm
+    "Hidden states of a batch."
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
@@ -435,7 +438,7 @@ def optimise(
     progress: bool = True,
     on_step: Callable | None = None,  # (step, loss): called after every step; True stops
 ) -> list[float]:  # loss of every step
-    "Adam on these parameters."
+    "Adam on these parameters. Raises `ValueError` for a loss that is not finite."
     device, batches, losses = next(model.parameters()).device, endless(dataloader), []
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     with tqdm(total=num_steps, disable=not progress, unit="step") as bar, ready_to_train(model):

@@ -408,10 +408,12 @@ class SmoLoRA:
 
     @property
     def adapter_dir(self) -> Path:
+        "Where the adapter is written."
         return self.output_dir / "adapter_checkpoint"
 
     @property
     def merged_dir(self) -> Path:
+        "Where the merged model is written."
         return self.output_dir / "final_merged"
 
     @property
@@ -461,6 +463,7 @@ class Pace:
         entry: dict,  # of a trainer's log
         elapsed: float,  # seconds since training began
     ) -> dict:  # tokens_per_second, or nothing if the entry counts no tokens
+        "Pace since the entry before."
         if "eval_runtime" in entry:
             self.validated += entry["eval_runtime"]
         if "loss" not in entry or "num_tokens" not in entry:
@@ -685,7 +688,7 @@ def save(lora: SmoLoRA) -> dict:
 
 @method_of(SmoLoRA)
 def load_model(lora: SmoLoRA, path: str | Path | None = None) -> nn.Module:  # None for `final_merged/`
-    "Load a merged model, or an adapter on this base, to ask it or to train it further."
+    "Load a merged model, or an adapter on this base, to ask it or to train it further. Raises `FileNotFoundError` without that folder."
     path = Path(path or lora.merged_dir)
     lora._asked = path.parent
     if not path.is_dir():

@@ -94,7 +94,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # module -> A (r, in), scaled B (out
 
 
 def read_factors(model: nn.Module, adapter_name: str) -> Factors:
-    "The factors of one adapter of a peft model; the scaling is taken into B."
+    "The factors of one adapter of a peft model; the scaling is taken into B. Raises `ValueError` for an adapter on an embedding."
     factors = {}
     for path, layer in model.named_modules():
         if adapter_name in getattr(layer, "lora_embedding_A", ()):
@@ -110,7 +110,7 @@ def read_adapters(
     base: nn.Module,  # a plain model; wrapped while reading, and given back
     folders: Sequence[str | Path],  # of adapters on this base
 ) -> tuple[nn.Module, list[Factors]]:
-    "The base without adapters, and the factors of each."
+    "The base without adapters, and the factors of each. Raises `ValueError` for fewer than two adapters."
     if len(folders) < 2:
         raise ValueError(f"adapters={list(map(str, folders))}: expected at least two. One adapter is merged by SmoLoRA.save.")
     folders = [adapter_folder(folder) for folder in folders]
@@ -418,7 +418,7 @@ def peft_baselines(
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #f4043435
 def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
-    "Encoded rows of all datasets; the source of a row is its adapter."
+    "Encoded rows of all datasets; the source of a row is its adapter. Raises `ValueError` unless there is one dataset for each adapter."
     if len(config.datasets) != len(config.adapters):
         raise ValueError(f"{len(config.datasets)} datasets for {len(config.adapters)} adapters: expected one each, in order.")
     sources = {str(path): config.n_samples for path in config.datasets}

@@ -513,7 +513,7 @@ def log_of(trainer_or_log) -> list[dict]:
 def training_curves(
     trainer_or_log,  # a trainer, or the list `trainer.state.log_history`
 ) -> pd.DataFrame:  # index step; columns loss, learning_rate, ... as far as they were logged
-    "What was logged, one row per step."
+    "What was logged, one row per step. Raises `ValueError` if no loss was."
     rows = [entry for entry in log_of(trainer_or_log) if "loss" in entry or "eval_loss" in entry]
     if not rows:
         raise ValueError("no losses were logged. Train first, with logging_steps below the number of steps.")

@@ -146,6 +146,7 @@ class Prepared:
 
     @property
     def merged_dir(self) -> Path:
+        "Where the merged model is written."
         return self.folder / "merged"
 
     @property
@@ -207,7 +208,7 @@ def base_of(config: MaskMergeConfig) -> str | None:
 
 
 def with_base(config: MaskMergeConfig) -> MaskMergeConfig:
-    "The config with its base: as given, as found beside the components, or none. A base among the components is none of them."
+    "The config with its base: as given, as found beside the components, or none. A base among the components is none of them. Raises `ValueError` if it is asked for and is one of them."
     base, on_deltas = config.base_model or None, config.constrain_mode == "delta"
     if base is None and on_deltas and len(config.model_paths) > 1:
         base = _found_base(config.model_paths)

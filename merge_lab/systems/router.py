@@ -450,7 +450,7 @@ FREE = {"resume", "overwrite", "device", "save_dir", "keep_weights", "eval_batch
 
 
 def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFrame]:
-    "Train routers for a quantised model; returns the model with the best ones, and the epochs."
+    "Train routers for a quantised model; returns the model with the best ones, and the epochs. Raises `ValueError` without a model."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder made by `merge-lab quantize`. Say which model gets routers.")
     read_quantized(Path(config.model_path))

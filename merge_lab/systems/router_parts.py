@@ -309,7 +309,7 @@ def write_description(model, tokenizer, config: QuantizeConfig, folder: Path):
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #06fd01bc
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
-    "Quantise a checkpoint at all precisions from seed to parent."
+    "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
     check_folder(config, config.output_dir, {"resume", "overwrite", "device", "output_dir"})
@@ -371,6 +371,7 @@ class Routers(nn.Module):
         layer: int,
         pooled: Tensor,  # (batch, width)
     ) -> Tensor:  # (batch, precisions), logarithm of the factors
+        "A layer's probabilities, in logarithms."
         with torch.autocast(pooled.device.type, enabled=False):
             return self.layers[layer](F.layer_norm(pooled.float(), pooled.shape[-1:])).clamp(-20, 20)
 
@@ -476,6 +477,7 @@ class NestedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        "Where it computes."
         return next(self.model.parameters()).device
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #2609d786
@@ -693,7 +695,7 @@ def load_nested(tensors: dict[str, Tensor], name: str, precisions: list[int], co
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #17309e2b
 def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool = False):
-    "The transformers model with nested leaves, on the CPU."
+    "The transformers model with nested leaves, on the CPU. Raises `ValueError` if the folder lacks tensors."
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
