@@ -3,7 +3,7 @@
     merge-lab real                       # makes base, tasks and experts of the real model in runs/real
     python benchmarks/pairs.py           # merges ten pairs with mask-merge's defaults, writes data/benchmarks/pairs.json
 
-Full fine-tunes of the real model, a pair that is almost equal and pairs whose deltas are as large as their weights are made here.
+Full fine-tunes of the real model, a toy that is almost equal to another and toys whose deltas are as large as their weights are made here.
 Each merge is a process of its own; what is done is kept in runs/pairs.
 """
 
@@ -86,7 +86,7 @@ def pairs_of(real, root):
     lora = {task: given(real / "experts" / task / "final_merged") for task in ("french", "docstrings", "german")}
     full = {task: (lambda task=task: fine_tune(real / "base", tasks / task, root / "models" / f"full-{task}")) for task in lora}
     far = {n: (lambda n=n: stretched(toys["base"], toys[n], root / "models" / f"far-{n}")) for n in ("rewrite", "summarize", "extract")}
-    twin = lambda: stretched(real / "base", lora["docstrings"](), root / "models" / "twin", ALMOST)
+    twin = lambda: stretched(toys["base"], toys["rewrite"], root / "models" / "twin", ALMOST)
     toy = lambda a, b: (toys["base"], [given(toys[a]), given(toys[b])], [bundled_path(f"tasks/{n}") for n in (a, b)])
     strange = lambda a, b: (toys["base"], [far[a], far[b]], [bundled_path(f"tasks/{n}") for n in (a, b)])
     own = lambda made, a, b: (real / "base", [made[a], made[b]], [tasks / a, tasks / b])
@@ -96,9 +96,9 @@ def pairs_of(real, root):
         "toy: extract + summarize": toy("extract", "summarize"),
         "toy, deltas as large as weights: rewrite + summarize": strange("rewrite", "summarize"),
         "toy, deltas as large as weights: extract + rewrite": strange("extract", "rewrite"),
+        "toy, almost equal: rewrite and 1.01 of it": (toys["base"], [given(toys["rewrite"]), twin], [bundled_path(f"tasks/{n}") for n in ("rewrite", "summarize")]),
         "LoRA: french + docstrings": own(lora, "french", "docstrings"),
         "full fine-tunes: french + docstrings": own(full, "french", "docstrings"),
-        "almost equal: docstrings and 1.01 of it": (real / "base", [lora["docstrings"], twin], [tasks / "docstrings", tasks / "french"]),
         "LoRA: docstrings + german": own(lora, "docstrings", "german"),
         "full fine-tunes: docstrings + german": own(full, "docstrings", "german"),
     }
