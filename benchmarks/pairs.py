@@ -66,7 +66,7 @@ def stretched(base, expert, out, factor=None):
         factor = (square[1] / square[0]) ** 0.5
     for parameter, origin in pairs:
         parameter.copy_(origin + factor * (parameter - origin))
-    model.to(load_model(expert).dtype).save_pretrained(out)
+    model.to(load_model(expert, dtype="auto").dtype).save_pretrained(out)
     load_tokenizer(expert).save_pretrained(out)
     return out
 

@@ -201,7 +201,7 @@ def all_steps(config: RealConfig, root: Path) -> list[Step]:
     return list({step.name: step for group in config.groups for step in group_steps(config, root, group)}.values())
 
 
-_COST = {"expert": 1.0, "together": 1.0, "mask-merge": 1.0, "lora-merge": 1.0, "dam-merge": 0.1, "dam-topk": 0.3, "dam-train": 1.0}  # of one task, about
+_COST = {"expert": 1.0, "together": 1.0, "mask-merge": 1.0, "lora-merge": 1.0, "dam-merge": 0.02, "dam-topk": 0.03, "dam-train": 1.0}  # of one task, about
 
 
 def told_left(steps: Sequence[Step], root: Path) -> str:
