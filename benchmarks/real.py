@@ -86,14 +86,14 @@ def shares(found, base, experts):
     return {task: (base[task] - found[task]) / (base[task] - experts[task][task]) for task in experts}
 
 
-def search(root, tasks, rows, tokenizer, only):
-    "Losses of every setting on validation rows, kept as they are found; `only` these settings, if any are named."
+def search(root, tasks, rows, tokenizer):
+    "Losses of every setting on validation rows, kept as they are found."
     file, group = root / "mergekit.json", "+".join(tasks)
     kept = json.loads(file.read_text()) if file.exists() else {}
     tests = load_tests([root / "tasks" / task for task in tasks], "validation", rows)
     tried = kept.setdefault(group, {})
     for name, setting in tqdm(settings(len(tasks)).items(), desc=group, unit="setting"):
-        if name in tried or (only and name not in only):
+        if name in tried:
             continue
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as out:
@@ -125,7 +125,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="runs/real", help="folder of merge-lab real (default: runs/real)")
     parser.add_argument("--tasks", nargs="+", default=["french", "docstrings"], help="tasks whose experts are merged")
-    parser.add_argument("--only", nargs="+", default=[], help="settings to try, by name (default: all)")
     parser.add_argument("--rows", type=int, default=64, help="validation rows of each task (default: 64)")
     parser.add_argument("--test_rows", type=int, default=150, help="test rows of each task (default: 150)")
     parser.add_argument("--seed", type=int, help="seed that the experts were made with (default: what the folder's results.json says)")
@@ -137,7 +136,7 @@ def main():
     root, tasks = Path(options.root), options.tasks
     seed = seed_of(root) if options.seed is None else options.seed
     tokenizer = load_tokenizer(root / "base")
-    tried, tests = search(root, tasks, options.rows, tokenizer, options.only)
+    tried, tests = search(root, tasks, options.rows, tokenizer)
     base = losses(root / "base", tokenizer, tests)
     experts = {task: losses(root / "experts" / task / "final_merged", tokenizer, tests) for task in tasks}
     worst = {name: min(shares(found["loss"], base, experts).values()) for name, found in tried.items()}

@@ -447,9 +447,7 @@ def score_model(
 
 def uniform_name(merger: Merger) -> str:
     "What the baseline is called: unmasked parameters are not averaged."
-    averaged = all(
-        key in leaf.masks or all(weight is leaf.weights[key][0] for weight in leaf.weights[key]) for leaf in merger.leaves().values() for key in leaf.parameter_names
-    )
+    averaged = all(key in leaf.masks or leaf.is_shared(key) for leaf in merger.leaves().values() for key in leaf.parameter_names)
     return UNIFORM if averaged else f"{UNIFORM} of what is masked"
 
 

@@ -441,6 +441,11 @@ class ComponentModule(nn.Module):
         finally:
             self._modules["weights"] = weights
 
+    def is_shared(self, name: str) -> bool:
+        "Whether all components have the same tensor, which is then held once."
+        first, *others = self.weights[name]
+        return all(other is first for other in others)
+
     def __repr__(self):
         n = len(self.weights[self.parameter_names[0]])
         shapes = ", ".join(f"{p} {tuple(self.weights[p][0].shape)}" for p in self.parameter_names)

@@ -7,7 +7,7 @@ __all__ = ['ROW', 'SMALL_DATA', 'FILE_ENDINGS', 'FOLDERS', 'CHECKS', 'RECHECKED'
            'PRICE', 'STATES', 'ACTIVE', 'ADJUSTABLE', 'DEPTHS', 'FILTERS', 'Control', 'control_kind', 'control_of',
            'controls_of', 'show_value', 'read_number', 'read_value', 'read_quietly', 'is_hub_name', 'hub_note',
            'components_note', 'data_note', 'held_note', 'places_note', 'folder_note', 'command_of', 'ConfigPanel',
-           'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'make_field', 'panel_view',
+           'field_in', 'block', 'log_start', 'tidy', 'moved', 'make_control', 'message_on', 'make_field', 'panel_view',
            'LatestWorker', 'svg_text', 'svg_grid', 'svg_scale', 'hex_colour', 'alpha_svg', 'Bench', 'Gate', 'Rest',
            'tidy_memory', 'held_bytes', 'TrainingSession', 'clock', 'session_line', 'memory_html', 'SessionView',
            'AdjustDials', 'Dials', 'Given', 'Outcome', 'MergeExplorer', 'path_svg', 'scores_html', 'answers_html',
@@ -447,6 +447,14 @@ def make_control(control: Control, value):
     return w.Text(value=text, placeholder="none" if control.optional else "", **common)
 
 # %% ../nbs/34_widgets.ipynb #ba5791b3
+def message_on(panel: ConfigPanel, name: str) -> str:  # HTML; empty: there is nothing to say
+    "What stands below an option: its error, else its note."
+    if name in panel.errors:
+        return block("✗ " + panel.errors[name], "error")
+    note = panel.notes.get(name, "")
+    return block(note if note.startswith("?") or not note else "✓ " + note, "note")
+
+
 def make_field(panel: ConfigPanel, control: Control):
     "Label, control and message of one option, bound to the panel."
     import ipywidgets as w
@@ -471,11 +479,7 @@ def make_field(panel: ConfigPanel, control: Control):
 
     def refresh(panel):
         name = control.name
-        if name in panel.errors:
-            message.value = block("✗ " + panel.errors[name], "error")
-        else:
-            note = panel.notes.get(name, "")
-            message.value = block(note if note.startswith("?") or not note else "✓ " + note, "note")
+        message.value = message_on(panel, name)
         message.layout.display = "block" if message.value else "none"
         held = panel.values[name]
         if control.start is not None:
