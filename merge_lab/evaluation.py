@@ -32,7 +32,7 @@ from .components import component_names
 from .core import check_choice
 from .losses import linear_ce_loss, logits_head
 from .merger import Merger, logit_options
-from merge_lab.tasks import (
+from merge_lab.chat import (
     ChatCollator, answer_of, encode_chat, format_choice, letters, load_mmlu, load_task, place_of, prompt_of, template_ids,
 )
 

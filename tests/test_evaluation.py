@@ -17,7 +17,7 @@ from transformers import (
 
 from merge_lab import evaluation as ev
 from merge_lab.merger import Merger, MergerConfig
-from merge_lab.tasks import (
+from merge_lab.chat import (
     ChatCollator,
     chat_row,
     encode_chat,
