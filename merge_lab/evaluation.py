@@ -28,10 +28,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .architecture import head_agrees, logit_options
 from .components import component_names
 from .core import check_choice
-from .losses import linear_ce_loss, logits_head
-from .merger import Merger, logit_options
+from .losses import linear_ce_loss
+from .merger import Merger
 from merge_lab.chat import (
     ChatCollator, answer_of, encode_chat, format_choice, letters, load_mmlu, load_task, place_of, prompt_of, template_ids,
 )
@@ -151,11 +152,7 @@ def parts_agree(
     states = parts.states(ids, torch.ones_like(ids))
     if states is None:
         return False
-    own = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-    said = logits_head(parts.head, **parts.options)(states).float()
-    near = 1e-5 if states.dtype in (torch.float32, torch.float64) else 1e-2
-    largest = own.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-    return said.shape == own.shape and torch.allclose(said, own, rtol=near, atol=near * largest, equal_nan=True)
+    return head_agrees(states, parts.head, parts.options, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
 
 # %% ../nbs/32_evaluation.ipynb #413723b0
 @functools.cache

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'PENALTIES', 'shift_labels', 'reduce_tokens', 'scored_index', 'work_dtype', 'token_losses', 'kl_loss',
            'mixture_targets', 'mixture_kl_loss', 'entropy_loss', 'ce_loss', 'mse_loss', 'topk_teacher', 'topk_kl_loss',
-           'logits_head', 'choose_chunk_size', 'chunked_linear_loss', 'linear_kl_loss', 'linear_mse_loss',
-           'linear_mixture_kl_loss', 'linear_entropy_loss', 'linear_ce_loss', 'linear_topk_kl_loss',
-           'linear_topk_mse_loss', 'similarity_penalty', 'l1_penalty', 'l2_penalty', 'overlap_penalty',
-           'angle_weighted_overlap', 'task_vector_angles', 'mask_decay', 'mean_over_modules']
+           'choose_chunk_size', 'chunked_linear_loss', 'linear_kl_loss', 'linear_mse_loss', 'linear_mixture_kl_loss',
+           'linear_entropy_loss', 'linear_ce_loss', 'linear_topk_kl_loss', 'linear_topk_mse_loss', 'similarity_penalty',
+           'l1_penalty', 'l2_penalty', 'overlap_penalty', 'angle_weighted_overlap', 'task_vector_angles', 'mask_decay',
+           'mean_over_modules']
 
 # %% ../nbs/11_losses.ipynb #aff195c8
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .architecture import logits_head
 from .core import check_choice
 
 # %% ../nbs/11_losses.ipynb #ea1b013f
@@ -385,32 +386,6 @@ def topk_kl_loss(
     constants = _topk_constants(topk_log_probs, topk_indices, tail_log_mass, student_logits.shape[-1])
     rows = partial(_topk_rows, temperature=temperature)
     return _plain(student_logits, rows, constants, mask, reduction, num_items)
-
-# %% ../nbs/11_losses.ipynb #5e5ec5e5
-def logits_head(
-    weight: Tensor | Callable,  # (vocab, d), or a callable: hidden (tokens, d) -> logits (tokens, vocab)
-    bias: Tensor | None = None,  # (vocab,), added before scale and cap
-    softcap: float | None = None,  # c: logits become c * tanh(logits / c)
-    logit_scale: float = 1.0,  # factor on the logits, before the cap
-) -> Callable:  # hidden (tokens, d) -> logits (tokens, vocab)
-    "The language-model head as a function. Raises `ValueError` for a softcap that is not above 0."
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap={softcap!r}: expected a number > 0, or None for no cap. Take it from the model's config.")
-
-    def head(hidden):
-        if isinstance(weight, Tensor):
-            logits = F.linear(hidden, weight, bias)
-        else:
-            logits = weight(hidden) if bias is None else weight(hidden) + bias
-        if logit_scale != 1.0:
-            logits = logits * logit_scale
-        if softcap is None:
-            return logits
-        logits = logits / softcap
-        logits = torch.tanh(logits)
-        return logits * softcap
-
-    return head
 
 # %% ../nbs/11_losses.ipynb #f65600bd
 _LEAST_LOGITS, _MOST_LOGITS = 64 * 2**20, 256 * 2**20  # bytes of all logit buffers together

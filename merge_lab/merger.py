@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'KINDS', 'STRATEGIES', 'OF_DELTAS', 'MASKS_FILE', 'CONFIG_FILE', 'MergerConfig', 'check_mask_init',
-           'depth_value', 'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'anchored', 'held_paths', 'Merger',
-           'leaves', 'plain_name', 'masked_parameters', 'drop_gathered', 'init_masks', 'generate',
-           'checkpoint_activations', 'alphas', 'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained',
-           'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card',
-           'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
+           'depth_value', 'initial_alphas', 'wrap', 'anchored', 'held_paths', 'Merger', 'leaves', 'plain_name',
+           'masked_parameters', 'drop_gathered', 'init_masks', 'generate', 'checkpoint_activations', 'alphas',
+           'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained', 'read_merger_config', 'load_masks',
+           'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card', 'hidden', 'head_parameters', 'held_head',
+           'fused_head_agrees']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -27,13 +27,15 @@ import yaml
 from pydantic import FiniteFloat
 from torch import Tensor, nn
 
+from .architecture import head_agrees, is_conv1d, layer_of, logit_options, parameter_modules
 from .components import check_components, component_name, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
     check_choice, check_disk_space, check_options, check_type, config_from_dict, method_of, narrow, option, save_tensors,
     write_json, write_text, yaml_value,
 )
-from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
+from .devices import full, shard_like
+from .masks import IMPLS, MODES, MaskedModule, MergeState, masked_class
 from .packing import can_pack, pack
 
 logger = logging.getLogger(__name__)
@@ -164,12 +166,6 @@ def depth_value(
     return float(values[left] + (values[right] - values[left]) * (place - left))
 
 # %% ../nbs/20_merger.ipynb #087c7b69
-def layer_of(name: str) -> int | None:  # "model.layers.3.mlp.up_proj" -> 3
-    "Index of the decoder layer in a module's name."
-    found = re.search(r"\.(\d+)(\.|$)", name)
-    return int(found.group(1)) if found else None
-
-
 def initial_alphas(
     mask_init: dict,  # checked by `check_mask_init`
     weights: Sequence[Tensor],  # of the n components
@@ -202,7 +198,7 @@ def initial_alphas(
 def _kind(module: nn.Module) -> str:
     "Row of `KINDS` for a module."
     names = {"MaskedLinear": "linear", "MaskedEmbedding": "embedding", "MaskedNorm": "norm"}
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         return "linear"
     return names.get(masked_class(module).__name__, "other")
 
@@ -211,11 +207,6 @@ def _is_target(config: MergerConfig, name: str, module: nn.Module) -> bool:
     "Whether the config wants a mask on this module."
     by_name = config.target_modules is None or any(re.search(p, name) for p in config.target_modules)
     return by_name and _kind(module) in config.target_kinds
-
-
-def parameter_modules(model: nn.Module) -> dict[str, nn.Module]:
-    "Modules that own parameters, by name, in the model's order."
-    return {name: m for name, m in model.named_modules() if m._parameters and any(True for _ in m.parameters(False))}
 
 # %% ../nbs/20_merger.ipynb #6e08ae7e
 def _check_targets(config: MergerConfig, modules: dict[str, nn.Module]):
@@ -255,8 +246,7 @@ def wrap(
             first, first_key = tied.setdefault(i, (leaf, key))
             if first is not leaf:
                 _tie(leaf, key, first, first_key, config.untie_embeddings)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, leaf)
+        model.set_submodule(name, leaf)
     masked = [name for name, module in model.named_modules() if isinstance(module, MaskedModule) and module.masks]
     for pattern in config.target_modules or ():
         if not any(re.search(pattern, name) for name in masked):
@@ -717,16 +707,7 @@ def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inpu
     return packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
 
 
-@method_of(Merger)
-def logit_options(self) -> dict:  # softcap, logit_scale
-    "What the architecture does to its logits after the head."
-    config = self.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logit_scale", None):  # Cohere multiplies
-        scale = float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / float(config.logits_scaling)
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+method_of(Merger)(logit_options)
 
 
 @method_of(Merger)
@@ -755,10 +736,5 @@ def fused_head_agrees(self) -> bool:
     if self.model.get_output_embeddings() is None:
         return False
     ids = torch.arange(4, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
-    options = self.logit_options()
     with self.as_component(0):
-        logits = self.model.get_output_embeddings()(self.hidden(ids)).float() * options["logit_scale"]
-        if options["softcap"]:
-            logits = torch.tanh(logits / options["softcap"]) * options["softcap"]
-        wanted = self.model(input_ids=ids).logits.float()
-    return torch.allclose(logits, wanted, atol=1e-3 * wanted.abs().max().item(), rtol=1e-3)
+        return head_agrees(self.hidden(ids), self.model.get_output_embeddings(), self.logit_options(), self.model(input_ids=ids).logits)
