@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .architecture import logits_head
 from .core import check_choice
+from .devices import device_type
 
 # %% ../nbs/11_losses.ipynb #ea1b013f
 def shift_labels(
@@ -108,7 +109,7 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx, logits, rows, constants):
         losses = logits.new_empty(len(logits), dtype=work_dtype(logits.dtype))
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        size = max(1, _BLOCK.get(logits.device.type, 2**22) // max(logits.shape[1], 1))
+        size = max(1, _BLOCK.get(device_type(logits.device), 2**22) // max(logits.shape[1], 1))
         starts = range(0, len(logits), size)
         for start in starts[:1] if isinstance(logits, FakeTensor) else starts:
             part = slice(start, start + size)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .architecture import input_dim
 from .constraints import constrain, unconstrain, weight_angle
 from .core import check_choice
-from .devices import bring, full, shard_like
+from .devices import bring, device_type, full, shard_like
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb
 MODES = {
@@ -104,7 +104,7 @@ def _blend(weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> Tensor:
     "The blend in the weights' dtype, without a graph."
     device = alphas[0].device
     merged = torch.empty_like(weights[0], device=device)
-    dtype, blocks = _compute_dtype(weights[0], *alphas), _row_blocks(merged, device.type)
+    dtype, blocks = _compute_dtype(weights[0], *alphas), _row_blocks(merged, device_type(device))
     if len(blocks) == 1 and merged.dtype == dtype:  # nothing to cut or to round
         _blend_rows([bring(weight, device) for weight in weights], alphas, merged)
         return merged
@@ -127,7 +127,7 @@ def _reduce_products(gradient: Tensor, weights: Sequence[Tensor], alphas: Sequen
     dims = [[d for d in range(example.ndim) if shape[d] == 1] for shape in shapes]
     totals = [torch.zeros(shape, dtype=dtype, device=device) if need else None for shape, need in zip(shapes, needed)]
     of_weight, of_gradient, products = (_Scratch(dtype, device) for _ in range(3))
-    for rows in _row_blocks(example, device.type) if example.ndim else [...]:
+    for rows in _row_blocks(example, device_type(device)) if example.ndim else [...]:
         part = of_gradient.wide(gradient[rows])
         product = products.like(part)
         for weight, total, summed in zip(weights, totals, dims):
@@ -246,7 +246,7 @@ class _FusedLinear(torch.autograd.Function):
         needs_dx, needs_bias = ctx.needs_input_grad[:2]
         needed = ctx.needs_input_grad[4 : n + 4]
         dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        route = backward_route(n, len(x2), weights[0].shape, alphas[0].shape, needs_dx, x.device.type)
+        route = backward_route(n, len(x2), weights[0].shape, alphas[0].shape, needs_dx, device_type(x.device))
         if not any(needed):
             merged = _blend(weights, alphas) if ctx.merged is None else ctx.merged
             dx, gradients = dy2 @ merged, [None] * n

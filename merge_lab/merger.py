@@ -430,10 +430,13 @@ def generate(self, *args, **kwargs):
             leaf._merged.clear()
 
 # %% ../nbs/20_merger.ipynb #ad7e23ca
-def checkpoint_activations(model: nn.Module):  # a transformers model
+def checkpoint_activations(
+    model: nn.Module,  # a transformers model
+    **options,  # of `torch.utils.checkpoint.checkpoint`
+):
     "Let a transformers model compute its layers again in backward instead of keeping their activations."
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # the other kind gives no gradient behind a frozen input
+    enable({"use_reentrant": False, **options})  # the other kind gives no gradient behind a frozen input
 
 
 @method_of(Merger, "checkpoint_activations")
