@@ -36,7 +36,7 @@ from merge_lab.core import (
 )
 from .devices import full, shard_like
 from .masks import IMPLS, MODES, MaskedModule, MergeState, masked_class
-from .packing import can_pack, pack
+from .packing import lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -701,13 +701,11 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
 @method_of(Merger)
 def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:  # (batch, length, d)
     "The last hidden state, after the final norm; rows of unequal length share lines where the model can (`merge_lab.packing`)."
-    decoder = self.model.base_model
-    packed = None if inputs or self.packs is False else pack(input_ids, attention_mask, self.config.get_text_config().hidden_size)
-    if packed is not None and self.packs is None:
-        self.packs = can_pack(decoder, input_ids, attention_mask)
-    if packed is None or not self.packs:
-        return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
-    return packed.unpack(decoder(input_ids=packed.ids, position_ids=packed.positions, use_cache=False).last_hidden_state)
+    decoder, d = self.model.base_model, self.config.get_text_config().hidden_size
+    packed = None if inputs else lines_of(self, decoder, input_ids, attention_mask, d)
+    if packed is not None:
+        return packed.through(decoder).last_hidden_state
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
 
 
 method_of(Merger)(logit_options)
