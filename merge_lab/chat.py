@@ -7,7 +7,7 @@ __all__ = ['logger', 'QUESTIONS', 'ANSWERS', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', '
            'last_assistant', 'Row', 'place_of', 'check_row', 'read_jsonl', 'write_jsonl', 'as_conversation', 'read_hub',
            'read_folder', 'deal_splits', 'read_file', 'load_task', 'template_ids', 'spoken', 'prefix_spans',
            'assistant_spans', 'encode_chat', 'encode_text', 'encode_rows', 'build_dataset', 'validation_rows',
-           'take_rows', 'hold_out', 'ChatCollator', 'load_mmlu', 'format_choice']
+           'take_rows', 'hold_out', 'ChatCollator', 'load_mmlu', 'format_choice', 'length_batches']
 
 # %% ../nbs/02_chat.ipynb #b7254b58
 import csv
@@ -462,3 +462,22 @@ def format_choice(
         return prompt
     check_choice("answer", answer, ["letter", "text"], "Use None for a prompt that the model is to complete.")
     return f"{prompt} {letters[row['answer']] if answer == 'letter' else row['choices'][row['answer']]}"
+
+# %% ../nbs/02_chat.ipynb #36fcb3b3
+def length_batches(
+    lengths: Sequence[int],  # tokens of each row
+    batch_size: int,  # rows, at most
+    max_tokens: int | None = None,  # rows x longest row, at most; None for no limit
+    fill_up: bool = False,  # rows x longest row may reach `max_tokens` with more than `batch_size` rows, which always fit
+) -> list[list[int]]:  # positions of the rows of each batch
+    "Batches of rows of like length, longest first. Raises `ValueError` for sizes below 1."
+    for name, value in dict(batch_size=batch_size, max_tokens_per_batch=max_tokens).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: expected 1 or more.")
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    batches, start = [], 0
+    while start < len(order):
+        room = batch_size if max_tokens is None else max_tokens // max(1, lengths[order[start]])
+        batches.append(order[start : start + max(1, (max if fill_up else min)(batch_size, room))])
+        start += len(batches[-1])
+    return batches

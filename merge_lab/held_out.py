@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .chat import length_batches
 from .core import save_tensors, write_json
 from .merger import Merger
 from .objective import Objective, coefficient_penalty
@@ -22,17 +23,13 @@ from .teacher_cache import KeptStates
 
 # %% ../nbs/23_held_out.ipynb #a16017ea
 def batches_of(
-    rows: Sequence[dict],  # encoded, from short to long
+    rows: Sequence[dict],  # encoded
     batch_size: int,  # rows that always fit
     tokens: int,  # of a padded batch, where that is more rows
 ) -> list[list[dict]]:
-    "Rows in batches, as large as they may be."
-    batches = [[]]
-    for row in rows:
-        if len(batches[-1]) >= max(batch_size, tokens // max(len(row["input_ids"]), 1)):
-            batches.append([])
-        batches[-1].append(row)
-    return batches
+    "Rows of like length in batches, as large as they may be."
+    lengths = [len(row["input_ids"]) for row in rows]
+    return [[rows[position] for position in batch] for batch in length_batches(lengths, batch_size, tokens, fill_up=True)]
 
 
 class HeldOut:
@@ -47,8 +44,7 @@ class HeldOut:
     ):
         if not rows:
             raise ValueError("held out: no rows. Give at least one of each source.")
-        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
-        self.batches = [collate(part) for part in batches_of(ordered, batch_size, tokens)]
+        self.batches = [collate(part) for part in batches_of(rows, batch_size, tokens)]
         self.teachers = KeptStates()
 
     @torch.no_grad()
