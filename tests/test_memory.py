@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from merge_lab import losses, masks, memory
+from merge_lab import masks, memory, token_losses
 from merge_lab.memory import estimate_memory, fit_report, track_memory, training_step
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import tiny_config, tiny_experts
@@ -197,7 +197,7 @@ def test_remembered_shapes_change_nothing(impl, monkeypatch):
 def test_an_estimate_leaves_other_threads_alone():
     "A training in another thread, as the widgets start it, computes as ever, and its tensors are not counted."
     attention = torch.nn.functional.scaled_dot_product_attention
-    tables = [losses._BLOCK, masks._BLOCK, masks._OPERATIONS_PER_ELEMENT]
+    tables = [token_losses._BLOCK, masks._BLOCK, masks._OPERATIONS_PER_ELEMENT]
     before, seen = [dict(table) for table in tables], []
 
     def train_elsewhere():
