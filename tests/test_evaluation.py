@@ -17,16 +17,16 @@ from transformers import (
 
 from merge_lab import evaluation as ev
 from merge_lab import scoring
-from merge_lab.merger import Merger, MergerConfig
 from merge_lab.chat import (
     ChatCollator,
     chat_row,
     encode_chat,
     load_task,
-    make_mmlu,
     write_jsonl,
 )
+from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
+from merge_lab.toy_corpus import make_mmlu
 
 architectures = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 tokenizer = tiny_tokenizer()
