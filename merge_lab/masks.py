@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'IMPLS', 'alpha_shape', 'blend', 'backward_route', 'masked_linear', 'even_alphas', 'MergeState',
-           'ComponentModule', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
+           'ComponentModule', 'MaskedModule', 'kept', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
 
 # %% ../nbs/12_masks.ipynb #69ea6a08
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .architecture import input_dim
 from .constraints import constrain, unconstrain, weight_angle
-from .core import check_choice
+from .core import check_choice, method_of
 from .devices import bring, device_type, full, shard_like
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb
@@ -495,16 +495,18 @@ class MaskedModule(ComponentModule):
             return blend([full(weight) for weight in weights], self.alphas(name))
         return bring(weights[self.fallback if component is None else component], self.state.device)
 
-    def kept(self, name: str) -> Tensor | None:
-        "The merged parameter if `state.keep_merged` holds it; built again when the masks have changed."
-        if not self.state.keep_merged:
-            self._merged.clear()
-            return None
-        version = self.masks[name]._version
-        if name not in self._merged or self._merged[name][0] != version:
-            with torch.no_grad():
-                self._merged[name] = version, blend(list(self.weights[name]), self.alphas(name))
-        return self._merged[name][1]
+# %% ../nbs/12_masks.ipynb #4eec692f
+@method_of(MaskedModule)
+def kept(self, name: str) -> Tensor | None:
+    "The merged parameter if `state.keep_merged` holds it; built again when the masks have changed."
+    if not self.state.keep_merged:
+        self._merged.clear()
+        return None
+    version = self.masks[name]._version
+    if name not in self._merged or self._merged[name][0] != version:
+        with torch.no_grad():
+            self._merged[name] = version, blend(list(self.weights[name]), self.alphas(name))
+    return self._merged[name][1]
 
 # %% ../nbs/12_masks.ipynb #b031ef9a
 class MaskedLinear(MaskedModule):

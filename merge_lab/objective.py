@@ -24,7 +24,7 @@ from .teacher_cache import STORED_TOPK, TeacherCache
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/22_objective.ipynb #2309565c
+# %% ../nbs/22_objective.ipynb #48a58776
 PENALTY_FUNCTIONS = {
     "similarity": L.similarity_penalty,
     "l1": L.l1_penalty,
@@ -33,7 +33,7 @@ PENALTY_FUNCTIONS = {
     "angle_overlap": L.angle_weighted_overlap,
 }
 
-# %% ../nbs/22_objective.ipynb #48a58776
+
 @dataclasses.dataclass
 class Objective:
     "What a merger is trained towards. Called inside its forward, returns losses by name; `loss` is the sum."
@@ -237,6 +237,20 @@ def _topk_loss(name: str, student: Tensor, head, topk: tuple[Tensor, ...], tempe
     logits = temperature * (log_probs.to(normaliser.dtype) + normaliser[:, None])
     return L.linear_topk_mse_loss(student, head, logits, indices, **options)
 
+# %% ../nbs/22_objective.ipynb #391ba35a
+def _collect(found: dict[int, dict[str, Tensor]], batch: Batch, objective: Objective) -> dict[str, Tensor]:
+    "Sum the losses of the sources; keep the parts without a graph."
+    total, results = 0.0, {}
+    for i, parts in found.items():
+        loss = sum(objective.losses[name] * value for name, value in parts.items())
+        total = total + loss
+        tokens = batch.at(i).sum()
+        results[f"sum_source_{i}"] = loss.detach() * batch.num_items
+        results[f"tokens_source_{i}"] = tokens
+        for name, value in parts.items():
+            results[name] = results.get(name, 0.0) + value.detach()
+    return {"loss": total, **results}
+
 # %% ../nbs/22_objective.ipynb #df0c714c
 def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[str, Tensor]:
     "Losses of the samples of source i."
@@ -276,20 +290,6 @@ def _fused_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[st
     with merger.held_head() as head:
         found = {i: _source_losses(merger, batch, objective, hidden, head, i, options) for i in _turns(merger, batch, objective)}
     return _collect(found, batch, objective)
-
-# %% ../nbs/22_objective.ipynb #391ba35a
-def _collect(found: dict[int, dict[str, Tensor]], batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    "Sum the losses of the sources; keep the parts without a graph."
-    total, results = 0.0, {}
-    for i, parts in found.items():
-        loss = sum(objective.losses[name] * value for name, value in parts.items())
-        total = total + loss
-        tokens = batch.at(i).sum()
-        results[f"sum_source_{i}"] = loss.detach() * batch.num_items
-        results[f"tokens_source_{i}"] = tokens
-        for name, value in parts.items():
-            results[name] = results.get(name, 0.0) + value.detach()
-    return {"loss": total, **results}
 
 # %% ../nbs/22_objective.ipynb #667a459a
 def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tensor]:
