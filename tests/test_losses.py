@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import merge_lab.losses as L
+from merge_lab import token_losses
 
 T, D, V, N = 13, 6, 37, 3
 EXACT = dict(rtol=1e-9, atol=1e-12)
@@ -542,7 +543,7 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["kl", "kl_mixture", "mse", "entropy", "ce"])
 def test_live_logits_fit_the_budget(name, softcap, monkeypatch):
     "No more (chunk, vocab) buffers than `choose_chunk_size` counts."
-    monkeypatch.setitem(L._BLOCK, "cpu", 4000)
+    monkeypatch.setitem(token_losses._BLOCK, "cpu", 4000)
     tokens, vocab, width, budget = 256, 2000, 8, 2**20
     hidden = normal(tokens, width, dtype=torch.float32).requires_grad_()
     teachers = [normal(tokens, width, dtype=torch.float32)] * N
@@ -565,7 +566,7 @@ def test_live_logits_fit_the_budget(name, softcap, monkeypatch):
         "ce": lambda: L.linear_ce_loss(hidden, weights[0], labels, **options),
     }[name]
     gc.collect()
-    with Live(L._BLOCK["cpu"] * 4 * N, known=weights) as live:
+    with Live(token_losses._BLOCK["cpu"] * 4 * N, known=weights) as live:
         run().backward()
     assert 0 < live.peak <= budget
 

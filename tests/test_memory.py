@@ -2,12 +2,13 @@
 
 import itertools
 import resource
+import threading
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from merge_lab import memory
+from merge_lab import masks, memory, token_losses
 from merge_lab.memory import estimate_memory, fit_report, track_memory, training_step
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import tiny_config, tiny_experts
@@ -191,3 +192,30 @@ def test_remembered_shapes_change_nothing(impl, monkeypatch):
     fast = estimate_memory(config, **options)
     monkeypatch.setattr(memory, "_key", lambda *_: None)
     assert estimate_memory(config, **options).parts == fast.parts
+
+
+def test_an_estimate_leaves_other_threads_alone():
+    "A training in another thread, as the widgets start it, computes as ever, and its tensors are not counted."
+    attention = torch.nn.functional.scaled_dot_product_attention
+    tables = [token_losses._BLOCK, masks._BLOCK, masks._OPERATIONS_PER_ELEMENT]
+    before, seen = [dict(table) for table in tables], []
+
+    def train_elsewhere():
+        weight = torch.nn.Parameter(torch.zeros(2**18))
+        weight.sum().backward()
+        torch.optim.AdamW([weight]).step()
+        same = masks.bring(weight, torch.device("cpu")) is weight
+        untouched = torch.nn.functional.scaled_dot_product_attention is attention
+        seen.append(same and untouched and [dict(table) for table in tables] == before)
+
+    def objective(*args, **batch):
+        other = threading.Thread(target=train_elsewhere)
+        other.start()
+        other.join()
+        return Objective(fused=True)(*args, **batch)
+
+    config = tiny_config("llama", **SHAPE)
+    options = dict(seq_len=64, dtype="float32", device="cpu", offload=True)
+    alone = estimate_memory(config, objective=Objective(fused=True), **options)
+    beside = estimate_memory(config, objective=objective, **options)
+    assert seen and all(seen) and beside.parts == alone.parts

@@ -9,25 +9,27 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from merge_lab.core import bundled_path
-from merge_lab.systems.mask_merge import parse_datasets
-from merge_lab.tasks import (
+from merge_lab.chat import (
     ChatCollator,
     answer_of,
     build_dataset,
     chat_row,
     encode_chat,
-    generate_tasks,
     load_mmlu,
     load_task,
-    make_mmlu,
-    make_tasks,
     place_of,
-    task_tokenizer,
-    tasks,
     write_jsonl,
 )
+from merge_lab.core import bundled_path
+from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.tinylm import tiny_tokenizer
+from merge_lab.toy_corpus import (
+    generate_tasks,
+    make_mmlu,
+    make_tasks,
+    task_tokenizer,
+    tasks,
+)
 
 splits = ["train", "validation", "test"]
 
@@ -310,7 +312,7 @@ def test_missing_dataset_says_what_to_check(monkeypatch):
 
 
 def test_multiple_choice_answers_are_right():
-    from merge_lab.tasks import days, kinds, other_word
+    from merge_lab.toy_corpus import days, kinds, other_word
 
     same = {frozenset(pair) for pair in other_word.items()}
     loaded = load_mmlu(bundled_path("mmlu"))
