@@ -6,7 +6,7 @@
 __all__ = ['logger', 'OF_DELTAS', 'MASKS_FILE', 'CONFIG_FILE', 'wrap', 'plain_name', 'Merger', 'leaves', 'masked_parameters',
            'drop_gathered', 'init_masks', 'as_component', 'component_forward', 'generate', 'checkpoint_activations',
            'alphas', 'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained', 'read_merger_config',
-           'load_masks', 'merged_tensors', 'merged_state_dict', 'model_card', 'save_merged', 'hidden',
+           'load_masks', 'merged_tensors', 'merged_state_dict', 'merged_shapes', 'model_card', 'save_merged', 'hidden',
            'head_parameters', 'held_head', 'fused_head_agrees']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
@@ -26,8 +26,9 @@ import yaml
 from torch import Tensor, nn
 
 from .architecture import head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
+from .writer import settle_tying, write_config, write_tensors, write_tokenizer
 from .components import check_components, component_name, component_names, load_components, load_tokenizer
-from .core import check_disk_space, config_from_dict, method_of, narrow, save_tensors, write_json, write_text
+from .core import config_from_dict, method_of, narrow, save_tensors, write_json, write_text
 from .devices import full, shard_like
 from .masks import MaskedModule, MergeState, masked_class
 from merge_lab.merger_config import (  # noqa: F401
@@ -456,40 +457,28 @@ def _empty_like(leaf_or_tensor) -> Tensor:
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
 
 
-def _checkpoint_plan(merger: Merger, max_shard_size: str):
-    "Which tensor goes to which file, decided from shapes alone."
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    shapes = {}
-    for name, make in merger.merged_tensors():
-        source = make.args[0].weights[make.args[1]][0] if make.func is _merged_tensor else make.args[0]
-        shapes[name] = _empty_like(source)
-    return split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-
-# %% ../nbs/20_merger.ipynb #4099a624
-def _remove_stale(folder: Path, plan):
-    "Remove weights of an earlier export: a plain model.safetensors would be loaded in place of new shards."
-    for file in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
-        if file.name not in plan.filename_to_tensors:
-            file.unlink()
+@method_of(Merger)
+def merged_shapes(self) -> dict[str, Tensor]:  # on the device meta
+    "Names, shapes and dtypes of the merged checkpoint, without making it."
+    made = ((name, make.args[0].weights[make.args[1]][0] if make.func is _merged_tensor else make.args[0]) for name, make in self.merged_tensors())
+    return {name: _empty_like(source) for name, source in made}
 
 # %% ../nbs/20_merger.ipynb #5846136b
-def _save_companions(merger: Merger, folder: Path, card: str):
-    "Config, generation config, tokenizer and model card beside the weights."
+def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
+    "Config, generation config, tokenizer and model card beside the weights, whose names in the files are given."
     import copy
 
     config = copy.deepcopy(merger.config)
-    if merger.merger_config.untie_embeddings:
-        config.tie_word_embeddings = False
+    settle_tying(config, merger.model, stored)
     if merger.use_cache is not None:
         config.use_cache = merger.use_cache
     config.architectures = [type(merger.model).__name__]
-    config.save_pretrained(folder)
+    write_config(config, folder)
     if getattr(merger.model, "generation_config", None) is not None:
         merger.model.generation_config.save_pretrained(folder)
     paths = merger.merger_config.model_paths
     if paths:
-        load_tokenizer(paths[merger.merger_config.fallback]).save_pretrained(folder)
+        write_tokenizer(load_tokenizer(paths[merger.merger_config.fallback]), folder)
     write_text(folder / "README.md", card)
 
 
@@ -523,22 +512,11 @@ def save_merged(
     recipe: dict | None = None,  # options for the model card, beside those of the merger
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small."
-    folder, plan = Path(folder), _checkpoint_plan(self, max_shard_size)
-    if is_main_process:
-        check_disk_space(folder, plan.metadata["total_size"])
-        folder.mkdir(parents=True, exist_ok=True)
-    makers = dict(self.merged_tensors())
-    for filename, names in plan.filename_to_tensors.items():
-        tensors = {name: makers[name]().cpu().contiguous() for name in names}
-        if is_main_process:
-            save_tensors(folder / filename, tensors)
+    folder = Path(folder)
+    stored = write_tensors(folder, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
     card = model_card(self, recipe)  # every rank gathers, one writes
     if is_main_process:
-        _remove_stale(folder, plan)
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            write_json(folder / "model.safetensors.index.json", index)
-        _save_companions(self, folder, card)
+        _save_companions(self, folder, card, stored)
 
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @method_of(Merger)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .checkpoint import stored_tensors
+from .writer import stored_tensors
 from .commands import SYSTEMS, find_object
 from .components import load_tokenizer
 from .config import check_choice, check_options, option
