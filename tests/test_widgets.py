@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 import shlex
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -94,6 +96,17 @@ def until(condition, seconds=60):
 
 
 # --- panels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["panel", "session", "explorer", "worker"])
+def test_what_runs_without_a_browser_imports_no_pictures_and_no_widgets(module):
+    code = (
+        f"import sys, merge_lab.{module}\n"
+        "heavy = {'matplotlib', 'ipywidgets', 'merge_lab.drawing'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_every_option_gets_a_control_that_holds_its_value():
@@ -784,7 +797,7 @@ def test_what_cannot_be_drawn_is_said_and_the_next_merge_is_drawn(lab, monkeypat
         raise KeyError("loss")
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_lab.widgets.scores_html", fail)
+        patch.setattr("merge_lab.explorer_view.scores_html", fail)
         assert "✗ KeyError" in after(explorer, view, share=0.2)
         assert isinstance(explorer.error, KeyError)
     assert "merge " in after(explorer, view, share=0.3) and explorer.error is None
