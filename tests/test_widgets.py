@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -533,6 +534,14 @@ def test_start_pause_adjust_save_resume_export(tmp_path):
     assert moved > 0.005  # what is exported is not where training began
     with pytest.raises(RuntimeError, match="pause it"):
         session.adjust(learning_rate=0.1)
+
+
+def test_a_refused_change_changes_nothing():
+    session, objective = TrainingSession(make=None), SimpleNamespace(losses={"kl": 1.0}, penalties={})
+    session.state, session.trainer = "paused", SimpleNamespace(objective=objective)
+    with pytest.raises(ValueError, match="penalties='roughness'"):
+        session.adjust(losses={"ce": 0.5}, penalties={"roughness": 1.0})
+    assert objective.losses == {"kl": 1.0} and objective.penalties == {}
 
 
 def test_stop_ends_early_and_a_second_start_begins_anew(loaded):
