@@ -64,6 +64,7 @@ COMMANDS = {
     ),
     "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",), show="show_fit"),
     "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",)),
+    "verify": Command("verify", "VerifyConfig", "run", "read a checkpoint back, here and in other libraries", ("path",), show="show_verified"),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
     "real": Command("real", "RealConfig", "run", "make experts of a real model and merge them by every system", show="show_result"),
 }
@@ -81,14 +82,14 @@ class System:
     recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's alone
     components: str = ""  # option that names the components; empty: those of the merger
     pairs: str = ""  # file of alphas of layers merged in pairs; the history then holds one alpha for each module of a pair
-    adapter: str = ""  # class that makes the plain checkpoint from the base and the run's adapter
+    adapter: str = ""  # class of the command's module that makes the plain checkpoint from the base and the run's adapter
 
 
 SYSTEMS = {  # by their commands
     "mask-merge": System("dataset_configs", "merge_lab.merger.Merger", "max_steps", recipe="recipe_of"),
     "dam-merge": System("base_model_id", "merge_lab.systems.dam.DAMMerger"),
     "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", "max_steps", recipe="recipe_of"),
-    "lora": System("lora_dropout", steps="max_steps", merged="final_merged", adapter="merge_lab.systems.lora.SmoLoRA"),
+    "lora": System("lora_dropout", steps="max_steps", merged="final_merged", adapter="SmoLoRA"),
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", "max_steps", components="adapters"),
     "layer-merge": System("n_pairs", steps="num_steps", pairs="alphas.csv"),
     "quantize": System("parent_precision", merged=""),

@@ -16,8 +16,9 @@ from contextlib import nullcontext
 import pandas as pd
 
 # %% ../nbs/35_explorer.ipynb #fd1e44fc
-from .core import check_choice, method_of
+from .config import check_choice
 from .evaluation import evaluate_tasks, generate_answers
+from .lesson import method_of
 from .merger import Merger, check_mask_init
 from .tasks import answer_of, prompt_of
 from .worker import LatestWorker

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .core import method_of
 from .drawing import STYLE, alpha_svg, bar, block, svg_text
 from .explorer import DEPTHS, FILTERS, Dials, MergeExplorer
 from .figures import colour_of
+from .lesson import method_of
 
 # %% ../nbs/36_explorer_view.ipynb #987e1360
 def svg_axes(frame: tuple[float, float, float, float], high: float) -> str:  # frame: left, top, right, bottom; high: of the losses

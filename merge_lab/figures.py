@@ -23,7 +23,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
-from .core import atomic_path
+from .run_folder import atomic_path
 
 # %% ../nbs/33_figures.ipynb #ccefa2d8
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A949E", "#F0E442")

@@ -10,8 +10,8 @@ __all__ = ['make_choice', 'make_slider', 'make_control', 'message_on', 'Field', 
 import html
 import math
 
-from .core import method_of
 from .drawing import STYLE, block
+from .lesson import method_of
 from merge_lab.panel import (
     LOG_FLOOR, LOG_STEP, ConfigPanel, Control, log_start, moved, read_quietly, show_value, tidy,
 )

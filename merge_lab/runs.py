@@ -32,14 +32,16 @@ from matplotlib.ticker import MaxNLocator
 # %% ../nbs/36_runs.ipynb #aec1716d
 from .commands import COMMANDS, OTHER, SYSTEMS, find_object
 from .components import component_names
+from .config import check_choice, config_from_dict, config_to_yaml
 from .constraints import constrain
-from .core import bundled_path, check_choice, config_from_dict, config_to_yaml, method_of
 from .drawing import STYLE, badge, block, frame_html
 from merge_lab.figures import (
     MUTED, add_colour_bar, add_legend, colour_of, colour_scale, figure_to_png, name_of, new_figure,
 )
+from .lesson import method_of
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, layer_of, read_merger_config
 from .panel import FOLDERS, ConfigPanel
+from .run_folder import bundled_path
 from .session import Bench
 from .training import read_adjusted, read_history
 from .viz import draw_layers, layer_grid, numbered_columns
@@ -120,7 +122,7 @@ def read_steps(file: Path) -> pd.DataFrame:  # columns step, loss, and what else
 def history(self) -> pd.DataFrame:
     "Curves of the run; no rows if it has none yet."
     rows = read_steps(self.folder / self.system.history)
-    if self.system.pairs and len(rows):
+    if self.system.pairs and len(rows) and "alpha_mean_0" not in rows:
         kept = rows.drop(columns=["step", "loss"]).mean(axis=1)
         rows = rows[["step", "loss"]].assign(alpha_mean_0=kept, alpha_mean_1=1 - kept)
     return rows.reset_index(drop=True)
@@ -228,7 +230,7 @@ def export(self) -> Path:
         find_object(self.system.saved).from_pretrained(self.masks).save_merged(folder, **recipe)
     elif self.system.adapter:
         base = self.config["base_model"] or bundled_path("models/base")
-        find_object(self.system.adapter)(base, output_dir=self.folder).save()
+        COMMANDS[self.kind].find(self.system.adapter)(base, output_dir=self.folder).save()
     elif self.merged is None:
         raise ValueError(f"{self.folder}: nothing to make a checkpoint of yet. Let the run come to its end.")
     return folder

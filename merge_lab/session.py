@@ -24,7 +24,8 @@ import torch
 from transformers import TrainerCallback
 
 # %% ../nbs/35_session.ipynb #a6a571ec
-from .core import check_choice, method_of, narrow
+from .config import check_choice, narrow
+from .lesson import method_of
 from .losses import LOSSES, PENALTIES
 from .merger import Merger, MergerConfig
 from .panel import ConfigPanel

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from .core import method_of
 from .drawing import STYLE, alpha_svg, badge, bar, block
 from .figures import figure_to_png
+from .lesson import method_of
 from .panel import LOG_FLOOR, LOG_STEP, log_start, moved, tidy
 from .session import ACTIVE, ADJUSTABLE, SessionState, TrainingSession
 from .viz import alpha_trajectories, loss_curves

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from .core import check_choice
+from .config import check_choice
 
 # %% ../nbs/34_viz.ipynb #a53b5dd1
 from merge_lab.figures import (

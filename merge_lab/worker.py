@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from .core import method_of
+from .lesson import method_of
 
 # %% ../nbs/33_worker.ipynb #e665b0ff
 BUDGET, PRICE = 4, 4  # calls at once; positions that pay for a further one

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -192,10 +193,11 @@ def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_pat
     rows = {
         "shrink": System("shrink_by", pairs="pairs.csv"),
         "mix": System("mixed", components="mixed"),
-        "tune": System("tuned", adapter="some.module.Adapter"),
+        "tune": System("tuned", adapter="Adapter"),
     }
     monkeypatch.setattr("merge_lab.runs.SYSTEMS", rows)
-    monkeypatch.setattr("merge_lab.runs.find_object", {"some.module.Adapter": Adapter}.get)
+    commands = {"tune": SimpleNamespace(find={"Adapter": Adapter}.get)}
+    monkeypatch.setattr("merge_lab.runs.COMMANDS", commands)
     configs = {"shrink": "shrink_by: 1", "mix": "mixed: [a/b, c/d/adapter_checkpoint]", "tune": "tuned: 1\nbase_model: small"}
     for kind, config in configs.items():
         (tmp_path / kind).mkdir()
