@@ -80,15 +80,18 @@ class System:
     history: str = "history.jsonl"
     merged: str = "merged"  # folder of the plain checkpoint; empty: there is none
     recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's alone
+    components: str = ""  # option that names the components; empty: those of the merger
+    pairs: str = ""  # file of alphas of layers merged in pairs; the history then holds one alpha for each module of a pair
+    adapter: str = ""  # class of the command's module that makes the plain checkpoint from the base and the run's adapter
 
 
 SYSTEMS = {  # by their commands
     "mask-merge": System("dataset_configs", "merge_lab.merger.Merger", "max_steps", recipe="recipe_of"),
     "dam-merge": System("base_model_id", "merge_lab.systems.dam.DAMMerger"),
     "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", "max_steps", recipe="recipe_of"),
-    "lora": System("lora_dropout", steps="max_steps", merged="final_merged"),
-    "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", "max_steps"),
-    "layer-merge": System("n_pairs", steps="num_steps"),
+    "lora": System("lora_dropout", steps="max_steps", merged="final_merged", adapter="SmoLoRA"),
+    "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", "max_steps", components="adapters"),
+    "layer-merge": System("n_pairs", steps="num_steps", pairs="alphas.csv"),
     "quantize": System("parent_precision", merged=""),
     "router": System("router_hidden", history="training_history.json", merged=""),
 }

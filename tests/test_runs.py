@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from merge_lab.cli import COMMANDS
+from merge_lab.commands import System
 from merge_lab.components import load_tokenizer
 from merge_lab.core import bundled_path
 from merge_lab.merger import Merger, MergerConfig
@@ -178,6 +180,36 @@ def test_every_system_is_known_by_one_option():
         assert [name for name in fields if system.mark in fields[name]] == [kind]
         assert not system.steps or system.steps in fields[kind]
     assert set(SYSTEMS) == set(COMMANDS) - {"dam-topk", "memory", "preflight", "demo", "real"}
+
+
+def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_path):
+    class Adapter:
+        def __init__(self, base, output_dir):
+            self.base, self.folder = base, output_dir
+
+        def save(self):
+            (self.folder / "merged" / self.base).mkdir(parents=True)
+
+    rows = {
+        "shrink": System("shrink_by", pairs="pairs.csv"),
+        "mix": System("mixed", components="mixed"),
+        "tune": System("tuned", adapter="Adapter"),
+    }
+    monkeypatch.setattr("merge_lab.runs.SYSTEMS", rows)
+    commands = {"tune": SimpleNamespace(find={"Adapter": Adapter}.get)}
+    monkeypatch.setattr("merge_lab.runs.COMMANDS", commands)
+    configs = {"shrink": "shrink_by: 1", "mix": "mixed: [a/b, c/d/adapter_checkpoint]", "tune": "tuned: 1\nbase_model: small"}
+    for kind, config in configs.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.yaml").write_text(config)
+    shrink, mix, tune = (Run(tmp_path / kind) for kind in configs)
+    assert not shrink.has_alphas
+    (shrink.folder / "pairs.csv").write_text("layer,into,after\nlayers.1.up_proj,1,0.25\n")
+    (shrink.folder / "history.jsonl").write_text('{"step": 1, "loss": 2.0, "a": 0.5, "b": 1.0}\n')
+    assert shrink.has_alphas and shrink.alphas()["mean"].tolist() == [0.25, 0.75]
+    assert shrink.history()["alpha_mean_0"].tolist() == [0.75]
+    assert len(shrink.names()) == 2 and mix.names() == ["b", "d"]
+    assert tune.export() == tune.folder / "merged" and (tune.folder / "merged/small").is_dir()
 
 
 @pytest.mark.parametrize("kind", MAKERS)

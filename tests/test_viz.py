@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 
+from merge_lab import figures as shared
 from merge_lab import viz
 from merge_lab.merger import Merger, MergerConfig
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
@@ -166,7 +168,7 @@ def test_viz_leaves_pyplot_alone():
 
 def deuteranope(colour):
     "How a person without green cones sees a colour (Machado et al. 2009), linear RGB."
-    red, green, blue, _ = viz.to_rgba(colour)
+    red, green, blue, _ = to_rgba(colour)
     linear = np.array([red, green, blue]) ** 2.2
     matrix = [
         [0.367322, 0.860646, -0.227968],
@@ -258,3 +260,8 @@ def test_palette_keeps_every_colour_close():
     ]
     assert np.abs(pixels[0] - pixels[1]).max() < 20
     assert len(png) < 0.6 * len(exact.getvalue()) and b"matplotlib" not in png.lower()
+
+
+def test_what_figures_share_is_found_beside_the_pictures():
+    assert set(shared.__all__) <= set(viz.__all__)
+    assert all(getattr(viz, name) is getattr(shared, name) for name in shared.__all__)

@@ -5,10 +5,13 @@ import importlib
 import json
 import math
 import shlex
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -94,6 +97,17 @@ def until(condition, seconds=60):
 
 
 # --- panels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["panel", "session", "explorer", "worker"])
+def test_what_runs_without_a_browser_imports_no_pictures_and_no_widgets(module):
+    code = (
+        f"import sys, merge_lab.{module}\n"
+        "heavy = {'matplotlib', 'ipywidgets', 'merge_lab.drawing'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_every_option_gets_a_control_that_holds_its_value():
@@ -522,6 +536,14 @@ def test_start_pause_adjust_save_resume_export(tmp_path):
         session.adjust(learning_rate=0.1)
 
 
+def test_a_refused_change_changes_nothing():
+    session, objective = TrainingSession(make=None), SimpleNamespace(losses={"kl": 1.0}, penalties={})
+    session.state, session.trainer = "paused", SimpleNamespace(objective=objective)
+    with pytest.raises(ValueError, match="penalties='roughness'"):
+        session.adjust(losses={"ce": 0.5}, penalties={"roughness": 1.0})
+    assert objective.losses == {"kl": 1.0} and objective.penalties == {}
+
+
 def test_stop_ends_early_and_a_second_start_begins_anew(loaded):
     panel = ConfigPanel(small_config(max_steps=50))
     session = session_of(panel, bench_of(panel, loaded))
@@ -784,7 +806,7 @@ def test_what_cannot_be_drawn_is_said_and_the_next_merge_is_drawn(lab, monkeypat
         raise KeyError("loss")
 
     with monkeypatch.context() as patch:
-        patch.setattr("merge_lab.widgets.scores_html", fail)
+        patch.setattr("merge_lab.explorer_view.scores_html", fail)
         assert "✗ KeyError" in after(explorer, view, share=0.2)
         assert isinstance(explorer.error, KeyError)
     assert "merge " in after(explorer, view, share=0.3) and explorer.error is None
