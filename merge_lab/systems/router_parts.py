@@ -10,8 +10,9 @@ __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'GATES', 'chat_text', 'hub_text',
            'gate_probabilities', 'Plan', 'prompt_mask', 'NestedModel', 'Restore', 'as_assignment', 'set_precision',
            'RoutedOutput', 'LayerwiseQuantizeForCausalLM', 'scored_labels', 'train_forward', 'hard_bits', 'start_plan',
            'infer_forward', 'generate', 'choose', 'read_quantized', 'pick_precisions', 'load_nested', 'load_skeleton',
-           'from_quantized', 'router_state', 'load_state_dict', 'memory_table', 'read_bytes', 'collate',
-           'windows_at_once', 'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
+           'from_quantized', 'router_state', 'load_mask_state', 'load_state_dict', 'memory_table', 'read_bytes',
+           'collate', 'windows_at_once', 'window_losses', 'window_divergences', 'exact_logits', 'score_windows',
+           'bits_by_kind']
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #13b14556
 import json
@@ -557,6 +558,8 @@ class LayerwiseQuantizeForCausalLM(NestedModel):
             times = len(hidden_states) // len(plan.prompt)  # generate repeats each sample for beams
             pooled = pool_prompt(hidden_states, plan.prompt.repeat_interleave(times, dim=0))
             logits = self.routers(n, pooled)
+            if not torch.isfinite(logits).all():
+                raise FloatingPointError(f"router of layer {n} gave NaN or infinity. Lower learning_rate, or load other routers.")
             if plan.gate is None:
                 plan.decided[n] = self.routers.precisions[logits.argmax(-1)].long()
             else:
@@ -745,6 +748,11 @@ def router_state(self: LayerwiseQuantizeForCausalLM) -> dict[str, Tensor]:
     return {f"routers.{name}": tensor.detach().cpu().clone() for name, tensor in self.routers.state_dict().items()}
 
 
+def load_mask_state(self: LayerwiseQuantizeForCausalLM, masks: dict[str, Tensor]):
+    "Set the routers in place, so that an optimizer goes on with them."
+    self.routers.load_state_dict({name.removeprefix("routers."): tensor for name, tensor in masks.items()})
+
+
 def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
     "Load a router checkpoint, or everything. Raises `ValueError` for routers of another model."
     own = {name.removeprefix("routers."): tensor for name, tensor in state_dict.items() if name.startswith("routers.")}
@@ -765,7 +773,8 @@ def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, as
     return self.routers.load_state_dict(own, strict)
 
 
-LayerwiseQuantizeForCausalLM.router_state = router_state
+LayerwiseQuantizeForCausalLM.router_state = LayerwiseQuantizeForCausalLM.mask_state = router_state  # what is trained of it
+LayerwiseQuantizeForCausalLM.load_mask_state = load_mask_state
 LayerwiseQuantizeForCausalLM.load_state_dict = load_state_dict
 
 # %% ../../nbs/40_systems/05_router_parts.ipynb #7c2c5888
