@@ -19,34 +19,17 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 
+from merge_lab import nested_model, precision_costs, text_windows as windows_module
+from merge_lab.cli import main
 from merge_lab.components import load_model, load_tokenizer
 from merge_lab.core import bundled_path
-from merge_lab.systems import router, router_parts
-from merge_lab.systems.router import (
-    LayerwiseQuantizeForCausalLM,
-    QuantizeConfig,
-    RouterConfig,
-    RouterTrainer,
-    explained,
-    fit_costs,
-    fit_price,
-    greedy_assignments,
-    measure_costs,
-    run,
-    run_quantize,
-    score_windows,
-    set_static,
-    text_windows,
-)
-from merge_lab.systems.router_parts import (
-    Routers,
-    collate,
-    decoder_layers,
-    exact_logits,
-    layer_linears,
-    window_losses,
-    windows_at_once,
-)
+from merge_lab.nested_model import decoder_layers, layer_linears
+from merge_lab.precision_costs import explained, fit_costs, fit_price, greedy_assignments, measure_costs, set_static
+from merge_lab.routed_model import Routers
+from merge_lab.systems import router
+from merge_lab.systems.quantize import QuantizeConfig, run_quantize
+from merge_lab.systems.router import LayerwiseQuantizeForCausalLM, RouterConfig, RouterTrainer, run
+from merge_lab.text_windows import collate, exact_logits, score_windows, text_windows, window_losses, windows_at_once
 from merge_lab.tinylm import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 from merge_lab.training import RunInterrupted, read_history
 
@@ -57,7 +40,7 @@ SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")
 @pytest.fixture(scope="module", autouse=True)
 def conversations_are_rendered_once():
     "Most runs here read the bundled conversations, and their template takes longer than their training."
-    real, known = router_parts.chat_text, {}
+    real, known = windows_module.chat_text, {}
 
     def chat_text(rows, tokenizer):
         key = repr(rows), tokenizer.chat_template
@@ -66,7 +49,7 @@ def conversations_are_rendered_once():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router_parts, "chat_text", chat_text)
+        patch.setattr(windows_module, "chat_text", chat_text)
         yield
 
 
@@ -278,21 +261,21 @@ def test_a_quantisation_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     save_tiny(tiny_model("llama"), tmp_path / "model")
     options = dict(num_examples=2, **SMALL)
     whole = run_quantize(QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "whole"), **options))
-    real = router_parts.quantize_layer
+    real = nested_model.quantize_layer
 
     def fail_at_layer_1(layer, prefix, *rest):
         if prefix.endswith(".1"):
             raise KeyboardInterrupt
         return real(layer, prefix, *rest)
 
-    monkeypatch.setattr(router_parts, "quantize_layer", fail_at_layer_1)
+    monkeypatch.setattr(nested_model, "quantize_layer", fail_at_layer_1)
     cut = QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "cut"), **options)
     with pytest.raises(KeyboardInterrupt):
         run_quantize(cut)
     with pytest.raises(ValueError, match="--resume"):
         LayerwiseQuantizeForCausalLM.from_quantized(tmp_path / "cut")
     done = []
-    monkeypatch.setattr(router_parts, "quantize_layer", lambda *a: done.append(a[1]) or real(*a))
+    monkeypatch.setattr(nested_model, "quantize_layer", lambda *a: done.append(a[1]) or real(*a))
     run_quantize(dataclasses.replace(cut, resume=True))
     assert [name[-2:] for name in done] == [".1"]
     files = sorted(path.name for path in whole.iterdir())
@@ -323,7 +306,7 @@ def test_the_splits_of_every_kind_of_text_are_apart_and_complete(tmp_path):
         ("code", None),
     ):
         sides = [
-            set(router_parts.read_documents(str(name), split, tokenizer))
+            set(windows_module.read_documents(str(name), split, tokenizer))
             for split in ("train", "validation", "test")
         ]
         train, validation, test = sides
@@ -391,7 +374,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path):
 
 def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch):
     "Stopped in the third batch of costs, a run goes on with the third."
-    real, measured = router.batch_costs, []
+    real, measured = precision_costs.batch_costs, []
 
     def stop_at_the_third(model, ids, *rest):
         if len(measured) == 2 and not stopped:
@@ -400,7 +383,7 @@ def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch):
         return real(model, ids, *rest)
 
     stopped = []
-    monkeypatch.setattr(router, "batch_costs", stop_at_the_third)
+    monkeypatch.setattr(precision_costs, "batch_costs", stop_at_the_third)
     config = router_config(tiny, tmp_path / "run", num_epochs=1, eval_batch_size=2)
     with pytest.raises(RunInterrupted, match="merge-lab router .*config.yaml --resume"):
         run(config)
@@ -500,6 +483,16 @@ def test_the_end_says_where_the_routers_are_and_the_words_load_them(tiny, tmp_pa
     assert torch.equal(names["model"].infer_forward(ids).bits, result[0].infer_forward(ids).bits)
 
 
+def test_the_commands_end_with_the_next_step(tmp_path, capsys):
+    save_tiny(tiny_model("llama"), tmp_path / "model")
+    text = ["--dataset", "tasks", "--seq_len", "24", "--device", "cpu"]
+    assert main(["quantize", str(tmp_path / "model"), "--output_dir", str(tmp_path / "any"), "--num_examples", "2", *text]) == 0
+    assert f"merge-lab router {tmp_path / 'any'}" in capsys.readouterr().out
+    sizes = ["--prefix_length", "8", "--num_examples", "4", "--num_validation", "2", "--num_epochs", "1"]
+    assert main(["router", str(tmp_path / "any"), "--save_dir", str(tmp_path / "run"), *sizes, *text]) == 0
+    assert "best_router_checkpoint.safetensors" in capsys.readouterr().out
+
+
 def test_routers_that_are_no_numbers_end_the_run_and_the_best_stay(tiny, tmp_path):
     config = router_config(tiny, tmp_path / "run", num_costs=4)
     model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
@@ -519,7 +512,7 @@ def test_routers_that_are_no_numbers_end_the_run_and_the_best_stay(tiny, tmp_pat
 
 def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, monkeypatch):
     "A wrong name is corrected and run again: nothing may lie in the way."
-    monkeypatch.setattr("merge_lab.systems.router_parts.HUB_TEXT", {"c4": dict(path=str(tmp_path / "no-hub"))})
+    monkeypatch.setattr("merge_lab.text_windows.HUB_TEXT", {"c4": dict(path=str(tmp_path / "no-hub"))})
     for wrong, message in (
         (dict(dataset=["poems"]), "dataset='poems'"),
         (dict(dataset=["c4"]), "Check the network"),
