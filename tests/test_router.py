@@ -394,6 +394,17 @@ def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch):
     assert measured == [2] * 4
 
 
+def test_what_another_run_measured_is_not_taken_over(tiny, tmp_path):
+    "A trainer of one's own in a folder that was used before measures its own windows."
+    tokenizer, found = load_tokenizer(tiny), []
+    for seed in (0, 1):
+        windows = text_windows(tokenizer, ["tasks"], 24, 8, seed=seed)
+        trainer = RouterTrainer(LayerwiseQuantizeForCausalLM.from_quantized(tiny), router_config(tiny, tmp_path / "run", num_epochs=0), windows, windows)
+        trainer.fit()
+        found.append((tmp_path / "run/measured/costs.safetensors").read_bytes())
+    assert found[0] != found[1]
+
+
 def test_a_signal_stops_after_the_step_and_nothing_is_lost(tiny, tmp_path, monkeypatch):
     run(router_config(tiny, tmp_path / "whole", dropout=0.1))
     real = RouterTrainer.compute_loss

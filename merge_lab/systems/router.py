@@ -8,7 +8,7 @@ __all__ = ['logger', 'MEASURED', 'COSTS_FILE', 'ROUTERS_FILE', 'STEP_COLUMNS', '
            'step_tensors', 'RouterTrainer', 'kept', 'losses_at_most_bits', 'epoch_order', 'all_steps', 'temperature_at',
            'compute_loss', 'validate', 'summary', 'write_routers', 'write_best', 'warn_of_one_precision', 'end_epoch',
            'objective_price', 'cost_windows', 'start_from_costs', 'work', 'measure_time', 'told_time', 'tell_time',
-           'fit', 'check_folder', 'check_budget', 'load_parts', 'run', 'show_result', 'quantized_note',
+           'prepare', 'fit', 'check_folder', 'check_budget', 'load_parts', 'run', 'show_result', 'quantized_note',
            'LayerwiseQuantizeForCausalLM']
 
 # %% ../../nbs/40_systems/05_router.ipynb #b6c76b04
@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -472,9 +473,11 @@ def measure_time(self) -> tuple[float, float]:  # seconds of a pass without grad
     with torch.random.fork_rng():
         started = now()
         with model.set_precision(model.precisions[-1]):
-            model.infer_forward(collate(self.cost_windows()[: self.at_once], self.config.prefix_length, model.device)[0])
+            logits = model.infer_forward(collate(self.cost_windows()[: self.at_once], self.config.prefix_length, model.device)[0]).logits
+        logits[0, 0, 0].item()  # a GPU is waited for
         passed = now()
         self.compute_loss(model.train(), self.data_collator([self.train_windows[: self.config.batch_size]])).backward()
+        model.routers.layers[0][-1].bias.grad[0].item()
         ended = now()
     model.zero_grad()
     self.sums.clear()
@@ -499,6 +502,16 @@ def tell_time(self):
         f", which end after {self.config.patience} epochs without a better one" if self.config.patience else "",
     )  # fmt: skip
 
+
+@method_of(RouterTrainer)
+def prepare(self):
+    "What comes before the first step: the time is told, and the routers start from costs."
+    if not self.config.resume:
+        shutil.rmtree(self.folder / MEASURED, ignore_errors=True)  # of another model or other windows
+    self.tell_time()
+    if self.config.pretrain == "costs":
+        self.start_from_costs()
+
 # %% ../../nbs/40_systems/05_router.ipynb #a1be2dd7
 @method_of(RouterTrainer)
 def fit(
@@ -507,9 +520,7 @@ def fit(
 ) -> pd.DataFrame:  # the epochs
     "Train, and let the model have the best routers; epoch 0 is the routers as they start."
     if checkpoint is None:
-        self.tell_time()
-        if self.config.pretrain == "costs":
-            self.start_from_costs()
+        self.prepare()
     else:
         self.keeper.best = Best.load(checkpoint)
         if self.is_flat:
