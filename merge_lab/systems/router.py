@@ -496,11 +496,10 @@ def tell_time(self):
     "Say how long the run will take, and what makes it shorter."
     (of_pass, of_step), work = self.measure_time(), self.work()
     costs, steps = work["costs"] * of_pass, work["steps"] * of_step + work["validation"] * of_pass
-    logger.info(
-        "about %s to measure costs (%d passes), then at most %s for %d steps%s. Shorter: a lower num_costs, num_examples, num_epochs or seq_len.",
-        told_time(costs), work["costs"], told_time(steps), work["steps"],
-        f", which end after {self.config.patience} epochs without a better one" if self.config.patience else "",
-    )  # fmt: skip
+    measuring = f"about {told_time(costs)} to measure costs ({work['costs']} passes), then " if work["costs"] else ""
+    early = f", which end after {self.config.patience} epochs without a better one" if self.config.patience and self.config.straight_through else ""
+    shorter = "Shorter: a lower num_costs, num_examples, num_epochs or seq_len."
+    logger.info("%sat most %s for %d steps%s. %s", measuring, told_time(steps), work["steps"], early, shorter)
 
 
 @method_of(RouterTrainer)
