@@ -52,6 +52,7 @@ readme: $(STAMP)  ## Make README.md from nbs/index.ipynb
 
 export: $(STAMP)  ## Clean the notebooks and export the package
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+	$(BIN)/python -c "from merge_lab.cli import write_options; write_options()"
 
 clean:  ## Remove the environment and what was built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info

@@ -80,18 +80,18 @@ class QuantizeConfig:
     "Options of `merge-lab quantize`."
 
     model_path: str = option("", "Model to quantise: a folder or a hub name", group="Model and text")
-    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run")
+    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run", resumable=True)
     seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
     parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
     dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
     seq_len: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text")
     num_examples: int = option(128, "Calibration windows in all", low=1, high=1_000_000, group="Model and text")
     dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
-    device: str | None = option(None, "Device; none for the best there is", group="Run")
+    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True)
     random_state: int = option(42, "Seed of the calibration windows", group="Run")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
-    resume: bool = option(False, "Go on with a run that was cut off", group="Run")
-    overwrite: bool = option(False, "Replace a run that is there", group="Run")
+    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True)
+    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True)
 
     def __post_init__(self):
         check_options(self)
@@ -103,7 +103,7 @@ def check_folder(config: QuantizeConfig):
     check_run(config.output_dir, config.resume, config.overwrite)
     check_outside(config.output_dir, [config.model_path, *config.dataset], config.overwrite)
     if config.resume:
-        check_resumed(config, config.output_dir, {"resume", "overwrite", "device", "output_dir"})
+        check_resumed(config, config.output_dir)
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
