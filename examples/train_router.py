@@ -13,15 +13,17 @@ import logging
 
 from merge_lab.components import load_tokenizer
 from merge_lab.core import bundled_path
-from merge_lab.systems import router
-from merge_lab.systems.router_parts import bits_by_kind, memory_table
+from merge_lab.nested_model import memory_table
+from merge_lab.systems.quantize import QuantizeConfig, run_quantize
+from merge_lab.systems.router import RouterConfig, run
+from merge_lab.text_windows import bits_by_kind, score_windows, text_windows
 
 
 def main():
     model_path = str(bundled_path("models/deep"))
     text = dict(dataset=["prose", "code", "tasks"], seq_len=96)
-    quantized = router.run_quantize(
-        router.QuantizeConfig(
+    quantized = run_quantize(
+        QuantizeConfig(
             model_path=model_path,
             output_dir="runs/example-quantized",
             dtype="float32",
@@ -30,7 +32,7 @@ def main():
             **text,
         )
     )
-    config = router.RouterConfig(
+    config = RouterConfig(
         model_path=str(quantized),
         save_dir="runs/example-router",
         target_bits=3.5,
@@ -42,19 +44,19 @@ def main():
         overwrite=True,
         **text,
     )
-    model, epochs = router.run(config)
+    model, epochs = run(config)
     print(epochs[["epoch", "ce", "average_bits"]].to_string(index=False))
 
     tokenizer = load_tokenizer(quantized)
-    windows = router.text_windows(
+    windows = text_windows(
         tokenizer, text["dataset"], text["seq_len"], 48, "test"
     )
-    scores = router.score_windows(model, windows, config.prefix_length)
+    scores = score_windows(model, windows, config.prefix_length)
     ce, bits = scores.ce.mean(), scores.bits.mean()
     print(f"\nheld-out text: cross-entropy {ce:.4f} at {bits:.2f} bits")
     for bits in (3, 4, 8):
         with model.set_precision(bits):
-            fixed = router.score_windows(model, windows, config.prefix_length)
+            fixed = score_windows(model, windows, config.prefix_length)
         print(f"  {bits} bits everywhere: {fixed.ce.mean():.4f}")
     print("\nbits of each layer, by kind of text")
     print(bits_by_kind(scores).round(2).to_string())

@@ -57,10 +57,10 @@ COMMANDS = {
         "systems.lora_merge", "LoRAMergeConfig", "run", "merge adapters of one base with learned coefficients", show="show_result"
     ),
     "quantize": Command(
-        "systems.router", "QuantizeConfig", "run_quantize", "quantise a model at nested precisions", ("model_path",)
+        "systems.quantize", "QuantizeConfig", "run_quantize", "quantise a model at nested precisions", ("model_path",), show="show_result"
     ),
     "router": Command(
-        "systems.router", "RouterConfig", "run", "train a router that chooses each layer's precision", ("model_path",)
+        "systems.router", "RouterConfig", "run", "train a router that chooses each layer's precision", ("model_path",), show="show_result"
     ),
     "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",), show="show_fit"),
     "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",)),

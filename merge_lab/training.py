@@ -6,9 +6,10 @@
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'relative_spread',
            'delta_unit', 'objective_of', 'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers',
            'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
-           'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted', 'adjust_again',
-           'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command', 'attach_watchers',
-           'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume', 'check_going_on', 'open_together']
+           'summary', 'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
+           'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command',
+           'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume',
+           'check_going_on', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -541,6 +542,12 @@ def alpha_summary(merger: Merger) -> dict[str, float]:  # alpha_mean_0, alpha_mi
     return {f"alpha_{name}_{i}": value for i, row in enumerate(table) for name, value in zip(names, row)}
 
 
+@method_of(MergerTrainer)
+def summary(self) -> dict[str, float]:
+    "What a row of the history says of what is trained, beside the losses."
+    return alpha_summary(self.accelerator.unwrap_model(self.model))
+
+
 def memory_in_use() -> int:  # bytes
     "Peak of CUDA's allocator where there is one, else resident memory of this process (0 where the system tells neither)."
     if torch.cuda.is_available():
@@ -640,8 +647,7 @@ class HistoryCallback(TrainerCallback):
         for name in sorted(n for n in sums if n.startswith("sum_source_")):
             i = name.removeprefix("sum_source_")
             row[f"loss_source_{i}"] = sums.pop(name) / max(sums.pop(f"tokens_source_{i}"), 1)
-        merger = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        row |= sums | alpha_summary(merger)
+        row |= sums | self.trainer.summary()
         row |= {"tokens_per_second": tokens / (self._ended - self._started), "memory_bytes": memory_in_use()}
         row |= self.trainer.keeper.look_at(state.global_step)
         self.rows.append(row)

@@ -27,7 +27,7 @@ from merge_lab.runs import (
     find_object,
     read_alphas,
 )
-from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, router
+from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, quantize, router
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.viz import layer_grid
 from merge_lab.widgets import Bench, ConfigPanel, controls_of
@@ -107,8 +107,8 @@ def run_layer_merge(folder: Path):
 
 
 def run_quantize(folder: Path):
-    router.run_quantize(
-        router.QuantizeConfig(
+    quantize.run_quantize(
+        quantize.QuantizeConfig(
             model_path=BASE, seed_precision=3, parent_precision=4, dataset=["tasks"],
             seq_len=32, num_examples=2, dtype="float32", device="cpu", output_dir=str(folder),
         )
