@@ -213,7 +213,7 @@ def export(self) -> Path:
         find_object(self.system.saved).from_pretrained(self.masks).save_merged(folder, **recipe)
     elif self.kind == "lora":
         base = self.config["base_model"] or bundled_path("models/base")
-        find_object("merge_lab.systems.lora.SmoLoRA")(base, output_dir=self.folder).save()
+        COMMANDS[self.kind].find("SmoLoRA")(base, output_dir=self.folder).save()
     elif self.merged is None:
         raise ValueError(f"{self.folder}: nothing to make a checkpoint of yet. Let the run come to its end.")
     return folder
