@@ -6,7 +6,7 @@
 __all__ = ['advice', 'Pace', 'lines_until', 'HistoryLog', 'log_of', 'training_curves', 'explain_memory_errors',
            'training_diagnostics', 'curves_figure', 'LiveCurves']
 
-# %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #0c108f10
+# %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #42813a10
 import json
 import math
 import time
@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from .core import write_text
 from .memory import free_memory, readable
-from .training import memory_in_use
+from .training import memory_in_use, read_history
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #de08f532
 class Pace:
@@ -41,20 +41,15 @@ class Pace:
         self.tokens, self.elapsed, self.validated = entry["num_tokens"], elapsed, 0.0
         return {"tokens_per_second": round(tokens / seconds, 1)} if seconds > 0 else {}
 
-# %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #a38f2adc
+# %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #ce07cafa
 def lines_until(
     path: Path,  # history.jsonl
     step: int,
 ) -> list[str]:
     "Lines of a history up to a step; a last one that was cut off is left out."
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break
-    return kept
+    steps = read_history(path).get("step", ()) if path.exists() else ()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if len(steps) else ()
+    return [line for line, at in zip(lines, steps) if at <= step]
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #4d5692e9
 class HistoryLog(TrainerCallback):

@@ -8,7 +8,7 @@ __all__ = ['logger', 'file_readers', 'ROWS_OF_A_STEP', 'chunk_by_words', 'read_t
            'split_batch', 'validation_budget', 'evaluation_steps', 'has_split', 'validation_sample', 'add_task_prefix',
            'mix_tasks', 'task_names', 'row_text', 'count_words', 'curriculum']
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #fbf19800
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #f51a324d
 import logging
 import math
 import random
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .core import check_choice
-from .tasks import encode_chat
+from .tasks import check_row, encode_chat
 
 if TYPE_CHECKING:
     import datasets
@@ -124,7 +124,7 @@ def read_source(
         return read_text_files(path) if path.suffix == ".txt" else read_table(path)
     return _from_hub(str(source), split)
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #7b4d5a75
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #58aafea9
 def layout_of(rows: "datasets.Dataset") -> str:
     "'messages' for conversations, 'text' for text."
     return "messages" if "messages" in rows.column_names else "text"
@@ -137,6 +137,14 @@ def _is_text(source, rows: "datasets.Dataset") -> bool:
     return Path(source).is_dir() or Path(source).suffix == ".txt"
 
 
+def _conversations(source, rows: "datasets.Dataset") -> "datasets.Dataset":
+    "The column of messages. Raises `ValueError` for a row that is no conversation with an answer."
+    where = source if isinstance(source, (str, Path)) else "dataset"
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{where}, row {number}")
+    return rows.select_columns(["messages"])
+
+
 def _texts(rows: "datasets.Dataset", text_field: str, n_words: int | None, overlap: int) -> "datasets.Dataset":
     "The column's text without what is empty, in pieces of so many words; None: whole."
     check_choice("text_field", text_field, rows.column_names, "Name the column that holds the text.")
@@ -145,7 +153,7 @@ def _texts(rows: "datasets.Dataset", text_field: str, n_words: int | None, overl
         texts = [piece for text in texts for piece in chunk_by_words(text, n_words, overlap)]
     return type(rows).from_dict({"text": texts})
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #0da1030c
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #b1866ff0
 def prepare_dataset(
     source,  # Dataset, path or hub name
     text_field: str = "text",  # column that holds the text
@@ -158,7 +166,7 @@ def prepare_dataset(
     "Rows to train on. Raises `ValueError` if the column is missing or nothing is left."
     rows = read_source(source, split)
     if text_field not in rows.column_names and layout_of(rows) == "messages":
-        rows = rows.select_columns(["messages"])
+        rows = _conversations(source, rows)
     else:
         rows = _texts(rows, text_field, chunk_words or (128 if _is_text(source, rows) else None), overlap)
     if not len(rows):

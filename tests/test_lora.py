@@ -476,6 +476,14 @@ def test_folders_of_splits_and_samples():
         prepare_dataset("task", n=9)
 
 
+def test_a_conversation_without_an_answer_is_refused_where_it_is_read():
+    asked = {"messages": CHAT[0]["messages"][:1]}
+    lines = [json.dumps(row) + "\n" for row in (CHAT[0], asked)]
+    pathlib.Path("rows.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match="rows.jsonl, row 2: no assistant turn"):
+        prepare_dataset("rows.jsonl")
+
+
 def quick_config(**options):
     "A run of a few steps."
     pathlib.Path("rows.jsonl").write_text(

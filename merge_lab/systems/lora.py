@@ -9,7 +9,7 @@ __all__ = ['logger', 'RESUMABLE', 'FORWARD_BYTES', 'LAYOUT_FILE', 'check_ranks',
            'model_to_train', 'check_same_adapter', 'settle', 'train', 'complete', 'save', 'load_model', 'inference',
            'use_curriculum', 'was_stopped', 'train_with_ranks', 'pace_of', 'show_result', 'run']
 
-# %% ../../nbs/40_systems/04_lora.ipynb #e5161832
+# %% ../../nbs/40_systems/04_lora.ipynb #b6e142fb
 import dataclasses
 import json
 import logging
@@ -36,7 +36,7 @@ from ..sft_data import longest_row, mix_tasks, prepare_dataset, split_batch, tas
 from ..sft_data import validation_sample
 from ..sft_trainer import build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults
 from ..sft_trainer import validate_at, without_cache
-from ..training import RunInterrupted, StopCallback, check_going_on
+from ..training import RunInterrupted, StopCallback, check_going_on, resume_command
 
 if TYPE_CHECKING:
     import datasets
@@ -535,7 +535,7 @@ def train_with_ranks(
     lora.sft_config.max_steps = total
     return pd.DataFrame(stages).set_index("rank")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #c1827920
+# %% ../../nbs/40_systems/04_lora.ipynb #b9e50b3c
 def _train_until_stopped(lora: SmoLoRA, config: LoRAPipelineConfig, stopper: StopCallback) -> pd.DataFrame | None:
     "Train, in stages if ranks grow; their table. Raises `RunInterrupted` after SIGINT or SIGTERM, once the adapter is saved."
     try:
@@ -543,7 +543,7 @@ def _train_until_stopped(lora: SmoLoRA, config: LoRAPipelineConfig, stopper: Sto
     finally:
         stopper.close()
     if stopper.requested.is_set():
-        go_on = "Growing ranks start anew" if config.ranks else f"Go on with: merge-lab lora {lora.output_dir / 'config.yaml'} --resume"
+        go_on = "Growing ranks start anew" if config.ranks else f"Go on with: {resume_command('lora', lora.output_dir)}"
         state = lora.trainer.state
         raise RunInterrupted(f"stopped after step {state.global_step} of {state.max_steps}; the adapter so far is in {lora.adapter_dir}. {go_on}.")
     return stages if config.ranks else None
