@@ -140,7 +140,7 @@ def undisturbed(function: Callable) -> Callable:
 
     return called
 
-# %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #2d649499
+# %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #25f0f7ac
 def build_trainer(
     model: nn.Module,  # a base, or a model that has its adapter already
     tokenizer,
@@ -155,15 +155,11 @@ def build_trainer(
     from trl import SFTTrainer
 
     with quiet_peft(), quiet_datasets():
+        learned, asked = (None if each is None else encode_rows(each, tokenizer, args.max_length) for each in (rows, eval_rows))
         trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=encode_rows(rows, tokenizer, args.max_length),
-            eval_dataset=None if eval_rows is None else encode_rows(eval_rows, tokenizer, args.max_length),
-            processing_class=tokenizer,
+            model, args, train_dataset=learned, eval_dataset=asked, processing_class=tokenizer, callbacks=list(callbacks),
             peft_config=peft_config,
-            callbacks=list(callbacks),
-        )
+        )  # fmt: skip
     trainer.evaluate = undisturbed(trainer.evaluate)
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'RESUMABLE', 'FORWARD_BYTES', 'LAYOUT_FILE', 'check_ranks', 'LoRAPipelineConfig', 'check_lora_run',
            'config_rows', 'own_validation', 'lora_options', 'sft_options', 'rows_that_fit', 'with_validation',
-           'SmoLoRA', 'check_change', 'make_lora', 'recorded', 'recipe_of', 'write_card', 'save_adapter',
-           'model_to_train', 'check_same_adapter', 'settle', 'train', 'complete', 'save', 'load_model', 'inference',
-           'use_curriculum', 'was_stopped', 'train_with_ranks', 'pace_of', 'show_result', 'run']
+           'SmoLoRA', 'check_change', 'validation_of', 'make_lora', 'recorded', 'recipe_of', 'write_card',
+           'save_adapter', 'model_to_train', 'check_same_adapter', 'settle', 'train', 'complete', 'save', 'load_model',
+           'inference', 'use_curriculum', 'was_stopped', 'train_with_ranks', 'pace_of', 'show_result', 'run']
 
 # %% ../../nbs/40_systems/04_lora.ipynb #b6e142fb
 import dataclasses
@@ -265,7 +265,22 @@ def check_change(lora: SmoLoRA, name: str, value):
     if name in ("dataset", "eval_dataset") and not hasattr(value, "column_names") and value is not None:
         raise TypeError(f"{name}={value!r}: expected rows. Read them with prepare_dataset({value!r}).")
 
-# %% ../../nbs/40_systems/04_lora.ipynb #56645f8b
+# %% ../../nbs/40_systems/04_lora.ipynb #f208ca28
+def validation_of(
+    config: LoRAPipelineConfig,
+    tokenizer,
+    sft: dict,  # from `sft_options`
+) -> tuple:  # rows or where they are, or None; options of SFTConfig
+    "What a config has validated, and how often: without a word of it, the first dataset's own rows."
+    if config.eval_dataset:
+        return None if config.eval_dataset == "none" else config.eval_dataset, {}
+    rows_per_step = sft["per_device_train_batch_size"] * sft["gradient_accumulation_steps"]
+    rows = own_validation(config, tokenizer, rows_per_step)
+    if rows is None:
+        return None, {}
+    return rows, {"eval_strategy": "steps", "eval_steps": evaluation_steps(len(rows), config.max_steps, rows_per_step)}
+
+# %% ../../nbs/40_systems/04_lora.ipynb #508c86fd
 def make_lora(
     config: LoRAPipelineConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects
@@ -275,19 +290,13 @@ def make_lora(
     base, rows = config.base_model or bundled_path("models/base"), config_rows(config)
     tokenizer = load_tokenizer(base)
     options = sft_options(config, rows_that_fit(config, base, rows, tokenizer) if config.batch_size is None else 1) | sft
-    eval_rows = None if config.eval_dataset in ("", "none") else config.eval_dataset
-    if not config.eval_dataset:
-        rows_per_step = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-        eval_rows = own_validation(config, tokenizer, rows_per_step)
-        if eval_rows is not None:
-            every = evaluation_steps(len(eval_rows), config.max_steps, rows_per_step)
-            options = {"eval_strategy": "steps", "eval_steps": every} | options
+    eval_rows, looks = validation_of(config, tokenizer, options)
     lora = SmoLoRA(
         base,
         rows,
         output_dir=config.output_dir,
         lora=lora_options(config),
-        sft=options,
+        sft=looks | options,
         eval_dataset=eval_rows,
         callbacks=callbacks,
         device=None if config.device == "auto" else config.device,
@@ -397,7 +406,7 @@ def _keep_trained(lora: SmoLoRA):
         write_card(folder, lora.base_model_name, recipe_of(lora))
         share_files(folder)
 
-# %% ../../nbs/40_systems/04_lora.ipynb #9205cd07
+# %% ../../nbs/40_systems/04_lora.ipynb #a1e654b0
 @method_of(SmoLoRA)
 def train(
     lora: SmoLoRA,
@@ -413,10 +422,9 @@ def train(
         check_same_adapter(model.peft_config["default"], peft_config)
     lora._earlier = lora._earlier if resume else lora.log_history
     done = lora._earlier[-1]["step"] if lora._earlier else 0
-    callbacks = [HistoryLog(lora.output_dir / "history.jsonl", done), *lora.callbacks]
     with _training_aids(lora, model, args):
-        rows, config = (lora.dataset, lora.eval_dataset), peft_config if is_new else None
-        lora.trainer = build_trainer(model, lora.tokenizer, args, *rows, config, callbacks)
+        config, callbacks = peft_config if is_new else None, [HistoryLog(lora.output_dir / "history.jsonl", done), *lora.callbacks]
+        lora.trainer = build_trainer(model, lora.tokenizer, args, lora.dataset, lora.eval_dataset, config, callbacks)
         lora.model = lora.trainer.model
         logger.info("trainable parameters:\n%s", trainable_parameters(lora.model))
         lora.trainer.train(resume_from_checkpoint=resume or None)
@@ -574,7 +582,7 @@ def show_result(result: dict):  # from `run`
     written = [path for path in (lora.adapter_dir, lora.merged_dir, lora.output_dir / "history.jsonl") if path.exists()]
     print("Written: " + ", ".join(map(str, written)))
 
-# %% ../../nbs/40_systems/04_lora.ipynb #8d91a748
+# %% ../../nbs/40_systems/04_lora.ipynb #c14ae2d7
 def run(
     config: LoRAPipelineConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
@@ -594,10 +602,8 @@ def run(
     stages = _train_until_stopped(lora, config, stopper)
     curves = training_curves(lora.log_history)
     diagnostics = training_diagnostics(lora.log_history, config.max_steps)
-    parameters = trainable_parameters(lora.model)
+    found = dict(lora=lora, curves=curves, diagnostics=diagnostics, parameters=trainable_parameters(lora.model))
     write_text(folder / "diagnostics.csv", diagnostics.to_csv())
     save_figure(curves_figure(curves), folder / "curves.png")
-    report = lora.save() if config.merge else None
-    found = dict(lora=lora, curves=curves, diagnostics=diagnostics, parameters=parameters, report=report)
-    found["pace"] = pace_of(lora.log_history)
+    found |= dict(report=lora.save() if config.merge else None, pace=pace_of(lora.log_history))
     return found | ({} if stages is None else {"stages": stages})

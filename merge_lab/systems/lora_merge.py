@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SHARES', 'BASELINES', 'RESUMABLE', 'LoRAMergeConfig', 'base_path', 'AdapterLinear', 'blended_factors',
-           'AdapterMerger', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks', 'check_merge_run',
-           'rows_to_score', 'show_result', 'run']
+           'AdapterMerger', 'init_masks', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks',
+           'check_merge_run', 'rows_to_score', 'show_result', 'run']
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
@@ -188,7 +188,7 @@ def _share_masks(merger: Merger, share: str):
             key = layer_of(name) if share == "layer" else None
             leaf.masks["weight"] = first.setdefault(key, leaf.masks["weight"])
 
-# %% ../../nbs/40_systems/06_lora_merge.ipynb #192d0734
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #61f17c91
 class AdapterMerger(Merger):
     "A base with n adapters and the masks that blend them."
 
@@ -214,18 +214,22 @@ class AdapterMerger(Merger):
         if config.initial_alpha is not None:
             self.init_masks({"strategy": "uniform", "factors": [config.initial_alpha] * len(factors)})
 
-    def init_masks(self, mask_init: dict):
-        "Start all masks from the same alphas."
-        check_choice("mask_init strategy", mask_init["strategy"], ["uniform"])
-        n = self.n_components
-        for _, leaf, key in self.masked_parameters():
-            leaf.set_alphas(key, mask_init.get("factors") or [1 / n] * n)
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #0a3c4f60
+@method_of(AdapterMerger)
+def init_masks(self, mask_init: dict):
+    "Start all masks from the same alphas."
+    check_choice("mask_init strategy", mask_init["strategy"], ["uniform"])
+    n = self.n_components
+    for _, leaf, key in self.masked_parameters():
+        leaf.set_alphas(key, mask_init.get("factors") or [1 / n] * n)
 
-    @classmethod
-    def from_config(cls, config: LoRAMergeConfig) -> "AdapterMerger":
-        "Load base and adapters."
-        device = None if config.device == "auto" else config.device
-        return cls(*read_adapters(load_base(base_path(config), device, config.dtype), config.adapters), config)
+
+@method_of(AdapterMerger, "from_config")
+@classmethod
+def _load_parts(cls, config: LoRAMergeConfig) -> AdapterMerger:
+    "Load base and adapters."
+    device = None if config.device == "auto" else config.device
+    return cls(*read_adapters(load_base(base_path(config), device, config.dtype), config.adapters), config)
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #89469559
 @method_of(AdapterMerger, "save_pretrained")
