@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,41 +18,42 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from merge_lab.core import begin_run, bundled_path
-from merge_lab.systems import lora as pipeline
-from merge_lab.systems import lora_parts
-from merge_lab.systems.lora import (
-    LiveCurves,
-    LoRAPipelineConfig,
-    RunInterrupted,
-    SmoLoRA,
+from merge_lab import adapters
+from merge_lab.adapters import (
+    cpu_likes_bf16,
+    device_settings,
+    find_target_modules,
     fixed_loss,
     grow_rank,
     load_adapter,
     load_base,
-    make_lora,
+    make_lora_config,
     merge_adapter,
+    presets,
     probe_logits,
     quiet_peft,
+)
+from merge_lab.core import begin_run, bundled_path
+from merge_lab.diagnosis import LiveCurves, training_curves, training_diagnostics
+from merge_lab.sft_data import (
+    bytes_of_token,
+    encode_rows,
+    longest_row,
+    prepare_dataset,
+    task_names,
+)
+from merge_lab.systems.lora import (
+    LoRAPipelineConfig,
+    SmoLoRA,
+    make_lora,
     run,
     show_result,
-    task_names,
     train_with_ranks,
     use_curriculum,
 )
-from merge_lab.systems.lora_parts import (
-    cpu_likes_bf16,
-    device_settings,
-    encode_rows,
-    find_target_modules,
-    make_lora_config,
-    prepare_dataset,
-    presets,
-    training_curves,
-    training_diagnostics,
-)
 from merge_lab.tasks import ChatCollator
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+from merge_lab.training import RunInterrupted
 
 ARCHITECTURES = [
     "llama",
@@ -339,7 +341,7 @@ def test_diagnostics_of_a_run_reach_memory_and_pace(base, monkeypatch):
     found = run(quick_config(), disable_tqdm=True)["diagnostics"]
     assert found.ok.all() and " free" in found.seen["memory"]
     assert "s a step" in found.seen["slow training"]
-    monkeypatch.setattr("merge_lab.systems.lora.free_memory", lambda: 2**20)
+    monkeypatch.setattr("merge_lab.diagnosis.free_memory", lambda: 2**20)
     full = run(quick_config(output_dir="full"), disable_tqdm=True)
     failed = full["diagnostics"][~full["diagnostics"].ok]
     assert list(failed.index) == ["memory"]
@@ -386,6 +388,17 @@ def test_checkpoints_resume_to_the_same_adapter(base):
     assert torch.equal(
         probe_logits(resumed.model.eval()), probe_logits(whole.model.eval())
     )
+
+
+def test_a_line_that_a_kill_cut_off_does_not_stop_a_resumed_run(base):
+    options = dict(sft=dict(max_steps=4, save_strategy="steps", save_steps=2))
+    quick(base, output_dir="run", **options).train()
+    shutil.rmtree("run/checkpoint-4")
+    history = pathlib.Path("run/history.jsonl")
+    history.write_text("".join(history.open().readlines()[:3]) + '{"loss": 1.5, "st')
+    quick(base, output_dir="run", **options).train(resume=True)
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -461,6 +474,14 @@ def test_folders_of_splits_and_samples():
     )
     with pytest.raises(ValueError, match="n=9: expected 1 to 8"):
         prepare_dataset("task", n=9)
+
+
+def test_a_conversation_without_an_answer_is_refused_where_it_is_read():
+    asked = {"messages": CHAT[0]["messages"][:1]}
+    lines = [json.dumps(row) + "\n" for row in (CHAT[0], asked)]
+    pathlib.Path("rows.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match="rows.jsonl, row 2: no assistant turn"):
+        prepare_dataset("rows.jsonl")
 
 
 def quick_config(**options):
@@ -589,10 +610,10 @@ def test_curves_of_a_log():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_that_likes_bf16_trains_large_bf16_bases_in_it(base, monkeypatch, fast):
-    monkeypatch.setattr(lora_parts, "cpu_likes_bf16", lambda: fast)
+    monkeypatch.setattr(adapters, "cpu_likes_bf16", lambda: fast)
     save_tiny(tiny_model().to(torch.bfloat16), "half")
     assert not device_settings("cpu", "half")["bf16"]  # too small to gain anything
-    monkeypatch.setattr(lora_parts, "SMALL", 1000)
+    monkeypatch.setattr(adapters, "SMALL", 1000)
     assert device_settings("cpu", "half")["bf16"] == fast
     assert not device_settings("cpu", base)["bf16"]  # stored in fp32
     assert not device_settings("cpu")["bf16"]
@@ -647,7 +668,7 @@ def test_merging_is_judged_by_the_loss_on_some_rows(base, monkeypatch, caplog):
     assert report["fine"] and report["verdict"] in caplog.text
     assert report["verdict"].endswith("nats per answer token: fine")
 
-    merge = pipeline.merge_layers
+    merge = adapters.merge_layers
 
     def badly(model):
         merged = merge(model)
@@ -655,7 +676,7 @@ def test_merging_is_judged_by_the_loss_on_some_rows(base, monkeypatch, caplog):
             merged.lm_head.weight.mul_(0.5)
         return merged
 
-    monkeypatch.setattr(pipeline, "merge_layers", badly)
+    monkeypatch.setattr(adapters, "merge_layers", badly)
     caplog.clear()
     _, report = merge_adapter(
         load_base(base, "cpu"), "adapter", "merged", tiny_tokenizer(), rows
@@ -670,6 +691,19 @@ def test_the_loss_of_rows_does_not_depend_on_how_many_are_read_at_once():
     names = ("input_ids", "attention_mask", "labels")
     whole = model(**{name: batch[name] for name in names}).loss.item()
     assert fixed_loss(model, tiny_tokenizer(), rows) == pytest.approx(whole, abs=1e-5)
+
+
+def test_rows_longer_than_the_model_are_asked_as_far_as_it_goes():
+    model = tiny_model("gpt2")
+    most = model.config.max_position_embeddings
+    short, long = (
+        datasets.Dataset.from_dict({"text": ["the cat ran home. " * n]})
+        for n in (most // 5, most)
+    )
+    assert len(encode_rows(long, tiny_tokenizer(), None)[0]["input_ids"]) > most
+    found = fixed_loss(model, tiny_tokenizer(), long, max_length=None)
+    cut = fixed_loss(model, tiny_tokenizer(), long, max_length=most)
+    assert found == cut != fixed_loss(model, tiny_tokenizer(), short)
 
 
 def task_folder(name="pets", validation=5):
@@ -807,8 +841,8 @@ def test_a_step_learns_eight_rows_unless_both_numbers_are_given(base, monkeypatc
     assert both(batch_size=2) == (2, 4)
     assert both(gradient_accumulation_steps=4) == (2, 4)
     assert both(batch_size=3, gradient_accumulation_steps=2) == (3, 2)
-    token = lora_parts.bytes_of_token(tiny_model().config)
-    longest = lora_parts.longest_row(
+    token = bytes_of_token(tiny_model().config)
+    longest = longest_row(
         datasets.Dataset.from_dict({"text": TEXTS}), tiny_tokenizer()
     )
     monkeypatch.setattr("merge_lab.systems.lora.FORWARD_BYTES", 5 * token * longest)
