@@ -61,6 +61,7 @@ docs: $(DOCS)  ## Build the documentation site from the saved notebooks: _docs/h
 
 export: $(STAMP)  ## Clean the notebooks and export the package
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+	$(BIN)/python -c "from merge_lab.cli import write_options; write_options()"
 
 clean:  ## Remove the environment and what was built; runs/ stays
 	rm -rf $(VENV) _docs build dist *.egg-info

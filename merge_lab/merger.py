@@ -55,7 +55,7 @@ class MergerConfig:
     model_paths: list[str] = option([], "Components, in order: folders or hub names, at least two", group="Components")
     mode: str = option("vector_input", "Granularity of the masks", choices=MODES, group="Masks")
     constrain_mode: str = option("delta", "How a mask becomes an alpha", choices=CONSTRAINTS, group="Masks")
-    impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Memory")
+    impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Memory", resumable=True)
     mask_init: dict = option(
         {"strategy": "uniform"},
         'Initial alphas, e.g. {"strategy": "uniform", "factors": [0.5, 0.5]}; strategies: ' + ", ".join(STRATEGIES),
@@ -75,10 +75,11 @@ class MergerConfig:
     )
     offload: bool = option(
         False, "Components stay in host memory and weights are brought to the device when used: least memory, slower",
-        group="Memory",
+        group="Memory", resumable=True,
     )
     keep_merged: bool = option(
-        False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory"
+        False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory",
+        resumable=True,
     )
     base_model: str | None = option(
         None, "Their common ancestor: with constrain_mode 'delta' coefficients multiply the difference from it; mean: from their mean",

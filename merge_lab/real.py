@@ -27,6 +27,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .core import check_choice, check_options, config_to_cli, option, write_json, write_text
+from .run_folder import alone_in
 from .evaluation import UNIFORM, load_tests, recovered_share, score_baselines, score_model
 from .real_data import REAL_TASKS, check_real, make_real_base, make_real_task
 
@@ -374,10 +375,13 @@ def facts_of(config: RealConfig, root: Path) -> dict:
 
 
 def run(config: RealConfig) -> dict[str, pd.DataFrame]:  # group -> table
-    "Do what is not done yet, and give the tables. Raises `ImportError` without the extra, `KeyboardInterrupt` if stopped."
+    "Do what is not done yet, and give the tables. Raises `ImportError` without the extra, `FileExistsError` if another demo works in the folder, `KeyboardInterrupt` if stopped."
     check_real()
-    root = Path(config.output_dir)
-    root.mkdir(parents=True, exist_ok=True)
+    with alone_in(config.output_dir):
+        return _run_alone(config, Path(config.output_dir))
+
+
+def _run_alone(config: RealConfig, root: Path) -> dict[str, pd.DataFrame]:  # group -> table
     make_inputs(config, root)
     steps, tables = all_steps(config, root), {}
     names = [step.name for step in steps]

@@ -142,6 +142,20 @@ def test_a_step_that_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert ran[-1] == ["lora", "--overwrite"]
 
 
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    "Held by another process, and free again once that was killed."
+    monkeypatch.setattr(real, "check_real", lambda: None)
+    monkeypatch.setattr(real, "_run_alone", lambda config, root: {"done": root})
+    script = f"import time; from merge_lab.run_folder import alone_in\nwith alone_in({str(tmp_path)!r}): print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(FileExistsError, match="another process is at work"):
+        real.run(real.RealConfig(output_dir=str(tmp_path)))
+    other.kill()
+    other.wait()
+    assert real.run(real.RealConfig(output_dir=str(tmp_path))) == {"done": tmp_path}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
 def test_a_step_stops_when_the_demo_is_killed(tmp_path):
     "The demo dies by kill -9; its step is asked to stop, and does not train on alone."

@@ -21,6 +21,7 @@ from transformers import TrainingArguments
 from merge_lab.components import (
     IncompatibleComponents, check_components, component_bytes, component_names, find_base, load_tokenizer, read_component,
 )
+from ..config import recipe_options
 from merge_lab.core import (
     bundled_path, check_choice, check_disk_space, check_outside, check_run, config_to_python, config_to_yaml, option, set_seed,
     yaml_value,
@@ -73,16 +74,16 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
     )
     source_keys: list[int] | None = option(None, "Component that each dataset belongs to; none given: in order", group="Data")
     max_length: int = option(2048, "Tokens per sample; longer ones are cut", low=8, high=131072, log=True, group="Data")
-    eval_samples: int | None = option(200, "Test samples per task; none given: all", low=1, group="Data")
-    eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Data")
+    eval_samples: int | None = option(200, "Test samples per task; none given: all", low=1, group="Data", resumable=True, recipe=False)
+    eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Data", resumable=True, recipe=False)
 
-    output_dir: str = option("runs/mask_merge", "Folder of the run", group="Output")
-    save_merged: bool = option(True, "Write the merged checkpoint", group="Output")
-    report: bool = option(True, "Write plots and report.html", group="Output")
-    shard: bool = option(False, "Divide the components over the processes of torchrun (FSDP2), not a copy on each", group="Memory")
-    resume: bool = option(False, "Go on with the run in output_dir", group="Output")
-    overwrite: bool = option(False, "Replace the run in output_dir", group="Output")
-    dry_run: bool = option(False, "Check everything, estimate the memory, and stop", group="Output")
+    output_dir: str = option("runs/mask_merge", "Folder of the run", group="Output", resumable=True, recipe=False)
+    save_merged: bool = option(True, "Write the merged checkpoint", group="Output", resumable=True, recipe=False)
+    report: bool = option(True, "Write plots and report.html", group="Output", resumable=True, recipe=False)
+    shard: bool = option(False, "Divide the components over the processes of torchrun (FSDP2), not a copy on each", group="Memory", resumable=True, recipe=False)
+    resume: bool = option(False, "Go on with the run in output_dir", group="Output", resumable=True, recipe=False)
+    overwrite: bool = option(False, "Replace the run in output_dir", group="Output", resumable=True, recipe=False)
+    dry_run: bool = option(False, "Check everything, estimate the memory, and stop", group="Output", resumable=True, recipe=False)
 
     def __post_init__(self):
         self.dataset_configs = parse_datasets(self.dataset_configs)
@@ -164,7 +165,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     arguments = training_arguments(config, folder)
     if config.shard and arguments.world_size == 1:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
-    checkpoint = check_going_on(config, folder, _RESUMABLE, arguments.world_size)
+    checkpoint = check_going_on(config, folder, arguments.world_size)
     check_components([path for path in models if path])
     tokenizer = load_tokenizer(config.model_paths[config.fallback])
     shortest = min((read_component(path) for path in models if path), key=positions_of)
@@ -255,15 +256,6 @@ def _check_inputs(config: MaskMergeConfig):
     if len({str(Path(path).absolute()) for path in config.model_paths}) < n:
         logger.warning("model_paths names a model twice: its two copies cannot be told apart by training.")
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #feecc3e2
-# what a resumed run may change: how long it trains, what is measured and written, how it is computed
-_RESUMABLE = {
-    "max_steps", "num_train_epochs", "resume", "overwrite", "dry_run", "output_dir", "eval_samples", "eval_split", "report",
-    "save_merged", "save_steps", "save_total_limit", "logging_steps", "report_to", "device", "dataloader_num_workers",
-    "torch_compile", "impl", "keep_merged", "offload", "gradient_checkpointing", "shard",
-    "logit_chunk", "teacher_cache_gb",
-}
-
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #37a656dc
 LEARNED = "learned masks"
 
@@ -349,11 +341,7 @@ class MaskMergeResult:
 
 def recipe_of(config: MaskMergeConfig) -> dict:
     "What a model card should tell: every option that says what was merged, on what and how it was trained."
-    recipe = dataclasses.asdict(config)
-    for name in ("output_dir", "dry_run", "save_merged", "report", "resume", "overwrite", "report_to", "device", "shard"):
-        del recipe[name]
-    recipe["dataset_configs"] = {Path(path).name: n for path, n in config.dataset_configs.items()}
-    return recipe
+    return recipe_options(config) | {"dataset_configs": {Path(path).name: n for path, n in config.dataset_configs.items()}}
 
 
 def _divide(merger: Merger, arguments: TrainingArguments) -> Merger:
