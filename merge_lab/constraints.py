@@ -28,45 +28,61 @@ def _refuse(alphas: Tensor, wrong: Tensor, mode: str, allowed: str):
         )
 
 
-def sigmoid_alpha(masks: Tensor) -> Tensor:  # any shape
+def sigmoid_alpha(
+    masks: Tensor,  # any shape
+) -> Tensor:  # in (0, 1)
     "Coefficient as a share in (0, 1)."
     return torch.sigmoid(masks)
 
 
-def sigmoid_mask(alphas: Tensor) -> Tensor:
+def sigmoid_mask(
+    alphas: Tensor,  # in (0, 1)
+) -> Tensor:  # any number
     "Inverse of `sigmoid_alpha`. Raises `ValueError` outside (0, 1)."
     _refuse(alphas, (alphas <= 0) | (alphas >= 1), "01", "0 < alpha < 1")
     return torch.logit(alphas)
 
 # %% ../nbs/10_constraints.ipynb #ebd6de63
-def tanh_alpha(masks: Tensor) -> Tensor:  # any shape
+def tanh_alpha(
+    masks: Tensor,  # any shape
+) -> Tensor:  # in (-1, 1)
     "Coefficient in (-1, 1): a component may be subtracted."
     return torch.tanh(masks)
 
 
-def tanh_mask(alphas: Tensor) -> Tensor:
+def tanh_mask(
+    alphas: Tensor,  # in (-1, 1)
+) -> Tensor:  # any number
     "Inverse of `tanh_alpha`. Raises `ValueError` outside (-1, 1)."
     _refuse(alphas, alphas.abs() >= 1, "-11", "-1 < alpha < 1")
     return torch.atanh(alphas)
 
 # %% ../nbs/10_constraints.ipynb #d7eecdac
-def relu_alpha(masks: Tensor) -> Tensor:  # any shape
+def relu_alpha(
+    masks: Tensor,  # any shape
+) -> Tensor:  # 0 and above
     "Coefficient of zero or above: a component is added or left out."
     return torch.relu(masks)
 
 
-def relu_mask(alphas: Tensor) -> Tensor:
+def relu_mask(
+    alphas: Tensor,  # 0 and above
+) -> Tensor:  # the same
     "Inverse of `relu_alpha`. Raises `ValueError` below 0."
     _refuse(alphas, alphas < 0, "relu", "alpha >= 0")
     return alphas.clone()
 
 # %% ../nbs/10_constraints.ipynb #7931276c
-def cosine_alpha(masks: Tensor) -> Tensor:  # any shape; 0 to 1 covers all alphas
+def cosine_alpha(
+    masks: Tensor,  # any shape; 0 to 1 covers all alphas
+) -> Tensor:  # in [0, 1]
     "Coefficient in [0, 1] on half a cosine wave: 0 at mask 0, 1 at mask 1, nearly straight between."
     return (1 - torch.cos(math.pi * masks)) / 2
 
 
-def cosine_mask(alphas: Tensor) -> Tensor:
+def cosine_mask(
+    alphas: Tensor,  # in [0, 1]
+) -> Tensor:  # in [0, 1]
     "Inverse of `cosine_alpha`, between 0 and 1. Raises `ValueError` outside [0, 1]."
     _refuse(alphas, (alphas < 0) | (alphas > 1), "cosine", "0 <= alpha <= 1")
     return torch.acos(1 - 2 * alphas) / math.pi
@@ -82,12 +98,16 @@ def _check_sum(alphas: Tensor, mode: str):
         )
 
 
-def softmax_alpha(masks: Tensor) -> Tensor:  # (n, ...)
+def softmax_alpha(
+    masks: Tensor,  # (n, ...)
+) -> Tensor:  # (n, ...), summing to 1
     "Coefficients in (0, 1) that sum to 1 over the components (dimension 0)."
     return torch.softmax(masks, dim=0)
 
 
-def softmax_mask(alphas: Tensor) -> Tensor:  # (n, ...)
+def softmax_mask(
+    alphas: Tensor,  # (n, ...), summing to 1
+) -> Tensor:  # (n, ...), of mean 0
     "Inverse of `softmax_alpha` with masks of mean 0. Raises `ValueError` unless alphas are positive and sum to 1."
     _refuse(alphas, alphas <= 0, "sum1", "alpha > 0")
     _check_sum(alphas, "sum1")
@@ -106,7 +126,10 @@ def delta_alpha(
     return torch.cat([masks[:anchor], rest[None], masks[anchor + 1 :]])
 
 
-def delta_mask(alphas: Tensor, anchor: int | None = None) -> Tensor:  # (n, ...)
+def delta_mask(
+    alphas: Tensor,  # (n, ...), summing to 1
+    anchor: int | None = None,  # as for `delta_alpha`
+) -> Tensor:  # (n, ...)
     "Inverse of `delta_alpha`; the anchor's own mask has no effect. Raises `ValueError` unless alphas sum to 1."
     _check_sum(alphas, "delta")
     return alphas.clone()
@@ -137,14 +160,17 @@ _STRAIGHT = 1e-2  # below this sine the arc is a straight line to 2e-5, or has n
 def spherical_alpha(
     masks: Tensor,  # (2, ...)
     angle: Tensor,  # shape of one mask, from `weight_angle`
-) -> Tensor:
+) -> Tensor:  # (2, ...)
     "Coefficients on the arc between two weights; on the straight line where there is no arc."
     curved = torch.sin(angle) > _STRAIGHT
     safe = torch.where(curved, angle, 1.0).to(masks.dtype)
     return torch.where(curved, torch.sin(masks * safe) / torch.sin(safe), masks)
 
 
-def spherical_mask(alphas: Tensor, angle: Tensor) -> Tensor:
+def spherical_mask(
+    alphas: Tensor,  # (2, ...)
+    angle: Tensor,  # shape of one alpha, from `weight_angle`
+) -> Tensor:  # (2, ...)
     "Inverse of `spherical_alpha`. Raises `ValueError` where no mask reaches that alpha."
     curved = torch.sin(angle) > _STRAIGHT
     safe = torch.where(curved, angle, 1.0).to(alphas.dtype)

@@ -1,10 +1,13 @@
 """What CONTRIBUTING.md, CHANGELOG.md and the hooks promise holds."""
 
+import ast
 import contextlib
 import importlib.util
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import types
 from configparser import ConfigParser
 from pathlib import Path
@@ -218,3 +221,36 @@ def test_recipe_of_an_architecture_is_tried_like_the_others(tmp_path):
         merger.save_merged(tmp_path / "merged")
         reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert_close(reloaded(input_ids=IDS).logits, merger(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+KNOWN = {"model", "tokenizer", "config", "axis", "axes", "figure", "bar", "dataset"}  # what these are is said once, by their names
+INHERITED = re.compile(r"on_\w+|forward|step|compute_loss|extra_repr|create_scheduler")  # described by torch and transformers
+
+
+def told_parameters(file: Path):
+    "Parameters of a module's public functions: name of the function, parameter, whether it has a type, whether a word beside it."
+    text = file.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    said = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    tree = ast.parse(text)
+    owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
+    for owner in owners:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or INHERITED.fullmatch(node.name):
+                continue
+            for each in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+                if each.arg not in ("self", "cls"):
+                    yield f"{file.stem}.{node.name}", each.arg, each.annotation is not None, each.lineno in said
+
+
+def test_hardly_a_parameter_is_without_type_and_word():
+    "The number may only fall: describe what you add, then write the new one here."
+    files = [file for file in (ROOT / "merge_lab").rglob("[a-z]*.py")]
+    told = [found for file in files for found in told_parameters(file)]
+    silent = [f"{name}({parameter})" for name, parameter, typed, said in told if not (typed or said or parameter in KNOWN)]
+    assert len(told) > 1500 and len(silent) <= 40, silent
+
+
+def test_every_parameter_of_a_constraint_is_described():
+    silent = [(name, parameter) for name, parameter, _, said in told_parameters(ROOT / "merge_lab" / "constraints.py") if not said]
+    assert not silent
