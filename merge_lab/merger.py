@@ -7,8 +7,8 @@ __all__ = ['logger', 'KINDS', 'STRATEGIES', 'OF_DELTAS', 'MASKS_FILE', 'CONFIG_F
            'depth_value', 'layer_of', 'initial_alphas', 'parameter_modules', 'wrap', 'anchored', 'held_paths', 'Merger',
            'leaves', 'plain_name', 'masked_parameters', 'drop_gathered', 'init_masks', 'generate',
            'checkpoint_activations', 'alphas', 'alpha_values', 'mask_state', 'load_mask_state', 'save_pretrained',
-           'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'save_merged', 'model_card',
-           'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
+           'read_merger_config', 'load_masks', 'merged_tensors', 'merged_state_dict', 'merged_shapes', 'save_merged',
+           'model_card', 'hidden', 'logit_options', 'head_parameters', 'held_head', 'fused_head_agrees']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -27,10 +27,11 @@ import yaml
 from pydantic import FiniteFloat
 from torch import Tensor, nn
 
+from .checkpoint import settle_tying, write_config, write_tensors, write_tokenizer
 from .components import check_components, component_name, component_names, load_components, load_tokenizer, silence_dropout
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from merge_lab.core import (
-    check_choice, check_disk_space, check_options, check_type, config_from_dict, method_of, narrow, option, save_tensors,
+    check_choice, check_options, check_type, config_from_dict, method_of, narrow, option, save_tensors,
     write_json, write_text, yaml_value,
 )
 from .masks import IMPLS, MODES, MaskedModule, MergeState, full, masked_class, shard_like
@@ -621,15 +622,11 @@ def _empty_like(leaf_or_tensor) -> Tensor:
     return torch.empty(leaf_or_tensor.shape, dtype=leaf_or_tensor.dtype, device="meta")
 
 
-def _checkpoint_plan(merger: Merger, max_shard_size: str):
-    "Which tensor goes to which file, decided from shapes alone."
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    shapes = {}
-    for name, make in merger.merged_tensors():
-        source = make.args[0].weights[make.args[1]][0] if make.func is _merged_tensor else make.args[0]
-        shapes[name] = _empty_like(source)
-    return split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+@method_of(Merger)
+def merged_shapes(self) -> dict[str, Tensor]:  # on the device meta
+    "Names, shapes and dtypes of the merged checkpoint, without making it."
+    made = ((name, make.args[0].weights[make.args[1]][0] if make.func is _merged_tensor else make.args[0]) for name, make in self.merged_tensors())
+    return {name: _empty_like(source) for name, source in made}
 
 
 @method_of(Merger)
@@ -641,47 +638,28 @@ def save_merged(
     recipe: dict | None = None,  # options for the model card, beside those of the merger
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small."
-    folder, plan = Path(folder), _checkpoint_plan(self, max_shard_size)
-    if is_main_process:
-        check_disk_space(folder, plan.metadata["total_size"])
-        folder.mkdir(parents=True, exist_ok=True)
-    makers = dict(self.merged_tensors())
-    for filename, names in plan.filename_to_tensors.items():
-        tensors = {name: makers[name]().cpu().contiguous() for name in names}
-        if is_main_process:
-            save_tensors(folder / filename, tensors)
+    folder = Path(folder)
+    stored = write_tensors(folder, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
     card = model_card(self, recipe)  # every rank gathers, one writes
     if is_main_process:
-        _remove_stale(folder, plan)
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            write_json(folder / "model.safetensors.index.json", index)
-        _save_companions(self, folder, card)
-
-# %% ../nbs/20_merger.ipynb #4099a624
-def _remove_stale(folder: Path, plan):
-    "Remove weights of an earlier export: a plain model.safetensors would be loaded in place of new shards."
-    for file in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
-        if file.name not in plan.filename_to_tensors:
-            file.unlink()
+        _save_companions(self, folder, card, stored)
 
 # %% ../nbs/20_merger.ipynb #5846136b
-def _save_companions(merger: Merger, folder: Path, card: str):
-    "Config, generation config, tokenizer and model card beside the weights."
+def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
+    "Config, generation config, tokenizer and model card beside the weights, whose names in the files are given."
     import copy
 
     config = copy.deepcopy(merger.config)
-    if merger.merger_config.untie_embeddings:
-        config.tie_word_embeddings = False
+    settle_tying(config, merger.model, stored)
     if merger.use_cache is not None:
         config.use_cache = merger.use_cache
     config.architectures = [type(merger.model).__name__]
-    config.save_pretrained(folder)
+    write_config(config, folder)
     if getattr(merger.model, "generation_config", None) is not None:
         merger.model.generation_config.save_pretrained(folder)
     paths = merger.merger_config.model_paths
     if paths:
-        load_tokenizer(paths[merger.merger_config.fallback]).save_pretrained(folder)
+        write_tokenizer(load_tokenizer(paths[merger.merger_config.fallback]), folder)
     write_text(folder / "README.md", card)
 
 
