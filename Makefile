@@ -58,7 +58,7 @@ readme: $(STAMP)  ## Make README.md from nbs/index.ipynb, and the table of rooms
 
 docs: $(DOCS)  ## Build the documentation site from the saved notebooks: _docs/html/index.html
 	@mkdir -p _docs/source
-	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d _docs/doctrees -c docs _docs/source _docs/html
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --write-all --fail-on-warning --keep-going -d _docs/doctrees -c docs _docs/source _docs/html
 
 export: $(STAMP)  ## Clean the notebooks and export the package
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
