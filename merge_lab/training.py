@@ -6,9 +6,10 @@
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'relative_spread',
            'delta_unit', 'objective_of', 'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers',
            'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
-           'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted', 'adjust_again',
-           'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command', 'attach_watchers',
-           'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume', 'check_going_on', 'open_together']
+           'memory_in_use', 'read_rows', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
+           'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command',
+           'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume',
+           'check_going_on', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -529,13 +530,13 @@ def take_sums(self) -> dict[str, float]:
 # %% ../nbs/31_training.ipynb #1a980ba8
 @torch.no_grad()
 def alpha_summary(merger: Merger) -> dict[str, float]:  # alpha_mean_0, alpha_min_0, alpha_max_0, ...
-    "Mean, smallest and largest alpha of each component over all masks."
+    "Mean, smallest and largest alpha of each component over all masks; nothing where what is trained has no alphas."
     columns = [[] for _ in range(merger.n_components)]
     for _, leaf, key in merger.masked_parameters():
         for column, alpha in zip(columns, leaf.alphas(key)):
             column.append(full(alpha).float().flatten())
-    flat = [torch.cat(column) for column in columns]
-    table = torch.stack([torch.stack([f.mean(), f.min(), f.max()]) for f in flat]).tolist()
+    flat = [torch.cat(column) for column in columns if column]
+    table = torch.stack([torch.stack([f.mean(), f.min(), f.max()]) for f in flat]).tolist() if flat else []
     names = ("mean", "min", "max")
     return {f"alpha_{name}_{i}": value for i, row in enumerate(table) for name, value in zip(names, row)}
 
@@ -550,15 +551,20 @@ def memory_in_use() -> int:  # bytes
         return 0
 
 # %% ../nbs/31_training.ipynb #add134dc
-def read_history(path: str | Path) -> pd.DataFrame:
-    "History of a run. A last line that was cut off by a kill is left out."
+def read_rows(path: str | Path) -> list[dict]:
+    "Rows of a run's history as they were written. A last line that was cut off by a kill is left out."
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return pd.DataFrame(rows)
+    return rows
+
+
+def read_history(path: str | Path) -> pd.DataFrame:
+    "History of a run as a table."
+    return pd.DataFrame(read_rows(path))
 
 # %% ../nbs/31_training.ipynb #fcdb233d
 def set_learning_rate(trainer: MergerTrainer, learning_rate: float):  # of the schedule's top
@@ -577,7 +583,7 @@ ADJUSTED = "adjusted.jsonl"  # in a run's folder
 def read_adjusted(folder: str | Path, step: float = math.inf) -> list[dict]:  # rows: step, learning_rate, losses, penalties
     "What was adjusted in a run's pauses, up to a step."
     file = Path(folder) / ADJUSTED
-    rows = read_history(file).to_dict("records") if file.exists() else []
+    rows = read_rows(file) if file.exists() else []
     return [row for row in rows if row["step"] <= step]
 
 
@@ -619,7 +625,7 @@ class HistoryCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path and state.global_step and self.path.exists():
-            self.rows = [row for row in read_history(self.path).to_dict("records") if row["step"] <= state.global_step]
+            self.rows = [row for row in read_rows(self.path) if row["step"] <= state.global_step]
         if self.path and state.is_world_process_zero:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if self.path and state.global_step:
@@ -760,7 +766,7 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     trainer.state.global_step = trainer.state.max_steps = done
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, HistoryCallback) and callback.path and callback.path.exists():
-            callback.rows = read_history(callback.path).to_dict("records")
+            callback.rows = read_rows(callback.path)
 
 # %% ../nbs/31_training.ipynb #b25fa8eb
 def held_out_facts(
