@@ -4,7 +4,7 @@
     python benchmarks/layer_merge.py                          # measure the bundled one: writes data/benchmarks/layer_merge.json
 
 Text is the documentation of the running Python, split so that no run of twelve words stands on two sides
-(`merge_lab.systems.layer_merge_parts.split_text`); questions are those of data/mmlu, whose test questions are never trained on.
+(`merge_lab.calibration.split_text`); questions are those of data/mmlu, whose test questions are never trained on.
 """
 
 import argparse
@@ -28,21 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import transformers
 
+from merge_lab.calibration import apart_from, prepare_calibration_data, split_text
 from merge_lab.components import load_model, load_tokenizer
 from merge_lab.core import bundled_path, write_json
+from merge_lab.depth import (
+    find_merge_pairs,
+    layer_similarity,
+    remove_layers,
+    seconds_per_token,
+)
 from merge_lab.systems.layer_merge import (
     VARIANTS,
     LayerMergeConfig,
     compare_variants,
-    seconds_per_token,
-)
-from merge_lab.systems.layer_merge_parts import (
-    apart_from,
-    find_merge_pairs,
-    layer_similarity,
-    prepare_calibration_data,
-    remove_layers,
-    split_text,
 )
 from merge_lab.tasks import (
     choice_key,

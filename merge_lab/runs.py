@@ -110,7 +110,7 @@ def read_steps(file: Path) -> pd.DataFrame:  # columns step, loss, and what else
 def history(self) -> pd.DataFrame:
     "Curves of the run; no rows if it has none yet."
     rows = read_steps(self.folder / self.system.history)
-    if self.kind == "layer-merge" and len(rows):
+    if self.kind == "layer-merge" and len(rows) and "alpha_mean_0" not in rows:  # of an earlier version
         kept = rows.drop(columns=["step", "loss"]).mean(axis=1)
         rows = rows[["step", "loss"]].assign(alpha_mean_0=kept, alpha_mean_1=1 - kept)
     return rows.reset_index(drop=True)

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'relative_spread',
            'delta_unit', 'objective_of', 'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers',
            'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
-           'summary', 'memory_in_use', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
+           'memory_in_use', 'read_rows', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
            'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command',
            'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume',
            'check_going_on', 'open_together']
@@ -56,8 +56,8 @@ class LoopConfig:
     learning_rate: float | None = option(
         None, "Step size of the optimizer on the masks, as it is; none given: 0.1, times the components' relative spread where masks multiply whole weights", low=0, high=1, log=True, group="Training", start=0.1
     )
-    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training", resumable=True)
-    num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training", resumable=True)
+    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
+    num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training")
     per_device_train_batch_size: int = option(8, "Samples per device and micro-step", low=1, high=256, group="Training")
     gradient_accumulation_steps: int = option(1, "Micro-steps per optimizer step", low=1, high=256, group="Training")
     lr_scheduler_type: str = option(
@@ -73,25 +73,24 @@ class LoopConfig:
         32, "Rows of each dataset that are not trained on: they choose the masks that are kept; 0: keep the last", low=0, group="Training"
     )
     eval_steps: int | None = option(None, "Optimizer steps between looks at held-out rows; none given: a tenth of the run", low=1, group="Training")
-    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: none, unless the run is stopped", low=0, group="Output", resumable=True, recipe=False)
-    save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output", resumable=True, recipe=False)
-    logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output", resumable=True, recipe=False)
-    report_to: str = option("none", "tensorboard, wandb or none", group="Output", resumable=True, recipe=False)
+    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: none, unless the run is stopped", low=0, group="Output")
+    save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output")
+    logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output")
+    report_to: str = option("none", "tensorboard, wandb or none", group="Output")
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in backward: less memory, a third more time; none given: if it would not fit otherwise",
-        group="Memory", resumable=True,
+        group="Memory",
     )
-    logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory", resumable=True)
+    logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
     teacher_cache_gb: float = option(
         8.0, "GiB of disk for teachers' hidden states of samples that come again: later passes need no teacher's forward; 0: none; not with shard",
-        low=0, group="Memory", resumable=True, recipe=False,
+        low=0, group="Memory",
     )
-    device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training", resumable=True, recipe=False)
+    device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")
     torch_compile: bool = option(
-        False, "Compile the decoder layers: steps take up to a tenth less time on a CPU, the first ones a minute or more", group="Training",
-        resumable=True,
+        False, "Compile the decoder layers: steps take up to a tenth less time on a CPU, the first ones a minute or more", group="Training"
     )
-    dataloader_num_workers: int = option(0, "Processes that prepare batches", low=0, group="Training", resumable=True, recipe=False)
+    dataloader_num_workers: int = option(0, "Processes that prepare batches", low=0, group="Training")
 
 
 @dataclasses.dataclass
@@ -531,21 +530,15 @@ def take_sums(self) -> dict[str, float]:
 # %% ../nbs/31_training.ipynb #1a980ba8
 @torch.no_grad()
 def alpha_summary(merger: Merger) -> dict[str, float]:  # alpha_mean_0, alpha_min_0, alpha_max_0, ...
-    "Mean, smallest and largest alpha of each component over all masks."
+    "Mean, smallest and largest alpha of each component over all masks; nothing where what is trained has no alphas."
     columns = [[] for _ in range(merger.n_components)]
     for _, leaf, key in merger.masked_parameters():
         for column, alpha in zip(columns, leaf.alphas(key)):
             column.append(full(alpha).float().flatten())
-    flat = [torch.cat(column) for column in columns]
-    table = torch.stack([torch.stack([f.mean(), f.min(), f.max()]) for f in flat]).tolist()
+    flat = [torch.cat(column) for column in columns if column]
+    table = torch.stack([torch.stack([f.mean(), f.min(), f.max()]) for f in flat]).tolist() if flat else []
     names = ("mean", "min", "max")
     return {f"alpha_{name}_{i}": value for i, row in enumerate(table) for name, value in zip(names, row)}
-
-
-@method_of(MergerTrainer)
-def summary(self) -> dict[str, float]:
-    "What a row of the history says of what is trained, beside the losses."
-    return alpha_summary(self.accelerator.unwrap_model(self.model))
 
 
 def memory_in_use() -> int:  # bytes
@@ -558,15 +551,20 @@ def memory_in_use() -> int:  # bytes
         return 0
 
 # %% ../nbs/31_training.ipynb #add134dc
-def read_history(path: str | Path) -> pd.DataFrame:
-    "History of a run. A last line that was cut off by a kill is left out."
+def read_rows(path: str | Path) -> list[dict]:
+    "Rows of a run's history as they were written. A last line that was cut off by a kill is left out."
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return pd.DataFrame(rows)
+    return rows
+
+
+def read_history(path: str | Path) -> pd.DataFrame:
+    "History of a run as a table."
+    return pd.DataFrame(read_rows(path))
 
 # %% ../nbs/31_training.ipynb #fcdb233d
 def set_learning_rate(trainer: MergerTrainer, learning_rate: float):  # of the schedule's top
@@ -585,7 +583,7 @@ ADJUSTED = "adjusted.jsonl"  # in a run's folder
 def read_adjusted(folder: str | Path, step: float = math.inf) -> list[dict]:  # rows: step, learning_rate, losses, penalties
     "What was adjusted in a run's pauses, up to a step."
     file = Path(folder) / ADJUSTED
-    rows = read_history(file).to_dict("records") if file.exists() else []
+    rows = read_rows(file) if file.exists() else []
     return [row for row in rows if row["step"] <= step]
 
 
@@ -627,7 +625,7 @@ class HistoryCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.path and state.global_step and self.path.exists():
-            self.rows = [row for row in read_history(self.path).to_dict("records") if row["step"] <= state.global_step]
+            self.rows = [row for row in read_rows(self.path) if row["step"] <= state.global_step]
         if self.path and state.is_world_process_zero:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if self.path and state.global_step:
@@ -647,7 +645,8 @@ class HistoryCallback(TrainerCallback):
         for name in sorted(n for n in sums if n.startswith("sum_source_")):
             i = name.removeprefix("sum_source_")
             row[f"loss_source_{i}"] = sums.pop(name) / max(sums.pop(f"tokens_source_{i}"), 1)
-        row |= sums | self.trainer.summary()
+        merger = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        row |= sums | alpha_summary(merger)
         row |= {"tokens_per_second": tokens / (self._ended - self._started), "memory_bytes": memory_in_use()}
         row |= self.trainer.keeper.look_at(state.global_step)
         self.rows.append(row)
@@ -767,7 +766,7 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     trainer.state.global_step = trainer.state.max_steps = done
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, HistoryCallback) and callback.path and callback.path.exists():
-            callback.rows = read_history(callback.path).to_dict("records")
+            callback.rows = read_rows(callback.path)
 
 # %% ../nbs/31_training.ipynb #b25fa8eb
 def held_out_facts(
@@ -793,14 +792,15 @@ def checkpoint_to_resume(
 
 
 def check_going_on(
-    config,  # options of the run, `resume` among them; those that are `resumable` may differ from how it was begun
+    config,  # options of the run, `resume` among them
     folder: Path,  # of the run
+    free: set[str],  # options that may differ from those it was begun with
     n_processes: int = 1,  # that train together now
 ) -> Path | None:  # the checkpoint to go on from; None: the run begins
     "Raise `FileNotFoundError` or `ValueError` unless a run that is resumed is the run that was begun."
     if not config.resume:
         return None
-    check_resumed(config, folder)
+    check_resumed(config, folder, free)
     return checkpoint_to_resume(folder, n_processes)
 
 

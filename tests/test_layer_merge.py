@@ -1,9 +1,14 @@
 "Layer merging: what is trained is what is exported, for every kind of decoder."
 
 import copy
+import dataclasses
 import importlib.util
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -11,11 +16,14 @@ import pytest
 import torch
 import transformers
 
+from merge_lab import calibration, depth
 from merge_lab.core import begin_run, bundled_path
+from merge_lab.evaluation import perplexity
+from merge_lab.merger import checkpoint_activations
 from merge_lab.systems import layer_merge as lm
-from merge_lab.systems import layer_merge_parts as parts
 from merge_lab.tasks import format_choice, text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+from merge_lab.training import RunInterrupted
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 WINDOWED = ["mistral", "gemma2", "gemma3"]
@@ -214,16 +222,9 @@ def test_accumulation_equals_a_larger_batch():
             wide[key][row, : value.shape[1]] = value[0]
     for loader, count in ((small, 2), ([wide], 1)):
         model = mergeable()
-        losses = lm.optimise(
-            model,
-            list(lm.alpha_parameters(model).values()),
-            lambda b, n, m=model: lm.alpha_loss(m, b, "ce", num_items=n),
-            loader,
-            3,
-            0.05,
-            count,
-            progress=False,
-        )
+        options = {"gradient_accumulation_steps": count, "progress": False}
+        lm.train_alpha_parameters(model, loader, 3, 0.05, **options)
+        losses = list(model.merge_record.history["loss"])
         trained.append((losses, list(lm.alpha_values(model).values())))
     assert trained[0][0] == pytest.approx(trained[1][0], abs=1e-5)
     assert trained[0][1] == pytest.approx(trained[1][1], abs=1e-5)
@@ -235,7 +236,7 @@ def test_activation_checkpointing_changes_nothing(architecture):
     for checkpointing in (False, True):
         model = mergeable(architecture)
         if checkpointing:
-            lm.recompute_activations(model)
+            checkpoint_activations(model)
         lm.train_alpha_parameters(
             model, [batch_of()], num_steps=3, learning_rate=0.05, progress=False
         )
@@ -407,7 +408,7 @@ def test_best_disjoint_is_the_best():
                 if all(b - a > 1 for a, b in itertools.pairwise(c))
             ]
             best = max(sets, key=lambda c: sum(scores[i] for i in c))
-            assert parts.best_disjoint(scores, n_pairs) == list(best)
+            assert depth.best_disjoint(scores, n_pairs) == list(best)
 
 
 def test_calibration_never_asks_test_questions():
@@ -424,7 +425,7 @@ def test_calibration_never_asks_test_questions():
         for row in rows:
             assert (
                 str(row) in dev
-                or parts.choice_prompt("x", row, [], "letter", "") not in told
+                or calibration.choice_prompt("x", row, [], "letter", "") not in told
             )
     for batch in loader:
         hidden = batch["attention_mask"] == 0
@@ -435,16 +436,16 @@ def test_calibration_never_asks_test_questions():
 def test_a_long_prompt_loses_examples_and_keeps_its_question(max_length):
     tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
     generator = torch.Generator().manual_seed(0)
-    drawn = parts.draw_questions(bundled_path("mmlu"), "dev", 12, generator)
+    drawn = calibration.draw_questions(bundled_path("mmlu"), "dev", 12, generator)
     counts = []
     for subject, row, examples in drawn:
-        encoded = parts.encode_solved(tokenizer, subject, row, examples, max_length)
+        encoded = calibration.encode_solved(tokenizer, subject, row, examples, max_length)
         text = tokenizer.decode(encoded["input_ids"], skip_special_tokens=True)
         assert len(encoded["input_ids"]) <= max_length
         assert encoded["input_ids"][-1] == tokenizer.eos_token_id
         asked = f"{format_choice(row)} {'ABCD'[row['answer']]}"
         if max_length == 40:  # too long by itself: the end of it
-            prompt = parts.choice_prompt(subject, row, [], "letter", parts.INTRO)
+            prompt = calibration.choice_prompt(subject, row, [], "letter", calibration.INTRO)
             assert f"{prompt} {'ABCD'[row['answer']]}".endswith(text[1:])
             assert len(encoded["input_ids"]) == max_length
         else:
@@ -502,7 +503,7 @@ def test_run_writes_a_model_that_loads(tmp_path):
     )
     result = lm.run(config, progress=False)
     assert list(result.alphas["into"]) == [1, 3]
-    rule = parts.published_alpha(result.similarity, 3, 4)  # none given: from similarity
+    rule = depth.published_alpha(result.similarity, 3, 4)  # none given: from similarity
     assert rule != lm.PUBLISHED_ALPHA
     assert list(result.alphas["before"]) == pytest.approx([0.7, rule])
     assert result.search.empty and not (tmp_path / "run/search.csv").exists()
@@ -673,7 +674,7 @@ def test_bundled_model_is_deep_small_and_has_learned():
     model, tokenizer = lm.load_model(folder), lm.load_tokenizer(folder)
     assert len(lm.decoder_layers(model)) >= 12
     text = "The value of the expression is the object that the name is bound to."
-    assert lm.perplexity(model, tokenizer, text) < len(tokenizer) / 10
+    assert perplexity(model, tokenizer, text) < len(tokenizer) / 10
 
 
 def benchmark():
@@ -712,7 +713,7 @@ def test_the_recipe_refuses_text_that_it_does_not_know(monkeypatch):
     words = [" ".join(f"{kind}{i}" for kind in "abcdefghijklmn") for i in range(400)]
     monkeypatch.setattr(module, "text_corpus", lambda kind, n: [*words, *words[:40]])
     prose, _ = module.training_text()
-    split = parts.split_text(module.text_corpus("prose", None))
+    split = calibration.split_text(module.text_corpus("prose", None))
     assert len(prose) > 300 and not {*prose} & {*split["test"], *split["validation"]}
     with pytest.raises(ValueError, match="another documentation"):
         module.held_out_text(bundled_path("models/deep"))
@@ -728,16 +729,14 @@ def test_split_leaves_out_what_is_repeated():
     line = "one two three four five six seven eight nine ten eleven twelve"
     rest = [f"paragraph number {i} is here" for i in range(97)]
     paragraphs = [line.upper() + "!", *rest[:87], *rest[87:], line, f"more {line} more"]
-    split = parts.split_text(paragraphs, n_test=11, train_share=0.89)
+    split = calibration.split_text(paragraphs, n_test=11, train_share=0.89)
     assert line.upper() + "!" not in split["train"]
     assert [len(part) for part in split.values()] == [88, 0, 11]
-    assert parts.apart_from(["a b c", "A, B; c d"], ["x A b C"], 3) == []
-    assert parts.apart_from(["a b c"], ["x A b C"], 12) == ["a b c"]
+    assert calibration.apart_from(["a b c", "A, B; c d"], ["x A b C"], 3) == []
+    assert calibration.apart_from(["a b c"], ["x A b C"], 12) == ["a b c"]
 
 
 def test_every_option_has_a_control_and_three_faces(tmp_path):
-    import dataclasses
-
     from merge_lab.cli import parse
     from merge_lab.core import config_from_yaml, config_to_yaml
     from merge_lab.widgets import ConfigPanel, controls_of
@@ -781,3 +780,207 @@ def test_the_command_line_says_what_is_wrong(capsys, tmp_path, monkeypatch):
         shown = capsys.readouterr().err.strip()
         assert not (tmp_path / "runs").exists()
         assert said in shown and "\n" not in shown and "Traceback" not in shown
+
+
+KILLED_RUNS = '''
+import logging, os, random, signal, sys, time
+from pathlib import Path
+
+import torch
+
+from merge_lab.systems import layer_merge as lm
+
+torch.set_num_threads(1)
+
+
+def start(folder, resume):
+    "A run in a process of its own."
+    child = os.fork()
+    if child:
+        return child
+    options = dict(output_dir=str(folder), resume=resume, **eval(sys.argv[1]))
+    lm.run(lm.LayerMergeConfig(**options), progress=False)
+    os._exit(0)
+
+
+def lines(file):
+    return file.read_bytes().count(b"\\n") if file.exists() else 0
+
+
+def kill_after(child, file, step):
+    "Kill it, no sooner than with so many steps written."
+    while lines(file) < step:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it ended before it was killed"
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+assert os.waitpid(start("whole", False), 0)[1] == 0
+cut = Path("cut")
+for number, (file, first, last) in enumerate(eval(sys.argv[2])):
+    step = random.randint(first, last)
+    print(f"killed after step {step} of {file}", flush=True)
+    kill_after(start(cut, number > 0), cut / file, step)
+assert os.waitpid(start(cut, True), 0)[1] == 0
+'''
+
+
+def same_run(one: Path, other: Path):
+    "All that a run writes, but for what the clock and the machine say."
+    timed = {"tokens_per_second", "memory_bytes"}
+    for name in ("history.jsonl", "healing.jsonl"):
+        rows = [
+            [
+                {k: v for k, v in json.loads(line).items() if k not in timed}
+                for line in (folder / name).read_text().splitlines()
+            ]
+            for folder in (one, other)
+        ]
+        assert rows[0] == rows[1]
+    files = ("alphas.csv", "search.csv", "held_out.json", "merged/model.safetensors")
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path):
+    "kill -9 while it learns, twice while it learns further, and while it heals."
+    options = dataclasses.asdict(run_config(tmp_path))
+    options |= dict(num_steps=24, save_steps=3, eval_steps=4, learning_rate=0.05)
+    options |= dict(batch_size=2, loss="kl", heal_steps=9, patience=None)
+    for name in ("output_dir", "resume"):
+        options.pop(name)
+    learning, healing = "history.jsonl", "healing.jsonl"
+    kills = [(learning, 1, 6), (learning, 4, 14), (learning, 12, 22), (healing, 2, 7)]
+    words = [sys.executable, "-c", KILLED_RUNS, repr(options), repr(kills)]
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+class Killed(BaseException):
+    "What a run dies of in the middle of a step."
+
+
+def test_a_run_that_ran_out_of_patience_does_so_again(tmp_path):
+    options = dict(num_steps=40, learning_rate=1e-6, patience=6, eval_steps=2)
+    options |= dict(save_steps=1, batch_size=2)
+    whole = lm.run(run_config(tmp_path, **options), progress=False)
+    steps = len(whole.history)
+    assert steps == 6 and whole.history["held_out_loss"].notna().sum() == 4
+    options |= dict(output_dir=str(tmp_path / "cut"))
+
+    def die(step, loss):
+        if step == steps - 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        lm.run(run_config(tmp_path, **options), on_step=die, progress=False)
+    config = run_config(tmp_path, resume=True, **options)
+    again = lm.run(config, progress=False)
+    assert list(again.history["loss"]) == list(whole.history["loss"])
+    merged = [f / "merged/model.safetensors" for f in (whole.folder, again.folder)]
+    assert merged[0].read_bytes() == merged[1].read_bytes()
+    with pytest.raises(ValueError, match="resume: learning_rate=0.5"):
+        lm.run(dataclasses.replace(config, learning_rate=0.5), progress=False)
+
+
+def test_no_run_ends_worse_on_held_out_rows_than_it_began(tmp_path):
+    "Even with a rate that throws the shares about."
+    options = dict(num_steps=6, learning_rate=1.0, eval_steps=1, batch_size=2)
+    options |= dict(data_dir=str(bundled_path("tasks/rewrite")), max_length=48)
+    folder = bundled_path("models/deep")
+    config = run_config(tmp_path, model_path=str(folder), num_samples=8, **options)
+    result = lm.run(config, progress=False)
+    found = json.loads((result.folder / "held_out.json").read_text())
+    tokenizer = lm.load_tokenizer(folder)
+    held = lm.read_data(config, tokenizer)[1]
+    starts = lm.start_from, result.search
+    model = lm.load_model(folder, dtype=config.dtype)
+    pairs = [(into, removed, 0.5) for into, removed in unique_pairs(result.alphas)]
+    lm.replace_layers_with_mergeable(model, pairs, per_module=True)
+    starts[0](model, starts[1])
+    assert lm.mean_loss(model, held.batches) == pytest.approx(found["start"], abs=1e-4)
+    lm.only_alphas(model)
+    for name, logit in lm.alpha_parameters(model).items():
+        learned = result.alphas.set_index("layer")["after"]
+        share = learned[name.removesuffix(".alpha_logit")]
+        logit.data.copy_(lm.logit_of(share))
+    assert lm.mean_loss(model, held.batches) == pytest.approx(found["loss"], abs=1e-4)
+    assert found["loss"] <= found["start"]
+
+
+def unique_pairs(alphas: pd.DataFrame) -> list[tuple[int, int]]:
+    return list(dict.fromkeys(zip(alphas["into"], alphas["removed"])))
+
+
+def test_a_stop_by_signal_loses_nothing(tmp_path):
+    options = dict(num_steps=8, save_steps=0, batch_size=2, eval_steps=2)
+    whole = lm.run(run_config(tmp_path, **options), progress=False)
+    options |= dict(output_dir=str(tmp_path / "cut"))
+
+    def ask(step, loss):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunInterrupted, match="after step 3 of 8.*--resume"):
+        lm.run(run_config(tmp_path, **options), on_step=ask, progress=False)
+    again = lm.run(run_config(tmp_path, resume=True, **options), progress=False)
+    pd.testing.assert_frame_equal(again.alphas, whole.alphas, check_exact=True)
+
+
+def test_a_loss_that_is_no_number_stops_training_and_says_so():
+    model = mergeable()
+    lm.decoder_layers(model)[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+        lm.train_alpha_parameters(model, [batch_of()], num_steps=2, progress=False)
+
+
+@pytest.mark.parametrize("held_out", [None, [0]])
+def test_a_model_is_given_back_as_it_was(held_out):
+    "Head, ties, modes and cache; only the alphas have moved."
+    model = tiny_model("llama", num_hidden_layers=6, tie_word_embeddings=True).train()
+    model = lm.replace_layers_with_mergeable(model, PAIRS, "given")
+    head, cache = model.get_output_embeddings(), model.config.use_cache
+    held_out = held_out and [batch_of(seed) for seed in held_out]
+    lm.train_alpha_parameters(
+        model, [batch_of()], num_steps=2, progress=False, held_out=held_out
+    )
+    assert model.get_output_embeddings() is head and model.training
+    assert head.weight is model.get_input_embeddings().weight
+    assert model.config.use_cache == cache
+    assert len(model.merge_record.history) == 2
+    assert ("held_out_loss" in model.merge_record.history) == bool(held_out)
+
+
+@pytest.mark.parametrize("data", ["mmlu", "tasks/rewrite", "text"])
+def test_what_is_held_out_is_not_learned_from(data, tmp_path):
+    tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
+    if data == "text":
+        place = tmp_path / "text.txt"
+        place.write_text("\n\n".join(f"This is paragraph {i % 60}." for i in range(80)))
+    else:
+        place = bundled_path(data)
+    rows, held = calibration.calibration_split(tokenizer, place, 50, 16)
+    seen = {tuple(row["input_ids"]) for row in rows}
+    assert len(rows) == 50 and 4 <= len(held) <= 16
+    assert not seen & {tuple(row["input_ids"]) for row in held}
+    plain = lm.prepare_calibration_data(tokenizer, place, 50).dataset
+    assert data == "mmlu" or {tuple(row["input_ids"]) for row in plain} == seen
+    if data == "mmlu":
+        for row in held:
+            scored = [label for label in row["labels"] if label != -100]
+            question = tokenizer.decode(scored, skip_special_tokens=True)
+            question = question.split("\nA.")[0].strip()
+            assert question and not any(
+                question in tokenizer.decode(row["input_ids"]) for row in rows
+            )
+
+
+def test_too_few_rows_are_lent(tmp_path, caplog):
+    tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
+    (tmp_path / "text.txt").write_text("One.\n\nTwo.\n\nThree.")
+    rows, held = calibration.calibration_split(tokenizer, tmp_path / "text.txt")
+    assert held == rows and "3 samples are too few to hold any out" in caplog.text
