@@ -6,10 +6,10 @@
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'ADJUSTED', 'LoopConfig', 'TrainConfig', 'relative_spread',
            'delta_unit', 'objective_of', 'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers',
            'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
-           'memory_in_use', 'read_rows', 'read_history', 'set_learning_rate', 'read_adjusted', 'note_adjusted',
-           'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted', 'resume_command',
-           'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts', 'checkpoint_to_resume',
-           'check_going_on', 'open_together']
+           'summary', 'memory_in_use', 'read_rows', 'read_history', 'set_learning_rate', 'read_adjusted',
+           'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar', 'RunInterrupted',
+           'resume_command', 'attach_watchers', 'last_checkpoint', 'train_from', 'held_out_facts',
+           'checkpoint_to_resume', 'check_going_on', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -56,8 +56,8 @@ class LoopConfig:
     learning_rate: float | None = option(
         None, "Step size of the optimizer on the masks, as it is; none given: 0.1, times the components' relative spread where masks multiply whole weights", low=0, high=1, log=True, group="Training", start=0.1
     )
-    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training")
-    num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training")
+    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training", resumable=True)
+    num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training", resumable=True)
     per_device_train_batch_size: int = option(8, "Samples per device and micro-step", low=1, high=256, group="Training")
     gradient_accumulation_steps: int = option(1, "Micro-steps per optimizer step", low=1, high=256, group="Training")
     lr_scheduler_type: str = option(
@@ -73,24 +73,25 @@ class LoopConfig:
         32, "Rows of each dataset that are not trained on: they choose the masks that are kept; 0: keep the last", low=0, group="Training"
     )
     eval_steps: int | None = option(None, "Optimizer steps between looks at held-out rows; none given: a tenth of the run", low=1, group="Training")
-    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: none, unless the run is stopped", low=0, group="Output")
-    save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output")
-    logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output")
-    report_to: str = option("none", "tensorboard, wandb or none", group="Output")
+    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: none, unless the run is stopped", low=0, group="Output", resumable=True, recipe=False)
+    save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output", resumable=True, recipe=False)
+    logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output", resumable=True, recipe=False)
+    report_to: str = option("none", "tensorboard, wandb or none", group="Output", resumable=True, recipe=False)
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in backward: less memory, a third more time; none given: if it would not fit otherwise",
-        group="Memory",
+        group="Memory", resumable=True,
     )
-    logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory")
+    logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget of 256 MiB", low=1, group="Memory", resumable=True)
     teacher_cache_gb: float = option(
         8.0, "GiB of disk for teachers' hidden states of samples that come again: later passes need no teacher's forward; 0: none; not with shard",
-        low=0, group="Memory",
+        low=0, group="Memory", resumable=True, recipe=False,
     )
-    device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training")
+    device: str = option("auto", "Where to train", choices=["auto", "cpu", "cuda", "mps"], group="Training", resumable=True, recipe=False)
     torch_compile: bool = option(
-        False, "Compile the decoder layers: steps take up to a tenth less time on a CPU, the first ones a minute or more", group="Training"
+        False, "Compile the decoder layers: steps take up to a tenth less time on a CPU, the first ones a minute or more", group="Training",
+        resumable=True,
     )
-    dataloader_num_workers: int = option(0, "Processes that prepare batches", low=0, group="Training")
+    dataloader_num_workers: int = option(0, "Processes that prepare batches", low=0, group="Training", resumable=True, recipe=False)
 
 
 @dataclasses.dataclass
@@ -541,6 +542,12 @@ def alpha_summary(merger: Merger) -> dict[str, float]:  # alpha_mean_0, alpha_mi
     return {f"alpha_{name}_{i}": value for i, row in enumerate(table) for name, value in zip(names, row)}
 
 
+@method_of(MergerTrainer)
+def summary(self) -> dict[str, float]:
+    "What a row of the history says of what is trained, beside the losses."
+    return alpha_summary(self.accelerator.unwrap_model(self.model))
+
+
 def memory_in_use() -> int:  # bytes
     "Peak of CUDA's allocator where there is one, else resident memory of this process (0 where the system tells neither)."
     if torch.cuda.is_available():
@@ -645,8 +652,7 @@ class HistoryCallback(TrainerCallback):
         for name in sorted(n for n in sums if n.startswith("sum_source_")):
             i = name.removeprefix("sum_source_")
             row[f"loss_source_{i}"] = sums.pop(name) / max(sums.pop(f"tokens_source_{i}"), 1)
-        merger = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        row |= sums | alpha_summary(merger)
+        row |= sums | self.trainer.summary()
         row |= {"tokens_per_second": tokens / (self._ended - self._started), "memory_bytes": memory_in_use()}
         row |= self.trainer.keeper.look_at(state.global_step)
         self.rows.append(row)
@@ -792,15 +798,14 @@ def checkpoint_to_resume(
 
 
 def check_going_on(
-    config,  # options of the run, `resume` among them
+    config,  # options of the run, `resume` among them; those that are `resumable` may differ from how it was begun
     folder: Path,  # of the run
-    free: set[str],  # options that may differ from those it was begun with
     n_processes: int = 1,  # that train together now
 ) -> Path | None:  # the checkpoint to go on from; None: the run begins
     "Raise `FileNotFoundError` or `ValueError` unless a run that is resumed is the run that was begun."
     if not config.resume:
         return None
-    check_resumed(config, folder, free)
+    check_resumed(config, folder)
     return checkpoint_to_resume(folder, n_processes)
 
 
