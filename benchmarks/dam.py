@@ -31,14 +31,18 @@ import transformers
 from torch import Tensor
 
 from merge_lab.cli import call
-from merge_lab.components import load_model, load_tokenizer
-from merge_lab.core import set_seed, write_json
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.components import load_model
+from merge_lab.devices import set_seed
+from merge_lab.run_folder import write_json
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.memory import track_memory
-from merge_lab.merger import Merger, MergerConfig
-from merge_lab.objective import STORED_TOPK, Objective, coefficient_penalty
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
+from merge_lab.objective import coefficient_penalty, Objective
+from merge_lab.teacher_cache import STORED_TOPK
 from merge_lab.systems import dam, mask_merge
-from merge_lab.tasks import ChatCollator, build_dataset, load_task
+from merge_lab.chat import build_dataset, ChatCollator, load_task
 from merge_lab.tinylm import tiny_model
 from merge_lab.training import read_history
 

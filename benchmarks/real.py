@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from merge_lab.components import load_model, load_tokenizer
-from merge_lab.core import write_json
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.components import load_model
+from merge_lab.run_folder import write_json
 from merge_lab.evaluation import evaluate_tasks, load_tests
 from tqdm import tqdm
 
@@ -113,7 +114,7 @@ def seed_of(root):
 def draw(folder, picture):
     "The README's bars."
     from merge_lab.real import recorded_shares, share_bars
-    from merge_lab.viz import save_figure
+    from merge_lab.figures import save_figure
 
     groups = {"two experts": "french+docstrings", "three experts": "french+docstrings+german"}
     shown = ("mask-merge", "uniform average", "mergekit")

@@ -25,15 +25,16 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from merge_lab.components import load_model, load_tokenizer
-from merge_lab.core import write_json
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.components import load_model
+from merge_lab.run_folder import write_json
 from merge_lab.memory import track_memory
 from merge_lab.nested_model import memory_table
 from merge_lab.precision_costs import fit_costs, fit_price, greedy_assignments, measure_costs
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
 from merge_lab.systems.router import RouterConfig, RouterTrainer
-from merge_lab.tasks import text_corpus, text_hash
+from merge_lab.toy_corpus import text_corpus, text_hash
 from merge_lab.text_windows import (
     LOCAL_TEXT,
     bits_by_kind,

@@ -34,7 +34,7 @@ def main():
     import torch
     import transformers
 
-    from merge_lab.core import write_json
+    from merge_lab.run_folder import write_json
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="How often")

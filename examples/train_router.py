@@ -11,8 +11,8 @@ and on two that it does not know (code and tasks). Use your own model by changin
 
 import logging
 
-from merge_lab.components import load_tokenizer
-from merge_lab.core import bundled_path
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.run_folder import bundled_path
 from merge_lab.nested_model import memory_table
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
 from merge_lab.systems.router import RouterConfig, run

@@ -28,12 +28,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .components import load_model, read_component
-from .core import _umask, best_device, check_choice, check_names
-from .evaluation import positions_of, row_nats
+from .checkpoints import read_component
+from .components import load_model
+from .config import check_choice, check_names
+from .devices import best_device
+from .run_folder import _umask
+from .scoring import positions_of, row_nats
 from .memory import free_memory
 from .sft_data import encode_rows, layout_of
-from .tasks import ChatCollator
+from .chat import ChatCollator
 
 if TYPE_CHECKING:
     import datasets

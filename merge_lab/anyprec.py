@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_choice
+from .config import check_choice
 from .masks import masked_linear
 
 # %% ../nbs/14_anyprec.ipynb #885130a5

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from .evaluation import INTRO, choice_prompt
-from .tasks import ChatCollator, encode_chat, encode_text, load_mmlu, load_task, validation_rows
+from .chat import ChatCollator, encode_chat, load_mmlu, load_task, validation_rows
+from .tasks import encode_text
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
-from .core import check_choice, write_text
+from .config import check_choice
+from .run_folder import write_text
 
 logger = logging.getLogger(__name__)
 

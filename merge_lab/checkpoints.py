@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .core import check_choice
+from .config import check_choice
 
 # %% ../nbs/03_checkpoints.ipynb #bd4e3b95
 REPORT_COLUMNS = ("property", "ok", "level", "obstacle", "remedy")

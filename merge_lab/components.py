@@ -28,7 +28,8 @@ from merge_lab.checkpoints import (  # noqa: F401
     TensorHeader, UnreadableComponent, as_dtype, component_bytes, component_name, component_names, find_folder,
     load_tokenizer, read_chat_template, read_component, read_config, read_header, read_headers, read_tokenizer,
 )
-from .core import check_choice, check_disk_space
+from .config import check_choice
+from .run_folder import check_disk_space
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .core import check_choice
+from .config import check_choice
 from .evaluation import multiple_choice, perplexity
 from .similarity import collect_outputs, similarity_matrix
 

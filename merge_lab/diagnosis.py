@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
-from .core import write_text
+from .run_folder import write_text
 from .memory import free_memory, readable
 from .training import memory_in_use, read_history
 
@@ -276,7 +276,7 @@ def training_diagnostics(
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #ab7b2c17
 def curves_figure(curves: pd.DataFrame):  # from `training_curves` -> matplotlib Figure
     "Training loss, and validation loss where it was taken."
-    from merge_lab.viz import add_legend, colour_of, new_figure
+    from merge_lab.figures import add_legend, colour_of, new_figure
 
     names = {"loss": "training", "eval_loss": "validation"}
     figure, axes = new_figure("Both should fall together: loss by step" if "eval_loss" in curves else "It should fall: loss by step", size=(6.4, 3))

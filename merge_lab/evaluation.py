@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from merge_lab.chat import (
     ChatCollator, answer_of, encode_chat, format_choice, length_batches, letters, load_mmlu, load_task, place_of, prompt_of, template_ids,
 )
-from .components import component_names
-from .core import check_choice
+from .checkpoints import component_names
+from .config import check_choice
 from .merger import Merger
 from merge_lab.scoring import (  # noqa: F401
     CHECKED_TOKENS, MAX_TOKENS, ModelParts, check_length, cut_model, evaluating, parts_agree, positions_of, row_nats, scoring,

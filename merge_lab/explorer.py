@@ -19,8 +19,9 @@ import pandas as pd
 from .config import check_choice
 from .evaluation import evaluate_tasks, generate_answers
 from .lesson import method_of
-from .merger import Merger, check_mask_init
-from .tasks import answer_of, prompt_of
+from .merger import Merger
+from .merger_config import check_mask_init
+from .chat import answer_of, prompt_of
 from .worker import LatestWorker
 
 # %% ../nbs/35_explorer.ipynb #8c284323

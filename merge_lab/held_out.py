@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .chat import length_batches
-from .core import save_tensors, write_json
+from .run_folder import save_tensors, write_json
 from .merger import Merger
 from .objective import Objective, coefficient_penalty
 from .teacher_cache import KeptStates

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .architecture import input_dim
 from .constraints import constrain, unconstrain, weight_angle
-from .core import check_choice, method_of
+from .config import check_choice
+from .lesson import method_of
 from .devices import bring, device_type, full, shard_like
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb

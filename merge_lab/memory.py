@@ -29,12 +29,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from . import losses
 from .architecture import decoder_layers
-from .components import LOAD_LOCK, as_dtype, find_folder, read_config
-from .core import check_choice, check_options, option
+from .checkpoints import as_dtype, find_folder, LOAD_LOCK
+from .components import read_config
+from .config import check_choice, check_options, option
 from .devices import pretending
 from .distributed import frozen_bytes
 from .masks import IMPLS, MODES
-from .merger import KINDS, Merger, MergerConfig, checkpoint_activations, held_paths
+from .merger import checkpoint_activations, Merger
+from .merger_config import held_paths, KINDS, MergerConfig
 from .objective import Objective
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .constraints import constrain, unconstrain
-from .core import check_choice
+from .config import check_choice
 from merge_lab.depth import (
     PUBLISHED_ALPHA,
     check_depth_free,
@@ -34,7 +34,7 @@ from merge_lab.depth import (
     shortened,
 )
 from .masks import MaskedLinear, MaskedModule, MergeState, masked_class
-from .merger import parameter_modules
+from .architecture import parameter_modules
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pydantic import FiniteFloat
 from torch import Tensor
 
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
-from .core import check_choice, check_options, check_type, option, yaml_value
+from .config import check_choice, check_options, check_type, option, yaml_value
 from .masks import IMPLS, MODES
 
 # %% ../nbs/18_merger_config.ipynb #87308850

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .anyprec import NestedLinear, NestedWeight, WeightSlot, quantize_weight
-from .components import LOAD_LOCK
-from .core import check_choice, save_tensors, write_text
+from .checkpoints import LOAD_LOCK
+from .config import check_choice
+from .run_folder import save_tensors, write_text
 
 # %% ../nbs/26_nested_model.ipynb #e4f4f410
 def decoder_layers(model) -> nn.ModuleList:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import losses as L
-from .core import check_choice
+from .config import check_choice
 from .distributed import is_sharded
 from .merger import Merger
 from .teacher_cache import STORED_TOPK, TeacherCache

@@ -22,11 +22,12 @@ import yaml
 
 # %% ../nbs/34_panel.ipynb #b7eac8cf
 from .commands import COMMANDS
-from .components import preflight, read_component
+from .checkpoints import read_component
+from .components import preflight
 from .config import check_choice, config_to_cli, config_to_python, config_to_yaml, yaml_value
 from .lesson import method_of
 from .run_folder import check_run
-from .tasks import load_task
+from .chat import load_task
 
 # %% ../nbs/34_panel.ipynb #f551f30e
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .core import save_tensors
+from .run_folder import save_tensors
 from .routed_model import LayerwiseQuantizeForCausalLM, Routers
 from .text_windows import Window, collate, window_divergences, windows_at_once
 

@@ -26,7 +26,8 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .core import check_choice, check_options, config_to_cli, option, write_json, write_text
+from .config import check_choice, check_options, config_to_cli, option
+from .run_folder import write_json, write_text
 from .run_folder import alone_in
 from .evaluation import UNIFORM, load_tests, recovered_share, score_baselines, score_model
 from .real_data import REAL_TASKS, check_real, make_real_base, make_real_task
@@ -240,8 +241,10 @@ def merged_models(config: RealConfig, root: Path, tasks: Sequence[str]) -> dict[
 
 def score_group(config: RealConfig, root: Path, tasks: Sequence[str]) -> pd.DataFrame:  # columns model, task, n, loss, perplexity, chrf
     "Scores of base, experts, average and merges of one group."
-    from merge_lab.components import load_model, load_tokenizer
-    from merge_lab.merger import Merger, MergerConfig
+    from merge_lab.checkpoints import load_tokenizer
+    from merge_lab.components import load_model
+    from merge_lab.merger import Merger
+    from merge_lab.merger_config import MergerConfig
 
     steps = read_steps(root)
     made = {step.name: steps.get(step.name) for step in group_steps(config, root, tasks)}
@@ -297,7 +300,7 @@ def share_bars(
     shares: dict[str, pd.DataFrame],  # title -> worst task's recovered share; index model, a column for each seed
 ):  # matplotlib Figure
     "Recovered share of the worst task, a panel for each group of experts; bars are means, dots are seeds."
-    from merge_lab.viz import colour_of, new_figure
+    from merge_lab.figures import colour_of, new_figure
 
     shares = {title: table[[name != "base" and not name.startswith("expert") for name in table.index]] for title, table in shares.items()}
     rows = max(map(len, shares.values()))
@@ -333,7 +336,7 @@ def recorded_shares(
 def write_real_report(config: RealConfig, root: Path, tables: dict[str, pd.DataFrame]) -> Path:
     "Write plots/ and report.html; returns its path."
     from merge_lab import report as R
-    from merge_lab.viz import save_figure
+    from merge_lab.figures import save_figure
 
     figure = share_bars({title: table[[("worst task", "recovered")]] for title, table in tables.items()})
     (root / "plots").mkdir(exist_ok=True)

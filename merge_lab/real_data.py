@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from .core import check_choice, write_json
+from .config import check_choice
+from .run_folder import write_json
 from .chat import chat_row, write_jsonl
 
 # %% ../nbs/05_real_data.ipynb #3ed1cfcc

@@ -25,8 +25,10 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 import merge_lab
-from .core import check_choice, write_text
-from .viz import METRICS, figure_to_png, need_columns, wide_scores
+from .config import check_choice
+from .run_folder import write_text
+from .figures import figure_to_png, need_columns
+from .viz import METRICS, wide_scores
 
 # %% ../nbs/35_report.ipynb #c5ed323d
 PAGE_STYLE = """

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import check_choice, method_of
+from .config import check_choice
+from .lesson import method_of
 from .nested_model import NestedModel, Plan, load_skeleton, pick_precisions, read_quantized
 
 # %% ../nbs/27_routed_model.ipynb #2dee220a

@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 
 # %% ../nbs/36_runs.ipynb #aec1716d
 from .commands import COMMANDS, OTHER, SYSTEMS, find_object
-from .components import component_names
+from .checkpoints import component_names
 from .config import check_choice, config_from_dict, config_to_yaml
 from .constraints import constrain
 from .drawing import STYLE, badge, block, frame_html
@@ -39,7 +39,8 @@ from merge_lab.figures import (
     MUTED, add_colour_bar, add_legend, colour_of, colour_scale, figure_to_png, name_of, new_figure,
 )
 from .lesson import method_of
-from .merger import CONFIG_FILE, MASKS_FILE, Merger, layer_of, read_merger_config
+from .architecture import layer_of
+from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .panel import FOLDERS, ConfigPanel
 from .run_folder import bundled_path
 from .session import Bench

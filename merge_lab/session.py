@@ -27,7 +27,8 @@ from transformers import TrainerCallback
 from .config import check_choice, narrow
 from .lesson import method_of
 from .losses import LOSSES, PENALTIES
-from .merger import Merger, MergerConfig
+from .merger import Merger
+from .merger_config import MergerConfig
 from .panel import ConfigPanel
 from merge_lab.training import (
     HistoryCallback, MergerTrainer, StopCallback, memory_in_use, note_adjusted, read_adjusted, set_learning_rate, train_from,

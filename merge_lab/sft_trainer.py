@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .adapters import device_settings, quiet_peft
-from .core import check_names, did_you_mean
+from .config import check_names, did_you_mean
 from .sft_data import encode_rows, evaluation_steps, quiet_datasets
 from .training import check_report_to
 

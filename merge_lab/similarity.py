@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .core import check_choice
+from .config import check_choice
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import TrainerCallback
 
-from .core import save_tensors
+from .run_folder import save_tensors
 from .held_out import HeldOut
-from .losses import shift_labels
+from .token_losses import shift_labels
 from .masks import MaskedLinear, MergeState
 from .merger import MASKS_FILE, Merger
 from .objective import Objective

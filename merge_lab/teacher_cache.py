@@ -19,7 +19,7 @@ import torch
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 
-from .core import method_of
+from .lesson import method_of
 
 logger = logging.getLogger(__name__)
 

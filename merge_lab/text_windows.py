@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import bundled_path, check_choice
-from .losses import kl_loss
+from .config import check_choice
+from .run_folder import bundled_path
+from .token_losses import kl_loss
 from .nested_model import NestedModel, read_bytes
 from .routed_model import LayerwiseQuantizeForCausalLM
-from .tasks import load_task, text_corpus
+from .chat import load_task
+from .toy_corpus import text_corpus
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .core import check_choice
+from .config import check_choice
 
 # %% ../nbs/01_tinylm.ipynb #521b474e
 special_tokens = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .core import check_choice
+from .config import check_choice
 from .devices import device_type
 
 # %% ../nbs/09_token_losses.ipynb #ea1b013f

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from .chat import ChatCollator, chat_row, encode_chat, encode_text, format_choice, letters, write_jsonl
-from .core import check_choice, write_text
+from .config import check_choice
+from .run_folder import write_text
 from .tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 # %% ../nbs/16_toy_corpus.ipynb #288ef551

@@ -39,12 +39,15 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from . import losses as L
-from .core import begin_run, check_choice, check_resumed, method_of, option, save_tensors, write_json, write_text
+from .config import check_choice, option
+from .lesson import method_of
+from .run_folder import begin_run, check_resumed, save_tensors, write_json, write_text
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
-from .masks import full, shard_like
+from .devices import full, shard_like
 from .merger import Merger
-from .objective import Objective, TeacherCache
+from .objective import Objective
+from .teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ import torch
 
 from .writer import stored_tensors
 from .commands import SYSTEMS, find_object
-from .components import load_tokenizer
+from .checkpoints import load_tokenizer
 from .config import check_choice, check_options, option
 from .run_folder import is_run
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from accelerate import debug_launcher, notebook_launcher
 
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.training import MergerTrainer, TrainConfig, training_arguments

@@ -18,23 +18,9 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from merge_lab.components import (
-    IncompatibleComponents,
-    UnreadableComponent,
-    align_vocabulary,
-    check_components,
-    component_bytes,
-    component_names,
-    load_components,
-    load_model,
-    load_tokenizer,
-    preflight,
-    read_component,
-    read_header,
-    read_tokenizer,
-    silence_dropout,
-    untie_embeddings,
-)
+from merge_lab.architecture import silence_dropout
+from merge_lab.checkpoints import component_bytes, component_names, load_tokenizer, read_component, read_header, read_tokenizer, UnreadableComponent
+from merge_lab.components import align_vocabulary, check_components, IncompatibleComponents, load_components, load_model, preflight, untie_embeddings
 
 WORDS = ["<unk>", "<s>", "</s>"]
 WORDS += ["the", "cat", "sat", "on", "a", "mat", "and", "slept"]
@@ -525,7 +511,8 @@ def test_sharded_equals_single(pair):
 # The hub: a cache made by hand, in a process that has no network
 
 OFFLINE = """
-from merge_lab.components import load_model, load_tokenizer, preflight
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.components import load_model, preflight
 
 report = preflight(["someone/a", "someone/b"])
 assert report.ok.all() and list(report.columns[1:3]) == ["a", "b"]

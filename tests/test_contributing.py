@@ -23,13 +23,14 @@ from merge_lab.cli import help_of, main, parse, usage
 from merge_lab.commands import COMMANDS, SYSTEMS
 from merge_lab.config import config_from_yaml
 from merge_lab.constraints import CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, constrain, unconstrain
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.runs import Run, find_runs, read_alphas
 from merge_lab.systems.mask_merge import MaskMergeConfig
 from merge_lab.tinylm import architectures, tiny_experts
-from merge_lab.widgets import ConfigPanel
+from merge_lab.panel import ConfigPanel
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

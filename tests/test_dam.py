@@ -19,19 +19,14 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
 from merge_lab import objective
 from merge_lab.cli import main, shadow_of
-from merge_lab.components import load_tokenizer
-from merge_lab.core import bundled_path
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.run_folder import bundled_path
 from merge_lab.evaluation import evaluate_tasks
-from merge_lab.losses import shift_labels
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.token_losses import shift_labels
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.systems import dam
-from merge_lab.tasks import (
-    ChatCollator,
-    build_dataset,
-    chat_row,
-    load_task,
-    write_jsonl,
-)
+from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.training import RunInterrupted, last_checkpoint, read_history
 

@@ -8,7 +8,8 @@ import torch
 from merge_lab.constraints import constrain
 from merge_lab.held_out import Best, HeldOut
 from merge_lab.masks import blend
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.tinylm import tiny_experts, tiny_model
 from merge_lab.training import (

@@ -184,7 +184,7 @@ def launch(*words: str, program=PROGRAM, **environment) -> subprocess.CompletedP
 
 
 def small(folder, **options):
-    from merge_lab.core import bundled_path
+    from merge_lab.run_folder import bundled_path
     from merge_lab.systems.mask_merge import demo_config
 
     tasks = ("rewrite", "summarize")
@@ -203,7 +203,7 @@ def saved(folder, name="masks/masks.safetensors"):
 
 
 def test_the_command_trains_sharded_as_in_one_process(tmp_path):
-    from merge_lab.core import config_to_yaml
+    from merge_lab.config import config_to_yaml
     from merge_lab.systems.mask_merge import run
     from merge_lab.training import read_history
 
@@ -236,7 +236,7 @@ def test_the_command_trains_sharded_as_in_one_process(tmp_path):
 
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
     "One sample a process, so that often a process has none of a source; Adam's state is divided as well."
-    from merge_lab.core import config_to_yaml
+    from merge_lab.config import config_to_yaml
     from merge_lab.systems.mask_merge import prepare
 
     options = dict(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_lab.core import option
+from merge_lab.config import option
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"blend": "merge_lab.masks.blend"}

@@ -24,7 +24,8 @@ from merge_lab.chat import (
     load_task,
     write_jsonl,
 )
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.toy_corpus import make_mmlu
 

@@ -106,7 +106,7 @@ def test_imports_only_go_down(notebook):
     ],
 )
 def test_layer_rule_fails_on_a_planted_import(name, source, wrong):
-    assert wrong in wrong_imports(name, f"from merge_lab.core import option\n{source}\n")
+    assert wrong in wrong_imports(name, f"from merge_lab.config import option\n{source}\n")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_formulas_are_written_with_one_backslash(notebook):
 
 def test_layer_rule_sees_an_import():
     training = next(p for p in NOTEBOOKS if p.stem == "31_training")
-    assert {"losses", "merger", "core"} <= imported_modules(exported_source(training))
+    assert {"losses", "merger", "config"} <= imported_modules(exported_source(training))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)

@@ -33,7 +33,7 @@ from merge_lab.adapters import (
     probe_logits,
     quiet_peft,
 )
-from merge_lab.core import begin_run, bundled_path
+from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.diagnosis import LiveCurves, training_curves, training_diagnostics
 from merge_lab.sft_data import (
     bytes_of_token,
@@ -51,7 +51,7 @@ from merge_lab.systems.lora import (
     train_with_ranks,
     use_curriculum,
 )
-from merge_lab.tasks import ChatCollator
+from merge_lab.chat import ChatCollator
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 from merge_lab.training import RunInterrupted
 

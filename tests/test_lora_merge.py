@@ -26,8 +26,8 @@ from merge_lab.adapters import (
     read_adapters,
 )
 from merge_lab.cli import main
-from merge_lab.components import load_tokenizer
-from merge_lab.core import begin_run, bundled_path
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.masks import MODES, MergeState
 from merge_lab.systems.lora import LoRAPipelineConfig
@@ -41,7 +41,7 @@ from merge_lab.systems.lora_merge import (
     run,
     save_adapter,
 )
-from merge_lab.tasks import chat_row, load_task, write_jsonl
+from merge_lab.chat import chat_row, load_task, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_model
 from merge_lab.training import RunInterrupted
 

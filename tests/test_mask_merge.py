@@ -16,20 +16,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from merge_lab.cli import COMMANDS, help_of, main, parser_of
-from merge_lab.core import begin_run, bundled_path, config_from_yaml, config_to_yaml
+from merge_lab.cli import help_of, main, parser_of
+from merge_lab.commands import COMMANDS
+from merge_lab.config import config_from_yaml, config_to_yaml
+from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.evaluation import evaluate_tasks
-from merge_lab.systems.mask_merge import (
-    LEARNED,
-    UNIFORM,
-    MaskMergeConfig,
-    RunInterrupted,
-    demo_config,
-    headline,
-    run,
-    show_result,
-)
-from merge_lab.tasks import load_task
+from merge_lab.evaluation import UNIFORM
+from merge_lab.systems.mask_merge import demo_config, headline, LEARNED, MaskMergeConfig, run, show_result
+from merge_lab.training import RunInterrupted
+from merge_lab.chat import load_task
 from merge_lab.tinylm import save_tiny, tiny_model
 from merge_lab.training import read_history
 
@@ -430,7 +425,7 @@ def test_the_base_is_found_given_or_left_out(tmp_path):
 
 
 def test_a_run_tells_start_best_and_last(demo):
-    from merge_lab.systems.mask_merge import told_held_out
+    from merge_lab.held_out import told_held_out
 
     looks = demo.held_out["looks"]
     assert demo.held_out["start"] == looks[0]["loss"] >= demo.held_out["loss"]

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.packing import agrees, shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -18,7 +18,7 @@ from merge_lab.real_data import (
     missing_packages,
     split_of,
 )
-from merge_lab.tasks import load_task, write_jsonl
+from merge_lab.chat import load_task, write_jsonl
 
 needs_real = pytest.mark.skipif(
     bool(missing_packages()),
@@ -33,7 +33,8 @@ def base(tmp_path_factory):
 
 @needs_real
 def test_the_base_answers_and_is_a_plain_checkpoint(base):
-    from merge_lab.components import load_model, load_tokenizer
+    from merge_lab.checkpoints import load_tokenizer
+    from merge_lab.components import load_model
     from merge_lab.systems.lora import complete
 
     config = json.loads((base / "config.json").read_text())
@@ -187,7 +188,7 @@ def test_a_step_stops_when_the_demo_is_killed(tmp_path):
 def test_the_readme_tells_the_worst_of_ours_and_the_best_of_the_others():
     "Figures at the top of the README against the raw data."
     import pandas as pd
-    from merge_lab.core import bundled_path
+    from merge_lab.run_folder import bundled_path
     from merge_lab.evaluation import UNIFORM, recovered_share
 
     folder = bundled_path("benchmarks/real")

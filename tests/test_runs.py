@@ -13,24 +13,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from merge_lab.cli import COMMANDS
+from merge_lab.commands import COMMANDS
 from merge_lab.commands import System
-from merge_lab.components import load_tokenizer
-from merge_lab.core import bundled_path
-from merge_lab.merger import Merger, MergerConfig
-from merge_lab.runs import (
-    SYSTEMS,
-    BrowserView,
-    Run,
-    RunBrowser,
-    compare_runs,
-    find_object,
-    read_alphas,
-)
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.run_folder import bundled_path
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
+from merge_lab.commands import find_object, SYSTEMS
+from merge_lab.runs import BrowserView, compare_runs, read_alphas, Run, RunBrowser
 from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, quantize, router
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.viz import layer_grid
-from merge_lab.widgets import Bench, ConfigPanel, controls_of
+from merge_lab.panel import ConfigPanel, controls_of
+from merge_lab.session import Bench
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
 

@@ -20,7 +20,7 @@ from merge_lab.chat import (
     place_of,
     write_jsonl,
 )
-from merge_lab.core import bundled_path
+from merge_lab.run_folder import bundled_path
 from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.tinylm import tiny_tokenizer
 from merge_lab.toy_corpus import (

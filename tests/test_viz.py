@@ -14,7 +14,8 @@ from PIL import Image
 
 from merge_lab import figures as shared
 from merge_lab import viz
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 
 long_names = [

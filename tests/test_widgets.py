@@ -18,10 +18,13 @@ import pytest
 import torch
 import yaml
 
-from merge_lab.cli import COMMANDS, PreflightConfig, parse
-from merge_lab.components import load_tokenizer
-from merge_lab.core import begin_run, bundled_path, config_from_dict, narrow, option
-from merge_lab.merger import Merger, MergerConfig
+from merge_lab.cli import parse, PreflightConfig
+from merge_lab.commands import COMMANDS
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.config import config_from_dict, narrow, option
+from merge_lab.run_folder import begin_run, bundled_path
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.systems.mask_merge import (
     MaskMergeConfig,
     demo_config,
@@ -30,26 +33,16 @@ from merge_lab.systems.mask_merge import (
     recipe_of,
 )
 from merge_lab.runs import BrowserView, CommandRun, CommandRunView, Run, RunBrowser
-from merge_lab.tasks import load_task
+from merge_lab.chat import load_task
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.training import last_checkpoint, read_adjusted
-from merge_lab.widgets import (
-    Bench,
-    ConfigPanel,
-    Dials,
-    ExplorerView,
-    LatestWorker,
-    MergeExplorer,
-    SessionView,
-    TrainingSession,
-    alpha_svg,
-    answers_html,
-    controls_of,
-    field_in,
-    memory_html,
-    read_value,
-    show_value,
-)
+from merge_lab.drawing import alpha_svg
+from merge_lab.explorer import Dials, MergeExplorer
+from merge_lab.explorer_view import answers_html, ExplorerView
+from merge_lab.panel import ConfigPanel, controls_of, field_in, read_value, show_value
+from merge_lab.session import Bench, TrainingSession
+from merge_lab.session_view import memory_html, SessionView
+from merge_lab.worker import LatestWorker
 
 DATA = [str(bundled_path(f"tasks/{task}")) for task in ("rewrite", "summarize")]
 widgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
@@ -813,7 +806,7 @@ def test_what_cannot_be_drawn_is_said_and_the_next_merge_is_drawn(lab, monkeypat
 
 
 def test_components_may_be_called_as_rows_and_columns_are(loaded, monkeypatch):
-    from merge_lab.components import component_names
+    from merge_lab.checkpoints import component_names
     from merge_lab.evaluation import confusion
 
     merger, tokenizer, tests = loaded

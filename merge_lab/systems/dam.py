@@ -30,20 +30,24 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 
-from merge_lab.components import (
-    check_components, component_names, load_components, load_model, load_tokenizer, read_component,
-)
+from ..checkpoints import component_names, load_tokenizer, read_component
+from ..components import check_components, load_components, load_model
 from ..config import recipe_options
-from merge_lab.core import (
-    begin_run, best_device, check_choice, check_options, check_outside, check_run, option, set_seed, write_json,
-)
+from ..config import check_choice, check_options, option
+from ..devices import best_device, set_seed
+from ..run_folder import begin_run, check_outside, check_run, write_json
 from ..evaluation import UNIFORM, evaluate_models
 from ..held_out import HeldOut, told_held_out
-from ..losses import shift_labels, task_vector_angles
+from ..losses import task_vector_angles
+from ..token_losses import shift_labels
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
-from ..merger import Merger, MergerConfig, full, initial_alphas, read_merger_config
-from ..tasks import ChatCollator, encode_rows, load_task, take_rows
-from ..objective import STORED_TOPK, Batch, Objective, teacher_topk
+from ..devices import full
+from ..merger import Merger, read_merger_config
+from ..merger_config import initial_alphas, MergerConfig
+from ..chat import ChatCollator, load_task, take_rows
+from ..tasks import encode_rows
+from ..objective import Batch, Objective, teacher_topk
+from ..teacher_cache import STORED_TOPK
 from merge_lab.training import (
     UNIT_RATE, HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, delta_unit, held_out_facts,
     open_together, train_from, resume_command, training_arguments,

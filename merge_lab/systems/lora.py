@@ -26,9 +26,14 @@ from torch import nn
 
 from ..adapters import alpha_at, device_settings, fixed_loss, grow_rank, load_adapter, load_base, lora_for_task
 from ..adapters import make_lora_config, merge_adapter, presets, rank_by_task, share_files, skeleton, trainable_parameters
-from ..components import load_tokenizer, read_component
-from ..core import begin_run, best_device, bundled_path, check_options, check_outside, check_run, did_you_mean
-from ..core import method_of, option, set_seed, write_json, write_text
+from ..checkpoints import load_tokenizer, read_component
+from ..config import check_options, did_you_mean
+from ..devices import best_device
+from ..run_folder import begin_run, bundled_path, check_outside, check_run
+from ..config import option
+from ..devices import set_seed
+from ..lesson import method_of
+from ..run_folder import write_json, write_text
 from ..diagnosis import HistoryLog, curves_figure, explain_memory_errors, training_curves, training_diagnostics
 from ..packing import SHORT, eager_attention, shared_lines
 from ..sft_data import bytes_of_token, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of
@@ -589,7 +594,7 @@ def run(
     **sft,  # options of SFTConfig beyond those of the config
 ) -> dict:  # lora, curves, diagnostics, pace, report of the merge, stages of growing ranks
     "Train, diagnose, merge; everything is written to `config.output_dir`. Raises `RunInterrupted` if it was stopped."
-    from merge_lab.viz import save_figure
+    from merge_lab.figures import save_figure
 
     set_seed(config.seed)
     check_lora_run(config)

@@ -22,15 +22,20 @@ from torch import Tensor, nn
 
 from ..adapters import Factors, adapter_folder, check_adapter, is_conv1d, load_adapter, load_base, merge_adapter
 from ..adapters import quiet_peft, read_adapters, recorded_base
-from ..components import component_names, load_tokenizer
+from ..checkpoints import component_names, load_tokenizer
 from ..constraints import CONSTRAINTS
-from ..core import begin_run, bundled_path, check_choice, check_options, check_outside, check_run, method_of, option
-from ..core import save_tensors, set_seed, write_json, write_text
+from ..config import check_choice, check_options, option
+from ..lesson import method_of
+from ..run_folder import begin_run, bundled_path, check_outside, check_run
+from ..devices import set_seed
+from ..run_folder import save_tensors, write_json, write_text
 from ..evaluation import load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
 from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, masked_linear
-from ..merger import CONFIG_FILE, MASKS_FILE, Merger, MergerConfig, layer_of
-from ..tasks import ChatCollator, build_dataset, hold_out
+from ..architecture import layer_of
+from ..merger import CONFIG_FILE, MASKS_FILE, Merger
+from ..merger_config import MergerConfig
+from ..chat import build_dataset, ChatCollator, hold_out
 from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on, held_out_facts
 from ..training import last_checkpoint, objective_of, resume_command, train_from, training_arguments
 

@@ -18,22 +18,22 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from merge_lab.components import (
-    IncompatibleComponents, check_components, component_bytes, component_names, find_base, load_tokenizer, read_component,
-)
+from ..checkpoints import component_bytes, component_names, load_tokenizer, read_component
+from ..components import check_components, find_base, IncompatibleComponents
 from ..config import recipe_options
-from merge_lab.core import (
-    bundled_path, check_choice, check_disk_space, check_outside, check_run, config_to_python, config_to_yaml, option, set_seed,
-    yaml_value,
-)
+from ..config import check_choice, config_to_python, config_to_yaml, option, yaml_value
+from ..devices import set_seed
+from ..run_folder import bundled_path, check_disk_space, check_outside, check_run
 from ..distributed import shard_merger
 from merge_lab.evaluation import (
-    UNIFORM, confusion, encode_task, recovered_share, generate_answers, load_tests, positions_of, score_baselines, score_model, uniform_name,
+    confusion, encode_task, generate_answers, load_tests, recovered_share, score_baselines, score_model, UNIFORM, uniform_name,
 )
+from ..scoring import positions_of
 from ..held_out import HeldOut, told_held_out
 from ..memory import FitReport, fit_run, readable
-from ..merger import Merger, MergerConfig
-from ..tasks import ChatCollator, answer_of, build_dataset, hold_out, prompt_of
+from ..merger import Merger
+from ..merger_config import MergerConfig
+from ..chat import answer_of, build_dataset, ChatCollator, hold_out, prompt_of
 from merge_lab.training import (
     HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, check_going_on, held_out_facts, last_checkpoint,
     objective_of,
@@ -428,7 +428,7 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
 
 def save_plots(plots: dict[str, tuple], folder: Path):
     "Write the figures as PNG."
-    from merge_lab.viz import save_figure
+    from merge_lab.figures import save_figure
 
     folder.mkdir(exist_ok=True, parents=True)
     for name, (figure, _) in plots.items():

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..anyprec import check_precisions
-from ..components import load_model, load_tokenizer
-from ..core import begin_run, best_device, check_disk_space, check_options, check_outside, check_resumed, check_run, option
+from ..checkpoints import load_tokenizer
+from ..components import load_model
+from ..config import check_options, option
+from ..devices import best_device
+from ..run_folder import begin_run, check_disk_space, check_outside, check_resumed, check_run
 from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
 from ..text_windows import Window, text_windows
 

@@ -33,10 +33,15 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
-from ..components import load_tokenizer
+from ..checkpoints import load_tokenizer
 from ..config import resumable_options
-from ..core import atomic_path, begin_run, best_device, check_options, check_outside, check_resumed, check_run
-from ..core import method_of, option, save_tensors, set_seed, write_json
+from ..config import check_options
+from ..devices import best_device
+from ..run_folder import atomic_path, begin_run, check_outside, check_resumed, check_run
+from ..config import option
+from ..devices import set_seed
+from ..lesson import method_of
+from ..run_folder import save_tensors, write_json
 from ..held_out import Best
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
