@@ -44,7 +44,7 @@ from merge_lab.teacher_cache import STORED_TOPK
 from merge_lab.systems import dam, mask_merge
 from merge_lab.chat import build_dataset, ChatCollator, load_task
 from merge_lab.tinylm import tiny_model
-from merge_lab.training import read_history
+from merge_lab.run_folder import read_history
 
 TASKS = ["rewrite", "summarize", "extract"]
 BASE = "data/models/base"

@@ -18,7 +18,8 @@ from transformers import TrainerCallback
 
 from .run_folder import write_text
 from .memory import free_memory, readable
-from .training import memory_in_use, read_history
+from .run_folder import read_history
+from .training import memory_in_use
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #de08f532
 class Pace:

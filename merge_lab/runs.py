@@ -44,7 +44,7 @@ from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .panel import FOLDERS, ConfigPanel
 from .run_folder import bundled_path
 from .session import Bench
-from .training import read_adjusted, read_history
+from .run_folder import read_adjusted, read_history
 from .viz import draw_layers, layer_grid, numbered_columns
 from .worker import LatestWorker
 

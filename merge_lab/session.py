@@ -30,9 +30,8 @@ from .losses import LOSSES, PENALTIES
 from .merger import Merger
 from .merger_config import MergerConfig
 from .panel import ConfigPanel
-from merge_lab.training import (
-    HistoryCallback, MergerTrainer, StopCallback, memory_in_use, note_adjusted, read_adjusted, set_learning_rate, train_from,
-)
+from .run_folder import read_adjusted
+from .training import HistoryCallback, memory_in_use, MergerTrainer, note_adjusted, set_learning_rate, StopCallback, train_from
 
 # %% ../nbs/35_session.ipynb #f58ac653
 STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")

@@ -28,7 +28,8 @@ from merge_lab.merger_config import MergerConfig
 from merge_lab.systems import dam
 from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
-from merge_lab.training import RunInterrupted, last_checkpoint, read_history
+from merge_lab.run_folder import last_checkpoint, RunInterrupted
+from merge_lab.run_folder import read_history
 
 torch.set_num_threads(1)
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "saw", "it"]

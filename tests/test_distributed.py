@@ -205,7 +205,7 @@ def saved(folder, name="masks/masks.safetensors"):
 def test_the_command_trains_sharded_as_in_one_process(tmp_path):
     from merge_lab.config import config_to_yaml
     from merge_lab.systems.mask_merge import run
-    from merge_lab.training import read_history
+    from merge_lab.run_folder import read_history
 
     config = small(
         tmp_path / "two",

@@ -24,7 +24,7 @@ from merge_lab.systems import layer_merge as lm
 from merge_lab.chat import format_choice
 from merge_lab.toy_corpus import text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
-from merge_lab.training import RunInterrupted
+from merge_lab.run_folder import RunInterrupted
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 WINDOWED = ["mistral", "gemma2", "gemma3"]

@@ -53,7 +53,7 @@ from merge_lab.systems.lora import (
 )
 from merge_lab.chat import ChatCollator
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
-from merge_lab.training import RunInterrupted
+from merge_lab.run_folder import RunInterrupted
 
 ARCHITECTURES = [
     "llama",

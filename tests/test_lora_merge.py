@@ -43,7 +43,7 @@ from merge_lab.systems.lora_merge import (
 )
 from merge_lab.chat import chat_row, load_task, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.training import RunInterrupted
+from merge_lab.run_folder import RunInterrupted
 
 
 pytestmark = pytest.mark.usefixtures("nothing_deprecated")

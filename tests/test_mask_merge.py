@@ -23,10 +23,10 @@ from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.evaluation import UNIFORM
 from merge_lab.systems.mask_merge import demo_config, headline, LEARNED, MaskMergeConfig, run, show_result
-from merge_lab.training import RunInterrupted
+from merge_lab.run_folder import RunInterrupted
 from merge_lab.chat import load_task
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.training import read_history
+from merge_lab.run_folder import read_history
 
 
 def small(tmp_path, **options):

@@ -33,7 +33,8 @@ from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.systems.router import RouterConfig, RouterTrainer, run
 from merge_lab.text_windows import collate, exact_logits, score_windows, text_windows, window_losses, windows_at_once
 from merge_lab.tinylm import save_tiny, tiny_config, tiny_model, tiny_tokenizer
-from merge_lab.training import RunInterrupted, read_history
+from merge_lab.run_folder import RunInterrupted
+from merge_lab.run_folder import read_history
 
 CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfloat16)]
 SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")

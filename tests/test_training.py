@@ -20,7 +20,8 @@ from merge_lab.merger_config import MergerConfig
 from merge_lab.teacher_cache import TeacherCache
 from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run, train
 from merge_lab.tinylm import tiny_experts
-from merge_lab.training import RunInterrupted, StopCallback
+from merge_lab.run_folder import RunInterrupted
+from merge_lab.training import StopCallback
 
 
 def small(tmp_path, **options):

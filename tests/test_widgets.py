@@ -35,7 +35,8 @@ from merge_lab.systems.mask_merge import (
 from merge_lab.runs import BrowserView, CommandRun, CommandRunView, Run, RunBrowser
 from merge_lab.chat import load_task
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
-from merge_lab.training import last_checkpoint, read_adjusted
+from merge_lab.run_folder import last_checkpoint
+from merge_lab.run_folder import read_adjusted
 from merge_lab.drawing import alpha_svg
 from merge_lab.explorer import Dials, MergeExplorer
 from merge_lab.explorer_view import answers_html, ExplorerView

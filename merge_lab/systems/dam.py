@@ -48,9 +48,11 @@ from ..chat import ChatCollator, load_task, take_rows
 from ..tasks import encode_rows
 from ..objective import Batch, Objective, teacher_topk
 from ..teacher_cache import STORED_TOPK
+from ..loop_config import LoopConfig
+from ..run_folder import check_going_on, resume_command, RunInterrupted
 from merge_lab.training import (
-    UNIT_RATE, HistoryCallback, LoopConfig, MergerTrainer, RunInterrupted, StopCallback, attach_watchers, check_going_on, delta_unit, held_out_facts,
-    open_together, train_from, resume_command, training_arguments,
+    attach_watchers, delta_unit, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from,
+    training_arguments, UNIT_RATE,
 )
 
 logger = logging.getLogger(__name__)

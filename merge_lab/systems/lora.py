@@ -41,7 +41,8 @@ from ..sft_data import longest_row, mix_tasks, prepare_dataset, split_batch, tas
 from ..sft_data import validation_sample
 from ..sft_trainer import build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults
 from ..sft_trainer import validate_at, without_cache
-from ..training import RunInterrupted, StopCallback, check_going_on, resume_command
+from ..run_folder import check_going_on, resume_command, RunInterrupted
+from ..training import StopCallback
 
 if TYPE_CHECKING:
     import datasets

@@ -36,8 +36,11 @@ from ..architecture import layer_of
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger
 from ..merger_config import MergerConfig
 from ..chat import build_dataset, ChatCollator, hold_out
-from ..training import MergerTrainer, RunInterrupted, TrainConfig, attach_watchers, check_going_on, held_out_facts
-from ..training import last_checkpoint, objective_of, resume_command, train_from, training_arguments
+from ..loop_config import TrainConfig
+from ..run_folder import check_going_on, RunInterrupted
+from ..training import attach_watchers, held_out_facts, MergerTrainer
+from ..run_folder import last_checkpoint, resume_command
+from ..training import objective_of, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -34,10 +34,11 @@ from ..memory import FitReport, fit_run, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
 from ..chat import answer_of, build_dataset, ChatCollator, hold_out, prompt_of
+from ..loop_config import TrainConfig
+from ..run_folder import check_going_on, last_checkpoint, resume_command, RunInterrupted
 from merge_lab.training import (
-    HistoryCallback, MergerTrainer, RunInterrupted, StopCallback, TrainConfig, attach_watchers, check_going_on, held_out_facts, last_checkpoint,
-    objective_of,
-    open_together, resume_command, train_from, training_arguments,
+    attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, StopCallback, train_from,
+    training_arguments,
 )
 
 logger = logging.getLogger(__name__)

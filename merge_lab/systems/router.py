@@ -47,8 +47,11 @@ from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..text_windows import Window, collate, score_windows, text_windows, windows_at_once
-from ..training import KeepBest, LoopConfig, MergerTrainer, ProgressBar, RunInterrupted, attach_watchers
-from ..training import last_checkpoint, resume_command, train_from, training_arguments
+from ..loop_config import LoopConfig
+from ..run_folder import RunInterrupted
+from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar
+from ..run_folder import last_checkpoint, resume_command
+from ..training import train_from, training_arguments
 
 _all_ = ["LayerwiseQuantizeForCausalLM"]
 logger = logging.getLogger(__name__)
