@@ -347,19 +347,23 @@ def lines_of(file):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path):
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch):
     "kill -9 while costs are measured and at random steps, with dropout, a curriculum and a budget."
+    chance, forks = random.Random(4), multiprocessing.get_context("forkserver")  # imports once; no thread of this process is copied
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    forks.set_forkserver_preload(["merge_lab.systems.router"])
+    words = [f"word{chance.randrange(40)}" for _ in range(3000)]
+    (tmp_path / "text.txt").write_text("\n\n".join(" ".join(words[i : i + 30]) for i in range(0, 3000, 30)))
     options = dict(dropout=0.2, curriculum=True, target_bits=5.0, num_examples=24, num_epochs=6, batch_size=2, eval_batch_size=2, save_steps=3, patience=0)
-    config = router_config(tiny, tmp_path / "cut", **options)
-    forks, chance = multiprocessing.get_context("fork"), random.Random(4)
+    config = router_config(tiny, tmp_path / "cut", dataset=[str(tmp_path / "text.txt")], **options)
     whole = run_in(forks, dataclasses.replace(config, save_dir=str(tmp_path / "whole")))
-    whole.join(120)
+    whole.join(240)
     assert whole.exitcode == 0
     steps = lines_of(tmp_path / "whole/history.jsonl")
     history, costs = tmp_path / "cut/history.jsonl", tmp_path / "cut/measured/costs.safetensors"
     ends = sorted(chance.sample(range(4, steps - 4), 3))
     for kill, end in enumerate([0, *ends]):
-        process, deadline = run_in(forks, dataclasses.replace(config, resume=kill > 0)), time.monotonic() + 60
+        process, deadline = run_in(forks, dataclasses.replace(config, resume=kill > 0)), time.monotonic() + 120
         while time.monotonic() < deadline and not (lines_of(history) >= end if end else costs.exists()):
             time.sleep(0.005)
         time.sleep(chance.random() * 0.1)
@@ -368,7 +372,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path):
         assert process.exitcode == -signal.SIGKILL
         assert lines_of(history) < steps
     last = run_in(forks, dataclasses.replace(config, resume=True))
-    last.join(120)
+    last.join(240)
     assert last.exitcode == 0 and lines_of(history) == steps
     found, wanted = results_of(tmp_path / "cut"), results_of(tmp_path / "whole")
     assert found.keys() == wanted.keys() and len(found) == 2 * (1 + 6) + 1 + 2
