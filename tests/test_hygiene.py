@@ -133,7 +133,7 @@ def test_formulas_are_written_with_one_backslash(notebook):
 
 def test_layer_rule_sees_an_import():
     training = next(p for p in NOTEBOOKS if p.stem == "31_training")
-    assert {"losses", "merger", "config"} <= imported_modules(exported_source(training))
+    assert {"held_out", "merger", "config"} <= imported_modules(exported_source(training))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
