@@ -34,7 +34,7 @@ def examples_for(
     others = [other for other in dev.get(subject, []) if other != row and other not in unseen]
     return [others[i] for i in torch.randperm(len(others), generator=generator).tolist()[:n_shot]]
 
-
+# %% ../nbs/37_calibration.ipynb #5abd8432
 def draw_questions(
     data_dir: str | Path,  # holds dev/ and test/
     split: str,  # where the question comes from; examples come from dev
@@ -128,7 +128,7 @@ def rest_of(rows: Sequence[dict], num_samples: int, held_out_rows: int, seed: in
     chosen = [rows[i] for i in order[: min(num_samples, len(rows) - spare)]]
     return chosen, [rows[i] for i in order[len(chosen) :]] if held_out_rows else []
 
-
+# %% ../nbs/37_calibration.ipynb #3e14759c
 def calibration_split(
     tokenizer,
     data_dir: str | Path,  # MMLU folders, chat .jsonl (or a folder of splits), or .txt

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'find_layers', 'decoder_layers', 'depth_settings', 'set_depth',
            'set_layer_index', 'shortened', 'parameter_shapes', 'check_depth_free', 'remove_layers', 'layer_similarity',
-           'published_alpha', 'best_disjoint', 'find_merge_pairs', 'check_pair_count', 'check_merge_pairs',
+           'published_alpha', 'best_disjoint', 'check_pair_count', 'check_merge_pairs', 'find_merge_pairs',
            'seconds_per_token', 'evaluate_depth']
 
 # %% ../nbs/38_depth.ipynb #bf6e0f32
@@ -52,7 +52,7 @@ def depth_settings(config) -> dict:  # of a text config
     lists = {k: v for k, v in config.to_dict().items() if isinstance(v, list) and len(v) == depth}
     return {"num_hidden_layers": depth, **lists}
 
-# %% ../nbs/38_depth.ipynb #db1f89fa
+# %% ../nbs/38_depth.ipynb #c04d436b
 def set_depth(
     model,
     layers: nn.ModuleList,  # what is left
@@ -84,7 +84,7 @@ def parameter_shapes(layer: nn.Module) -> dict[str, tuple]:
     "Shape of every parameter, by name."
     return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
-
+# %% ../nbs/38_depth.ipynb #0bf5ea4b
 def check_depth_free(
     model,  # with all its layers
     gone: Iterable[int] = (),  # those that are going to be taken away
@@ -166,25 +166,7 @@ def best_disjoint(scores: Sequence[float], n_pairs: int) -> list[int]:
             best[end, count] = max(paired, best.get((end - 1, count), paired))
     return best[len(scores) + 1, n_pairs][1]
 
-# %% ../nbs/38_depth.ipynb #63ccab1a
-def find_merge_pairs(
-    similarity: pd.DataFrame,  # layers x layers, from `layer_similarity`
-    n_pairs: int,  # layers to remove
-    strategy: str | Sequence[tuple] = "similarity",  # a key of PAIR_STRATEGIES, or pairs by hand
-) -> list[tuple[int, int, float]]:  # (layer_to_merge_into, layer_to_remove, initial_alpha)
-    "Choose pairs of layers. Raises `ValueError` if there are not enough."
-    depth = len(similarity)
-    if not isinstance(strategy, str):
-        return check_merge_pairs(strategy, depth)
-    check_choice("strategy", strategy, PAIR_STRATEGIES, "Or give the pairs themselves.")
-    check_pair_count(n_pairs, depth)
-    scores = [float(similarity.loc[i, i + 1]) for i in range(depth - 1)]
-    left = best_disjoint(scores, n_pairs)
-    if strategy == "last":
-        left = [depth - 2 * (k + 1) for k in reversed(range(n_pairs))]
-    return [(i, i + 1, published_alpha(similarity, i, i + 1)) for i in left]
-
-
+# %% ../nbs/38_depth.ipynb #5692b020
 def check_pair_count(n_pairs: int, depth: int):
     "Raise `ValueError` if a model has too few layers for so many pairs."
     if not 1 <= n_pairs <= depth // 2:
@@ -204,7 +186,25 @@ def check_merge_pairs(merge_pairs: Sequence[tuple], depth: int) -> list[tuple]:
         raise ValueError("merge_pairs is empty: expected (layer_to_merge_into, layer_to_remove, initial_alpha) at least once.")
     return pairs
 
-# %% ../nbs/38_depth.ipynb #6b707cfb
+# %% ../nbs/38_depth.ipynb #2243a478
+def find_merge_pairs(
+    similarity: pd.DataFrame,  # layers x layers, from `layer_similarity`
+    n_pairs: int,  # layers to remove
+    strategy: str | Sequence[tuple] = "similarity",  # a key of PAIR_STRATEGIES, or pairs by hand
+) -> list[tuple[int, int, float]]:  # (layer_to_merge_into, layer_to_remove, initial_alpha)
+    "Choose pairs of layers. Raises `ValueError` if there are not enough."
+    depth = len(similarity)
+    if not isinstance(strategy, str):
+        return check_merge_pairs(strategy, depth)
+    check_choice("strategy", strategy, PAIR_STRATEGIES, "Or give the pairs themselves.")
+    check_pair_count(n_pairs, depth)
+    scores = [float(similarity.loc[i, i + 1]) for i in range(depth - 1)]
+    left = best_disjoint(scores, n_pairs)
+    if strategy == "last":
+        left = [depth - 2 * (k + 1) for k in reversed(range(n_pairs))]
+    return [(i, i + 1, published_alpha(similarity, i, i + 1)) for i in left]
+
+# %% ../nbs/38_depth.ipynb #db0fa6de
 @torch.no_grad()
 def seconds_per_token(
     model,
@@ -224,7 +224,7 @@ def seconds_per_token(
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:]) / length
 
-
+# %% ../nbs/38_depth.ipynb #fbd99754
 def evaluate_depth(
     model,
     tokenizer,

@@ -16,15 +16,14 @@ import pytest
 import torch
 import transformers
 
-from merge_lab import calibration, depth
-from merge_lab.run_folder import begin_run, bundled_path
+from merge_lab import calibration, depth, student
+from merge_lab.core import begin_run, bundled_path
 from merge_lab.evaluation import perplexity
 from merge_lab.merger import checkpoint_activations
 from merge_lab.systems import layer_merge as lm
-from merge_lab.chat import format_choice
-from merge_lab.toy_corpus import text_hash
+from merge_lab.tasks import format_choice, text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
-from merge_lab.run_folder import RunInterrupted
+from merge_lab.training import RunInterrupted
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 WINDOWED = ["mistral", "gemma2", "gemma3"]
@@ -38,6 +37,11 @@ def token_ids(seed=0, shape=(2, 14)):
 def batch_of(seed=0, shape=(2, 14)):
     ids = token_ids(seed, shape)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def mergeable_start():
+    "Shares before any step."
+    return lm.alpha_values(mergeable())
 
 
 def short_sighted(architecture="llama", depth=6):
@@ -739,8 +743,8 @@ def test_split_leaves_out_what_is_repeated():
 
 def test_every_option_has_a_control_and_three_faces(tmp_path):
     from merge_lab.cli import parse
-    from merge_lab.config import config_from_yaml, config_to_yaml
-    from merge_lab.panel import ConfigPanel, controls_of
+    from merge_lab.core import config_from_yaml, config_to_yaml
+    from merge_lab.widgets import ConfigPanel, controls_of
 
     names = [field.name for field in dataclasses.fields(lm.LayerMergeConfig)]
     assert list(controls_of(lm.LayerMergeConfig)) == names
@@ -933,10 +937,16 @@ def test_a_stop_by_signal_loses_nothing(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_training_and_says_so():
-    model = mergeable()
-    lm.decoder_layers(model)[0].mlp.up_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
-        lm.train_alpha_parameters(model, [batch_of()], num_steps=2, progress=False)
+    model, seen = mergeable(), []
+
+    def spoil(step, loss):
+        seen.append(lm.alpha_values(model))
+        lm.decoder_layers(model)[0].mlp.up_proj.weight.data[0, 0] = float("inf")
+
+    options = {"num_steps": 3, "progress": False, "on_step": spoil}
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        lm.train_alpha_parameters(model, [batch_of()], learning_rate=0.1, **options)
+    assert len(seen) == 1 and lm.alpha_values(model) == mergeable_start()
 
 
 @pytest.mark.parametrize("held_out", [None, [0]])
@@ -974,7 +984,7 @@ def test_what_is_held_out_is_not_learned_from(data, tmp_path):
         for row in held:
             scored = [label for label in row["labels"] if label != -100]
             question = tokenizer.decode(scored, skip_special_tokens=True)
-            question = question.split("\nA.")[0].strip()
+            question = question.split("\nAnswer")[0].strip()
             assert question and not any(
                 question in tokenizer.decode(row["input_ids"]) for row in rows
             )
@@ -985,3 +995,35 @@ def test_too_few_rows_are_lent(tmp_path, caplog):
     (tmp_path / "text.txt").write_text("One.\n\nTwo.\n\nThree.")
     rows, held = calibration.calibration_split(tokenizer, tmp_path / "text.txt")
     assert held == rows and "3 samples are too few to hold any out" in caplog.text
+
+
+def test_healing_learns_from_the_teachers_own_head():
+    "A teacher is another model, and its head need not be the patient's."
+    short, teacher = (tiny_model("llama", num_hidden_layers=n) for n in (2, 3))
+    head, known = (m.get_output_embeddings().weight for m in (short, teacher))
+    assert not torch.equal(head, known)
+    batch = batch_of()
+
+    @torch.no_grad()
+    def apart(model):
+        logits = (m(batch["input_ids"]).logits for m in (model, teacher))
+        student, wanted = (z.log_softmax(-1) for z in logits)
+        return (wanted.exp() * (wanted - student)).sum(-1).mean().item()
+
+    before = apart(short)
+    healed = lm.heal(short, [batch], 20, 1e-2, teacher=teacher, progress=False)
+    assert apart(healed) < 0.5 * before
+    assert healed.get_output_embeddings().weight is head
+
+
+def test_slow_and_steady_is_no_end():
+    "A fall of a ten-thousandth of the loss in a hundred steps goes on; one that has become a fiftieth of itself ends."
+    steady = [dict(step=step, loss=3 - 3e-6 * step) for step in range(0, 4001, 50)]
+    assert not any(
+        student.has_levelled(steady[:n], 250) for n in range(1, len(steady) + 1)
+    )
+    level = [dict(step=4000 + k, loss=steady[-1]["loss"]) for k in range(50, 301, 50)]
+    ends = [student.has_levelled(steady + level[:n], 250) for n in range(1, 7)]
+    assert ends == [False] * 3 + [True] * 3
+    assert not student.has_levelled(steady + level, None)
+    assert student.has_levelled([dict(step=step, loss=2.0) for step in (0, 250)], 250)

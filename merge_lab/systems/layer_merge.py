@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'ALPHA_LOSSES', 'START_ALPHAS', 'VARIANTS', 'THIS_RUN', 'FREE', 'METHOD_NAMES', 'BARS', 'PairMerger',
            'alpha_objective', 'alpha_loss', 'mean_loss', 'set_alpha', 'best_starts', 'start_from', 'search_start',
-           'Shares', 'only_alphas', 'train_alpha_parameters', 'Variant', 'shorten', 'compare_variants', 'PairOptions',
-           'LayerMergeConfig', 'parse_pair', 'Prepared', 'read_data', 'check_mergeable', 'prepare', 'LayerMergeResult',
-           'share_table', 'searched', 'find_start', 'learn', 'loop_options', 'first_rows', 'check_config', 'run',
-           'alpha_points', 'score_bars', 'make_plots', 'save_result', 'MergeableLayer', 'layer_similarity',
+           'Shares', 'only_alphas', 'train_alpha_parameters', 'Variant', 'shorten', 'compare_variants', 'parse_pair',
+           'PairOptions', 'LayerMergeConfig', 'Prepared', 'read_data', 'check_mergeable', 'prepare', 'LayerMergeResult',
+           'share_table', 'searched', 'find_start', 'learn', 'loop_options', 'first_rows', 'check_config',
+           'alpha_points', 'score_bars', 'make_plots', 'save_result', 'run', 'MergeableLayer', 'layer_similarity',
            'find_merge_pairs', 'replace_layers_with_mergeable', 'prepare_calibration_data', 'extract_learned_alphas',
            'fuse_mergeable_layers', 'heal']
 
@@ -30,75 +30,38 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from merge_lab.calibration import (
-    calibration_loader,
-    calibration_split,
-    prepare_calibration_data,
-    text_paragraphs,
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #48cc845f
+from ..calibration import calibration_loader, calibration_split, prepare_calibration_data, text_paragraphs
+from ..components import load_model, load_tokenizer
+from merge_lab.core import (
+    begin_run, best_device, bundled_path, check_choice, check_options, check_outside, check_resumed, check_run,
+    option, set_seed, write_json, write_text,
 )
-from ..checkpoints import load_tokenizer
-from ..components import load_model
-from ..config import check_choice, check_options, option
-from ..devices import best_device, set_seed
-from ..run_folder import begin_run, bundled_path, check_outside, check_resumed, check_run, write_json, write_text
 from merge_lab.depth import (
-    PAIR_STRATEGIES,
-    PUBLISHED_ALPHA,
-    check_depth_free,
-    check_merge_pairs,
-    check_pair_count,
-    decoder_layers,
-    evaluate_depth,
-    find_merge_pairs,
-    layer_similarity,
-    published_alpha,
-    remove_layers,
+    PAIR_STRATEGIES, PUBLISHED_ALPHA, check_depth_free, check_merge_pairs, check_pair_count, decoder_layers,
+    evaluate_depth, find_merge_pairs, layer_similarity, published_alpha, remove_layers,
 )
 from ..held_out import HeldOut, told_held_out
 from merge_lab.mergeable import (
-    BLENDS,
-    INIT_STRATEGIES,
-    MergeableLayer,
-    alpha_parameters,
-    alpha_table,
-    alpha_values,
-    as_original,
-    check_blend,
-    extract_learned_alphas,
-    fuse_mergeable_layers,
-    initial_alpha,
-    leaf_pairs,
-    leaf_shares,
-    logit_of,
-    mergeable_layers,
-    replace_layers_with_mergeable,
+    BLENDS, INIT_STRATEGIES, MergeableLayer, alpha_parameters, alpha_table, alpha_values, as_original,
+    check_blend, extract_learned_alphas, fuse_mergeable_layers, initial_alpha, leaf_pairs, leaf_shares,
+    logit_of, mergeable_layers, replace_layers_with_mergeable,
 )
 from ..merger import checkpoint_activations
 from ..objective import Objective
 from ..similarity import METHODS
 from merge_lab.student import (
-    EMPTY,
-    Student,
-    constant_rate,
-    heal,
-    held_batches,
-    keep_activations,
-    say_interrupted,
-    student_trainer,
-    studying,
-    train_student,
-    working_folder,
+    EMPTY, Student, constant_rate, heal, held_batches, keep_activations, say_interrupted, student_trainer,
+    studying, train_student, working_folder,
 )
-from ..chat import ChatCollator, load_mmlu
+from ..tasks import ChatCollator, load_mmlu
 from ..training import MergerTrainer, held_out_facts
 
-logger = logging.getLogger(__name__)
-
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #71949c2d
 _all_ = [
     "MergeableLayer", "layer_similarity", "find_merge_pairs", "replace_layers_with_mergeable", "prepare_calibration_data",
     "extract_learned_alphas", "fuse_mergeable_layers", "heal",
 ]
+logger = logging.getLogger(__name__)
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #0dfa5f5e
 ALPHA_LOSSES = {"ce": "cross-entropy on the next token", "kl": "KL to the original model"}
@@ -231,7 +194,7 @@ def train_alpha_parameters(
     loss: str = "ce",  # a key of ALPHA_LOSSES
     temperature: float = 1.0,  # of the KL
     max_grad_norm: float | None = None,  # clip the gradient of all alphas together; 0 or None: not clipped
-    patience: int | None = None,  # stop when this many steps gained nothing on held-out batches, else on the training loss; None: never
+    patience: int | None = None,  # stop when this many steps bring next to nothing on held-out batches, or else in training; None: never
     progress: bool = True,
     on_step: Callable | None = None,  # (step, loss); True stops
     held_out=None,  # batches (or a `HeldOut`) that choose the alphas that are kept; None: the last are kept
@@ -283,7 +246,7 @@ VARIANTS = {
     "learned per weight, best start (KL)": Variant("similarity", "kl", per_module=True, search=True),
 }
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #fd0fdf33
 def shorten(
     model,  # changed in place
     merge_pairs: Sequence[tuple],
@@ -323,6 +286,17 @@ def compare_variants(
         short, alphas = shorten(copy.deepcopy(model), merge_pairs, variant, dataloader_of(), similarity, **training)
         rows.append(dict(variant=name, **evaluate_depth(short, tokenizer, **(evaluation or {})), alphas=alphas))
     return pd.DataFrame(rows).set_index("variant")
+
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #26eec21f
+def parse_pair(text: str) -> tuple:
+    "A pair from `into,removed` or `into,removed,alpha`. Raises `ValueError` for anything else."
+    parts = str(text).split(",")
+    try:
+        if len(parts) in (2, 3):
+            return (int(parts[0]), int(parts[1]), *map(float, parts[2:]))
+    except ValueError:
+        pass
+    raise ValueError(f"merge_pairs: {text!r} is not a pair. Write into,removed or into,removed,alpha, e.g. 18,19,0.622.")
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #97db72e5
 @dataclass
@@ -370,7 +344,7 @@ class LayerMergeConfig(PairOptions):
     temperature: float = option(1.0, "Of the KL", low=0.1, high=20.0, group="Training")
     max_grad_norm: float | None = option(None, "Clip the alphas' gradient at this norm; 0 or none: not clipped", low=0.0, group="Training")
     patience: int | None = option(
-        200, "Stop after this many steps that gained less than a thousandth of the loss on held-out samples; none: never", low=1, group="Training"
+        250, "Stop where this many steps brought less than a fiftieth of what all have brought, on held-out samples; none: never", low=1, group="Training"
     )
     eval_steps: int = option(50, "Updates between looks at held-out samples", low=1, group="Training")
     gradient_checkpointing: bool = option(False, "Recompute activations: less memory, more time", group="Training")
@@ -390,17 +364,6 @@ class LayerMergeConfig(PairOptions):
         for text in self.merge_pairs or ():
             parse_pair(text)
         check_blend(self.blend, self.per_module)
-
-
-def parse_pair(text: str) -> tuple:
-    "A pair from `into,removed` or `into,removed,alpha`. Raises `ValueError` for anything else."
-    parts = str(text).split(",")
-    try:
-        if len(parts) in (2, 3):
-            return (int(parts[0]), int(parts[1]), *map(float, parts[2:]))
-    except ValueError:
-        pass
-    raise ValueError(f"merge_pairs: {text!r} is not a pair. Write into,removed or into,removed,alpha, e.g. 18,19,0.622.")
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #e0fe6353
 @dataclass
@@ -433,7 +396,7 @@ def check_mergeable(model, pairs: Sequence[tuple], strategy: str):
         share = initial_alpha((into, removed, *(alpha or [None])), strategy)
         leaf_shares(share, leaf_pairs(layers[into], layers[removed]))
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #94c72ee7
 def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     "Load model and data, measure similarity, choose pairs. Raises `ValueError` for what does not fit together."
     if config.eval_text is not None and not Path(config.eval_text).exists():
@@ -556,43 +519,13 @@ def check_config(config: LayerMergeConfig):
     if config.resume:
         check_resumed(config, folder, FREE)
 
-# %% ../../nbs/40_systems/03_layer_merge.ipynb #2c2d8582
-def run(
-    config: LayerMergeConfig,
-    on_step: Callable | None = None,  # (step, loss) after every update; True stops
-    progress: bool = True,
-) -> LayerMergeResult:
-    "Measure similarity, choose pairs, learn alphas, fuse, heal, evaluate, draw, save. Raises `RunInterrupted` if it was stopped."
-    set_seed(config.seed)
-    check_config(config)
-    if config.data_dir is None:
-        logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
-    made = prepare(config, progress)
-    folder, model = begin_run(config), made.model
-    original = copy.deepcopy(model) if config.heal_steps else None
-    table = first_rows(config, made)
-    alphas, history, search = learn(config, made, folder, on_step, progress)
-    fuse_mergeable_layers(model)
-    if config.heal_steps:
-        model = heal(
-            model, made.loader(), config.heal_steps, config.heal_learning_rate, config.heal_rank, original, config.temperature,
-            progress=progress, held_out=made.held_out, folder=folder, resume=config.resume, **loop_options(config),
-        )
-    if config.gradient_checkpointing:
-        keep_activations(model)
-    table.loc[THIS_RUN] = pd.Series(evaluate_depth(model, made.tokenizer, **made.evaluation))
-    result = LayerMergeResult(model, table, alphas, history, search, made.similarity, folder, config)
-    save_result(result, made.tokenizer)
-    return result
-
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #ceab631c
 METHOD_NAMES = {"cka": "CKA", "npib": "NPIB"}
 
 
 def alpha_points(alphas: pd.DataFrame, method: str):
     "Figure: each weight's alpha and the start of its pair, against the similarity of the two layers."
-    from merge_lab.figures import add_legend, colour_of, new_figure
-    from merge_lab.viz import INK, MUTED
+    from merge_lab.viz import INK, MUTED, add_legend, colour_of, new_figure
 
     figure, axes = new_figure("Where the shares ended: 1 keeps the first layer, 0 the second", size=(6.4, 3.8))
     axis, names = axes[0, 0], ("learned", "start of the pair")
@@ -621,8 +554,7 @@ BARS = {  # column of a run's table -> label, and by what it is multiplied
 
 def score_bars(table: pd.DataFrame):
     "Figure: quality, size and time of every model in a run's table; what was not measured is left out."
-    from merge_lab.figures import colour_of, new_figure
-    from merge_lab.viz import INK, MUTED
+    from merge_lab.viz import INK, MUTED, colour_of, new_figure
 
     shown = [name for name in BARS if name in table]
     size = (2.6 + 2.5 * len(shown), 1.3 + 0.34 * len(table))
@@ -644,8 +576,7 @@ def score_bars(table: pd.DataFrame):
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #c9637156
 def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
     "The figures of a run."
-    from merge_lab.figures import TITLE_FONT
-    from merge_lab.viz import INK, loss_curves, similarity_heatmap
+    from merge_lab.viz import INK, TITLE_FONT, loss_curves, similarity_heatmap
 
     config, method = result.config, result.config.similarity_method
     pairs = list(dict.fromkeys(zip(result.alphas["into"], result.alphas["removed"])))
@@ -664,7 +595,7 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #dd3ef583
 def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
-    from merge_lab.figures import save_figure
+    from merge_lab.viz import save_figure
 
     result.model.save_pretrained(result.folder / "merged")
     tokenizer.save_pretrained(result.folder / "merged")
@@ -674,3 +605,32 @@ def save_result(result: LayerMergeResult, tokenizer):
     (result.folder / "plots").mkdir(exist_ok=True)
     for name, figure in make_plots(result).items():
         save_figure(figure, result.folder / "plots" / f"{name}.png")
+
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #2c2d8582
+def run(
+    config: LayerMergeConfig,
+    on_step: Callable | None = None,  # (step, loss) after every update; True stops
+    progress: bool = True,
+) -> LayerMergeResult:
+    "Measure similarity, choose pairs, learn alphas, fuse, heal, evaluate, draw, save. Raises `RunInterrupted` if it was stopped."
+    set_seed(config.seed)
+    check_config(config)
+    if config.data_dir is None:
+        logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
+    made = prepare(config, progress)
+    folder, model = begin_run(config), made.model
+    original = copy.deepcopy(model) if config.heal_steps else None
+    table = first_rows(config, made)
+    alphas, history, search = learn(config, made, folder, on_step, progress)
+    fuse_mergeable_layers(model)
+    if config.heal_steps:
+        model = heal(
+            model, made.loader(), config.heal_steps, config.heal_learning_rate, config.heal_rank, original, config.temperature,
+            progress=progress, held_out=made.held_out, folder=folder, resume=config.resume, **loop_options(config),
+        )
+    if config.gradient_checkpointing:
+        keep_activations(model)
+    table.loc[THIS_RUN] = pd.Series(evaluate_depth(model, made.tokenizer, **made.evaluation))
+    result = LayerMergeResult(model, table, alphas, history, search, made.similarity, folder, config)
+    save_result(result, made.tokenizer)
+    return result
