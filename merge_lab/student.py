@@ -22,16 +22,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import TrainerCallback
 
-from .core import save_tensors
+from .run_folder import save_tensors
 from .held_out import HeldOut
-from .losses import shift_labels
+from .token_losses import shift_labels
 from .masks import MaskedLinear, MergeState
 from .merger import MASKS_FILE, Merger
 from .objective import Objective
-from merge_lab.training import (
-    HistoryCallback, LoopConfig, MergerTrainer, ProgressBar, RunInterrupted, StopCallback, last_checkpoint, resume_command,
-    train_from, training_arguments,
-)
+from .loop_config import LoopConfig
+from .run_folder import last_checkpoint, resume_command, RunInterrupted
+from .training import HistoryCallback, MergerTrainer, ProgressBar, StopCallback, train_from, training_arguments
 
 # %% ../nbs/38_student.ipynb #9b438d84
 EMPTY = "the dataloader is empty: there is nothing to learn from."

@@ -17,13 +17,14 @@ import torch
 import transformers
 
 from merge_lab import calibration, depth, student
-from merge_lab.core import begin_run, bundled_path
+from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.evaluation import perplexity
 from merge_lab.merger import checkpoint_activations
 from merge_lab.systems import layer_merge as lm
-from merge_lab.tasks import format_choice, text_hash
+from merge_lab.chat import format_choice
+from merge_lab.toy_corpus import text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
-from merge_lab.training import RunInterrupted
+from merge_lab.run_folder import RunInterrupted
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 WINDOWED = ["mistral", "gemma2", "gemma3"]
@@ -743,8 +744,8 @@ def test_split_leaves_out_what_is_repeated():
 
 def test_every_option_has_a_control_and_three_faces(tmp_path):
     from merge_lab.cli import parse
-    from merge_lab.core import config_from_yaml, config_to_yaml
-    from merge_lab.widgets import ConfigPanel, controls_of
+    from merge_lab.config import config_from_yaml, config_to_yaml
+    from merge_lab.panel import ConfigPanel, controls_of
 
     names = [field.name for field in dataclasses.fields(lm.LayerMergeConfig)]
     assert list(controls_of(lm.LayerMergeConfig)) == names

@@ -32,11 +32,11 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #48cc845f
 from ..calibration import calibration_loader, calibration_split, prepare_calibration_data, text_paragraphs
-from ..components import load_model, load_tokenizer
-from merge_lab.core import (
-    begin_run, best_device, bundled_path, check_choice, check_options, check_outside, check_resumed, check_run,
-    option, set_seed, write_json, write_text,
-)
+from ..checkpoints import load_tokenizer
+from ..components import load_model
+from ..config import check_choice, check_options, option
+from ..devices import best_device, set_seed
+from ..run_folder import begin_run, bundled_path, check_outside, check_resumed, check_run, write_json, write_text
 from merge_lab.depth import (
     PAIR_STRATEGIES, PUBLISHED_ALPHA, check_depth_free, check_merge_pairs, check_pair_count, decoder_layers,
     evaluate_depth, find_merge_pairs, layer_similarity, published_alpha, remove_layers,
@@ -54,7 +54,7 @@ from merge_lab.student import (
     EMPTY, Student, constant_rate, heal, held_batches, keep_activations, say_interrupted, student_trainer,
     studying, train_student, working_folder,
 )
-from ..tasks import ChatCollator, load_mmlu
+from ..chat import ChatCollator, load_mmlu
 from ..training import MergerTrainer, held_out_facts
 
 _all_ = [
@@ -525,7 +525,8 @@ METHOD_NAMES = {"cka": "CKA", "npib": "NPIB"}
 
 def alpha_points(alphas: pd.DataFrame, method: str):
     "Figure: each weight's alpha and the start of its pair, against the similarity of the two layers."
-    from merge_lab.viz import INK, MUTED, add_legend, colour_of, new_figure
+    from merge_lab.figures import add_legend, colour_of, new_figure
+    from merge_lab.viz import INK, MUTED
 
     figure, axes = new_figure("Where the shares ended: 1 keeps the first layer, 0 the second", size=(6.4, 3.8))
     axis, names = axes[0, 0], ("learned", "start of the pair")
@@ -554,7 +555,8 @@ BARS = {  # column of a run's table -> label, and by what it is multiplied
 
 def score_bars(table: pd.DataFrame):
     "Figure: quality, size and time of every model in a run's table; what was not measured is left out."
-    from merge_lab.viz import INK, MUTED, colour_of, new_figure
+    from merge_lab.figures import colour_of, new_figure
+    from merge_lab.viz import INK, MUTED
 
     shown = [name for name in BARS if name in table]
     size = (2.6 + 2.5 * len(shown), 1.3 + 0.34 * len(table))
@@ -576,7 +578,8 @@ def score_bars(table: pd.DataFrame):
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #c9637156
 def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
     "The figures of a run."
-    from merge_lab.viz import INK, TITLE_FONT, loss_curves, similarity_heatmap
+    from merge_lab.figures import TITLE_FONT
+    from merge_lab.viz import INK, loss_curves, similarity_heatmap
 
     config, method = result.config, result.config.similarity_method
     pairs = list(dict.fromkeys(zip(result.alphas["into"], result.alphas["removed"])))
@@ -595,7 +598,7 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #dd3ef583
 def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
-    from merge_lab.viz import save_figure
+    from merge_lab.figures import save_figure
 
     result.model.save_pretrained(result.folder / "merged")
     tokenizer.save_pretrained(result.folder / "merged")
