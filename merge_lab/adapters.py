@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .writer import save_plain
 from .checkpoints import read_component
 from .components import load_model
 from .config import check_choice, check_names
@@ -471,8 +472,7 @@ def merge_adapter(
     before = _answers(adapted, asked)
     merged = merge_layers(adapted)
     after = _answers(merged, asked)
-    for each in (merged, tokenizer) if tokenizer is not None else (merged,):
-        each.save_pretrained(str(out_dir))
+    save_plain(merged, out_dir, tokenizer)
     share_files(out_dir)
     unit = "answer token" if asked and layout_of(rows) == "messages" else "token"
     report = _merge_report(before, after, str(merged.dtype).removeprefix("torch."), unit)

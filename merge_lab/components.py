@@ -22,6 +22,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from .writer import save_plain
 from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
 from merge_lab.checkpoints import (  # noqa: F401
     COPY_AGAIN, ComponentFiles, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
@@ -455,8 +456,7 @@ def align_vocabulary(
         model = load_model(path, dtype="auto")
         _realign(model, vocabulary_rows(own, tokenizers[chosen], component.text_config.vocab_size, size))
         _copy_special_ids(model, files[chosen])
-        model.save_pretrained(folder)
-        load_tokenizer(paths[chosen]).save_pretrained(folder)
+        save_plain(model, folder, load_tokenizer(paths[chosen]))
         del model
     return folders
 
@@ -485,7 +485,5 @@ def untie_embeddings(
         config.tie_word_embeddings = False
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.save_pretrained(out_dir)
-    if files.tokenizer is not None:
-        load_tokenizer(path).save_pretrained(out_dir)
+    save_plain(model, out_dir, None if files.tokenizer is None else load_tokenizer(path))
     return out_dir

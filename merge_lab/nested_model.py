@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .writer import write_tokenizer
 from .anyprec import NestedLinear, NestedWeight, WeightSlot, quantize_weight
 from .checkpoints import LOAD_LOCK
 from .config import check_choice
@@ -103,7 +104,7 @@ def write_quantized(
         if not layer_file(folder, n).exists():
             save_tensors(layer_file(folder, n), quantize_layer(layer, f"{prefix}{n}", own, seed_precision, parent_precision))
     save_tensors(folder / "others.safetensors", other_tensors(model, prefix))
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
     model.generation_config.save_pretrained(folder)
     description = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": section}
     write_text(folder / "config.json", json.dumps(description, indent=2, default=str) + "\n")

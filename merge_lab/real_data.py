@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .writer import save_plain
 from .config import check_choice
 from .run_folder import write_json
 from .chat import chat_row, write_jsonl
@@ -64,8 +65,7 @@ def make_real_base(
             delattr(owner, mark)
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     model.generation_config = GenerationConfig(**ends)
-    model.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_plain(model.to(dtype), folder, tokenizer)
     return Path(folder)
 
 # %% ../nbs/05_real_data.ipynb #5d1ce568

@@ -26,10 +26,10 @@ def exported(notebook: Path) -> str | None:
     return found and found.group(1)
 
 
-def layer(notebook: Path) -> tuple[int, int, bool]:
-    "Number of the notebook, of the system inside its layer, and whether it comes after the system's parts."
+def layer(notebook: Path) -> tuple[int, int]:
+    "Number of the notebook, and of the system inside its layer."
     numbers = re.findall(r"(?:^|/)(\d\d)_", notebook.relative_to(ROOT / "nbs").as_posix())
-    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0, not notebook.stem.endswith("_parts")
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
 
 
 MODULES = {exported(p): layer(p) for p in NOTEBOOKS if exported(p)}
@@ -77,7 +77,7 @@ def wrong_imports(name: str, source: str) -> set[str]:
     "What a module imports and may not: what is not below it, and, for a system, any other system."
     imported, own = imported_modules(source, strings=name != REGISTRY) - {name}, MODULES[name]
     systems = {other for other in imported if name.startswith("systems.") and other.startswith("systems.")}
-    return {other for other in imported if other == UNTOLD or MODULES[other] >= own} | systems - {f"{name}_parts"}
+    return {other for other in imported if other == UNTOLD or MODULES[other] >= own} | systems
 
 
 @pytest.mark.parametrize(
