@@ -59,15 +59,20 @@ def pretending(
         _pretence.reset(before)
 
 
+def _pretended() -> Pretence | None:
+    "What meta tensors stand for; a compiler cannot look there and meets none."
+    return None if torch.compiler.is_compiling() else _pretence.get()
+
+
 def device_type(device: torch.device) -> str:  # "cpu", "cuda", ...
     "Kind of a device; of `meta` the one that it stands for."
-    pretence = _pretence.get()
+    pretence = _pretended()
     return pretence.kind if pretence and device.type == "meta" else device.type
 
 # %% ../nbs/07_devices.ipynb #bd6589ef
 def bring(tensor: Tensor, device: torch.device | None) -> Tensor:
     "The tensor on a device: itself if it is there already, else a copy that lives as long as it is used."
-    pretence = _pretence.get()
+    pretence = _pretended()
     if device is not None and pretence and pretence.away:
         return tensor.clone()
     if device is None or tensor.device == device:
