@@ -62,7 +62,7 @@ def older_keys(
     if isinstance(config.get("rope_parameters"), dict):
         old |= older_rope(config["rope_parameters"], kind)
     parts = {name: older_keys(part) for name, part in config.items() if isinstance(part, dict) and "model_type" in part}
-    return {name: value for name, value in old.items() if name not in config} | {name: part for name, part in parts.items() if part}
+    return {name: value for name, value in old.items() if name not in config or config[name] != value} | {name: part for name, part in parts.items() if part}
 
 # %% ../nbs/02_writer.ipynb #66a4f573
 def _merged(config: dict, key: tuple[str, ...], value) -> dict:
