@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['REPORT_COLUMNS', 'RESERVED', 'PLACES', 'COPY_AGAIN', 'SMALL_FILES', 'LOAD_LOCK', 'TOKENIZER_FILES', 'component_name',
            'component_names', 'UnreadableComponent', 'TensorHeader', 'read_header', 'read_headers', 'find_folder',
-           'read_config', 'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'ComponentFiles', 'read_component',
-           'as_dtype', 'component_bytes']
+           'read_config', 'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'headers_in_memory',
+           'ComponentFiles', 'read_component', 'as_dtype', 'component_bytes']
 
 # %% ../nbs/03_checkpoints.ipynb #fc2033ff
 import json
+import re
 import struct
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -324,6 +325,31 @@ def read_chat_template(folder: str | Path) -> str | None:
                 return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return None
 
+# %% ../nbs/03_checkpoints.ipynb #1c34217b
+def headers_in_memory(
+    model_class: type,  # of transformers
+    config,
+    headers: dict[str, TensorHeader],  # by name in the files
+) -> dict[str, TensorHeader]:  # by name in memory
+    "What a file's tensors become: renamed, joined, or left out where transformers ignores them. No weight is read."
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    with torch.device("meta"):
+        model = model_class(config)
+    rules, state, found = get_model_conversion_mapping(model), model.state_dict(), {}
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    ignored = [re.compile(pattern) for pattern in getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    for name, header in headers.items():
+        new, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if new not in state and any(pattern.search(name) for pattern in ignored):
+            continue
+        shape = tuple(state[new].shape) if joined is not None and new in state else header.shape
+        before = found[new].n_bytes if new in found else 0
+        found[new] = replace(header, shape=shape, n_bytes=header.n_bytes + before)
+    return found
+
 # %% ../nbs/03_checkpoints.ipynb #ed59b46e
 @dataclass
 class ComponentFiles:
@@ -354,6 +380,11 @@ class ComponentFiles:
         "What `read_tokenizer` gives."
         return read_tokenizer(self.folder)
 
+    @cached_property
+    def memory_headers(self) -> dict[str, TensorHeader]:
+        "Headers by the names that tensors have in memory. Files of old or of experts one by one, say, have others."
+        return headers_in_memory(self.model_class, self.config, self.headers)
+
     @property
     def tied(self) -> bool:  # whether head and embedding are one tensor
         "Whether the config ties the head to the embedding."
@@ -380,6 +411,8 @@ def read_component(
     config = read_config(path, folder)
     files = ComponentFiles(str(path), folder, config, _tensor_headers(str(path), folder))
     missing = [head for head in files.heads if not any(name.endswith(head) for name in files.headers)]
+    if missing and not files.tied:
+        missing = [head for head in missing if not any(name.endswith(head) for name in files.memory_headers)]
     if missing and not files.tied:
         obstacle = f"the weights lack {missing[0]}, so the model was saved without its language-model head."
         raise UnreadableComponent(path, obstacle, "Save it as AutoModelForCausalLM.")

@@ -116,11 +116,11 @@ def _row(
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")  # recomputed by the model, not weights
 
 
-def _shapes(files: ComponentFiles, any_tied: bool) -> dict[str, tuple]:
-    "Shapes by short name, in the common form."
+def _shapes(files: ComponentFiles, any_tied: bool, headers: dict | None = None) -> dict[str, tuple]:
+    "Shapes by short name, in the common form; of the files, unless headers are given."
     vocabulary = set(files.heads) | set(files.heads.values())
     shapes = {}
-    for full_name, header in files.headers.items():
+    for full_name, header in (files.headers if headers is None else headers).items():
         name = files.short(full_name)
         if (any_tied and name in files.heads) or name.endswith(BUFFERS):
             continue
@@ -154,6 +154,8 @@ def _tensor_rows(files: list[ComponentFiles], names: list[str]) -> list[dict]:
     "Rows on tied embeddings, tensor names, tensor shapes and dtypes."
     tied = [f.tied for f in files]
     shapes = [_shapes(f, any(tied)) for f in files]
+    if any(set(s) != set(shapes[0]) for s in shapes):  # one model may be stored in two layouts
+        shapes = [_shapes(f, any(tied), f.memory_headers) for f in files]
     shared = [{k: v for k, v in s.items() if all(k in other for other in shapes)} for s in shapes]
     counts = [f"{len(s)} tensors" for s in shapes]
     sizes = [f"{sum(prod(h.shape) for h in f.headers.values()):,} numbers" for f in files]

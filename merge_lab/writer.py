@@ -93,8 +93,9 @@ def _reading(config: dict) -> dict:
 
 
 def _agrees(told: dict, meant: dict) -> bool:
-    "Whether all that is meant is told; more may be."
-    return all(name in told and (_agrees(told[name], value) if isinstance(value, dict) else told[name] == value) for name, value in meant.items())
+    "Whether all that is meant is told; a config, or a part that is one, may tell more."
+    within = lambda name, value: _agrees(told[name], value) if isinstance(value, dict) and "model_type" in value else told[name] == value
+    return all(name in told and within(name, value) for name, value in meant.items())
 
 # %% ../nbs/02_writer.ipynb #1a9db95f
 def with_older_keys(

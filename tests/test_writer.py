@@ -33,7 +33,8 @@ def with_theta(kind):
     for place, table in enumerate(tables):
         if "rope_theta" in table:
             table["rope_theta"] = THETA + place
-    return config if any("rope_theta" in table for table in tables) else None
+    own = config.to_dict().get("rope_theta")  # families of 5 that tell it twice; changing one of the two makes no config of theirs
+    return config if own is None and any("rope_theta" in table for table in tables) else None
 
 
 FAMILIES = {kind: config for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) if (config := with_theta(kind)) is not None}
@@ -44,6 +45,7 @@ def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
     for kind, config in FAMILIES.items():
         write_config(config, folder / kind)
+        config.save_pretrained(folder / f"{kind}-plain")
     return folder
 
 
@@ -58,7 +60,8 @@ def test_older_keys_stand_beside_the_new_ones(configs, kind):
     rope = told["rope_parameters"]
     flat = rope.get("full_attention") or next((table for table in rope.values() if isinstance(table, dict)), rope)
     assert thetas == {flat["rope_theta"]}
-    assert AutoConfig.from_pretrained(configs / kind).rope_parameters == FAMILIES[kind].rope_parameters
+    read = [AutoConfig.from_pretrained(configs / name).to_dict() for name in (kind, f"{kind}-plain")]
+    assert {name: read[0].get(name) for name in read[1] if name != "_name_or_path"} == {name: value for name, value in read[1].items() if name != "_name_or_path"}
 
 
 @pytest.fixture(scope="module")
