@@ -27,7 +27,6 @@ from merge_lab.cli import help_of, main, parse, usage
 from merge_lab.commands import COMMANDS, SYSTEMS
 from merge_lab.config import config_from_yaml
 from merge_lab.constraints import CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, constrain, unconstrain
-from merge_lab.loop_config import TrainConfig
 from merge_lab.losses import LOSSES, PENALTIES
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
@@ -196,7 +195,7 @@ def reverse_kl():
     with as_they_were(LOSSES):
         execute(recipe("A loss")[0], {})
         yield "reverse_kl"
-    for asked in (lambda: Objective({"reverse_kl": 1.0}), lambda: TrainConfig(loss_func_name="reverse_kl")):
+    for asked in (lambda: Objective({"reverse_kl": 1.0}), lambda: demo_config(loss_func_name="reverse_kl")):
         with pytest.raises(ValueError, match="loss_func_name='reverse_kl'"):
             asked()
     assert "reverse_kl" not in ConfigPanel(MaskMergeConfig, checks={}).controls["loss_func_name"].choices
