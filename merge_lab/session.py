@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'ACTIVE', 'ADJUSTABLE', 'SessionState', 'Bench', 'start_from', 'start_at', 'ready', 'Gate', 'Rest',
            'tidy_memory', 'held_bytes', 'TrainingSession', 'pause', 'resume', 'stop', 'save', 'start', 'join',
-           'new_weights', 'adjust', 'alphas', 'release', 'export']
+           'adjustable', 'new_weights', 'adjust', 'alphas', 'release', 'export']
 
 # %% ../nbs/35_session.ipynb #cf311631
 import ctypes
@@ -368,7 +368,14 @@ def _work(self):
         self._become("failed")
 
 # %% ../nbs/35_session.ipynb #22aad61f
-ADJUSTABLE = {"losses": LOSSES, "penalties": {name: text for name, text in PENALTIES.items() if name != "angle_overlap"}}
+ADJUSTABLE = {"losses": LOSSES, "penalties": PENALTIES}
+
+
+def adjustable(
+    kind: str,  # a key of ADJUSTABLE
+) -> dict[str, str]:  # name -> caption
+    "What may be given a weight in a pause, as the registries are now; without what needs angles, which nobody took."
+    return {name: row.caption for name, row in ADJUSTABLE[kind].items() if getattr(row, "takes", None) != "angles"}
 
 
 def new_weights(
@@ -378,7 +385,7 @@ def new_weights(
 ) -> dict[str, float]:
     "Weights after a change; 0 takes one out. Raises `ValueError` for an unknown name, a negative weight, or no loss at all."
     for name, weight in given.items():
-        check_choice(kind, name, ADJUSTABLE[kind])
+        check_choice(kind, name, adjustable(kind))
         if weight < 0:
             raise ValueError(f"{kind} {name}={weight}: expected 0 or more. 0 takes it out.")
     kept = {name: weight for name, weight in {**now, **given}.items() if weight}

@@ -16,7 +16,7 @@ from .drawing import STYLE, alpha_svg, badge, bar, block
 from .figures import figure_to_png
 from .lesson import method_of
 from .panel import LOG_FLOOR, LOG_STEP, log_start, moved, tidy
-from .session import ACTIVE, ADJUSTABLE, SessionState, TrainingSession
+from .session import ACTIVE, adjustable, ADJUSTABLE, SessionState, TrainingSession
 from .viz import alpha_trajectories, loss_curves
 from .worker import LatestWorker
 
@@ -85,8 +85,8 @@ class AdjustDials:
                                      tooltip="At the top of its schedule", layout=width, style=style)
         self.rate.observe(lambda change: self.send_rate(change["new"]), "value")
         self.weights = {}
-        for kind, known in ADJUSTABLE.items():
-            for name, text in known.items():
+        for kind in ADJUSTABLE:
+            for name, text in adjustable(kind).items():
                 dial = w.FloatSlider(value=0, min=0, max=2, step=0.05, description=name.replace("_", " "), tooltip=text,
                                      readout_format=".2f", layout=width, style=style)
                 dial.observe(lambda change, kind=kind, name=name: self.send(**{kind: {name: change["new"]}}), "value")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['shift_labels', 'reduce_tokens', 'scored_index', 'work_dtype', 'scaled_gradient', 'refuse_second_derivative',
-           'token_losses', 'check_same_shape', 'check_temperature', 'kl_rows', 'kl_loss', 'mixture_targets',
-           'mixture_rows', 'mixture_kl_loss', 'entropy_rows', 'entropy_loss', 'ce_rows', 'check_labels', 'ce_loss',
-           'mse_rows', 'mse_loss', 'topk_teacher', 'topk_rows', 'topk_constants', 'topk_kl_loss']
+           'token_losses', 'logits_loss', 'check_same_shape', 'check_temperature', 'kl_rows', 'kl_loss',
+           'mixture_targets', 'mixture_rows', 'mixture_kl_loss', 'entropy_rows', 'entropy_loss', 'ce_rows',
+           'check_labels', 'ce_loss', 'mse_rows', 'mse_loss', 'topk_teacher', 'topk_rows', 'topk_constants',
+           'topk_kl_loss']
 
 # %% ../nbs/09_token_losses.ipynb #03928046
 from collections.abc import Callable, Sequence
@@ -130,8 +131,15 @@ def token_losses(
     return _TokenLoss.apply(logits if torch.is_grad_enabled() else logits.detach(), rows, constants)
 
 # %% ../nbs/09_token_losses.ipynb #dd30544e
-def _plain(logits, rows, constants, mask=None, reduction="mean", num_items=None):
-    "Token losses of full logits, reduced."
+def logits_loss(
+    logits: Tensor,  # (..., vocab) of the student
+    rows: Callable,  # as in `token_losses`
+    constants: Sequence[Tensor] = (),  # further arguments of `rows`: (..., anything), one row per token
+    mask: Tensor | None = None,  # (...) bool, True where a token is scored
+    reduction: str = "mean",  # "mean", "sum" or "none"
+    num_items: int | Tensor | None = None,  # denominator of "mean"; None: the scored tokens
+) -> Tensor:
+    "Token losses of full logits, reduced. Raises `ValueError` for another reduction."
     check_choice("reduction", reduction, ["mean", "sum", "none"], "Use 'none' for one loss per token.")
     shape = logits.shape[:-1]
     index = scored_index(mask, shape)
@@ -196,7 +204,7 @@ def kl_loss(
     "temperature^2 x KL(teacher || student), averaged over the scored tokens."
     check_same_shape(student_logits, teacher_logits)
     check_temperature(temperature)
-    return _plain(
+    return logits_loss(
         student_logits, partial(kl_rows, temperature=temperature), [teacher_logits], mask, reduction, num_items
     )
 
@@ -234,7 +242,7 @@ def mixture_kl_loss(
     for logits in teacher_logits:
         check_same_shape(student_logits, logits)
     rows = partial(mixture_rows, temperature=temperature)
-    return _plain(student_logits, rows, teacher_logits, mask, reduction, num_items)
+    return logits_loss(student_logits, rows, teacher_logits, mask, reduction, num_items)
 
 # %% ../nbs/09_token_losses.ipynb #2e4e47cf
 def entropy_rows(z: Tensor):
@@ -253,7 +261,7 @@ def entropy_loss(
     num_items: int | Tensor | None = None,  # denominator of "mean"; None: the scored tokens
 ) -> Tensor:
     "Entropy of the student's predictions, averaged over the scored tokens (AdaMerging, arXiv 2310.02575)."
-    return _plain(logits, entropy_rows, [], mask, reduction, num_items)
+    return logits_loss(logits, entropy_rows, [], mask, reduction, num_items)
 
 # %% ../nbs/09_token_losses.ipynb #71213daa
 def ce_rows(z: Tensor, labels: Tensor):
@@ -288,7 +296,7 @@ def ce_loss(
 ) -> Tensor:
     "Cross-entropy of aligned labels, averaged over the scored tokens."
     check_labels(labels, logits.shape[:-1], logits.shape[-1])
-    return _plain(logits, ce_rows, [labels], labels != -100, reduction, num_items)
+    return logits_loss(logits, ce_rows, [labels], labels != -100, reduction, num_items)
 
 # %% ../nbs/09_token_losses.ipynb #9c46b37a
 def mse_rows(z: Tensor, teacher: Tensor):
@@ -307,7 +315,7 @@ def mse_loss(
 ) -> Tensor:
     "Mean squared error of logits over the vocabulary and the scored tokens."
     check_same_shape(student_logits, teacher_logits)
-    return _plain(student_logits, mse_rows, [teacher_logits], mask, reduction, num_items)
+    return logits_loss(student_logits, mse_rows, [teacher_logits], mask, reduction, num_items)
 
 # %% ../nbs/09_token_losses.ipynb #58cde179
 def topk_teacher(
@@ -381,4 +389,4 @@ def topk_kl_loss(
     check_temperature(temperature)
     constants = topk_constants(topk_log_probs, topk_indices, tail_log_mass, student_logits.shape[-1])
     rows = partial(topk_rows, temperature=temperature)
-    return _plain(student_logits, rows, constants, mask, reduction, num_items)
+    return logits_loss(student_logits, rows, constants, mask, reduction, num_items)

@@ -2,9 +2,13 @@
 
 import ast
 import contextlib
+import dataclasses
+import html
 import importlib.util
 import io
+import os
 import re
+import signal
 import subprocess
 import sys
 import tokenize
@@ -16,19 +20,22 @@ import pytest
 import torch
 import yaml
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab import merger as merger_module
 from merge_lab.cli import help_of, main, parse, usage
 from merge_lab.commands import COMMANDS, SYSTEMS
 from merge_lab.config import config_from_yaml
 from merge_lab.constraints import CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, constrain, unconstrain
+from merge_lab.losses import LOSSES, PENALTIES
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.objective import Objective
-from merge_lab.run_folder import begin_run, bundled_path
+from merge_lab.objective import Objective, coefficient_penalty
+from merge_lab.run_folder import RunInterrupted, begin_run, bundled_path
 from merge_lab.runs import Run, find_runs, read_alphas
-from merge_lab.systems.mask_merge import MaskMergeConfig
+from merge_lab.session import adjustable, new_weights
+from merge_lab.systems import lora_merge
+from merge_lab.systems.mask_merge import MaskMergeConfig, demo_config, run
 from merge_lab.tinylm import architectures, tiny_experts
 from merge_lab.panel import ConfigPanel
 
@@ -172,7 +179,107 @@ def test_recipe_of_a_constraint_starts_where_it_is_told_trains_and_comes_back(so
 
 def test_views_of_the_registry_follow_it(softplus):
     assert softplus in OF_ANY_NUMBER and softplus not in OF_DELTAS
-    assert set(merger_module.OF_DELTAS) == {name for name, row in CONSTRAINTS.items() if row.keeps_shared}
+    assert lora_merge.LoRAMergeConfig(constrain_mode=softplus).constrain_mode == softplus
+    assert merger_module.OF_DELTAS is OF_DELTAS
+    row = CONSTRAINTS[softplus]
+    CONSTRAINTS[softplus] = dataclasses.replace(row, keeps_shared=True)
+    assert Merger(tiny_experts(n=2), MergerConfig(constrain_mode=softplus)).moves_deltas
+    CONSTRAINTS[softplus] = dataclasses.replace(row, components=2)
+    with pytest.raises(ValueError, match="constrain_mode='softplus'"):
+        lora_merge.LoRAMergeConfig(constrain_mode=softplus)
+
+
+@pytest.fixture
+def reverse_kl():
+    assert "reverse_kl" not in LOSSES
+    with as_they_were(LOSSES):
+        execute(recipe("A loss")[0], {})
+        yield "reverse_kl"
+    for asked in (lambda: Objective({"reverse_kl": 1.0}), lambda: demo_config(loss_func_name="reverse_kl")):
+        with pytest.raises(ValueError, match="loss_func_name='reverse_kl'"):
+            asked()
+    assert "reverse_kl" not in ConfigPanel(MaskMergeConfig, checks={}).controls["loss_func_name"].choices
+
+
+def test_recipe_of_a_loss_can_be_chosen_everywhere(reverse_kl):
+    words = ["--model_paths", "a", "b", "--dataset_configs", "{a.jsonl: null, b.jsonl: null}", "--loss_func_name", reverse_kl]
+    assert parse("mask-merge", words).loss_func_name == reverse_kl
+    panel = ConfigPanel(MaskMergeConfig, checks={})
+    assert reverse_kl in panel.controls["loss_func_name"].choices
+    panel.set("loss_func_name", reverse_kl)
+    assert "loss_func_name" not in panel.errors
+    assert adjustable("losses")[reverse_kl] == LOSSES[reverse_kl].caption
+    assert new_weights("losses", {"kl": 1.0}, {reverse_kl: 0.5}) == {"kl": 1.0, reverse_kl: 0.5}
+
+
+@pytest.mark.parametrize("others", [{}, {"kl": 0.5, "kl_mixture": 0.5, "ce": 0.5}])
+@pytest.mark.parametrize("k", [None, 5])
+def test_recipe_of_a_loss_is_the_formula_in_value_and_gradient(reverse_kl, others, k):
+    "Also beside losses that see only the teachers' top-k, or all components."
+    merger = Merger(tiny_experts(n=2), MergerConfig())
+    merger.init_masks({"strategy": "uniform", "factors": [0.3, 0.7]})
+    batch = dict(input_ids=IDS, labels=IDS, source=torch.tensor([0, 1]))
+
+    def value_and_gradients(fused):
+        objective = Objective({reverse_kl: 1.0, **others}, fused=fused, k=k, chunk_size=3)
+        found = merger(**batch, objective=objective)
+        return found[reverse_kl], torch.autograd.grad(found["loss"], [p for p in merger.parameters() if p.requires_grad])
+
+    value, gradients = value_and_gradients(True)
+    plain, plain_gradients = value_and_gradients(False)
+    assert_close(value, plain)
+    assert_close(gradients, plain_gradients, atol=1e-6, rtol=1e-4)
+    log_q = merger.model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+    with torch.no_grad():
+        log_p = torch.stack([merger.component_forward(i, input_ids=IDS[i : i + 1]).logits[0, :-1] for i in (0, 1)]).log_softmax(-1)
+    wanted = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    assert_close(value, wanted.detach())
+    if not others:
+        assert_close(gradients, torch.autograd.grad(wanted, [p for p in merger.parameters() if p.requires_grad]), atol=1e-6, rtol=1e-4)
+
+
+class Interrupt(TrainerCallback):
+    "Ctrl-C in the first step."
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_recipe_of_a_loss_is_trained_resumed_and_told_of(reverse_kl, tmp_path):
+    tasks = {str(bundled_path(f"tasks/{task}")): 16 for task in ("rewrite", "summarize")}
+    config = demo_config(
+        output_dir=str(tmp_path / "run"), dataset_configs=tasks, base_model=None, loss_func_name=reverse_kl, max_steps=2, eval_samples=2,
+        per_device_train_batch_size=4, save_steps=0, save_merged=False, held_out_rows=4,
+    )
+    with pytest.raises(RunInterrupted, match="stopped after step 1 of 2"):
+        run(config, callbacks=(Interrupt(),), progress=False)
+    again = config_from_yaml(MaskMergeConfig, tmp_path / "run" / "config.yaml")
+    assert again.loss_func_name == reverse_kl
+    result = run(dataclasses.replace(again, resume=True), progress=False)
+    assert result.history.step.tolist() == [1, 2] and (result.history[reverse_kl] > 0).all()
+    caption = LOSSES[reverse_kl].caption
+    assert caption[1:] in html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_every_loss_and_penalty_has_a_line_of_text():
+    for row in [*LOSSES.values(), *PENALTIES.values()]:
+        assert row.caption.strip() == row.caption and "\n" not in row.caption and len(row.caption) > 10
+    assert LOSSES["mse"].unit == "squared logits per scored token"
+
+
+def test_recipe_of_a_penalty_pulls_and_has_a_dial():
+    merger = Merger(tiny_experts(n=2), MergerConfig(constrain_mode="identity"))
+    merger.init_masks({"strategy": "uniform", "factors": [-0.25, 1.25]})
+    with as_they_were(PENALTIES):
+        execute(recipe("A loss")[1], {})
+        assert "below_zero" in adjustable("penalties")
+        objective = Objective(penalties={"below_zero": 2.0})
+        assert_close(coefficient_penalty(merger, "below_zero", objective), torch.tensor(0.125))
+        found = merger(input_ids=IDS, labels=IDS, source=torch.tensor([0, 1]), objective=objective)
+        assert_close(found["loss"].detach(), found["kl"] + 2 * 0.125)
+    assert "below_zero" not in adjustable("penalties")
+    with pytest.raises(ValueError, match="penalty='below_zero'"):
+        Objective(penalties={"below_zero": 1.0})
 
 
 @pytest.fixture

@@ -104,6 +104,63 @@ def test_the_matrix_covers_the_registry():
     assert set(L.LOSSES) == {"kl", "kl_mixture", "entropy", "ce", "mse"}
 
 
+@pytest.mark.parametrize("name", L.LOSSES)
+def test_a_row_holds_the_same_loss_twice(name):
+    case, weight, row = Case(), normal(V, D, seed=5).requires_grad_(), L.LOSSES[name]
+    case.labels = torch.arange(T) % V
+    tempered = {"temperature": 2.0} if row.tempered else {}
+    logits = [h @ w.T for h, w in zip(case.teacher_hidden, case.weights)]
+    given = {
+        "own": (logits[:1], case.teacher_hidden[:1], case.weights[:1]),
+        "all": ([logits], [case.teacher_hidden], [case.weights]),
+        "labels": ([case.labels], [], [case.labels]),
+        "none": ([], [], []),
+    }
+    to_plain, hidden, heads = given[row.teachers]
+    plain = row.plain(case.hidden @ weight.T, *to_plain, **tempered)
+    chunked = row.chunked(
+        case.hidden, *hidden, weight, *heads, chunk_size=4, **tempered
+    )
+    assert_close(chunked, plain, **EXACT)
+    wanted = [case.hidden, weight]
+    gradients = [torch.autograd.grad(loss, wanted) for loss in (chunked, plain)]
+    assert_close(*gradients, **EXACT)
+
+
+@pytest.mark.parametrize("name", [n for n, row in L.LOSSES.items() if row.topk])
+def test_the_whole_vocabulary_as_topk_is_the_loss(name):
+    case, row, tau = Case(), L.LOSSES[name], 2.0
+    teacher = case.teacher_hidden[0] @ case.weights[0].T
+    stored = (*L.topk_teacher(teacher, V, tau), (teacher / tau).logsumexp(-1))
+    cut = row.topk(case.hidden, case.weights[1], *stored, tau, chunk_size=4)
+    tempered = {"temperature": tau} if row.tempered else {}
+    whole = row.plain(case.hidden @ case.weights[1].T, teacher, **tempered)
+    assert_close(cut, whole, **EXACT)
+
+
+def test_a_loss_of_rows_honours_temperature_mask_bias_and_cap():
+    "KL made of its rows is KL, in both forms."
+    case, weight = Case(), normal(V, D, seed=5).requires_grad_()
+    bias = normal(V, seed=7)
+    made = L.loss_of_rows(L.kl_rows, "KL of rows", tempered=True)
+    assert (made.teachers, made.unit) == ("own", "nats per scored token")
+    first = (case.hidden, case.teacher_hidden[0], weight, case.weights[0])
+    options = dict(mask=case.mask, temperature=2.0, teacher_bias=bias, softcap=3.0)
+    losses = [f(*first, **options, chunk_size=4) for f in (made.chunked, L.linear_kl_loss)]
+    assert_close(*losses, **EXACT)
+    assert_close(*(torch.autograd.grad(x, case.hidden) for x in losses), **EXACT)
+    student, teacher = case.hidden @ weight.T, case.teacher_hidden[0] @ weight.T
+    assert_close(
+        made.plain(student, teacher, case.mask, 2.0),
+        L.kl_loss(student, teacher, case.mask, 2.0),
+        **EXACT,
+    )
+    with pytest.raises(ValueError, match="Nothing is cut to fit"):
+        made.plain(student, teacher[:, :-1], temperature=2.0)
+    with pytest.raises(ValueError, match="temperature=0"):
+        made.plain(student, teacher, temperature=0)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 3, 5, 100, None])
 @pytest.mark.parametrize("head", [{}, dict(softcap=3.0, logit_scale=0.7)])
 @pytest.mark.parametrize("name", NAMES)

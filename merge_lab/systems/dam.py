@@ -38,7 +38,7 @@ from ..devices import best_device, set_seed
 from ..run_folder import begin_run, check_outside, check_run, write_json
 from ..evaluation import UNIFORM, evaluate_models
 from ..held_out import HeldOut, told_held_out
-from ..losses import task_vector_angles
+from ..losses import PENALTIES, task_vector_angles
 from ..token_losses import shift_labels
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..devices import full
@@ -500,10 +500,14 @@ class TopkCollator(ChatCollator):
         return batch
 
 # %% ../../nbs/40_systems/02_dam.ipynb #2614f997
-_PENALTIES = {
+_PENALTIES = {  # option -> row of PENALTIES
     "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
     "lambda_coef_angle": "angle_overlap",
 }
+
+
+def _weight(option_name: str):
+    return option(0.0, f"Weight of the {PENALTIES[_PENALTIES[option_name]].caption}", low=0, high=10, group="Penalties")
 
 
 @dataclasses.dataclass
@@ -527,13 +531,11 @@ class DAMTrainConfig(LoopConfig):
     kl_weight: float = option(1.0, "Weight of KL", low=0, high=100, group="Objective")
     mse_weight: float = option(1.0, "Weight of the squared error", low=0, high=100, group="Objective")
     entropy_weight: float = option(1.0, "Weight of the entropy", low=0, high=100, group="Objective")
-    lambda_coef: float = option(0.0, "Weight of the cosine between components' coefficients", low=0, high=10, group="Penalties")
-    lambda_coef_l1: float = option(0.0, "Weight of the mean absolute coefficient", low=0, high=10, group="Penalties")
-    lambda_coef_l2: float = option(0.0, "Weight of the mean squared coefficient", low=0, high=10, group="Penalties")
-    lambda_coef_overlap: float = option(0.0, "Weight of the overlap of coefficients", low=0, high=10, group="Penalties")
-    lambda_coef_angle: float = option(
-        0.0, "Weight of the overlap weighted by sin^2 of twice the task vectors' angle", low=0, high=10, group="Penalties"
-    )
+    lambda_coef: float = _weight("lambda_coef")
+    lambda_coef_l1: float = _weight("lambda_coef_l1")
+    lambda_coef_l2: float = _weight("lambda_coef_l2")
+    lambda_coef_overlap: float = _weight("lambda_coef_overlap")
+    lambda_coef_angle: float = _weight("lambda_coef_angle")
     generate_logits_on_fly: bool = option(True, "Run the components as teachers; otherwise read stored ones", group="Teachers")
     use_all_logits: bool = option(True, "On the fly, compare all tokens; otherwise the teacher's top-k", group="Teachers")
     k: int = option(50, "Tokens that count if not all logits are used (stored ones: as stored)", low=1, group="Teachers")
@@ -581,7 +583,7 @@ def dam_objective(config: DAMTrainConfig, merger: DAMMerger) -> Objective:
     check_k(k or 1, merger.config.get_text_config().vocab_size)
     return Objective(
         losses, config.temperature, penalties, config.logit_chunk, k=k,
-        angles=task_angles(merger) if "angle_overlap" in penalties else None,
+        angles=task_angles(merger) if any(PENALTIES[name].takes == "angles" for name in penalties) else None,
     )
 
 # %% ../../nbs/40_systems/02_dam.ipynb #bd9f0650

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..adapters import Factors, adapter_folder, check_adapter, is_conv1d, load_adapter, load_base, merge_adapter
 from ..adapters import quiet_peft, read_adapters, recorded_base
 from ..checkpoints import component_names, load_tokenizer
-from ..constraints import CONSTRAINTS
+from ..constraints import OF_ANY_NUMBER
 from ..config import check_choice, check_options, option
 from ..lesson import method_of
 from ..run_folder import begin_run, bundled_path, check_outside, check_run
@@ -37,6 +37,7 @@ from ..merger import CONFIG_FILE, MASKS_FILE, Merger
 from ..merger_config import MergerConfig
 from ..chat import build_dataset, ChatCollator, hold_out
 from ..loop_config import TrainConfig
+from ..losses import LOSSES
 from ..run_folder import check_going_on, RunInterrupted
 from ..training import attach_watchers, held_out_facts, MergerTrainer
 from ..run_folder import last_checkpoint, resume_command
@@ -65,7 +66,7 @@ class LoRAMergeConfig(TrainConfig):
     share: str = option("module", "Which alphas are one and the same", choices=SHARES, group="Masks")
     constrain_mode: str = option(
         "delta", "How a mask becomes an alpha; delta and identity are the same here: what is blended are deltas",
-        choices=[name for name in CONSTRAINTS if name != "spherical"], group="Masks",
+        choices=OF_ANY_NUMBER, group="Masks",
     )
     initial_alpha: float | None = option(None, "Alpha that training starts from; none: 1/n", group="Masks")
     dtype: str = option(
@@ -404,7 +405,7 @@ def show_result(result: dict):  # from `run`
     merger, history = result["merger"], result["history"]
     table = result["alphas"].groupby("component").agg({"mean": "mean", "min": "min", "max": "max"})
     print(table.rename(index=dict(enumerate(merger.names))).round(3).to_string())
-    name = {"kl": "KL to each sample's own adapter"}.get(merger.adapter_config.loss_func_name, "loss")
+    name = LOSSES[merger.adapter_config.loss_func_name].caption
     found = result.get("held_out")
     if found:
         print(told_held_out(found, len(history), name))
