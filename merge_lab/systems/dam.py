@@ -7,8 +7,7 @@ __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'other_name', 
            'kind_of', 'randomise', 'merge', 'push', 'show_merge', 'DAMLossConfig', 'task_angles', 'dam_objective',
            'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'load_untrained', 'check_models',
            'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer', 'rows_to_score', 'score_export',
-           'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'show_dataset',
-           'TopkCollator']
+           'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
@@ -41,14 +40,13 @@ from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
 from ..run_folder import begin_run, check_going_on, check_outside, check_run, resume_command, RunInterrupted, write_json
 from merge_lab.teacher_dataset import (
-    chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, show_dataset,
-    TopkCollator,
+    chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, TopkCollator,
 )
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
 )
 
-_all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "show_dataset", "TopkCollator"]
+_all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "TopkCollator"]
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #90fad62d
