@@ -486,7 +486,7 @@ def test_collator_makes_probabilities_of_what_was_rounded(bundled):
 def test_dataset_of_an_older_version_is_refused(lab, tmp_path):
     old, folder = tmp_path / "old", lab["folder"] / "dataset"
     lab["dataset"].remove_columns("topk_normaliser").save_to_disk(str(old))
-    shutil.copy(folder / dam.DATASET_FILE, old)
+    shutil.copy(folder / teacher_dataset.DATASET_FILE, old)
     with pytest.raises(ValueError, match="lacks topk_normaliser.*--overwrite"):
         dam.train(train_config(lab, tmp_path / "run", hf_disk_dataset_dir=str(old)))
 
