@@ -42,6 +42,7 @@ from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import coefficient_penalty, Objective
 from merge_lab.teacher_cache import STORED_TOPK
 from merge_lab.systems import dam, mask_merge
+from merge_lab.teacher_dataset import stored_teacher, TopkCollator
 from merge_lab.chat import build_dataset, ChatCollator, load_task
 from merge_lab.tinylm import tiny_model
 from merge_lab.run_folder import read_history
@@ -283,8 +284,8 @@ def stored_batch(teachers: list[Merger], rows: list[dict], tokenizer, k: int) ->
     collate, stored = ChatCollator(tokenizer), []
     for source, teacher in enumerate(teachers):
         own = [row for row in rows if row["source"] == source]
-        stored += [row | found for row, found in zip(own, dam.stored_teacher(teacher, own, collate, k, 2.0))]
-    return dam.TopkCollator(tokenizer, k)(stored)
+        stored += [row | found for row, found in zip(own, stored_teacher(teacher, own, collate, k, 2.0))]
+    return TopkCollator(tokenizer, k)(stored)
 
 
 def single(model) -> Merger:

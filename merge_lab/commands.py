@@ -43,7 +43,7 @@ COMMANDS = {
         ("base_model_id", "model_ids"), show="show_merge",
     ),
     "dam-topk": Command(
-        "systems.dam", "DAMTopkConfig", "create_dataset_topk_logits", "DAM: collect data and store the teachers' top-k",
+        "teacher_dataset", "DAMTopkConfig", "create_dataset_topk_logits", "DAM: collect data and store the teachers' top-k",
         show="show_dataset",
     ),
     "dam-train": Command(

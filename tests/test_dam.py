@@ -17,8 +17,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
-from merge_lab import objective
+from merge_lab import objective, teacher_dataset
 from merge_lab.cli import main, shadow_of
+from merge_lab.config import recipe_options, resumable_options
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.run_folder import bundled_path
 from merge_lab.evaluation import evaluate_tasks
@@ -342,7 +343,7 @@ def test_killed_dataset_goes_on_and_ends_the_same(lab, tmp_path, monkeypatch):
     config = dataclasses.replace(
         lab["topk"], hf_disk_dataset_dir=str(tmp_path / "again")
     )
-    run, calls = dam.stored_teacher, []
+    run, calls = teacher_dataset.stored_teacher, []
 
     def killed(*arguments):
         calls.append(1)
@@ -350,7 +351,7 @@ def test_killed_dataset_goes_on_and_ends_the_same(lab, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return run(*arguments)
 
-    monkeypatch.setattr(dam, "stored_teacher", killed)
+    monkeypatch.setattr(teacher_dataset, "stored_teacher", killed)
     with pytest.raises(KeyboardInterrupt):
         dam.create_dataset_topk_logits(config)
     assert len(list((tmp_path / "again" / "parts").iterdir())) >= 1
@@ -419,7 +420,7 @@ def batch_from_disk(bundled, k):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         teacher = Merger([model.eval()], MergerConfig())
         collate = ChatCollator(tokenizer)
-        columns = dam.stored_teacher(teacher, own, collate, k, 2.0)
+        columns = teacher_dataset.stored_teacher(teacher, own, collate, k, 2.0)
         stored += [row | column for row, column in zip(own, columns)]
     return dam.TopkCollator(tokenizer, k)(stored)
 
@@ -485,7 +486,7 @@ def test_collator_makes_probabilities_of_what_was_rounded(bundled):
 def test_dataset_of_an_older_version_is_refused(lab, tmp_path):
     old, folder = tmp_path / "old", lab["folder"] / "dataset"
     lab["dataset"].remove_columns("topk_normaliser").save_to_disk(str(old))
-    shutil.copy(folder / dam.DATASET_FILE, old)
+    shutil.copy(folder / teacher_dataset.DATASET_FILE, old)
     with pytest.raises(ValueError, match="lacks topk_normaliser.*--overwrite"):
         dam.train(train_config(lab, tmp_path / "run", hf_disk_dataset_dir=str(old)))
 
@@ -763,6 +764,37 @@ def test_published_options_word_for_word(config):
         assert made.use_mse is False and made.lambda_coef_l2 == 1e-5
 
 
+PLACES = {"output_path", "output_dir", "hf_disk_dataset_dir", "cache_dir", "repo_id", "overwrite"}
+
+
+@pytest.mark.parametrize("config", PUBLISHED)
+def test_a_model_card_tells_no_places(config):
+    told = set(recipe_options(config()))
+    assert not told & PLACES and "device" not in told
+    assert told & {"non_linearity", "k", "lambda_coef"}
+
+
+def test_a_dataset_depends_on_all_options_that_may_not_change(lab):
+    "It goes on under another device or batch size, and is another one with another seed."
+    config = lab["topk"]
+    facts = teacher_dataset.dataset_facts(config)
+    how = resumable_options(dam.DAMTopkConfig)
+    assert how == {"hf_disk_dataset_dir", "cache_dir", "batch_size", "part_size", "device", "overwrite"}
+    assert set(facts) == {field.name for field in dataclasses.fields(config)} - how | {"files"}
+    other = teacher_dataset.dataset_facts(dataclasses.replace(config, seed=1))
+    assert teacher_dataset.changes(facts, other) == "other seed"
+
+
+def test_mofo_takes_the_steps_of_the_default_rate(lab, tmp_path):
+    "In units of deltas where none is given; these coefficients multiply whole weights."
+    config = train_config(lab, tmp_path / "run", optim="mofo")
+    trainer, *_ = dam.make_trainer(config, dam.loop_arguments(config, tmp_path / "run"))
+    (group,) = trainer.optimizer.param_groups
+    assert group["lr"] == trainer.args.learning_rate < 0.1
+    given = dataclasses.replace(config, learning_rate=0.02)
+    assert dam.dam_optimizer(given, trainer.model).param_groups[0]["lr"] == 0.02
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -801,7 +833,7 @@ def test_what_cannot_be_stored_is_said_before_teachers_run(
     def refuse(*arguments):
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(dam, "load_teacher", refuse)
+    monkeypatch.setattr(teacher_dataset, "load_teacher", refuse)
     if "dataset_names" in options:
         options["dataset_names"] = [lab["topk"].dataset_names[0], "nowhere/data"]
     folder = tmp_path / "dataset"
@@ -816,7 +848,7 @@ def test_what_cannot_be_stored_is_said_before_teachers_run(
 def test_a_row_that_cannot_be_learned_is_named_before_teachers_run(
     lab, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(dam, "load_teacher", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(teacher_dataset, "load_teacher", lambda *_: pytest.fail("it was loaded"))
     rows = [chat_row("the cat", "sat"), chat_row(" ".join(WORDS * 4), "sat")]
     write_jsonl(tmp_path / "long.jsonl", rows)
     config = dataclasses.replace(
@@ -851,10 +883,10 @@ def test_dataset_of_rows_or_models_that_changed_is_refused(lab, tmp_path):
         with pytest.raises(FileExistsError, match=f"with an older {changed}. Choose"):
             dam.create_dataset_topk_logits(config)
         os.utime(file, ns=(time_before, time_before))
-    facts = dam.dataset_facts(config)
+    facts = teacher_dataset.dataset_facts(config)
     shutil.rmtree(tmp_path / "folder")
-    assert not dam.changes(facts, dam.dataset_facts(config))
-    assert dam.changes(facts, dam.dataset_facts(dataclasses.replace(config, k=7)))
+    assert not teacher_dataset.changes(facts, teacher_dataset.dataset_facts(config))
+    assert teacher_dataset.changes(facts, teacher_dataset.dataset_facts(dataclasses.replace(config, k=7)))
 
 
 def test_device_that_is_not_there(lab, tmp_path):
@@ -946,8 +978,8 @@ def test_parts_of_another_size_are_not_taken_for_these(lab, tmp_path):
     config = dataclasses.replace(
         lab["topk"], hf_disk_dataset_dir=str(tmp_path / "again"), part_size=7
     )
-    begun = dam.write_parts(config, 0, tmp_path / "again" / "parts")
-    dam.open_dataset(tmp_path / "again", dam.dataset_facts(config), False)
+    begun = teacher_dataset.write_parts(config, 0, tmp_path / "again" / "parts")
+    teacher_dataset.open_dataset(tmp_path / "again", teacher_dataset.dataset_facts(config), False)
     next(begun), begun.close()
     again = dam.create_dataset_topk_logits(dataclasses.replace(config, part_size=3))
     assert again[:] == lab["dataset"][:]
