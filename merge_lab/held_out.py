@@ -29,7 +29,7 @@ def batches_of(
 ) -> list[list[dict]]:
     "Rows of like length in batches, as large as they may be."
     lengths = [len(row["input_ids"]) for row in rows]
-    return [[rows[position] for position in batch] for batch in length_batches(lengths, batch_size, tokens, fill_up=True)]
+    return [[rows[position] for position in batch] for batch in length_batches(lengths, batch_size, tokens or None, fill_up=True)]
 
 
 class HeldOut:

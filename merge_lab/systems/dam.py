@@ -33,7 +33,7 @@ from ..evaluation import evaluate_models, UNIFORM
 from ..held_out import HeldOut, told_held_out
 from ..lesson import method_of
 from ..loop_config import LoopConfig
-from ..losses import task_vector_angles
+from ..losses import PENALTIES, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
@@ -246,6 +246,16 @@ def show_merge(merger: DAMMerger):
         f"coefficients from {alphas['min'].min():.3f} to {alphas['max'].max():.3f}"
     )
 
+# %% ../../nbs/40_systems/02_dam.ipynb #2414e83f
+_PENALTIES = {  # option -> row of PENALTIES
+    "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
+    "lambda_coef_angle": "angle_overlap",
+}
+
+
+def _weight(option_name: str):
+    return option(0.0, f"Weight of the {PENALTIES[_PENALTIES[option_name]].caption}", low=0, high=10, group="Penalties")
+
 # %% ../../nbs/40_systems/02_dam.ipynb #e4f47c26
 @dataclasses.dataclass
 class DAMLossConfig(LoopConfig):
@@ -260,13 +270,11 @@ class DAMLossConfig(LoopConfig):
     kl_weight: float = option(1.0, "Weight of KL", low=0, high=100, group="Objective")
     mse_weight: float = option(1.0, "Weight of the squared error", low=0, high=100, group="Objective")
     entropy_weight: float = option(1.0, "Weight of the entropy", low=0, high=100, group="Objective")
-    lambda_coef: float = option(0.0, "Weight of the cosine between components' coefficients", low=0, high=10, group="Penalties")
-    lambda_coef_l1: float = option(0.0, "Weight of the mean absolute coefficient", low=0, high=10, group="Penalties")
-    lambda_coef_l2: float = option(0.0, "Weight of the mean squared coefficient", low=0, high=10, group="Penalties")
-    lambda_coef_overlap: float = option(0.0, "Weight of the overlap of coefficients", low=0, high=10, group="Penalties")
-    lambda_coef_angle: float = option(
-        0.0, "Weight of the overlap weighted by sin^2 of twice the task vectors' angle", low=0, high=10, group="Penalties"
-    )
+    lambda_coef: float = _weight("lambda_coef")
+    lambda_coef_l1: float = _weight("lambda_coef_l1")
+    lambda_coef_l2: float = _weight("lambda_coef_l2")
+    lambda_coef_overlap: float = _weight("lambda_coef_overlap")
+    lambda_coef_angle: float = _weight("lambda_coef_angle")
     generate_logits_on_fly: bool = option(True, "Run the components as teachers; otherwise read stored ones", group="Teachers")
     use_all_logits: bool = option(True, "On the fly, compare all tokens; otherwise the teacher's top-k", group="Teachers")
     k: int = option(50, "Tokens that count if not all logits are used (stored ones: as stored)", low=1, group="Teachers")
@@ -277,12 +285,6 @@ class DAMLossConfig(LoopConfig):
             raise ValueError("use_kl, use_mse and use_entropy are all off: nothing is left to learn. Switch one on.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #b99ca516
-_PENALTIES = {
-    "lambda_coef": "similarity", "lambda_coef_l1": "l1", "lambda_coef_l2": "l2", "lambda_coef_overlap": "overlap",
-    "lambda_coef_angle": "angle_overlap",
-}
-
-
 def task_angles(merger: DAMMerger) -> dict[str, Tensor]:  # by parameter, (n, n) radians
     "Angles between the components' task vectors in every masked weight."
     held = merger.use_base_model or merger.has_base
@@ -306,7 +308,7 @@ def dam_objective(config: DAMLossConfig, merger: DAMMerger) -> Objective:
     check_k(k or 1, merger.config.get_text_config().vocab_size)
     return Objective(
         losses, config.temperature, penalties, config.logit_chunk, k=k,
-        angles=task_angles(merger) if "angle_overlap" in penalties else None,
+        angles=task_angles(merger) if any(PENALTIES[name].takes == "angles" for name in penalties) else None,
     )
 
 # %% ../../nbs/40_systems/02_dam.ipynb #bd9f0650
