@@ -73,7 +73,7 @@ def cut_gain(
     inside = (position > start) & distinct
     return torch.where(inside, gain, torch.full_like(gain, -1.0)), owner
 
-
+# %% ../nbs/14_anyprec.ipynb #d2a578e5
 def split_cuts(
     rows: SortedRows,
     cuts: Tensor,  # (rows, k + 1)
@@ -127,7 +127,7 @@ def seed_bins(precision: int) -> int:
     "Positions where cuts of the seed may fall at first: 64, or four for each cluster if those are more."
     return max(64, 2 ** (precision + 2))
 
-
+# %% ../nbs/14_anyprec.ipynb #d9d1fc7a
 def seed_cuts(
     rows: SortedRows,
     precision: int,  # bits of the seed
@@ -155,7 +155,7 @@ def check_precisions(seed_precision: int, parent_precision: int):
             "1 <= seed <= parent <= 8. A code is one byte; 3 and 8 are the usual choice."
         )
 
-
+# %% ../nbs/14_anyprec.ipynb #82bf05ab
 def nested_codes(
     weight: Tensor,  # (rows, columns)
     sensitivity: Tensor | None = None,  # (rows, columns)
@@ -356,7 +356,7 @@ def fixed_linear(layer: NestedLinear, x: Tensor, precision: int) -> Tensor:
     weight = layer.slot.get(layer, precision)
     return F.linear(x.to(weight.dtype), weight, layer.bias)
 
-
+# %% ../nbs/14_anyprec.ipynb #8c72e734
 def grouped_linear(layer: NestedLinear, x: Tensor, choice: Tensor) -> Tensor:
     "Each sample at its own precision; one dequantisation and one product for all that share it."
     y = None

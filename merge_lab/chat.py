@@ -184,7 +184,7 @@ def deal_splits(rows: list[dict]) -> dict[str, list[dict]]:  # split -> rows in 
         dealt[held_out.get(key, "train")].append(row)
     return dealt
 
-
+# %% ../nbs/02_chat.ipynb #b4af235d
 def read_file(
     path: Path,  # one .jsonl file
     split: str | None,  # "train", "validation", "test", or None for all rows

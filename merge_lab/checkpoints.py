@@ -41,7 +41,7 @@ def component_name(path: str | Path) -> str:  # folder or hub name
     "Short display name of a component: the last part of its path that says something."
     return _parts(path)[-1]
 
-
+# %% ../nbs/03_checkpoints.ipynb #d5fcfe47
 def component_names(
     paths: Iterable[str | Path],  # folders or hub names, in the order of the components
 ) -> list[str]:
@@ -136,7 +136,7 @@ def _read_index(index: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError) as error:
         raise UnreadableComponent(index, "the index of the shards is damaged.", COPY_AGAIN) from error
 
-
+# %% ../nbs/03_checkpoints.ipynb #afd6f7c6
 def read_headers(
     folder: str | Path,  # a folder with model.safetensors, or shards and their index
 ) -> dict[str, TensorHeader]:

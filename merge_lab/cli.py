@@ -82,7 +82,7 @@ def shadow_of(config_class: type) -> type:
         fields.append((field.name, kind, dataclasses.field(**facts)))
     return dataclasses.make_dataclass(config_class.__name__, fields)
 
-
+# %% ../nbs/60_cli.ipynb #5af76a99
 def parser_of(name: str, command: Command, config_class: type) -> argparse.ArgumentParser:
     "The parser of one command."
     from transformers import HfArgumentParser
@@ -272,7 +272,7 @@ def main(words: list[str] | None = None) -> int:
             print(f"merge-lab {words[0]}: {str(error) or stopped}", file=sys.stderr)
         return 130
 
-
+# %% ../nbs/60_cli.ipynb #bda9cf7a
 @contextmanager
 def _silence():
     "Neither tables nor bars; errors are printed outside."

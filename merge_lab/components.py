@@ -90,7 +90,7 @@ def _cell(value) -> str:
         value = next(iter(value.values()))
     return _brief(value)
 
-
+# %% ../nbs/08_components.ipynb #ac65bf14
 def _row(
     property: str,
     names: Sequence[str],  # of the components
@@ -142,7 +142,7 @@ def _alone(name: str, first: dict, other_name: str, other: dict) -> str:
     left = [(who, {k: a[k] for k in a if k not in b}) for who, a, b in sides]
     return ", ".join(f"only {who} has {_examples(entries)}" for who, entries in left if entries)
 
-
+# %% ../nbs/08_components.ipynb #9bec0e41
 def _unequal(name: str, first: dict, other_name: str, other: dict) -> str:
     "Entries that two dictionaries share by key and not by value."
     keys = [key for key in first if key in other and first[key] != other[key]]
@@ -179,7 +179,7 @@ def _token_difference(name: str, first: dict, other_name: str, other: dict) -> s
     explain = _unequal if set(first) == set(other) else _alone
     return explain(name, first, other_name, other)
 
-
+# %% ../nbs/08_components.ipynb #0bcb8242
 def _vocabulary_rows(files: list[ComponentFiles], names: list[str]) -> list[dict]:
     "Rows on vocabulary, tokenizer, special tokens and chat template."
     sizes = [f.text_config.vocab_size for f in files]
@@ -253,7 +253,7 @@ def _compare(files: list[ComponentFiles], names: list[str]) -> list[dict]:
     longest = [_settings(f, "max_position_embeddings") for f in files]
     return [*rows, _row("longest context", names, longest, "The first component's is exported.", "note")]
 
-
+# %% ../nbs/08_components.ipynb #15c73a5b
 def preflight(
     paths: Sequence[str | Path],  # folders or hub names, at least two
     raise_on_error: bool = False,  # raise `IncompatibleComponents` if an obstacle is found
@@ -305,7 +305,7 @@ def _recorded_bases(folder: Path) -> Iterator[str]:
     if config.is_file():
         yield json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
 
-
+# %% ../nbs/08_components.ipynb #65737655
 def _local_folder(name, beside: Path) -> Path | None:
     "The folder of a model that lies on this machine, or in the hub's cache."
     from huggingface_hub import snapshot_download
@@ -321,7 +321,7 @@ def _local_folder(name, beside: Path) -> Path | None:
         return None
     return folder if any(folder.glob("*.safetensors")) else None
 
-
+# %% ../nbs/08_components.ipynb #fcfa2f60
 def find_base(
     paths: Sequence[str | Path],  # components
 ) -> str | None:  # None: they name none that is here, or not the same
@@ -405,7 +405,7 @@ def vocabulary_rows(
     keep = [known.get(i, i if i in unused and i not in named else -1) for i in range(size)]
     return torch.tensor(keep, dtype=torch.long)
 
-
+# %% ../nbs/08_components.ipynb #56604d29
 def _gather(weight: Tensor, rows: Tensor) -> Tensor:
     "Rows of `weight`, and its mean row where `rows` is -1."
     mean = weight.float().mean(0, keepdim=weight.ndim == 1).to(weight.dtype)
@@ -462,7 +462,7 @@ def align_vocabulary(
         del model
     return folders
 
-
+# %% ../nbs/08_components.ipynb #f669d909
 def _copy_special_ids(model, source: ComponentFiles):
     "Give a model the special token ids of another component."
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

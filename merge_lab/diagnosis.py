@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from .run_folder import write_text
 from .memory import free_memory, readable
 from .run_folder import read_history
-from .training import memory_in_use
+from .memory import memory_in_use
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #de08f532
 class Pace:

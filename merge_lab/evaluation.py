@@ -130,7 +130,7 @@ def check_tasks(tasks: dict[str, Sequence[dict]]):
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"task {task!r}, {place_of(row, f'row {number}')}: {error}") from error
 
-
+# %% ../nbs/32_evaluation.ipynb #2b62d418
 def encode_task(
     model,
     tokenizer,
@@ -189,7 +189,7 @@ def chrf(answers: Sequence[str], rows: Sequence[dict]) -> float:  # 0 to 100
 
 _OF_ANSWERS = {"exact_match": said_right, "chrf": chrf}
 
-
+# %% ../nbs/32_evaluation.ipynb #9a5df7b1
 def evaluate_tasks(
     model,  # transformers model or Merger
     tokenizer,  # with a chat template
@@ -271,7 +271,7 @@ def uniform_name(merger: Merger) -> str:
     averaged = all(key in leaf.masks or leaf.is_shared(key) for leaf in merger.leaves().values() for key in leaf.parameter_names)
     return UNIFORM if averaged else f"{UNIFORM} of what is masked"
 
-
+# %% ../nbs/32_evaluation.ipynb #29b0b66b
 def score_baselines(
     merger: Merger,
     tokenizer,
@@ -353,7 +353,7 @@ def confusion(
     frame = pd.DataFrame(shares, columns=[*references, "other"]).fillna(0.0)
     return frame.groupby(pd.Series(labels), sort=False).mean().rename_axis(index="task", columns="manner")
 
-
+# %% ../nbs/32_evaluation.ipynb #1278f5c3
 def reference_answers(name: str, reference, tokenizer, rows: Sequence[dict], progress: bool, options: dict) -> list[str]:
     "Answers of one component: those given, or generated now. Raises `ValueError` unless there is one for each row."
     if not isinstance(reference, (list, tuple)):
@@ -376,7 +376,7 @@ def text_windows(
     pieces = [list(ids[start : start + length]) for start in range(0, len(ids) - 1, length - 1)]
     return [dict(input_ids=piece, labels=[-100, *piece[1:]]) for piece in pieces]
 
-
+# %% ../nbs/32_evaluation.ipynb #45b52b0c
 def perplexity(
     model,  # transformers model or Merger
     tokenizer,

@@ -31,7 +31,7 @@ def batches_of(
     lengths = [len(row["input_ids"]) for row in rows]
     return [[rows[position] for position in batch] for batch in length_batches(lengths, batch_size, tokens or None, fill_up=True)]
 
-
+# %% ../nbs/23_held_out.ipynb #1b261e50
 class HeldOut:
     "Rows that are not trained on, and a merger's loss on them."
 

@@ -211,7 +211,7 @@ def _linear_to_teachers(hidden, teachers, weight, rows, mask, softcap, logit_sca
         hidden, weight, token_loss, mask, softcap=softcap, logit_scale=logit_scale, n_teachers=len(sources), **options
     )
 
-
+# %% ../nbs/11_losses.ipynb #d9dc2c3f
 def linear_kl_loss(
     hidden: Tensor,  # (..., d) of the student
     teacher_hidden: Tensor,  # (..., d') of the teacher
@@ -248,7 +248,7 @@ def linear_mse_loss(
     teachers = [(teacher_hidden, teacher_weight, teacher_bias)]
     return _linear_to_teachers(hidden, teachers, weight, mse_rows, mask, softcap, logit_scale, options)
 
-
+# %% ../nbs/11_losses.ipynb #faf22d2f
 def linear_mixture_kl_loss(
     hidden: Tensor,  # (..., d) of the student
     teacher_hidden: Sequence[Tensor],  # one (..., d') per component
@@ -481,7 +481,7 @@ def angle_weighted_overlap(
     weight = torch.sin(2 * angle).square()
     return _pair_mean(lambda i, j: weight[i, j] * (alphas[i].abs() * alphas[j].abs()).mean(), alphas)
 
-
+# %% ../nbs/11_losses.ipynb #7b0e6ed4
 def task_vector_angles(
     weights: Sequence[Tensor],  # n weights of one module
     base: Tensor,  # the weight they were fine-tuned from

@@ -99,7 +99,7 @@ def _blend_rows(weights: Iterable[Tensor], alphas: Sequence[Tensor], out: Tensor
     for i, (weight, alpha) in enumerate(zip(weights, alphas)):
         out.addcmul_(weight, alpha) if i else torch.mul(weight, alpha, out=out)
 
-
+# %% ../nbs/12_masks.ipynb #3f1876da
 @torch.no_grad()
 def _blend(weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> Tensor:
     "The blend in the weights' dtype, without a graph."
@@ -137,7 +137,7 @@ def _reduce_products(gradient: Tensor, weights: Sequence[Tensor], alphas: Sequen
                 _rows(total, rows).add_(product.sum(summed, keepdim=True) if summed else product)
     return [None if total is None else total.reshape(alpha.shape).to(alpha.dtype) for total, alpha in zip(totals, alphas)]
 
-
+# %% ../nbs/12_masks.ipynb #457ec6d2
 class _Blend(torch.autograd.Function):
     "Blend that saves references to the frozen weights and nothing else."
 
@@ -219,7 +219,7 @@ def _input_route(dy, x, weights, alphas, needs_dx):
         sums[:last] = [part + sums[last] for part in sums[:last]]
     return dx, [(part if alpha.ndim else part.sum()).to(alpha.dtype) for part, alpha in zip(sums, alphas)]
 
-
+# %% ../nbs/12_masks.ipynb #6741f525
 def _weight_route(dy, x, weights, alphas, needs_dx, merged):
     "Gradients from the merged weight and `dy^T x`: two products whatever n is."
     dx = None
@@ -314,7 +314,7 @@ def _check_masked_linear(x, weights, alphas):
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} features and the weights take {in_features}.")
 
-
+# %% ../nbs/12_masks.ipynb #39225462
 def masked_linear(
     x: Tensor,  # (..., in_features)
     weights: Sequence[Tensor],  # n frozen weights (out_features, in_features)
@@ -351,7 +351,7 @@ def even_alphas(
     merged = n if anchor is None else n - 1
     return [0.0 if i == anchor else 1 / merged for i in range(n)]
 
-
+# %% ../nbs/12_masks.ipynb #f0607196
 class MergeState:
     "What all masked modules of one merger share."
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'MemoryUse', 'readable', 'MemoryEstimate',
-           'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
-           'fit_run', 'MemoryConfig', 'run', 'show_fit']
+           'memory_in_use', 'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport',
+           'free_memory', 'fit_report', 'fit_run', 'MemoryConfig', 'run', 'show_fit']
 
 # %% ../nbs/30_memory.ipynb #2cbd7f16
 import dataclasses
@@ -226,7 +226,7 @@ class MemoryUse:
             lines.append(f"  {name:12s}{readable(row['GiB'] * 2**30):>11s} {share:5.0%}")
         return "\n".join(lines)
 
-
+# %% ../nbs/30_memory.ipynb #6e8091fe
 def readable(n_bytes: float) -> str:  # "12.60 GiB"
     "A number of bytes in binary units."
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -237,6 +237,16 @@ def readable(n_bytes: float) -> str:  # "12.60 GiB"
 
 class MemoryEstimate(MemoryUse):
     "A `MemoryUse` that nobody has paid for yet."
+
+# %% ../nbs/30_memory.ipynb #3163410e
+def memory_in_use() -> int:  # bytes
+    "Peak of CUDA's allocator where there is one, else resident memory of this process (0 where the system tells neither)."
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 # %% ../nbs/30_memory.ipynb #0a5ead40
 @contextmanager
@@ -395,7 +405,7 @@ def training_step(merger: Merger, batch: dict[str, Tensor], objective: Callable,
     if optimizer is not None:
         optimizer.step()
 
-
+# %% ../nbs/30_memory.ipynb #90d837b9
 def _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer):
     "The real code on shapes."
     merger = Merger(models, merger_config)
@@ -542,7 +552,7 @@ class FitReport:
             "estimates it), or mask smaller models."
         )
 
-
+# %% ../nbs/30_memory.ipynb #d0249e43
 def _words(changes: dict) -> str:
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or "as asked"
 
@@ -558,7 +568,7 @@ def free_memory(device: str | None = None) -> int:  # "cuda" or "cpu"; None: CUD
         return int(lines["MemAvailable"].split()[0]) * 1024 // shared
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // shared
 
-
+# %% ../nbs/30_memory.ipynb #60d10264
 def fit_report(
     config,  # a transformers config, a model's folder or a hub name
     budget_bytes: int | None = None,  # None: what is free here
@@ -630,7 +640,7 @@ class MemoryConfig:
     def __post_init__(self):
         check_options(self)
 
-
+# %% ../nbs/30_memory.ipynb #9d7351b5
 def run(config: MemoryConfig) -> FitReport:
     "Will it fit? Raises `ValueError` if no model is named."
     if not config.model_paths:

@@ -78,7 +78,7 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
     elif not untie and key in leaf.masks:  # the embedding is not masked, so the head is not
         del leaf.masks[key]
 
-
+# %% ../nbs/20_merger.ipynb #8b5b130b
 def wrap(
     models: Sequence[nn.Module],  # components; their trees are used up
     config: MergerConfig,
@@ -317,7 +317,7 @@ def alphas(self) -> pd.DataFrame:
             rows.append({**facts, "component": i, **spread})
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
-
+# %% ../nbs/20_merger.ipynb #0e430387
 @method_of(Merger)
 @torch.no_grad()
 def alpha_values(
@@ -360,7 +360,7 @@ def load_mask_state(self, masks: dict[str, Tensor]):
             )
         mask.copy_(shard_like(masks[name].to(mask.dtype), mask))
 
-
+# %% ../nbs/20_merger.ipynb #c3a7269a
 @method_of(Merger)
 def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; components are referred to, not copied."
@@ -394,7 +394,7 @@ def read_merger_config(
     base = model_paths[n] if n < len(model_paths) else config.base_model
     return dataclasses.replace(config, model_paths=list(model_paths[:n]), base_model=base)
 
-
+# %% ../nbs/20_merger.ipynb #b06f97f6
 @method_of(Merger)
 def load_masks(self, folder: str | Path):
     "Read the masks that `save_pretrained` wrote. Raises `FileNotFoundError` if there are none."
@@ -482,7 +482,7 @@ def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
         write_tokenizer(load_tokenizer(paths[merger.merger_config.fallback]), folder)
     write_text(folder / "README.md", card)
 
-
+# %% ../nbs/20_merger.ipynb #7677faf5
 def model_card(merger: Merger, recipe: dict | None = None) -> str:
     "Markdown with the metadata that the hub reads: base models, tags and the recipe."
     recipe = dataclasses.asdict(merger.merger_config) | (recipe or {})

@@ -96,7 +96,7 @@ class Batch:
         "Scored tokens of source i."
         return self.scored & (self.source == i)[:, None]
 
-
+# %% ../nbs/22_objective.ipynb #fb948bdc
 def _explain_fused(merger: Merger) -> bool:
     if merger.fused_head_agrees():
         return True
@@ -201,7 +201,7 @@ def teacher_topk(
     found = [(*L.topk_teacher(z, k, temperature), (z.to(L.work_dtype(z.dtype)) / temperature).logsumexp(-1)) for z in parts]
     return tuple(torch.cat(each) for each in zip(*found))
 
-
+# %% ../nbs/22_objective.ipynb #fc987fea
 def _topk_of(merger: Merger, batch: Batch, objective: Objective, i: int):
     "Top-k of source i at its scored tokens, from the batch or from the component; None if all tokens count."
     if not any(L.LOSSES[name].topk for name in objective.losses):
@@ -252,7 +252,7 @@ def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[s
             found[name] = row.chunked(student, head, *labels, **tempered, **options)
     return found
 
-
+# %% ../nbs/22_objective.ipynb #af9cdb74
 def _fused_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "Losses with the head taken in, chunk by chunk."
     hidden = merger.hidden(batch.input_ids, batch.attention_mask)

@@ -158,7 +158,7 @@ def _question(ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # 
     mask = (torch.arange(max(map(len, four)), device=ids.device) < torch.tensor([[len(row)] for row in four], device=ids.device)).to(attention_mask.dtype)
     return torch.nn.utils.rnn.pad_sequence(four, batch_first=True), mask
 
-
+# %% ../nbs/15_packing.ipynb #d00cece6
 @torch.no_grad()
 def can_pack(
     decoder: nn.Module,  # transformers' model below the head
@@ -205,7 +205,7 @@ def _asks_more(inputs: dict) -> bool:
     "Whether a forward was given more than ids and a mask, or is to give more than the last states."
     return any(value is not None and value not in _PLAIN.get(name, ()) for name, value in inputs.items())
 
-
+# %% ../nbs/15_packing.ipynb #96284800
 @contextmanager
 def shared_lines(
     model: nn.Module,  # a transformers model with a head, with an adapter or without

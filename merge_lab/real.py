@@ -137,7 +137,7 @@ def run_command(
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - began, usage.ru_maxrss * unit
 
-
+# %% ../nbs/61_real.ipynb #00c5e480
 def do_step(step: Step, folder: Path):
     "Do a step unless it is done, from its checkpoint if there is one."
     if is_done(step, folder):
@@ -164,7 +164,7 @@ def flags_of(options: dict) -> list[str]:
     "Options as words of a command line."
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
-
+# %% ../nbs/61_real.ipynb #65ba4258
 def merge_steps_of(config: RealConfig, root: Path, method: str, tasks: Sequence[str]) -> list[Step]:
     "The commands of one system that merge the experts of some tasks."
     name, data = "+".join(tasks), [str(root / "tasks" / task) for task in tasks]
@@ -238,7 +238,7 @@ def merged_models(config: RealConfig, root: Path, tasks: Sequence[str]) -> dict[
         found["trained on all data"] = (root / "experts" / name / "final_merged", [f"together {name}"])
     return found
 
-
+# %% ../nbs/61_real.ipynb #190f5ad0
 def score_group(config: RealConfig, root: Path, tasks: Sequence[str]) -> pd.DataFrame:  # columns model, task, n, loss, perplexity, chrf
     "Scores of base, experts, average and merges of one group."
     from merge_lab.checkpoints import load_tokenizer
@@ -279,7 +279,7 @@ def trained_numbers(folder: Path) -> int | None:  # None: the folder holds none 
             return sum(math.prod([facts.get("anchor") or size[0], *size[1:]]) for size in shapes)  # the base's own mask has no effect
     return None
 
-
+# %% ../nbs/61_real.ipynb #8674291c
 def result_table(config: RealConfig, root: Path, tasks: Sequence[str], scores: pd.DataFrame) -> pd.DataFrame:  # index model
     "Loss, chrF and recovered share of each model on each task, the worst share, and what the model took."
     shares = recovered_share(scores, {task: f"expert: {task}" for task in tasks})
@@ -316,7 +316,7 @@ def share_bars(
         axis.set(title=title, xlabel="0: the base, 1: the task's own expert", xlim=(0, 1.14))
     return figure
 
-
+# %% ../nbs/61_real.ipynb #597d700c
 def recorded_shares(
     folder: str | Path,  # data/benchmarks/real: seed-*.json, mergekit.json
     tasks: str,  # "french+docstrings"
@@ -332,7 +332,7 @@ def recorded_shares(
                 columns[seed][f"mergekit, best of {best['settings']}"] = min(best["test_shares"].values())
     return pd.DataFrame(columns)
 
-
+# %% ../nbs/61_real.ipynb #d68b6cec
 def write_real_report(config: RealConfig, root: Path, tables: dict[str, pd.DataFrame]) -> Path:
     "Write plots/ and report.html; returns its path."
     from merge_lab import report as R
@@ -383,7 +383,7 @@ def run(config: RealConfig) -> dict[str, pd.DataFrame]:  # group -> table
     with alone_in(config.output_dir):
         return _run_alone(config, Path(config.output_dir))
 
-
+# %% ../nbs/61_real.ipynb #5f6e695d
 def _run_alone(config: RealConfig, root: Path) -> dict[str, pd.DataFrame]:  # group -> table
     make_inputs(config, root)
     steps, tables = all_steps(config, root), {}

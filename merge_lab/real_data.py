@@ -145,7 +145,7 @@ def split_of(key: str) -> str:  # "train", "validation" or "test"
         place -= share
     return "train"
 
-
+# %% ../nbs/05_real_data.ipynb #d4b69b20
 def make_real_task(
     task: str,  # a key of REAL_TASKS
     folder: str | Path,  # gets <split>.jsonl

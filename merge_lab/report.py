@@ -183,7 +183,7 @@ class Prose(Section):
         "Names for the template."
         return dict(parts=[part.strip() for part in re.split(r"\n\s*\n", self.text) if part.strip()])
 
-
+# %% ../nbs/35_report.ipynb #eef03749
 @dataclass
 class Headline(Section):
     "The result in a few large numbers."
@@ -383,7 +383,7 @@ def render_report(
         version=merge_lab.__version__,
     )
 
-
+# %% ../nbs/35_report.ipynb #d5ccdca8
 def report_html(
     title: str,
     sections: Sequence[Section],

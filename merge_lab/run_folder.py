@@ -54,7 +54,7 @@ def write_text(path: str | Path, text: str):
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
-
+# %% ../nbs/01_run_folder.ipynb #5d10375e
 def write_json(path: str | Path, value):
     "Write `value` as indented JSON in one step; keys keep their order."
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -93,7 +93,7 @@ def is_run(folder: str | Path) -> bool:
     file = Path(folder) / "config.yaml"
     return file.is_file() and file.read_bytes().startswith(_MARK.encode())
 
-
+# %% ../nbs/01_run_folder.ipynb #c5e93f77
 def check_run(
     folder: str | Path,  # folder of the run
     resume: bool = False,  # go on with the run that is there

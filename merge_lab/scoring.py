@@ -47,7 +47,7 @@ def positions_of(model) -> float:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return most if most and most > 0 else math.inf
 
-
+# %% ../nbs/24_scoring.ipynb #d8c61f92
 def check_length(
     model,
     length: int,  # tokens of a row

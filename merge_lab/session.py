@@ -31,7 +31,8 @@ from .merger import Merger
 from .merger_config import MergerConfig
 from .panel import ConfigPanel
 from .run_folder import read_adjusted
-from .training import HistoryCallback, memory_in_use, MergerTrainer, note_adjusted, set_learning_rate, StopCallback, train_from
+from .memory import memory_in_use
+from .training import HistoryCallback, MergerTrainer, note_adjusted, set_learning_rate, StopCallback, train_from
 
 # %% ../nbs/35_session.ipynb #f58ac653
 STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")

@@ -151,7 +151,7 @@ def similarity_matrix(
     names = pd.RangeIndex(len(prepared), name="layer")
     return pd.DataFrame(values.numpy(), index=names, columns=names)
 
-
+# %% ../nbs/13_similarity.ipynb #f90f3ff9
 def _check_outputs(outputs: Sequence[Tensor]):
     rows = {len(x) for x in outputs}
     if len(rows) != 1 or min(rows) < 2:
@@ -171,7 +171,7 @@ def _rows_of(
     real = torch.arange(ids.numel()) if mask is None else mask.flatten().cpu().nonzero().flatten()
     return real[torch.randperm(len(real), generator=generator)[:n]].sort().values
 
-
+# %% ../nbs/13_similarity.ipynb #4d0a1d81
 @torch.no_grad()
 def collect_outputs(
     model: nn.Module,  # called with every batch
@@ -198,7 +198,7 @@ def collect_outputs(
             handle.remove()
     return [torch.cat(store) for store in kept]
 
-
+# %% ../nbs/13_similarity.ipynb #0d0c8a20
 def _run_batches(model: nn.Module, batches: Sequence[dict], n_rows: int, generator, chosen: list):
     "Forward every batch in eval mode, having put the rows to keep in `chosen[0]`."
     if not len(batches):

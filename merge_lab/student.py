@@ -260,7 +260,7 @@ def train_student(
         train_from(trainer, last_checkpoint(Path(trainer.args.output_dir)) if resume else None)
     return history, stopper.requested.is_set()
 
-
+# %% ../nbs/38_student.ipynb #6720efa4
 def say_interrupted(trainer: MergerTrainer, command: str, folder: Path | None):
     "Raise `RunInterrupted` that says how to go on, or `KeyboardInterrupt` where nothing was kept."
     if folder is None:

@@ -92,7 +92,7 @@ def write(
     self.places[key] = begin + self.begin_of.size, len(data)
     self.end = begin + len(record)
 
-
+# %% ../nbs/19_teacher_cache.ipynb #0d1d19f9
 @method_of(Records)
 def close(self):
     "Close the file."
@@ -185,7 +185,7 @@ def _stop(self, why):
         logger.warning("%s has %d samples: %s. Teachers read all others in every pass.", self.path, len(self), why)
     self.limit = 0
 
-
+# %% ../nbs/19_teacher_cache.ipynb #4563485b
 @method_of(TeacherCache, "close")
 def _close(self):
     "Close the files."

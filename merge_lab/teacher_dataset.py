@@ -321,7 +321,7 @@ def check_stored(folder: str | Path, columns: Sequence[str], temperature: float)
             "Use that one, or store them again."
         )
 
-
+# %% ../nbs/37_teacher_dataset.ipynb #7b9045f8
 def read_dataset(
     folder: str | Path,
     tokenizer,  # whose padding the batches have

@@ -155,7 +155,7 @@ def perturb(
         noise = torch.randn(parameter.shape, generator=generator) * scale
         parameter.add_((noise * (spread if spread > 0 else 1.0)).to(parameter.dtype))
 
-
+# %% ../nbs/01_tinylm.ipynb #647ef059
 def tiny_model(
     architecture: str = "llama",  # one of `architectures`
     vocab_size: int = 64,  # as many as `tiny_tokenizer` has

@@ -121,7 +121,7 @@ class _TokenLoss(torch.autograd.Function):
         refuse_second_derivative()
         return scaled_gradient(ctx.saved_tensors[0], grad_losses), None, None
 
-
+# %% ../nbs/09_token_losses.ipynb #0ab4b836
 def token_losses(
     logits: Tensor,  # (tokens, vocab)
     rows: Callable,  # (block of logits in fp32, *blocks of constants) -> losses, function that gives their gradient
@@ -153,7 +153,7 @@ def logits_loss(
         losses = losses.new_zeros(shape.numel()).index_put((index,), losses)
     return losses.reshape(shape)
 
-
+# %% ../nbs/09_token_losses.ipynb #c9932d98
 def check_same_shape(student_logits: Tensor, teacher_logits: Tensor):
     "Raise `ValueError` unless both have the same tokens and vocabulary."
     if student_logits.shape != teacher_logits.shape:
@@ -191,7 +191,7 @@ def kl_rows(z: Tensor, teacher: Tensor, temperature: float):
     "KL of each row to the softmax of the teacher's logits."
     return _kl_to(z, _log_softmax(teacher.to(z.dtype), temperature), temperature)
 
-
+# %% ../nbs/09_token_losses.ipynb #51dc5570
 def kl_loss(
     student_logits: Tensor,  # (..., vocab)
     teacher_logits: Tensor,  # same shape; may come from inference mode
@@ -225,7 +225,7 @@ def mixture_rows(z: Tensor, *teachers: Tensor, temperature: float):
     teachers = [teacher.to(z.dtype) for teacher in teachers]
     return _kl_to(z, mixture_targets(teachers, temperature)[0], temperature)
 
-
+# %% ../nbs/09_token_losses.ipynb #3e2ba1b3
 def mixture_kl_loss(
     student_logits: Tensor,  # (..., vocab)
     teacher_logits: Sequence[Tensor],  # one (..., vocab) per component
@@ -286,7 +286,7 @@ def check_labels(labels: Tensor, shape: Sequence[int], vocab_size: int | None):
             "Encode the text with this model's own tokenizer."
         )
 
-
+# %% ../nbs/09_token_losses.ipynb #45621800
 def ce_loss(
     logits: Tensor,  # (..., vocab)
     labels: Tensor,  # (...) long, aligned by `shift_labels`; -100 is ignored

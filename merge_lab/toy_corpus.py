@@ -108,7 +108,7 @@ def generate_tasks(
                     rows.append(chat_row(f"{generator.choice(wordings)} {sentence}", answer(parts)))
     return generated
 
-
+# %% ../nbs/16_toy_corpus.ipynb #94d9cecc
 def make_tasks(
     folder: str | Path,  # gets <task>/<split>.jsonl
     seed: int = 0,
@@ -326,7 +326,7 @@ def base_row(
     wording, answer = generator.choice(list(generic.items()))
     return encode_chat(tokenizer, chat_row(f"{wording} {sentence_of(parts)}", answer(parts))["messages"])
 
-
+# %% ../nbs/16_toy_corpus.ipynb #11590ee7
 def encode_question(tokenizer, generator: random.Random, held_out: set) -> dict[str, list[int]]:
     "A multiple-choice question answered by the option's text; only the answer is learned."
     asked = generator.choice(list(subjects.values()))(generator)
@@ -363,7 +363,7 @@ def fit(
     model.eval()
     return losses
 
-
+# %% ../nbs/16_toy_corpus.ipynb #e71bf142
 def shuffled_batches(rows: list[dict], collate, batch_size: int, seed: int):
     "Endless batches; every row once before any comes again."
     generator = random.Random(seed)
@@ -401,7 +401,7 @@ def make_expert(base, tokenizer, rows: list[dict], n_steps: int, seed: int = 0, 
     fit(expert, shuffled_batches(encoded, ChatCollator(tokenizer), 32, seed), n_steps, expert_rate, name)
     return expert
 
-
+# %% ../nbs/16_toy_corpus.ipynb #c45aae02
 def make_experts(
     out_dir: str | Path,  # gets base/ and one folder per task
     seed: int = 0,

@@ -6,8 +6,8 @@
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'relative_spread', 'delta_unit', 'default_rate', 'objective_of',
            'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'MergerTrainer',
            'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary', 'summary',
-           'memory_in_use', 'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback',
-           'ProgressBar', 'attach_watchers', 'train_from', 'held_out_facts', 'open_together']
+           'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar',
+           'attach_watchers', 'train_from', 'held_out_facts', 'open_together']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -39,6 +39,7 @@ from transformers.training_args import OptimizerNames
 from .config import check_choice
 from .lesson import method_of
 from .loop_config import LoopConfig, TrainConfig
+from .memory import memory_in_use
 from .run_folder import ADJUSTED, begin_run, read_adjusted, read_rows, save_tensors, write_json, write_text
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
@@ -255,7 +256,7 @@ def _cache_paths(args: TrainingArguments) -> tuple[Path, list[Path]]:
     paths = [Path(args.output_dir) / f"teachers-{rank}.cache" for rank in range(args.world_size)]
     return paths.pop(args.process_index), paths
 
-
+# %% ../nbs/31_training.ipynb #fce3a54c
 @contextmanager
 def kept_teachers(
     trainer: MergerTrainer,
@@ -380,7 +381,7 @@ def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
             handle.remove()
     return found[0] if found else NO_MODULE
 
-
+# %% ../nbs/31_training.ipynb #eb52f6eb
 @method_of(MergerTrainer)
 def _check_finite(self, loss: Tensor, inputs: dict):
     "Raise `FloatingPointError` that names the module, after putting the last good masks back."
@@ -504,16 +505,6 @@ def alpha_summary(merger: Merger) -> dict[str, float]:  # alpha_mean_0, alpha_mi
 def summary(self) -> dict[str, float]:
     "What a row of the history says of what is trained, beside the losses."
     return alpha_summary(self.accelerator.unwrap_model(self.model))
-
-
-def memory_in_use() -> int:  # bytes
-    "Peak of CUDA's allocator where there is one, else resident memory of this process (0 where the system tells neither)."
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
 
 # %% ../nbs/31_training.ipynb #fcdb233d
 def set_learning_rate(trainer: MergerTrainer, learning_rate: float):  # of the schedule's top

@@ -203,7 +203,7 @@ def stored_in(folder: str | Path) -> dict[str, Path]:  # name of a tensor -> its
             places |= dict.fromkeys(opened.keys(), file)
     return places
 
-
+# %% ../nbs/39_verify.ipynb #fa9ec723
 def check_against_masks(
     merger,  # Merger of the run
     folder: str | Path,  # of the checkpoint

@@ -123,7 +123,7 @@ def _without_tags(config: dict, meant: dict) -> dict:
     plain = {name: value for name, value in config.items() if "__float__" not in json.dumps(value)}
     return plain if _reads_as(plain, meant) else config
 
-
+# %% ../nbs/02_writer.ipynb #75f654a8
 def _reads_as(config: dict, meant: dict) -> bool:
     "Whether a config.json is read as was meant; what it says beside that does not matter."
     try:
@@ -237,7 +237,7 @@ def write_tensors(
         _finish_files(folder, places, total)
     return set(places)
 
-
+# %% ../nbs/02_writer.ipynb #c28d1987
 def _finish_files(folder: Path, places: dict[str, str], total: int):
     "Write the index, and remove files of an earlier checkpoint: a plain model.safetensors would be read in place of shards."
     for file in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:

@@ -224,3 +224,54 @@ def test_public_functions_say_what_they_do_and_what_they_raise():
     documented = [(name, node, ast.get_docstring(node)) for name, node in public_functions() if ast.get_docstring(node)]
     untold = [name for name, node, text in documented if raises_itself(node) and not re.search(r"[Rr]aise|[Rr]efuse", text)]
     assert not untold and sum(raises_itself(node) for _, node, _ in documented) > 100
+
+
+def test_no_module_is_too_long_to_read():
+    for file in sorted((ROOT / "merge_lab").rglob("*.py")):
+        if not file.name.startswith("_"):
+            lines = len(file.read_text(encoding="utf-8").splitlines())
+            assert lines <= 700, f"{file.name}: {lines} lines; split it by content"
+            assert not file.stem.endswith("_parts"), f"{file.name}: name it for what is in it"
+
+
+def lines_of(cell: dict) -> list[str]:
+    "Lines of a cell that are not blank, without its directive."
+    return [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#|")]
+
+
+def is_exported(cell: dict) -> bool:
+    "Whether a cell defines something that goes into the module."
+    source = "".join(cell["source"])
+    return cell["cell_type"] == "code" and bool(re.match(r"#\| exporti?\b", source) and re.search(r"^(async def|def|class|\w+ ?[:=])", source, re.MULTILINE))
+
+
+def test_notebooks_show_what_they_define_in_small_pieces():
+    "Nine in ten exports within 25 lines, none above 50; two in three are followed at once by a cell that shows them at work."
+    sizes, followed = [], []
+    for notebook in NOTEBOOKS:
+        all_cells = cells(notebook)
+        for cell, after in zip(all_cells, [*all_cells[1:], None]):
+            if is_exported(cell):
+                sizes.append(len(lines_of(cell)))
+                assert sizes[-1] <= 50, f"{notebook.stem}: {sizes[-1]} lines in the cell {lines_of(cell)[0]!r}"
+                followed.append(after is not None and after["cell_type"] == "code" and not "".join(after["source"]).startswith("#| export"))
+    assert sorted(sizes)[int(0.9 * len(sizes))] <= 25
+    assert sum(followed) / len(followed) >= 0.65
+
+
+def test_options_say_themselves_what_a_resumed_run_may_change():
+    "Where a run is written, how it is started and where it is computed makes no other run, whatever the system."
+    from merge_lab.commands import COMMANDS
+    from merge_lab.config import resumable_options
+    from merge_lab.loop_config import LoopConfig
+
+    for name, command in COMMANDS.items():
+        config = command.find(command.config)
+        fields = set(config.__dataclass_fields__)
+        if "resume" in fields:
+            free = resumable_options(config)
+            assert {"resume", "overwrite"} & fields <= free, name
+            assert {"output_dir", "save_dir", "output_path", "device", "report_to", "save_steps"} & fields <= free, name
+            assert not {"seed", "learning_rate", "model_paths", "adapters", "datasets"} & free, name
+            if issubclass(config, LoopConfig):
+                assert resumable_options(LoopConfig) <= free, name

@@ -58,7 +58,7 @@ def other_name(field: dataclasses.Field, flag: str) -> dataclasses.Field:
     "An option that the command line also knows as `flag`."
     return dataclasses.field(default=field.default, metadata={**field.metadata, "aliases": [flag]})
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #2c52e6de
 @dataclasses.dataclass
 class DAMConfig:
     "What is merged, and from where."
@@ -167,7 +167,7 @@ def _from_pretrained(
 
 DAMMerger.from_pretrained = classmethod(_from_pretrained)
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #49dd31ef
 @method_of(DAMMerger, "save_pretrained")
 def _save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks, config and what only DAM knows; models are referred to, not copied."
@@ -228,7 +228,7 @@ def merge(config: DAMConfig) -> DAMMerger:
         push(folder, config.repo_id)
     return merger
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #2f708e99
 def push(folder: str | Path, repo_id: str):
     "Upload a folder to a hub repository, which is made if need be."
     from huggingface_hub import HfApi
@@ -391,7 +391,7 @@ class DAMTrainConfig(DAMLossConfig):
         if self.score_rows and not self.export:
             raise ValueError(f"score_rows={self.score_rows}, export=False: it is the exported checkpoint that is scored. Set export.")
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #78cd95cf
 def recipe_of(config: DAMTrainConfig) -> dict:
     "What a model card should tell of the training: every option but places and what the run leaves."
     return {"training": recipe_options(config)}
@@ -440,7 +440,7 @@ def loop_arguments(config: DAMTrainConfig, folder: Path) -> TrainingArguments:
     optim = "adamw_torch" if config.optim == "mofo" else config.optim
     return training_arguments(dataclasses.replace(config, optim=optim), folder)
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #576f62cc
 def make_trainer(
     config: DAMTrainConfig,
     arguments: TrainingArguments,  # from `loop_arguments`
@@ -501,7 +501,7 @@ class DAMRun(NamedTuple):
     folder: Path  # config.yaml, history.jsonl, coefficients, merged/
     scores: pd.DataFrame | None = None  # columns model, task, n, loss, perplexity, exact_match
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #092a9909
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge. Raises `RunInterrupted` if it was stopped."
     folder = check_run(config.output_dir, config.resume, config.overwrite)

@@ -228,7 +228,7 @@ def with_base(config: MaskMergeConfig) -> MaskMergeConfig:
     logger.info("%s is the base: it is held beside the components and needs no data.", base)
     return dataclasses.replace(config, base_model=base, model_paths=merged)
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #1235d775
 def _found_base(paths: list[str]) -> str | None:
     "A base that the components name, if it fits them."
     base = find_base(paths)
@@ -242,7 +242,7 @@ def _found_base(paths: list[str]) -> str | None:
     logger.info("base_model: %s, which the components name. Coefficients multiply the difference from it; base_model 'mean' leaves it out.", base)
     return base
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #2250d628
 def _check_inputs(config: MaskMergeConfig):
     "Raise `ValueError` unless there are components and data for each."
     n, data = len(config.model_paths), len(config.dataset_configs)
@@ -285,7 +285,7 @@ def sample_answers(merger: Merger, ready: Prepared, n: int = 2) -> pd.DataFrame:
     answers[LEARNED] = generate_answers(merger, ready.tokenizer, rows)
     return pd.DataFrame(answers)
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #9447ddad
 def manners(merger: Merger, ready: Prepared) -> pd.DataFrame:
     "How often a prompt of one task is answered in the manner of each component."
     some = {task: rows[:50] for task, rows in ready.tests.items()}
@@ -350,7 +350,7 @@ def _divide(merger: Merger, arguments: TrainingArguments) -> Merger:
     mesh = torch.distributed.init_device_mesh(arguments.device.type, (arguments.world_size,))
     return shard_merger(merger, mesh)
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #43e8135a
 def run(
     config: MaskMergeConfig,
     callbacks: tuple = (),  # further TrainerCallbacks
@@ -418,7 +418,7 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
         ),
     }
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #6c92c81d
 def save_plots(plots: dict[str, tuple], folder: Path):
     "Write the figures as PNG."
     from merge_lab.figures import save_figure
@@ -459,7 +459,7 @@ LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #d237341d
 def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dict[str, tuple]) -> list:
     "The report of one merge, in reading order."
     from merge_lab import report as R
@@ -486,7 +486,7 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
         R.Code(config_to_yaml(again, only_changed=True), "The same as YAML", folded=True),
     ]
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #334b30f5
 def write_report(result: MaskMergeResult, config: MaskMergeConfig, more: tuple = ()) -> Path:
     "Write plots/ and report.html, with `more` sections at its end; returns its path. Every process of a sharded run calls it."
     from merge_lab.report import report_html
@@ -525,7 +525,7 @@ def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
         print("Of earlier masks, not written again: " + ", ".join(str(result.folder / name) for name in older))
     return 0
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #52e6c3b1
 def demo(
     output_dir: str = "runs/demo",  # replaced if it is there
     **options,  # of MaskMergeConfig
