@@ -36,13 +36,13 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from merge_lab.distributed import frozen_bytes
-from merge_lab.token_losses import shift_labels
 from merge_lab.masks import IMPLS
 from merge_lab.memory import estimate_memory, track_memory
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.teacher_cache import TeacherCache
+from merge_lab.token_losses import shift_labels
 from merge_lab.training import compiled_layers
 
 SIZES = {

@@ -30,22 +30,21 @@ sys.path.insert(0, str(ROOT))
 import transformers
 from torch import Tensor
 
-from merge_lab.cli import call
+from merge_lab.chat import build_dataset, ChatCollator, load_task
 from merge_lab.checkpoints import load_tokenizer
+from merge_lab.cli import call
 from merge_lab.components import load_model
 from merge_lab.devices import set_seed
-from merge_lab.run_folder import write_json
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.memory import track_memory
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import coefficient_penalty, Objective
-from merge_lab.teacher_cache import STORED_TOPK
+from merge_lab.run_folder import read_history, write_json
 from merge_lab.systems import dam, mask_merge
+from merge_lab.teacher_cache import STORED_TOPK
 from merge_lab.teacher_dataset import stored_teacher, TopkCollator
-from merge_lab.chat import build_dataset, ChatCollator, load_task
 from merge_lab.tinylm import tiny_model
-from merge_lab.run_folder import read_history
 
 TASKS = ["rewrite", "summarize", "extract"]
 BASE = "data/models/base"

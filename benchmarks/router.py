@@ -27,30 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
-from merge_lab.run_folder import write_json
 from merge_lab.memory import track_memory
 from merge_lab.nested_model import memory_table
 from merge_lab.precision_costs import fit_costs, fit_price, greedy_assignments, measure_costs
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
+from merge_lab.run_folder import write_json
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
 from merge_lab.systems.router import RouterConfig, RouterTrainer
+from merge_lab.text_windows import bits_by_kind, collate, exact_logits, LOCAL_TEXT, read_documents, score_windows, text_windows, window_losses
+from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer, train_tokenizer
 from merge_lab.toy_corpus import text_corpus, text_hash
-from merge_lab.text_windows import (
-    LOCAL_TEXT,
-    bits_by_kind,
-    collate,
-    exact_logits,
-    read_documents,
-    score_windows,
-    text_windows,
-    window_losses,
-)
-from merge_lab.tinylm import (
-    save_tiny,
-    tiny_model,
-    tiny_tokenizer,
-    train_tokenizer,
-)
 
 KINDS = list(LOCAL_TEXT)
 SEQ_LEN, PREFIX, STEPS = 128, 32, 600

@@ -28,16 +28,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .writer import save_plain
+from .chat import ChatCollator
 from .checkpoints import read_component
 from .components import load_model
 from .config import check_choice, check_names
 from .devices import best_device
+from .memory import free_memory
 from .run_folder import _umask
 from .scoring import positions_of, row_nats
-from .memory import free_memory
 from .sft_data import encode_rows, layout_of
-from .chat import ChatCollator
+from .writer import save_plain
 
 if TYPE_CHECKING:
     import datasets

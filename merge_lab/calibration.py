@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .evaluation import INTRO, choice_prompt
 from .chat import ChatCollator, encode_chat, load_mmlu, load_task, validation_rows
+from .evaluation import choice_prompt, INTRO
 from .tasks import encode_text
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,8 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
-from .run_folder import write_text
-from .memory import free_memory, readable
-from .run_folder import read_history
-from .memory import memory_in_use
+from .memory import free_memory, memory_in_use, readable
+from .run_folder import read_history, write_text
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #de08f532
 class Pace:

@@ -16,12 +16,12 @@ from contextlib import nullcontext
 import pandas as pd
 
 # %% ../nbs/35_explorer.ipynb #fd1e44fc
+from .chat import answer_of, prompt_of
 from .config import check_choice
 from .evaluation import evaluate_tasks, generate_answers
 from .lesson import method_of
 from .merger import Merger
 from .merger_config import check_mask_init
-from .chat import answer_of, prompt_of
 from .worker import LatestWorker
 
 # %% ../nbs/35_explorer.ipynb #8c284323

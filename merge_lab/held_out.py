@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .chat import length_batches
-from .run_folder import save_tensors, write_json
 from .merger import Merger
-from .objective import Objective, coefficient_penalty
+from .objective import coefficient_penalty, Objective
+from .run_folder import save_tensors, write_json
 from .teacher_cache import KeptStates
 
 # %% ../nbs/23_held_out.ipynb #a16017ea

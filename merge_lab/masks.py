@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .architecture import input_dim
-from .constraints import constrain, unconstrain, weight_angle
 from .config import check_choice
-from .lesson import method_of
+from .constraints import constrain, unconstrain, weight_angle
 from .devices import bring, device_type, full, shard_like
+from .lesson import method_of
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb
 MODES = {

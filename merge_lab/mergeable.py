@@ -20,21 +20,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .constraints import constrain, unconstrain
+from .architecture import parameter_modules
 from .config import check_choice
+from .constraints import constrain, unconstrain
 from merge_lab.depth import (
-    PUBLISHED_ALPHA,
-    check_depth_free,
-    check_merge_pairs,
-    decoder_layers,
-    depth_settings,
-    published_alpha,
-    set_depth,
-    set_layer_index,
+    check_depth_free, check_merge_pairs, decoder_layers, depth_settings, PUBLISHED_ALPHA, published_alpha, set_depth, set_layer_index,
     shortened,
 )
-from .masks import MaskedLinear, MaskedModule, MergeState, masked_class
-from .architecture import parameter_modules
+from .masks import masked_class, MaskedLinear, MaskedModule, MergeState
 
 logger = logging.getLogger(__name__)
 

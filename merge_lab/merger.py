@@ -26,15 +26,15 @@ import yaml
 from torch import Tensor, nn
 
 from .architecture import head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
-from .writer import settle_tying, write_config, write_tensors, write_tokenizer
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow
 from .constraints import OF_DELTAS
-from .lesson import method_of
-from .run_folder import save_tensors, write_json, write_text
 from .devices import full, shard_like
-from .masks import MaskedModule, MergeState, masked_class
+from .lesson import method_of
+from .masks import masked_class, MaskedModule, MergeState
+from .run_folder import save_tensors, write_json, write_text
+from .writer import settle_tying, write_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
     KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas,
 )

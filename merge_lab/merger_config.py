@@ -15,8 +15,8 @@ import torch
 from pydantic import FiniteFloat
 from torch import Tensor
 
-from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from .config import check_choice, check_options, check_type, option, yaml_value
+from .constraints import CONSTRAINTS, spherical_alpha, weight_angle
 from .masks import IMPLS, MODES
 
 # %% ../nbs/18_merger_config.ipynb #87308850

@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .writer import write_tokenizer
-from .anyprec import NestedLinear, NestedWeight, WeightSlot, quantize_weight
+from .anyprec import NestedLinear, NestedWeight, quantize_weight, WeightSlot
 from .checkpoints import LOAD_LOCK
 from .config import check_choice
 from .run_folder import save_tensors, write_text
+from .writer import write_tokenizer
 
 # %% ../nbs/26_nested_model.ipynb #e4f4f410
 def decoder_layers(model) -> nn.ModuleList:

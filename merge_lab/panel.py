@@ -21,13 +21,13 @@ from pathlib import Path
 import yaml
 
 # %% ../nbs/34_panel.ipynb #b7eac8cf
-from .commands import COMMANDS
+from .chat import load_task
 from .checkpoints import read_component
+from .commands import COMMANDS
 from .components import preflight
 from .config import check_choice, config_to_cli, config_to_python, config_to_yaml, yaml_value
 from .lesson import method_of
 from .run_folder import check_run
-from .chat import load_task
 
 # %% ../nbs/34_panel.ipynb #f551f30e
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .run_folder import save_tensors
 from .routed_model import LayerwiseQuantizeForCausalLM, Routers
-from .text_windows import Window, collate, window_divergences, windows_at_once
+from .run_folder import save_tensors
+from .text_windows import collate, Window, window_divergences, windows_at_once
 
 # %% ../nbs/29_precision_costs.ipynb #422948f0
 def greedy_assignments(

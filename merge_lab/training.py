@@ -7,7 +7,8 @@ __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'relative_spread
            'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'MergerTrainer',
            'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary', 'summary',
            'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar',
-           'attach_watchers', 'train_from', 'held_out_facts', 'open_together']
+           'attach_watchers', 'train_from', 'held_out_facts', 'open_together', 'RunInterrupted', 'check_going_on',
+           'checkpoint_to_resume', 'last_checkpoint', 'read_history', 'resume_command']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -37,17 +38,21 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from .config import check_choice
+from .devices import full, shard_like
+from .distributed import decoder_layers, is_sharded
+from .held_out import Best, HeldOut, is_due
 from .lesson import method_of
 from .loop_config import LoopConfig, TrainConfig
 from .memory import memory_in_use
-from .run_folder import ADJUSTED, begin_run, read_adjusted, read_rows, save_tensors, write_json, write_text
-from .distributed import decoder_layers, is_sharded
-from .held_out import Best, HeldOut, is_due
-from .devices import full, shard_like
 from .merger import Merger
 from .objective import Objective
+from merge_lab.run_folder import (
+    ADJUSTED, begin_run, check_going_on, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
+    RunInterrupted, save_tensors, write_json, write_text,
+)
 from .teacher_cache import TeacherCache
 
+_all_ = ["RunInterrupted", "check_going_on", "checkpoint_to_resume", "last_checkpoint", "read_history", "resume_command"]  # once here
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/31_training.ipynb #c9d406ee

@@ -22,11 +22,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .writer import stored_tensors
-from .commands import SYSTEMS, find_object
 from .checkpoints import load_tokenizer
+from .commands import find_object, SYSTEMS
 from .config import check_choice, check_options, option
 from .run_folder import is_run
+from .writer import stored_tensors
 
 logger = logging.getLogger(__name__)
 

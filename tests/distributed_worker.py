@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_group
 
-from merge_lab.distributed import frozen_bytes, shard_merger, wrapper_of
-from merge_lab.memory import training_step
 from merge_lab.devices import full
+from merge_lab.distributed import frozen_bytes, shard_merger, wrapper_of
+from merge_lab.loop_config import TrainConfig
+from merge_lab.memory import training_step
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.objective import Objective
-from merge_lab.loop_config import TrainConfig
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.training import MergerTrainer, training_arguments
 
 torch.set_num_threads(1)

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from accelerate import debug_launcher, notebook_launcher
 
+from merge_lab.loop_config import TrainConfig
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
-from merge_lab.loop_config import TrainConfig
 from merge_lab.training import MergerTrainer, training_arguments
 
 torch.set_num_threads(1)

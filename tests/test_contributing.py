@@ -26,18 +26,18 @@ from merge_lab import merger as merger_module
 from merge_lab.cli import help_of, main, parse, usage
 from merge_lab.commands import COMMANDS, SYSTEMS
 from merge_lab.config import config_from_yaml
-from merge_lab.constraints import CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, constrain, unconstrain
+from merge_lab.constraints import constrain, CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, unconstrain
 from merge_lab.losses import LOSSES, PENALTIES
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.objective import Objective, coefficient_penalty
-from merge_lab.run_folder import RunInterrupted, begin_run, bundled_path
-from merge_lab.runs import Run, find_runs, read_alphas
+from merge_lab.objective import coefficient_penalty, Objective
+from merge_lab.panel import ConfigPanel
+from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
+from merge_lab.runs import find_runs, read_alphas, Run
 from merge_lab.session import adjustable, new_weights
 from merge_lab.systems import lora_merge
-from merge_lab.systems.mask_merge import MaskMergeConfig, demo_config, run
+from merge_lab.systems.mask_merge import demo_config, MaskMergeConfig, run
 from merge_lab.tinylm import architectures, tiny_experts
-from merge_lab.panel import ConfigPanel
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

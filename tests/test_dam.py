@@ -18,19 +18,17 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
 
 from merge_lab import objective, teacher_dataset
+from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
+from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main, shadow_of
 from merge_lab.config import recipe_options, resumable_options
-from merge_lab.checkpoints import load_tokenizer
-from merge_lab.run_folder import bundled_path
 from merge_lab.evaluation import evaluate_tasks
-from merge_lab.token_losses import shift_labels
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
+from merge_lab.run_folder import bundled_path, last_checkpoint, read_history, RunInterrupted
 from merge_lab.systems import dam
-from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
-from merge_lab.run_folder import last_checkpoint, RunInterrupted
-from merge_lab.run_folder import read_history
+from merge_lab.token_losses import shift_labels
 
 torch.set_num_threads(1)
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "saw", "it"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from merge_lab.constraints import constrain
 from merge_lab.held_out import Best, HeldOut
+from merge_lab.loop_config import TrainConfig
 from merge_lab.masks import blend
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.tinylm import tiny_experts, tiny_model
-from merge_lab.loop_config import TrainConfig
 from merge_lab.training import delta_unit, held_out_facts, HistoryCallback, MergerTrainer, objective_of, training_arguments
 from torch.testing import assert_close
 

@@ -17,14 +17,13 @@ import torch
 import transformers
 
 from merge_lab import calibration, depth, student
-from merge_lab.run_folder import begin_run, bundled_path
+from merge_lab.chat import format_choice
 from merge_lab.evaluation import perplexity
 from merge_lab.merger import checkpoint_activations
+from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.systems import layer_merge as lm
-from merge_lab.chat import format_choice
-from merge_lab.toy_corpus import text_hash
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
-from merge_lab.run_folder import RunInterrupted
+from merge_lab.toy_corpus import text_hash
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2"]
 WINDOWED = ["mistral", "gemma2", "gemma3"]

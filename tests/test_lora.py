@@ -20,40 +20,15 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab import adapters
 from merge_lab.adapters import (
-    cpu_likes_bf16,
-    device_settings,
-    find_target_modules,
-    fixed_loss,
-    grow_rank,
-    load_adapter,
-    load_base,
-    make_lora_config,
-    merge_adapter,
-    presets,
-    probe_logits,
-    quiet_peft,
-)
-from merge_lab.run_folder import begin_run, bundled_path
-from merge_lab.diagnosis import LiveCurves, training_curves, training_diagnostics
-from merge_lab.sft_data import (
-    bytes_of_token,
-    encode_rows,
-    longest_row,
-    prepare_dataset,
-    task_names,
-)
-from merge_lab.systems.lora import (
-    LoRAPipelineConfig,
-    SmoLoRA,
-    make_lora,
-    run,
-    show_result,
-    train_with_ranks,
-    use_curriculum,
+    cpu_likes_bf16, device_settings, find_target_modules, fixed_loss, grow_rank, load_adapter, load_base, make_lora_config, merge_adapter,
+    presets, probe_logits, quiet_peft,
 )
 from merge_lab.chat import ChatCollator
+from merge_lab.diagnosis import LiveCurves, training_curves, training_diagnostics
+from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
+from merge_lab.sft_data import bytes_of_token, encode_rows, longest_row, prepare_dataset, task_names
+from merge_lab.systems.lora import LoRAPipelineConfig, make_lora, run, show_result, SmoLoRA, train_with_ranks, use_curriculum
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
-from merge_lab.run_folder import RunInterrupted
 
 ARCHITECTURES = [
     "llama",

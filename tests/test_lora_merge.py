@@ -16,34 +16,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from merge_lab.adapters import (
-    check_adapter,
-    load_adapter,
-    load_base,
-    make_lora_config,
-    probe_logits,
-    quiet_peft,
-    read_adapters,
-)
-from merge_lab.cli import main
-from merge_lab.checkpoints import load_tokenizer
-from merge_lab.run_folder import begin_run, bundled_path
-from merge_lab.evaluation import evaluate_tasks
-from merge_lab.masks import MODES, MergeState
-from merge_lab.systems.lora import LoRAPipelineConfig
-from merge_lab.systems.lora import run as train_adapter
-from merge_lab.systems.lora_merge import (
-    AdapterLinear,
-    AdapterMerger,
-    LoRAMergeConfig,
-    base_path,
-    peft_baselines,
-    run,
-    save_adapter,
-)
+from merge_lab.adapters import check_adapter, load_adapter, load_base, make_lora_config, probe_logits, quiet_peft, read_adapters
 from merge_lab.chat import chat_row, load_task, write_jsonl
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.cli import main
+from merge_lab.evaluation import evaluate_tasks
+from merge_lab.masks import MergeState, MODES
+from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
+from merge_lab.systems.lora import LoRAPipelineConfig, run as train_adapter
+from merge_lab.systems.lora_merge import AdapterLinear, AdapterMerger, base_path, LoRAMergeConfig, peft_baselines, run, save_adapter
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.run_folder import RunInterrupted
 
 
 pytestmark = pytest.mark.usefixtures("nothing_deprecated")

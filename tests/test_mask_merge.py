@@ -16,17 +16,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from merge_lab.chat import load_task
 from merge_lab.cli import help_of, main, parser_of
 from merge_lab.commands import COMMANDS
 from merge_lab.config import config_from_yaml, config_to_yaml
-from merge_lab.run_folder import begin_run, bundled_path
-from merge_lab.evaluation import evaluate_tasks
-from merge_lab.evaluation import UNIFORM
+from merge_lab.evaluation import evaluate_tasks, UNIFORM
+from merge_lab.run_folder import begin_run, bundled_path, read_history, RunInterrupted
 from merge_lab.systems.mask_merge import demo_config, headline, LEARNED, MaskMergeConfig, run, show_result
-from merge_lab.run_folder import RunInterrupted
-from merge_lab.chat import load_task
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.run_folder import read_history
 
 
 def small(tmp_path, **options):

@@ -12,8 +12,8 @@ from merge_lab import masks, memory, token_losses
 from merge_lab.memory import estimate_memory, fit_report, track_memory, training_step
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.tinylm import tiny_config, tiny_experts
 from merge_lab.objective import Objective
+from merge_lab.tinylm import tiny_config, tiny_experts
 
 SHAPE = dict(vocab_size=320, hidden_size=64, num_hidden_layers=4)
 CASES = list(

@@ -14,8 +14,8 @@ from merge_lab.constraints import CONSTRAINTS
 from merge_lab.masks import IMPLS, MODES
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
 from merge_lab.objective import Objective
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
 from merge_lab.training import compiled_layers
 
 ARCHITECTURES = {

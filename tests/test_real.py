@@ -11,14 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from merge_lab import real
-from merge_lab.real_data import (
-    REAL_TASKS,
-    make_real_base,
-    make_real_task,
-    missing_packages,
-    split_of,
-)
 from merge_lab.chat import load_task, write_jsonl
+from merge_lab.real_data import make_real_base, make_real_task, missing_packages, REAL_TASKS, split_of
 
 needs_real = pytest.mark.skipif(
     bool(missing_packages()),

@@ -20,21 +20,18 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 
 from merge_lab import nested_model, precision_costs, text_windows as windows_module
-from merge_lab.cli import main
 from merge_lab.checkpoints import load_tokenizer
+from merge_lab.cli import main
 from merge_lab.components import load_model
-from merge_lab.run_folder import bundled_path
 from merge_lab.nested_model import decoder_layers, layer_linears
 from merge_lab.precision_costs import explained, fit_costs, fit_price, greedy_assignments, measure_costs, set_static
-from merge_lab.routed_model import Routers
+from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
+from merge_lab.run_folder import bundled_path, read_history, RunInterrupted
 from merge_lab.systems import router
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
-from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.systems.router import RouterConfig, RouterTrainer, run
 from merge_lab.text_windows import collate, exact_logits, score_windows, text_windows, window_losses, windows_at_once
 from merge_lab.tinylm import save_tiny, tiny_config, tiny_model, tiny_tokenizer
-from merge_lab.run_folder import RunInterrupted
-from merge_lab.run_folder import read_history
 
 CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfloat16)]
 SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")

@@ -13,19 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from merge_lab.commands import COMMANDS
-from merge_lab.commands import System
 from merge_lab.checkpoints import load_tokenizer
-from merge_lab.run_folder import bundled_path
+from merge_lab.commands import COMMANDS, find_object, System, SYSTEMS
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.commands import find_object, SYSTEMS
+from merge_lab.panel import ConfigPanel, controls_of
+from merge_lab.run_folder import bundled_path
 from merge_lab.runs import BrowserView, compare_runs, read_alphas, Run, RunBrowser
+from merge_lab.session import Bench
 from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, quantize, router
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.viz import layer_grid
-from merge_lab.panel import ConfigPanel, controls_of
-from merge_lab.session import Bench
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
 

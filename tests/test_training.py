@@ -14,13 +14,12 @@ from transformers import TrainerCallback
 from merge_lab import memory, training
 from merge_lab.cli import main
 from merge_lab.config import config_to_yaml
-from merge_lab.run_folder import bundled_path
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.teacher_cache import TeacherCache
+from merge_lab.run_folder import bundled_path, RunInterrupted
 from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run, train
+from merge_lab.teacher_cache import TeacherCache
 from merge_lab.tinylm import tiny_experts
-from merge_lab.run_folder import RunInterrupted
 from merge_lab.training import StopCallback
 
 

@@ -31,32 +31,31 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #48cc845f
-from ..writer import save_plain
 from ..calibration import calibration_loader, calibration_split, prepare_calibration_data, text_paragraphs
+from ..chat import ChatCollator, load_mmlu
 from ..checkpoints import load_tokenizer
 from ..components import load_model
 from ..config import check_choice, check_options, option
-from ..devices import best_device, set_seed
-from ..run_folder import begin_run, bundled_path, check_outside, check_resumed, check_run, write_json, write_text
 from merge_lab.depth import (
-    PAIR_STRATEGIES, PUBLISHED_ALPHA, check_depth_free, check_merge_pairs, check_pair_count, decoder_layers,
-    evaluate_depth, find_merge_pairs, layer_similarity, published_alpha, remove_layers,
+    check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
+    PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
 )
+from ..devices import best_device, set_seed
 from ..held_out import HeldOut, told_held_out
 from merge_lab.mergeable import (
-    BLENDS, INIT_STRATEGIES, MergeableLayer, alpha_parameters, alpha_table, alpha_values, as_original,
-    check_blend, extract_learned_alphas, fuse_mergeable_layers, initial_alpha, leaf_pairs, leaf_shares,
-    logit_of, mergeable_layers, replace_layers_with_mergeable,
+    alpha_parameters, alpha_table, alpha_values, as_original, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
+    INIT_STRATEGIES, initial_alpha, leaf_pairs, leaf_shares, logit_of, mergeable_layers, MergeableLayer, replace_layers_with_mergeable,
 )
 from ..merger import checkpoint_activations
 from ..objective import Objective
+from ..run_folder import begin_run, bundled_path, check_outside, check_resumed, check_run, write_json, write_text
 from ..similarity import METHODS
 from merge_lab.student import (
-    EMPTY, Student, constant_rate, heal, held_batches, keep_activations, say_interrupted, student_trainer,
-    studying, train_student, working_folder,
+    constant_rate, EMPTY, heal, held_batches, keep_activations, say_interrupted, Student, student_trainer, studying, train_student,
+    working_folder,
 )
-from ..chat import ChatCollator, load_mmlu
-from ..training import MergerTrainer, held_out_facts
+from ..training import held_out_facts, MergerTrainer
+from ..writer import save_plain
 
 _all_ = [
     "MergeableLayer", "layer_similarity", "find_merge_pairs", "replace_layers_with_mergeable", "prepare_calibration_data",

@@ -24,24 +24,26 @@ import torch
 import yaml
 from torch import nn
 
-from ..adapters import alpha_at, device_settings, fixed_loss, grow_rank, load_adapter, load_base, lora_for_task
-from ..adapters import make_lora_config, merge_adapter, presets, rank_by_task, share_files, skeleton, trainable_parameters
+from merge_lab.adapters import (
+    alpha_at, device_settings, fixed_loss, grow_rank, load_adapter, load_base, lora_for_task, make_lora_config, merge_adapter, presets,
+    rank_by_task, share_files, skeleton, trainable_parameters,
+)
 from ..checkpoints import load_tokenizer, read_component
-from ..config import check_options, did_you_mean
-from ..devices import best_device
-from ..run_folder import begin_run, bundled_path, check_outside, check_run
-from ..config import option
-from ..devices import set_seed
+from ..config import check_options, did_you_mean, option
+from ..devices import best_device, set_seed
+from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, training_curves, training_diagnostics
 from ..lesson import method_of
-from ..run_folder import write_json, write_text
-from ..diagnosis import HistoryLog, curves_figure, explain_memory_errors, training_curves, training_diagnostics
-from ..packing import SHORT, eager_attention, shared_lines
-from ..sft_data import bytes_of_token, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of
-from ..sft_data import longest_row, mix_tasks, prepare_dataset, split_batch, task_names, validation_budget
-from ..sft_data import validation_sample
-from ..sft_trainer import build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults
-from ..sft_trainer import validate_at, without_cache
-from ..run_folder import check_going_on, resume_command, RunInterrupted
+from ..packing import eager_attention, shared_lines, SHORT
+from merge_lab.run_folder import (
+    begin_run, bundled_path, check_going_on, check_outside, check_run, resume_command, RunInterrupted, write_json, write_text,
+)
+from merge_lab.sft_data import (
+    bytes_of_token, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
+    split_batch, task_names, validation_budget, validation_sample,
+)
+from merge_lab.sft_trainer import (
+    build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults, validate_at, without_cache,
+)
 from ..training import StopCallback
 
 if TYPE_CHECKING:

@@ -20,28 +20,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters import Factors, adapter_folder, check_adapter, is_conv1d, load_adapter, load_base, merge_adapter
-from ..adapters import quiet_peft, read_adapters, recorded_base
+from merge_lab.adapters import (
+    adapter_folder, check_adapter, Factors, is_conv1d, load_adapter, load_base, merge_adapter, quiet_peft, read_adapters, recorded_base,
+)
+from ..architecture import layer_of
+from ..chat import build_dataset, ChatCollator, hold_out
 from ..checkpoints import component_names, load_tokenizer
-from ..constraints import OF_ANY_NUMBER
 from ..config import check_choice, check_options, option
-from ..lesson import method_of
-from ..run_folder import begin_run, bundled_path, check_outside, check_run
+from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
-from ..run_folder import save_tensors, write_json, write_text
 from ..evaluation import load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
-from ..masks import MODES, MaskedLinear, MaskedModule, MergeState, alpha_shape, masked_linear
-from ..architecture import layer_of
-from ..merger import CONFIG_FILE, MASKS_FILE, Merger
-from ..merger_config import MergerConfig
-from ..chat import build_dataset, ChatCollator, hold_out
+from ..lesson import method_of
 from ..loop_config import TrainConfig
 from ..losses import LOSSES
-from ..run_folder import check_going_on, RunInterrupted
-from ..training import attach_watchers, held_out_facts, MergerTrainer
-from ..run_folder import last_checkpoint, resume_command
-from ..training import objective_of, train_from, training_arguments
+from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, MergeState, MODES
+from ..merger import CONFIG_FILE, MASKS_FILE, Merger
+from ..merger_config import MergerConfig
+from merge_lab.run_folder import (
+    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, resume_command, RunInterrupted, save_tensors,
+    write_json, write_text,
+)
+from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
 

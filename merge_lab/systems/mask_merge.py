@@ -18,25 +18,25 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from ..chat import answer_of, build_dataset, ChatCollator, hold_out, prompt_of
 from ..checkpoints import component_bytes, component_names, load_tokenizer, read_component
 from ..components import check_components, find_base, IncompatibleComponents
-from ..config import recipe_options
-from ..config import check_choice, config_to_python, config_to_yaml, option, yaml_value
+from ..config import check_choice, config_to_python, config_to_yaml, option, recipe_options, yaml_value
 from ..devices import set_seed
-from ..run_folder import bundled_path, check_disk_space, check_outside, check_run
 from ..distributed import shard_merger
 from merge_lab.evaluation import (
     confusion, encode_task, generate_answers, load_tests, recovered_share, score_baselines, score_model, UNIFORM, uniform_name,
 )
-from ..scoring import positions_of
 from ..held_out import HeldOut, told_held_out
-from ..memory import FitReport, fit_run, readable
-from ..merger import Merger
-from ..merger_config import MergerConfig
-from ..chat import answer_of, build_dataset, ChatCollator, hold_out, prompt_of
 from ..loop_config import TrainConfig
 from ..losses import LOSSES
-from ..run_folder import check_going_on, last_checkpoint, resume_command, RunInterrupted
+from ..memory import fit_run, FitReport, readable
+from ..merger import Merger
+from ..merger_config import MergerConfig
+from merge_lab.run_folder import (
+    bundled_path, check_disk_space, check_going_on, check_outside, check_run, last_checkpoint, resume_command, RunInterrupted,
+)
+from ..scoring import positions_of
 from merge_lab.training import (
     attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, StopCallback, train_from,
     training_arguments,

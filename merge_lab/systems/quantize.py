@@ -21,9 +21,9 @@ from ..checkpoints import load_tokenizer
 from ..components import load_model
 from ..config import check_options, option
 from ..devices import best_device
-from ..run_folder import begin_run, check_disk_space, check_outside, check_resumed, check_run
 from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
-from ..text_windows import Window, text_windows
+from ..run_folder import begin_run, check_disk_space, check_outside, check_resumed, check_run
+from ..text_windows import text_windows, Window
 
 logger = logging.getLogger(__name__)
 

@@ -34,24 +34,20 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from ..checkpoints import load_tokenizer
-from ..config import resumable_options
-from ..config import check_options
-from ..devices import best_device
-from ..run_folder import atomic_path, begin_run, check_outside, check_resumed, check_run
-from ..config import option
-from ..devices import set_seed
-from ..lesson import method_of
-from ..run_folder import save_tensors, write_json
+from ..config import check_options, option, resumable_options
+from ..devices import best_device, set_seed
 from ..held_out import Best
+from ..lesson import method_of
+from ..loop_config import LoopConfig
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
-from ..text_windows import Window, collate, score_windows, text_windows, windows_at_once
-from ..loop_config import LoopConfig
-from ..run_folder import RunInterrupted
-from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar
-from ..run_folder import last_checkpoint, resume_command
-from ..training import train_from, training_arguments
+from merge_lab.run_folder import (
+    atomic_path, begin_run, check_outside, check_resumed, check_run, last_checkpoint, resume_command, RunInterrupted, save_tensors,
+    write_json,
+)
+from ..text_windows import collate, score_windows, text_windows, Window, windows_at_once
+from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
 _all_ = ["LayerwiseQuantizeForCausalLM"]
 logger = logging.getLogger(__name__)
