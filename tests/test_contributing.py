@@ -31,13 +31,13 @@ from merge_lab.losses import LOSSES, PENALTIES
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import coefficient_penalty, Objective
-from merge_lab.panel import ConfigPanel
 from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.runs import find_runs, read_alphas, Run
 from merge_lab.session import adjustable, new_weights
 from merge_lab.systems import lora_merge
 from merge_lab.systems.mask_merge import demo_config, MaskMergeConfig, run
 from merge_lab.tinylm import architectures, tiny_experts
+from merge_lab.widgets import ConfigPanel
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -744,7 +744,7 @@ def test_split_leaves_out_what_is_repeated():
 def test_every_option_has_a_control_and_three_faces(tmp_path):
     from merge_lab.cli import parse
     from merge_lab.config import config_from_yaml, config_to_yaml
-    from merge_lab.panel import ConfigPanel, controls_of
+    from merge_lab.widgets import ConfigPanel, controls_of
 
     names = [field.name for field in dataclasses.fields(lm.LayerMergeConfig)]
     assert list(controls_of(lm.LayerMergeConfig)) == names

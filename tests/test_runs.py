@@ -17,13 +17,12 @@ from merge_lab.checkpoints import load_tokenizer
 from merge_lab.commands import COMMANDS, find_object, System, SYSTEMS
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.panel import ConfigPanel, controls_of
 from merge_lab.run_folder import bundled_path
 from merge_lab.runs import BrowserView, compare_runs, read_alphas, Run, RunBrowser
-from merge_lab.session import Bench
 from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, quantize, router
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
 from merge_lab.viz import layer_grid
+from merge_lab.widgets import Bench, ConfigPanel, controls_of
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
 
@@ -172,7 +171,7 @@ def test_every_system_is_known_by_one_option():
     for kind, system in SYSTEMS.items():
         assert [name for name in fields if system.mark in fields[name]] == [kind]
         assert not system.steps or system.steps in fields[kind]
-    assert set(SYSTEMS) == set(COMMANDS) - {"dam-topk", "memory", "preflight", "demo", "real"}
+    assert set(SYSTEMS) == set(COMMANDS) - {"dam-topk", "memory", "preflight", "verify", "demo", "real"}
 
 
 def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_path):

@@ -23,19 +23,16 @@ from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import parse, PreflightConfig
 from merge_lab.commands import COMMANDS
 from merge_lab.config import config_from_dict, narrow, option
-from merge_lab.drawing import alpha_svg
-from merge_lab.explorer import Dials, MergeExplorer
-from merge_lab.explorer_view import answers_html, ExplorerView
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.panel import ConfigPanel, controls_of, field_in, read_value, show_value
 from merge_lab.run_folder import begin_run, bundled_path, last_checkpoint, read_adjusted
 from merge_lab.runs import BrowserView, CommandRun, CommandRunView, Run, RunBrowser
-from merge_lab.session import Bench, TrainingSession
-from merge_lab.session_view import memory_html, SessionView
 from merge_lab.systems.mask_merge import demo_config, make_trainer, MaskMergeConfig, prepare, recipe_of
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
-from merge_lab.worker import LatestWorker
+from merge_lab.widgets import (
+    alpha_svg, answers_html, Bench, ConfigPanel, controls_of, Dials, ExplorerView, field_in, LatestWorker, memory_html, MergeExplorer,
+    read_value, SessionView, show_value, TrainingSession,
+)
 
 DATA = [str(bundled_path(f"tasks/{task}")) for task in ("rewrite", "summarize")]
 widgets = pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
