@@ -163,6 +163,10 @@ def test_an_export_is_named_as_its_parents_and_says_the_same(export):
         assert_close(again.eval()(ids).logits, merger(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
 
 
+READ_BY_4 = ("llama, scaled", "mixtral", "gemma3_text", "gpt_neox")  # a process each; what the others have in common with these is tested above
+
+
+@pytest.mark.parametrize("export", READ_BY_4, indirect=True)
 def test_transformers_4_says_the_same_of_an_export(export, transformers_4):
     folder = export[1]
     table = compare_readers(folder, ["transformers-4"], text_tokens(folder, 40))
