@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'ROWS_OF_THEIR_OWN', 'SAME_BASE', 'EDIT_CONFIG', 'BUFFERS', 'preflight', 'IncompatibleComponents',
-           'check_components', 'find_base', 'load_model', 'load_components', 'vocabulary_rows', 'align_vocabulary',
-           'untie_embeddings']
+           'check_components', 'find_base', 'load_model', 'common_dtype', 'load_components', 'vocabulary_rows',
+           'align_vocabulary', 'untie_embeddings']
 
 # %% ../nbs/08_components.ipynb #4760f977
+import functools
 import gc
 import hashlib
 import json
@@ -367,12 +368,31 @@ def load_model(
         logger.warning("%s: %d tensors of the checkpoint are not used", path, len(info["unexpected_keys"]))
     return model.eval().requires_grad_(False)
 
+# %% ../nbs/08_components.ipynb #abcf7e4e
+def common_dtype(
+    paths: Iterable[str | Path],  # folders or hub names
+) -> torch.dtype:
+    "The dtype that holds the weights of all components as they are stored. Says so in the log if it is not that of each."
+    stored = {}
+    for path in paths:
+        files = read_component(path)
+        sizes = {dtype: sum(h.n_bytes for h in files.headers.values() if h.dtype == dtype) for dtype in {h.dtype for h in files.headers.values()}}
+        stored[str(path)] = files.config.dtype or {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get), torch.float32)
+    common = functools.reduce(torch.promote_types, stored.values())
+    if set(stored.values()) != {common}:
+        told = ", ".join(f"{path} in {str(dtype).removeprefix('torch.')}" for path, dtype in stored.items())
+        logger.info("stored in several dtypes (%s): all are held in %s; set dtype for another", told, str(common).removeprefix("torch."))
+    return common
+
 # %% ../nbs/08_components.ipynb #d981c438
 def load_components(
     paths: Iterable[str | Path],  # folders or hub names
     **options,  # of `load_model`: dtype, device_map, ...
 ) -> Iterator:
-    "Yield the components' models in order; each is loaded when it is asked for."
+    "Yield the components' models in order; each is loaded when it is asked for, all in one dtype."
+    paths = list(paths)
+    if options.get("dtype", "auto") in (None, "auto") and len(paths) > 1:
+        options["dtype"] = common_dtype(paths)
     for path in paths:
         yield load_model(path, **options)
         gc.collect()  # a model holds reference cycles, which would outlive the caller's last reference

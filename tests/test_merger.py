@@ -259,3 +259,13 @@ def test_compiled_layers_give_the_same():
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4
     assert_close(results(lengths[0]), plain[0])  # and outside nothing is compiled
     assert counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)], ids=str)
+def test_components_stored_in_several_dtypes_train_and_export_in_one(dtypes, tmp_path):
+    paths = [str(save_tiny(expert.to(dtype), tmp_path / str(dtype))) for expert, dtype in zip(tiny_experts(n=2), dtypes)]
+    merger = Merger.from_config(MergerConfig(paths))
+    assert {p.dtype for p in merger.model.parameters()} == {torch.float32}
+    merger(input_ids=IDS, labels=IDS).loss.backward()
+    merger.save_merged(tmp_path / "merged")
+    assert load_model(tmp_path / "merged", dtype="auto").dtype == torch.float32
