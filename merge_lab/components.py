@@ -44,6 +44,8 @@ EDIT_CONFIG = f"{SAME_BASE}, or edit config.json where the entry is known to be 
 def _settings(files: ComponentFiles, names: str) -> dict:
     "Entries of a config by name, those it does not have or leaves empty left out."
     values = {name: getattr(files.text_config, name, None) for name in names.split()}
+    if values.get("rope_parameters"):  # what it says counts; older keys beside it are for older readers
+        values |= {"rope_theta": None, "partial_rotary_factor": None}
     return {name: value for name, value in values.items() if value is not None}
 
 

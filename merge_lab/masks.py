@@ -7,6 +7,7 @@ __all__ = ['MODES', 'IMPLS', 'alpha_shape', 'blend', 'backward_route', 'masked_l
            'ComponentModule', 'MaskedModule', 'kept', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'masked_class']
 
 # %% ../nbs/12_masks.ipynb #69ea6a08
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
@@ -550,11 +551,16 @@ class MaskedNorm(MaskedModule):
     "RMSNorm, LayerNorm and their relatives: one value per feature, or one for all."
 
 
+def _takes_ids_alone(module: nn.Embedding) -> bool:
+    "Whether the rows that are looked up are those that are given: tables of positions work theirs out from more (OPT, BART)."
+    return len(inspect.signature(type(module).forward).parameters) == 2
+
+
 def masked_class(module: nn.Module) -> type[MaskedModule]:
     "The leaf that takes this module's place."
     if type(module) is nn.Linear:
         return MaskedLinear
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and _takes_ids_alone(module):
         return MaskedEmbedding
     parameters = list(module.parameters(recurse=False))
     is_norm = "norm" in type(module).__name__.lower() and all(p.ndim == 1 for p in parameters)

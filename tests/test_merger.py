@@ -269,3 +269,23 @@ def test_components_stored_in_several_dtypes_train_and_export_in_one(dtypes, tmp
     merger(input_ids=IDS, labels=IDS).loss.backward()
     merger.save_merged(tmp_path / "merged")
     assert load_model(tmp_path / "merged", dtype="auto").dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["opt", "biogpt", "bart"])
+def test_tables_of_positions_that_take_more_than_ids_are_blended(kind):
+    "Their rows are worked out from a mask or an offset, so nothing can be looked up in their place."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(hidden_size=16, d_model=16, word_embed_proj_dim=16, ffn_dim=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    sizes |= dict(decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=2, encoder_layers=1, max_position_embeddings=32, vocab_size=64)
+    known = AutoConfig.for_model(kind)
+    config = AutoConfig.for_model(kind, **{name: size for name, size in sizes.items() if name in known.to_dict()}, pad_token_id=0)
+    experts = [AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    wanted = [logits_of(expert) for expert in experts]
+    merger = Merger(experts, MergerConfig()).eval()
+    for i in range(2):
+        with merger.as_component(i):
+            assert torch.equal(logits_of(merger), wanted[i])
+    merger(input_ids=IDS, labels=IDS).loss.backward()
+    moved = [name for name, _, key in merger.masked_parameters() if "position" in name]
+    assert moved and all(leaf.masks[key].grad is not None for name, leaf, key in merger.masked_parameters() if "position" in name and "encoder" not in name)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from merge_lab.components import preflight
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import bundled_path
@@ -158,6 +159,8 @@ def test_an_export_is_named_as_its_parents_and_says_the_same(export):
     assert set(stored_in(folder)) == set(stored_in(paths[0]))
     again, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    report = preflight([*paths, str(folder)])
+    assert report.ok.all(), report[~report.ok].obstacle.tolist()
     ids = torch.tensor([text_tokens(folder, 40)])
     with torch.no_grad():
         assert_close(again.eval()(ids).logits, merger(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
