@@ -567,12 +567,14 @@ def test_threads_load_whole_tied_models(tmp_path):
 
 
 def test_components_come_in_order_when_asked_for(pair):
-    models = load_components([*pair, "./nowhere"])
+    models = load_components([*pair, "./nowhere"], dtype="float32")
     for path in pair:
         held = load_file(path / "model.safetensors")["lm_head.weight"]
         assert torch.equal(next(models).lm_head.weight, held)
     with pytest.raises(UnreadableComponent, match="no such folder"):
         next(models)
+    with pytest.raises(UnreadableComponent, match="no such folder"):  # a dtype for all is found in all headers, before a weight is loaded
+        next(load_components([*pair, "./nowhere"]))
 
 
 @pytest.mark.parametrize(
