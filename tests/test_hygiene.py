@@ -275,3 +275,17 @@ def test_options_say_themselves_what_a_resumed_run_may_change():
             assert not {"seed", "learning_rate", "model_paths", "adapters", "datasets"} & free, name
             if issubclass(config, LoopConfig):
                 assert resumable_options(LoopConfig) <= free, name
+
+
+def test_older_module_names_lead_to_the_new_rooms():
+    import importlib
+
+    for old, name, home in [
+        ("core", "begin_run", "run_folder"), ("tasks", "ChatCollator", "chat"), ("widgets", "ConfigPanel", "panel"),
+        ("systems.lora_parts", "prepare_dataset", "sft_data"), ("systems.router_parts", "text_windows", "text_windows"),
+        ("systems.layer_merge_parts", "prepare_calibration_data", "calibration"), ("training", "RunInterrupted", "run_folder"),
+    ]:  # fmt: skip
+        found = [getattr(importlib.import_module(f"merge_lab.{module}"), name) for module in (old, home)]
+        assert found[0] is found[1], old
+    with pytest.raises(AttributeError, match="it was divided into sft_data"):
+        getattr(importlib.import_module("merge_lab.systems.lora_parts"), "no_such" + "_name")
