@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['logger', 'SMALL', 'presets', 'rank_by_task', 'lora_defaults', 'MORE_THAN_FACTORS', 'MORE_THAN_DELTAS',
            'CHANGE_THE_BASE', 'Factors', 'HALVES', 'check_device', 'cpu_likes_bf16', 'stored_in_bf16',
-           'device_settings', 'default_dtype', 'load_base', 'skeleton', 'is_conv1d', 'is_linear', 'linear_names',
-           'find_target_modules', 'lora_for_task', 'check_targets', 'make_lora_config', 'trainable_parameters',
-           'quiet_peft', 'adapter_folder', 'recorded_base', 'check_fits', 'load_adapter', 'check_adapter',
-           'read_factors', 'check_same_base', 'read_adapters', 'in_float32', 'merge_layers', 'probe_logits',
-           'fixed_loss', 'merge_verdict', 'share_files', 'merge_adapter', 'alpha_at', 'adapter_layers', 'grow_rank']
+           'device_settings', 'default_dtype', 'load_base', 'skeleton', 'linear_names', 'find_target_modules',
+           'lora_for_task', 'check_targets', 'make_lora_config', 'trainable_parameters', 'quiet_peft', 'adapter_folder',
+           'recorded_base', 'check_fits', 'load_adapter', 'check_adapter', 'read_factors', 'check_same_base',
+           'read_adapters', 'in_float32', 'merge_layers', 'probe_logits', 'fixed_loss', 'merge_verdict', 'share_files',
+           'merge_adapter', 'alpha_at', 'adapter_layers', 'grow_rank']
 
 # %% ../nbs/39_fine_tuning/03_adapters.ipynb #96b84be2
 import json
@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .architecture import is_conv1d, is_linear
 from .chat import ChatCollator
 from .checkpoints import read_component
 from .components import load_model
@@ -111,16 +112,6 @@ def skeleton(name: str | Path) -> "transformers.PreTrainedModel":
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(name)))
 
 # %% ../nbs/39_fine_tuning/03_adapters.ipynb #987d0d19
-def is_conv1d(module: nn.Module) -> bool:
-    "Whether it is GPT-2's `Conv1D`, which keeps its weight as (in, out)."
-    return type(module).__name__ == "Conv1D"
-
-
-def is_linear(module: nn.Module) -> bool:
-    "Whether it is `nn.Linear` or GPT-2's `Conv1D`."
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
 def linear_names(model: nn.Module) -> list[tuple[str, bool]]:
     "Last name of each kind of linear layer but the head, in order of definition, and whether attention holds it."
     head = model.get_output_embeddings()

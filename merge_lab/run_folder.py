@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ADJUSTED', 'atomic_path', 'write_text', 'write_json', 'save_tensors', 'check_disk_space', 'is_run', 'check_run',
            'check_outside', 'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted',
-           'RunInterrupted', 'resume_command', 'last_checkpoint', 'checkpoint_to_resume', 'check_going_on', 'alone_in',
-           'bundled_path']
+           'RunInterrupted', 'stopped', 'resume_command', 'last_checkpoint', 'checkpoint_to_resume', 'check_start',
+           'check_going_on', 'alone_in', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -199,6 +199,15 @@ class RunInterrupted(RuntimeError):
     "A run was stopped by the user; the message says where its masks are and how to go on."
 
 
+def stopped(
+    state,  # of a transformers Trainer: how far it came
+    kept: str,  # what is there now, and where
+    command: str,  # that goes on
+) -> RunInterrupted:
+    "What a run that was stopped says."
+    return RunInterrupted(f"stopped after step {state.global_step} of {state.max_steps}; {kept}. Go on with: {command}")
+
+
 def resume_command(
     command: str,  # of merge-lab
     folder: Path,  # of the run
@@ -229,6 +238,19 @@ def checkpoint_to_resume(
     return checkpoint
 
 # %% ../nbs/01_run_folder.ipynb #de5b1719
+def check_start(
+    config,  # options of the run: `resume` and `overwrite` among them
+    folder: str | Path,  # of the run
+    inputs: typing.Iterable[str | Path | None],  # what it is going to read
+) -> Path:
+    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` raise."
+    folder = check_run(folder, config.resume, config.overwrite)
+    check_outside(folder, inputs, config.overwrite)
+    if config.resume:
+        check_resumed(config, folder)
+    return folder
+
+
 def check_going_on(
     config,  # options of the run, `resume` among them; those that are `resumable` may differ from how it was begun
     folder: Path,  # of the run

@@ -32,7 +32,7 @@ from matplotlib.ticker import MaxNLocator
 # %% ../nbs/36_runs.ipynb #aec1716d
 from .architecture import layer_of
 from .checkpoints import component_names
-from .commands import COMMANDS, find_object, OTHER, SYSTEMS
+from .commands import COMMANDS, find_object, kind_of, OTHER, SYSTEMS
 from .config import check_choice, config_from_dict, config_to_yaml
 from .constraints import constrain
 from .drawing import badge, block, frame_html, STYLE
@@ -61,7 +61,7 @@ class Run:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.config = read_config(self.folder / "config.yaml")
-        self.kind = next((name for name, system in SYSTEMS.items() if system.mark in self.config), "")
+        self.kind = kind_of(self.config)
         self.system = SYSTEMS.get(self.kind, OTHER)
 
     @property

@@ -27,7 +27,7 @@ from .loop_config import LoopConfig
 from .masks import MaskedLinear, MergeState
 from .merger import MASKS_FILE, Merger
 from .objective import Objective
-from .run_folder import last_checkpoint, resume_command, RunInterrupted, save_tensors
+from .run_folder import last_checkpoint, resume_command, save_tensors, stopped
 from .token_losses import shift_labels
 from .training import HistoryCallback, MergerTrainer, ProgressBar, StopCallback, train_from, training_arguments
 
@@ -264,10 +264,8 @@ def say_interrupted(trainer: MergerTrainer, command: str, folder: Path | None):
     "Raise `RunInterrupted` that says how to go on, or `KeyboardInterrupt` where nothing was kept."
     if folder is None:
         raise KeyboardInterrupt
-    raise RunInterrupted(
-        f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; what was learned is in "
-        f"{last_checkpoint(Path(trainer.args.output_dir))}. Go on with: {resume_command(command, folder)}"
-    )
+    kept = last_checkpoint(Path(trainer.args.output_dir))
+    raise stopped(trainer.state, f"what was learned is in {kept}", resume_command(command, folder))
 
 # %% ../nbs/38_student.ipynb #229dc3f1
 class Patient(Student):

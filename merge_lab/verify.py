@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ import pandas as pd
 import torch
 
 from .checkpoints import load_tokenizer
-from .commands import find_object, SYSTEMS
-from .config import check_choice, check_options, option
+from .commands import find_object, kind_of, SYSTEMS
+from .config import check_choice, check_options, option, read_yaml
 from .run_folder import is_run
-from .writer import stored_tensors
+from .writer import stored_groups, stored_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -212,14 +213,16 @@ def check_against_masks(
     from safetensors import safe_open
 
     places, seen = stored_in(folder), set()
-    for made in stored_tensors(merger.model, dict(merger.merged_tensors()), merger.merged_shapes()):
-        for name, tensor in made.items():
-            if name not in places:
-                raise ValueError(f"{folder}: {name} is missing.")
-            with safe_open(str(places[name]), "pt") as opened:
-                if not torch.equal(opened.get_tensor(name), tensor):
+    groups = stored_groups(merger.model, merger.merged_shapes())
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(str(file), "pt")) for file in set(places.values())}
+        for made in stored_tensors(merger.model, dict(merger.merged_tensors()), groups):
+            for name, tensor in made.items():
+                if name not in places:
+                    raise ValueError(f"{folder}: {name} is missing.")
+                if not torch.equal(opened[places[name]].get_tensor(name), tensor):
                     raise ValueError(f"{folder}: {name} is not what the masks make of the components. Was one of them changed since?")
-        seen |= set(made)
+            seen |= set(made)
     if left := sorted(set(places) - seen):
         raise ValueError(f"{folder}: {len(left)} tensors are none of the merged model's, {left[0]} for one.")
     return len(seen)
@@ -242,13 +245,8 @@ class VerifyConfig:
 
 def checkpoint_of(path: str | Path) -> tuple[Path, Path | None, str]:  # checkpoint, its masks, class that reads them
     "Where a run's checkpoint and masks are. Raises `FileNotFoundError` if there is no checkpoint."
-    import yaml
-
     path = Path(path)
-    system = None
-    if is_run(path):
-        told_by = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
-        system = next((system for system in SYSTEMS.values() if system.mark in told_by), None)
+    system = SYSTEMS.get(kind_of(read_yaml(path / "config.yaml"))) if is_run(path) else None
     folder = path if system is None else path / (system.merged or "merged")
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{path}: no checkpoint there (config.json). Give a run that has written one, or the checkpoint's folder.")

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def with_older_keys(
 def _without_tags(config: dict, meant: dict) -> dict:
     "The config without infinite numbers that are defaults: transformers 5 writes them as {'__float__': 'Infinity'}, which 4.57 takes for a dict."
     plain = {name: value for name, value in config.items() if "__float__" not in json.dumps(value)}
-    return plain if _reads_as(plain, meant) else config
+    return plain if plain == config or _reads_as(plain, meant) else config
 
 # %% ../nbs/02_writer.ipynb #75f654a8
 def _reads_as(config: dict, meant: dict) -> bool:
@@ -185,21 +185,13 @@ def stored_groups(
 def stored_tensors(
     model: nn.Module,
     makers: Mapping[str, Callable[[], Tensor]],  # by name in memory
-    shapes: Mapping[str, Tensor],  # of the same names, on the device meta
+    groups: Iterable[tuple[list[str], dict[str, Tensor]]],  # of `stored_groups`
 ) -> Iterator[dict[str, Tensor]]:
     "Tensors by their names in files, on the CPU, one group after another."
-    for names, _ in stored_groups(model, shapes):
+    for names, _ in groups:
         yield _reverted(model, {name: makers[name]().cpu() for name in names})
 
 # %% ../nbs/02_writer.ipynb #13c3413f
-def _units(size: str | int) -> int:  # "2GB" -> bytes
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", str(size).strip(), re.IGNORECASE)
-    if isinstance(size, int) or match is None:
-        return int(size)
-    unit = match[2].upper()
-    return int(float(match[1]) * (1024 if "I" in unit else 1000) ** "BKMG".index(unit[0]))
-
-
 def _files(groups: list[tuple[list[str], dict[str, Tensor]]], limit: int) -> list[list[int]]:
     "Which groups go to which file; a group that is larger than the limit has a file of its own."
     files, size = [[]], 0
@@ -221,13 +213,15 @@ def write_tensors(
     is_main_process: bool = True,  # others make tensors and write nothing
 ) -> set[str]:  # names in the files
     "Write safetensors files as transformers' own save would name and lay them out. Raises `OSError` if the disk is too small."
+    from accelerate.utils import convert_file_size_to_int
+
     folder, groups = Path(folder), stored_groups(model, shapes)
-    files, total = _files(groups, _units(max_shard_size)), sum(t.nbytes for _, stored in groups for t in stored.values())
+    files, total = _files(groups, convert_file_size_to_int(max_shard_size)), sum(t.nbytes for _, stored in groups for t in stored.values())
     if is_main_process:
         check_disk_space(folder, total)
         folder.mkdir(parents=True, exist_ok=True)
     names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    places, made = {}, stored_tensors(model, makers, shapes)
+    places, made = {}, stored_tensors(model, makers, groups)
     for file, members in zip(names, files):
         tensors = {name: tensor for _ in members for name, tensor in next(made).items()}
         places |= dict.fromkeys(tensors, file)
@@ -257,9 +251,8 @@ def settle_tying(
     name = next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
     if name is None:
         return
-    tied = not any(key.endswith((f"{name}.weight", f"{name.rpartition('.')[2]}.weight")) for key in stored)
-    for part in {id(c): c for c in (config, getattr(config, "text_config", None)) if c is not None}.values():
-        if not tied and getattr(part, "tie_word_embeddings", False):
+    if any(key.endswith((f"{name}.weight", f"{name.rpartition('.')[2]}.weight")) for key in stored):
+        for part in (config, config.get_text_config(decoder=True)):
             part.tie_word_embeddings = False
 
 # %% ../nbs/02_writer.ipynb #ab7a27f3

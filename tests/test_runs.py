@@ -188,6 +188,7 @@ def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_pat
         "tune": System("tuned", adapter="Adapter"),
     }
     monkeypatch.setattr("merge_lab.runs.SYSTEMS", rows)
+    monkeypatch.setattr("merge_lab.commands.SYSTEMS", rows)  # where a run is told whose it is
     commands = {"tune": SimpleNamespace(find={"Adapter": Adapter}.get)}
     monkeypatch.setattr("merge_lab.runs.COMMANDS", commands)
     configs = {"shrink": "shrink_by: 1", "mix": "mixed: [a/b, c/d/adapter_checkpoint]", "tune": "tuned: 1\nbase_model: small"}

@@ -38,7 +38,7 @@ from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_going_on, check_outside, check_run, resume_command, RunInterrupted, write_json
+from ..run_folder import begin_run, check_going_on, check_outside, check_run, resume_command, stopped, write_json
 from merge_lab.teacher_dataset import (
     chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, TopkCollator,
 )
@@ -519,10 +519,7 @@ def train(config: DAMTrainConfig) -> DAMRun:
     train_from(trainer, checkpoint)
     merger.eval().save_pretrained(folder, is_main_process=main)
     if stopper.requested.is_set():
-        raise RunInterrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; coefficients and optimizer are in {folder}. "
-            f"Go on with: {resume_command('dam-train', folder, arguments.world_size)}"
-        )
+        raise stopped(trainer.state, f"coefficients and optimizer are in {folder}", resume_command("dam-train", folder, arguments.world_size))
     if config.export:
         merger.save_merged(folder / "merged", is_main_process=main, recipe=recipe_of(config))
         scores = score_export(config, merger, folder, tests) if tests and main else None

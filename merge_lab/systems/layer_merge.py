@@ -48,7 +48,7 @@ from merge_lab.mergeable import (
 )
 from ..merger import checkpoint_activations
 from ..objective import Objective
-from ..run_folder import begin_run, bundled_path, check_outside, check_resumed, check_run, write_json, write_text
+from ..run_folder import begin_run, bundled_path, check_start, write_json, write_text
 from ..similarity import METHODS
 from merge_lab.student import (
     constant_rate, EMPTY, heal, held_batches, keep_activations, say_interrupted, Student, student_trainer, studying, train_student,
@@ -513,10 +513,7 @@ def first_rows(config: LayerMergeConfig, made: Prepared) -> pd.DataFrame:
 
 def check_config(config: LayerMergeConfig):
     "Raise `FileExistsError`, `FileNotFoundError` or `ValueError` where the folder of a run is not as its options need it."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
-    check_outside(folder, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text], config.overwrite)
-    if config.resume:
-        check_resumed(config, folder)
+    check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text])
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #ceab631c
 METHOD_NAMES = {"cka": "CKA", "npib": "NPIB"}

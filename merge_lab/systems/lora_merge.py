@@ -38,8 +38,8 @@ from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, Merg
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger
 from ..merger_config import MergerConfig
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, resume_command, RunInterrupted, save_tensors,
-    write_json, write_text,
+    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, resume_command, save_tensors, stopped, write_json,
+    write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
 
@@ -364,10 +364,7 @@ def train_adapter_masks(
     checkpoint = last_checkpoint(folder) if config.resume else None
     train_from(trainer, checkpoint)
     if stopper.requested.is_set():
-        raise RunInterrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "
-            f"{last_checkpoint(folder)}. Go on with: {resume_command('lora-merge', folder)}"
-        )
+        raise stopped(trainer.state, f"masks and optimizer are in {last_checkpoint(folder)}", resume_command("lora-merge", folder))
     return history.frame()
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #5727d797

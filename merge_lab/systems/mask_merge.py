@@ -33,9 +33,7 @@ from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
-from merge_lab.run_folder import (
-    bundled_path, check_disk_space, check_going_on, check_outside, check_run, last_checkpoint, resume_command, RunInterrupted,
-)
+from ..run_folder import bundled_path, check_disk_space, check_going_on, check_outside, check_run, last_checkpoint, resume_command, stopped
 from ..scoring import positions_of
 from merge_lab.training import (
     attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, StopCallback, train_from,
@@ -319,10 +317,8 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     train_from(trainer, ready.checkpoint)
     trainer.model.save_pretrained(ready.folder / "masks", is_main_process=trainer.args.should_save)
     if stopper.requested.is_set():
-        raise RunInterrupted(
-            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; masks and optimizer are in "
-            f"{last_checkpoint(ready.folder)}. Go on with: {resume_command('mask-merge', ready.folder, ready.arguments.world_size)}"
-        )
+        go_on = resume_command("mask-merge", ready.folder, ready.arguments.world_size)
+        raise stopped(trainer.state, f"masks and optimizer are in {last_checkpoint(ready.folder)}", go_on)
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #3ee5ecbe
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from ..components import load_model
 from ..config import check_options, option
 from ..devices import best_device
 from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
-from ..run_folder import begin_run, check_disk_space, check_outside, check_resumed, check_run
+from ..run_folder import begin_run, check_disk_space, check_start
 from ..text_windows import text_windows, Window
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,7 @@ class QuantizeConfig:
 # %% ../../nbs/40_systems/05_quantize.ipynb #4093cfa0
 def check_folder(config: QuantizeConfig):
     "Raise for what is wrong with the folder of the run, without touching it."
-    check_run(config.output_dir, config.resume, config.overwrite)
-    check_outside(config.output_dir, [config.model_path, *config.dataset], config.overwrite)
-    if config.resume:
-        check_resumed(config, config.output_dir)
+    check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model

@@ -42,10 +42,7 @@ from ..loop_config import LoopConfig
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
-from merge_lab.run_folder import (
-    atomic_path, begin_run, check_outside, check_resumed, check_run, last_checkpoint, resume_command, RunInterrupted, save_tensors,
-    write_json,
-)
+from ..run_folder import atomic_path, begin_run, check_start, last_checkpoint, resume_command, RunInterrupted, save_tensors, write_json
 from ..text_windows import collate, score_windows, text_windows, Window, windows_at_once
 from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
@@ -538,10 +535,7 @@ def fit(
 # %% ../../nbs/40_systems/05_router.ipynb #43f6d689
 def check_folder(config: RouterConfig):
     "Raise for what is wrong with the folder of the run, without touching it."
-    check_run(config.save_dir, config.resume, config.overwrite)
-    check_outside(config.save_dir, [config.model_path, *config.dataset], config.overwrite)
-    if config.resume:
-        check_resumed(config, config.save_dir)
+    check_start(config, config.save_dir, [config.model_path, *config.dataset])
 
 
 def check_budget(precisions: list[int], target_bits: float | None):
