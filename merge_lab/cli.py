@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS_FILE', 'PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'shadow_of', 'parser_of', 'parse',
-           'told_options', 'told_parser', 'write_options', 'help_of', 'show_tables', 'usage', 'call', 'main']
+           'told_options', 'told_parser', 'write_options', 'help_of', 'show_tables', 'usage', 'call', 'main',
+           'stoppable', 'is_full_disk']
 
 # %% ../nbs/60_cli.ipynb #8a883e08
 import argparse
@@ -12,7 +13,9 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import typing
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -259,12 +262,15 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="[%(asctime)s | %(levelname)s] %(message)s", datefmt="%H:%M:%S")
     try:
         _quiet()
-        with _silence() if others else nullcontext():
+        with _silence() if others else nullcontext(), stoppable():
             return call(words[0], words[1:])
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"merge-lab {words[0]}: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, RuntimeError) as error:
+        if is_full_disk(error):
+            print(f"merge-lab {words[0]}: the disk took no more ({str(error).splitlines()[0]}). Free some space; where the command can, --resume goes on.", file=sys.stderr)
+            return 2
         if isinstance(error, RuntimeError) and type(error).__name__ != "RunInterrupted":
             raise
         stopped = "interrupted. If the command has --resume and a checkpoint was written, it goes on from there."
@@ -273,6 +279,29 @@ def main(words: list[str] | None = None) -> int:
         return 130
 
 # %% ../nbs/60_cli.ipynb #bda9cf7a
+@contextmanager
+def stoppable():
+    "Inside the block a scheduler's SIGTERM, or a terminal that is closed, is what Ctrl-C is, wherever the command is."
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    ours = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        ours = {number: signal.signal(number, stop) for number in numbers if signal.getsignal(number) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, before in ours.items():
+            signal.signal(number, before)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    "Whether torch says by this that a file could not be written."
+    return "PytorchStreamWriter failed writing" in str(error) or "No space left on device" in str(error)
+
+
 @contextmanager
 def _silence():
     "Neither tables nor bars; errors are printed outside."

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +33,8 @@ from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .lesson import method_of
 from .masks import masked_class, MaskedModule, MergeState
-from .run_folder import save_tensors, write_json, write_text
+from .provenance import check_same_weights, weights_digest
+from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
 from .writer import settle_tying, write_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
     KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas,
@@ -371,7 +372,8 @@ def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     values = dataclasses.asdict(self.merger_config)
     paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held_paths(self.merger_config)]
     save_tensors(folder / MASKS_FILE, masks)
-    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "anchor": self.state.anchor})
+    digests = [weights_digest(path) for path in held_paths(self.merger_config)]
+    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "weights": digests, "anchor": self.state.anchor})
 
 # %% ../nbs/20_merger.ipynb #56fdd09b
 def read_merger_config(
@@ -383,7 +385,7 @@ def read_merger_config(
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
     values = json.loads(file.read_text(encoding="utf-8"))
-    relative, _ = values.pop("relative_paths", []), values.pop("anchor", None)
+    relative, _, _ = (values.pop(name, []) for name in ("relative_paths", "weights", "anchor"))
     config = config_from_dict(MergerConfig, values, str(file))
     held, n = held_paths(config), len(config.model_paths)
     if model_paths is None:
@@ -397,7 +399,8 @@ def read_merger_config(
 # %% ../nbs/20_merger.ipynb #b06f97f6
 @method_of(Merger)
 def load_masks(self, folder: str | Path):
-    "Read the masks that `save_pretrained` wrote. Raises `FileNotFoundError` if there are none."
+    "Read the masks that `save_pretrained` wrote. Raises `FileNotFoundError` if there are none, `ValueError` if they were trained for other weights."
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (Path(folder) / MASKS_FILE).exists():
@@ -409,7 +412,12 @@ def load_masks(self, folder: str | Path):
             f"masks in {folder} were measured from {has.get(saved['anchor'], 'a base')}, and those of this merger from {has.get(self.state.anchor, 'a base')}. "
             "Give base_model as it was, or load the folder by the class that wrote it (DAMMerger for DAM)."
         )
-    self.load_mask_state(load_file(Path(folder) / MASKS_FILE))
+    check_same_weights(saved.get("weights", []), held_paths(self.merger_config), folder)
+    try:
+        masks = load_file(Path(folder) / MASKS_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"{Path(folder) / MASKS_FILE} is damaged ({error}). Take the masks of another checkpoint.") from error
+    self.load_mask_state(masks)
 
 
 def _from_pretrained(cls, folder, model_paths=None) -> Merger:
@@ -513,11 +521,11 @@ def save_merged(
     recipe: dict | None = None,  # options for the model card, beside those of the merger
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small."
-    folder = Path(folder)
-    stored = write_tensors(folder, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
-    card = model_card(self, recipe)  # every rank gathers, one writes
-    if is_main_process:
-        _save_companions(self, folder, card, stored)
+    with whole_checkpoint(folder) if is_main_process else nullcontext(folder) as place:
+        stored = write_tensors(place, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
+        card = model_card(self, recipe)  # every rank gathers, one writes
+        if is_main_process:
+            _save_companions(self, Path(place), card, stored)
 
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @method_of(Merger)

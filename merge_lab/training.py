@@ -6,8 +6,8 @@
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'relative_spread', 'delta_unit', 'default_rate', 'objective_of',
            'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'MergerTrainer',
            'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary', 'summary',
-           'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'StopCallback', 'ProgressBar',
-           'attach_watchers', 'train_from', 'held_out_facts', 'open_together', 'RunInterrupted', 'check_going_on',
+           'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar', 'attach_watchers',
+           'train_from', 'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted', 'check_going_on',
            'checkpoint_to_resume', 'last_checkpoint', 'read_history', 'resume_command']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
@@ -17,8 +17,6 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
 import time
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -47,12 +45,13 @@ from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
 from merge_lab.run_folder import (
-    ADJUSTED, begin_run, check_going_on, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
+    ADJUSTED, begin_run, check_going_on, check_more_steps, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
     RunInterrupted, save_tensors, write_json, write_text,
 )
+from .stopping import StopCallback
 from .teacher_cache import TeacherCache
 
-_all_ = ["RunInterrupted", "check_going_on", "checkpoint_to_resume", "last_checkpoint", "read_history", "resume_command"]  # once here
+_all_ = ["StopCallback", "RunInterrupted", "check_going_on", "checkpoint_to_resume", "last_checkpoint", "read_history", "resume_command"]  # once here
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/31_training.ipynb #c9d406ee
@@ -588,39 +587,6 @@ class HistoryCallback(TrainerCallback):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-# %% ../nbs/31_training.ipynb #18337e3a
-class StopCallback(TrainerCallback):
-    "Ends training after the current step, with a checkpoint, when asked to by `stop()`, SIGINT or SIGTERM."
-
-    def __init__(self):
-        self.requested, self._before, self._asked = threading.Event(), {}, 0.0
-
-    def stop(self, *_):
-        "Ask for the end; asked again by a signal, raises `KeyboardInterrupt` at once."
-        again = self.requested.is_set() and time.monotonic() - self._asked > 1  # a parent that dies may send its signal once for each of its threads
-        if again and _:  # a second signal
-            raise KeyboardInterrupt
-        if not self.requested.is_set():
-            self._asked = time.monotonic()
-        self.requested.set()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.requested.clear()
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1 and any(gather_object([self.requested.is_set()])):
-            self.requested.set()  # a signal to one process stops all, after the same step
-        if self.requested.is_set():
-            control.should_training_stop = control.should_save = True
-
-    def close(self):
-        "Give the signals back."
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
 # %% ../nbs/31_training.ipynb #7602e462
 class ProgressBar(TrainerCallback):
     "A tqdm bar over optimizer steps, with the losses of the last one."
@@ -669,8 +635,7 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
         trainer.train()
         return
     done, asked = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], trainer.args.max_steps
-    if 0 < asked < done:
-        raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
+    check_more_steps(checkpoint, asked)
     if done != asked:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .run_folder import check_disk_space, save_tensors, write_json, write_text
+from .run_folder import check_disk_space, save_tensors, whole_checkpoint, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +263,8 @@ def save_plain(
     max_shard_size: str | int = "2GB",
 ):
     "Write a model as a checkpoint that this transformers and older readers read alike."
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_config(model.config, folder)
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, folder)
+    with whole_checkpoint(folder) as place:
+        model.save_pretrained(place, max_shard_size=max_shard_size)
+        write_config(model.config, place)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, place)

@@ -335,7 +335,7 @@ def test_values_of_the_wrong_type_are_named(tmp_path):
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    assert "GiB are needed" in bad(tmp_path)
+    assert "MiB are needed and 1000 B are free" in bad(tmp_path)
     assert not (tmp_path / "run").exists()
 
 

@@ -38,13 +38,14 @@ from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_going_on, check_outside, check_run, resume_command, stopped, write_json
+from ..run_folder import begin_run, check_going_on, check_outside, check_run, one_run, resume_command, stopped, write_json
 from merge_lab.teacher_dataset import (
     chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, TopkCollator,
 )
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
 )
+from ..writer import write_tokenizer
 
 _all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "TopkCollator"]
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def _save_merged(
     "Write the merged model as a plain transformers checkpoint."
     Merger.save_merged(self, folder, max_shard_size, is_main_process, recipe)
     if is_main_process and self.base_path is not None:
-        chat_tokenizer(self.base_path, self.merger_config.model_paths).save_pretrained(folder)
+        write_tokenizer(chat_tokenizer(self.base_path, self.merger_config.model_paths), folder)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #d22d687c
 def kind_of(leaf: MaskedModule) -> str:  # one of INIT_KINDS
@@ -206,6 +207,7 @@ def randomise(merger: Merger, kinds: Sequence[str], seed: int = 0):
             leaf.set_alphas(key, initial_alphas({"strategy": "random"}, weights, shape, name, 0.0, generator, merger.state.anchor))
 
 # %% ../../nbs/40_systems/02_dam.ipynb #cdea7e8b
+@one_run
 def merge(config: DAMConfig) -> DAMMerger:
     "Create the merged model with untrained coefficients and save it. Raises `ValueError` if models are missing."
     if not config.base_model_id or len(config.model_ids) + config.use_base_model < 2:
@@ -502,6 +504,7 @@ class DAMRun(NamedTuple):
     scores: pd.DataFrame | None = None  # columns model, task, n, loss, perplexity, exact_match
 
 # %% ../../nbs/40_systems/02_dam.ipynb #092a9909
+@one_run
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge. Raises `RunInterrupted` if it was stopped."
     folder = check_run(config.output_dir, config.resume, config.overwrite)

@@ -48,7 +48,7 @@ from merge_lab.mergeable import (
 )
 from ..merger import checkpoint_activations
 from ..objective import Objective
-from ..run_folder import begin_run, bundled_path, check_start, write_json, write_text
+from ..run_folder import begin_run, bundled_path, check_start, one_run, write_json, write_text
 from ..similarity import METHODS
 from merge_lab.student import (
     constant_rate, EMPTY, heal, held_batches, keep_activations, say_interrupted, Student, student_trainer, studying, train_student,
@@ -605,6 +605,7 @@ def save_result(result: LayerMergeResult, tokenizer):
         save_figure(figure, result.folder / "plots" / f"{name}.png")
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #2c2d8582
+@one_run
 def run(
     config: LayerMergeConfig,
     on_step: Callable | None = None,  # (step, loss) after every update; True stops

@@ -35,7 +35,7 @@ from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, traini
 from ..lesson import method_of
 from ..packing import eager_attention, shared_lines, SHORT
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, resume_command, RunInterrupted, write_json, write_text,
+    begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
 )
 from merge_lab.sft_data import (
     bytes_of_token, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
@@ -588,6 +588,7 @@ def show_result(result: dict):  # from `run`
     print("Written: " + ", ".join(map(str, written)))
 
 # %% ../../nbs/40_systems/04_lora.ipynb #c14ae2d7
+@one_run
 def run(
     config: LoRAPipelineConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button

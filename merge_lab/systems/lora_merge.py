@@ -38,7 +38,7 @@ from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, Merg
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger
 from ..merger_config import MergerConfig
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, resume_command, save_tensors, stopped, write_json,
+    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
     write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
@@ -414,6 +414,7 @@ def show_result(result: dict):  # from `run`
     print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged", "scores.csv") if (folder / p).exists()))
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #65499f72
+@one_run
 def run(
     config: LoRAMergeConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button

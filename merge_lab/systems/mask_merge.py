@@ -33,7 +33,7 @@ from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
-from ..run_folder import bundled_path, check_disk_space, check_going_on, check_outside, check_run, last_checkpoint, resume_command, stopped
+from ..run_folder import bundled_path, check_disk_space, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, stopped
 from ..scoring import positions_of
 from merge_lab.training import (
     attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, StopCallback, train_from,
@@ -347,6 +347,7 @@ def _divide(merger: Merger, arguments: TrainingArguments) -> Merger:
     return shard_merger(merger, mesh)
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #43e8135a
+@one_run
 def run(
     config: MaskMergeConfig,
     callbacks: tuple = (),  # further TrainerCallbacks

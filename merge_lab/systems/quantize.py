@@ -22,7 +22,7 @@ from ..components import load_model
 from ..config import check_options, option
 from ..devices import best_device
 from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
-from ..run_folder import begin_run, check_disk_space, check_start
+from ..run_folder import begin_run, check_disk_space, check_start, one_run
 from ..text_windows import text_windows, Window
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def check_folder(config: QuantizeConfig):
     check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
+@one_run
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
     "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model."
     if not config.model_path:

@@ -42,7 +42,7 @@ from ..loop_config import LoopConfig
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
-from ..run_folder import atomic_path, begin_run, check_start, last_checkpoint, resume_command, RunInterrupted, save_tensors, write_json
+from ..run_folder import atomic_path, begin_run, check_start, last_checkpoint, one_run, resume_command, RunInterrupted, save_tensors, write_json
 from ..text_windows import collate, score_windows, text_windows, Window, windows_at_once
 from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
@@ -560,6 +560,7 @@ def load_parts(config: RouterConfig) -> tuple:  # model, windows for training an
     return model, train, text_windows(n=config.num_validation, split="validation", **text)
 
 # %% ../../nbs/40_systems/05_router.ipynb #8b7b3152
+@one_run
 def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFrame]:
     "Train routers for a quantised model; returns the model with the best ones, and the epochs. Raises `ValueError` without a model, `RunInterrupted` if it was stopped."
     if not config.model_path:
