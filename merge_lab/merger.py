@@ -25,7 +25,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .architecture import head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
+from .architecture import decoder_of, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow
@@ -518,7 +518,7 @@ def save_merged(
 @method_of(Merger)
 def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:  # (batch, length, d)
     "The last hidden state, after the final norm; rows of unequal length share lines where the model can (`merge_lab.packing`)."
-    decoder, d = self.model.base_model, self.config.get_text_config().hidden_size
+    decoder, d = decoder_of(self.model), self.config.get_text_config().hidden_size
     packed = None if inputs else lines_of(self, decoder, input_ids, attention_mask, d)
     if packed is not None:
         return packed.through(decoder).last_hidden_state
@@ -551,7 +551,7 @@ def held_head(self):
 @torch.no_grad()
 def fused_head_agrees(self) -> bool:
     "Whether hidden state, head and logit options give the model's own logits (checked on a few tokens)."
-    if self.model.get_output_embeddings() is None:
+    if self.model.get_output_embeddings() is None or decoder_of(self.model) is None:
         return False
     ids = torch.arange(4, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
     with self.as_component(0):

@@ -1,19 +1,22 @@
 """Every architecture that transformers offers: preflight, a step, export, and the export read back, here and by transformers 4."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from merge_lab.components import preflight
 from merge_lab.masks import MaskedOwner
 from merge_lab.mergeable import extract_learned_alphas, fuse_mergeable_layers, replace_layers_with_mergeable
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
-from merge_lab.tinylm import perturb
+from merge_lab.tinylm import perturb, tiny_tokenizer
 
 IDS = torch.tensor([[1, 5, 9, 13, 7, 21, 3, 4], [1, 8, 3, 40, 2, 11, 6, 5]])
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS))
@@ -40,12 +43,32 @@ SIZES = {  # over all config classes
 }
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 MORE = {  # what a family needs beside, to be small or whole
+    "bamba": dict(attn_layer_indices=[1]),
+    "ctrl": dict(dff=48),
+    "dbrx": dict(attn_config=dict(rope_theta=1e4, kv_n_heads=2, clip_qkv=8), ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)),
+    "deepseek_v2": dict(num_experts_per_tok=2),
+    "dots1": dict(n_routed_experts=4, num_key_value_heads=2),
+    "dots3_note": dict(num_key_value_heads=4),
+    "dots3_note_text": dict(num_key_value_heads=4),
+    "falcon_h1": dict(mamba_d_ssm=64),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "hunyuan_v1_dense": dict(head_dim=8),
+    "hunyuan_v1_moe": dict(head_dim=8),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mamba2": dict(num_heads=8),
+    "ministral": dict(head_dim=8),
+    "nemotron": dict(num_key_value_heads=2),
+    "recurrent_gemma": dict(num_hidden_layers=3),
+    "roc_bert": dict(pronunciation_vocab_size=32, shape_vocab_size=32),
+    "xlm": dict(emb_dim=32, n_words=96),
+    "xmod": dict(default_language="en_XX"),
+    "zaya": dict(num_experts_per_tok=1),
 }
 
 
-def shrunk(config_class, **more):
-    "Values that make a config of this class a tiny one; every kind of layer stays."
+def shrunk(config_class):
+    "Values that make a config of this class a tiny one; every kind of layer stays, and parts of its own shrink too."
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     values = {name: size for name, size in SMALL.items() if name in fields and (fields[name].default is not None or name.endswith("token_id"))}
     if "layer_types" in fields and getattr(config_class(), "layer_types", None):
@@ -54,17 +77,13 @@ def shrunk(config_class, **more):
         values["num_hidden_layers"] = len(values["layer_types"])
     if "kv_lora_rank" in fields:
         values["num_key_value_heads"] = 4
-    return values | more
+    parts = getattr(config_class, "sub_configs", {})
+    return values | {name: shrunk(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
 
 
 def tiny(kind, **more):
     "A tiny config of a type."
-    config_class = CONFIG_MAPPING[kind]
-    values = shrunk(config_class)
-    text = getattr(config_class, "sub_configs", {}).get("text_config")
-    if isinstance(text, type) and getattr(text, "model_type", ""):
-        values["text_config"] = shrunk(text)
-    return config_class(**values | MORE.get(kind, {}) | more)
+    return CONFIG_MAPPING[kind](**shrunk(CONFIG_MAPPING[kind]) | MORE.get(kind, {}) | more)
 
 
 def family(kind, n=2, **more):
@@ -152,3 +171,67 @@ def as_before(model):
 
     with as_original(model):
         return logits_of(model, use_cache=False)
+
+
+# the matrix
+
+BY_DEFAULT = [  # dense, tied and untied; mixtures of experts; hybrids and state spaces; wrappers; heads of more than a linear
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "cohere", "granite",
+    "olmo2", "stablelm", "starcoder2", "smollm3", "modernbert-decoder", "mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "ernie4_5_moe",
+    "jetmoe", "afmoe", "llama4", "mamba", "mamba2", "qwen3_next", "qwen3_5_text", "falcon_h1", "nemotron_h", "lfm2", "gemma3", "gemma4", "mllama",
+    "bert", "rembert", "xlm-roberta",
+]  # fmt: skip
+REFUSED = {  # what preflight says, for a reason that transformers gives
+    "emu3": "not a causal language model",
+    "mllama": "not a causal language model",
+}
+LEFT_OUT = {}  # no tiny one can be made
+IDLE = {  # parameters without a gradient, by a part of the name
+    "expert_bias|e_score_correction_bias": "chooses experts by rank, and no rank has a slope",
+    "vision|image|audio": "of a part that reads pictures or sounds, and rows of text have none",
+}
+
+
+def matrix():
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        if kind not in LEFT_OUT:
+            yield pytest.param(kind, marks=[] if kind in BY_DEFAULT else pytest.mark.slow)
+
+
+EXPORTS = {}  # type -> folder of the merged model, and what it says of IDS
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("architectures")
+
+
+@pytest.mark.parametrize("kind", matrix())
+def test_what_preflight_accepts_trains_exports_and_reloads(kind, root):
+    paths, wanted = [], []
+    for i, model in enumerate(family(kind)):
+        paths.append(str(root / kind / str(i)))
+        wanted.append(logits_of(model))
+        model.save_pretrained(paths[i])
+        tiny_tokenizer().save_pretrained(paths[i])
+    report = preflight(paths)
+    told = " ".join(report.obstacle[~report.ok])
+    assert (REFUSED[kind] in told) if kind in REFUSED else not told
+    if kind in REFUSED:
+        return
+    merger = Merger.from_config(MergerConfig(paths, dtype="float32")).eval()
+    for i in range(2):
+        with merger.as_component(i):
+            assert_close(logits_of(merger), wanted[i], atol=1e-5, rtol=1e-5)
+    merger(objective=Objective(), labels=IDS, source=torch.tensor([0, 1]), **BATCH)["loss"].backward()
+    masks = {name: leaf.masks[key] for name, leaf, key in merger.masked_parameters()}
+    idle = [name for name, mask in masks.items() if mask.grad is None and not re.search("|".join(IDLE), name)]
+    assert not idle and all(mask.grad.isfinite().all() for mask in masks.values() if mask.grad is not None)
+    torch.optim.SGD(masks.values(), lr=0.1).step()
+    merger.save_merged(root / kind / "merged")
+    merged, info = AutoModelForCausalLM.from_pretrained(root / kind / "merged", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_close(logits_of(merged.eval()), logits_of(merger), atol=1e-5, rtol=1e-5)
+    report = preflight([paths[0], str(root / kind / "merged")])
+    assert report.ok.all(), list(report.obstacle[~report.ok])
+    EXPORTS[kind] = root / kind / "merged", logits_of(merged)
