@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'WITHOUT_EFFECT', 'parameter_modules', 'layer_of', 'is_conv1d', 'is_linear', 'input_dim', 'find_layers',
-           'decoder_layers', 'silence_dropout', 'logit_options', 'logits_head', 'head_agrees']
+           'decoder_layers', 'decoder_of', 'silence_dropout', 'logit_options', 'logits_head', 'head_agrees']
 
 # %% ../nbs/06_architecture.ipynb #0e0a1a35
 import re
@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .checkpoints import config_value
 
 # %% ../nbs/06_architecture.ipynb #d9092e1b
 def parameter_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -45,7 +47,7 @@ def find_layers(
     model: nn.Module,  # transformers causal language model
 ) -> tuple[nn.Module, str]:  # the module that holds the list of layers, and its name there
     "Where the decoder layers are. Raises `ValueError` if no list has the length that the config says."
-    depth = model.config.get_text_config().num_hidden_layers
+    depth = config_value(model.config.get_text_config(), "num_hidden_layers")
     found = [
         (module, name) for module in model.base_model.modules() for name, child in module.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == depth
@@ -60,6 +62,17 @@ def find_layers(
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     "The list of decoder layers. Raises `ValueError` if there is none of the length that the config says."
     return getattr(*find_layers(model))
+
+# %% ../nbs/06_architecture.ipynb #7b51ea1d
+def decoder_of(
+    model: nn.Module,  # transformers causal language model
+) -> nn.Module | None:  # None: no part of it makes hidden states by itself
+    "The part of a model before its head."
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()
+    found = [child for child in model.children() if child is not embedding and any(part is embedding for part in child.modules())]
+    return found[0] if len(found) == 1 else None
 
 # %% ../nbs/06_architecture.ipynb #949cf384
 SETTINGS = {  # property -> names of the config's entries, over all architectures
@@ -98,11 +111,11 @@ def logit_options(
     "What the architecture does to its logits after the head."
     config = model.config.get_text_config()
     scale = 1.0
-    if getattr(config, "logit_scale", None):  # Cohere multiplies
+    if config_value(config, "logit_scale"):  # Cohere multiplies
         scale = float(config.logit_scale)
-    if getattr(config, "logits_scaling", None):  # Granite divides
+    if config_value(config, "logits_scaling"):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": scale}
+    return {"softcap": config_value(config, "final_logit_softcapping"), "logit_scale": scale}
 
 # %% ../nbs/06_architecture.ipynb #9a413840
 def logits_head(
@@ -138,6 +151,8 @@ def head_agrees(
     logits: Tensor,  # (..., vocab), the model's own
 ) -> bool:
     "Whether hidden states, head and options give the model's own logits."
+    if config_value(head, "in_features", states.shape[-1]) != states.shape[-1]:  # RemBERT and BERT put a layer between them
+        return False
     own, said = logits.float(), logits_head(head, **options)(states).float()
     near = 1e-5 if states.dtype in (torch.float32, torch.float64) else 1e-2
     largest = own.nan_to_num(0.0, 0.0, 0.0).abs().max().item()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REPORT_COLUMNS', 'RESERVED', 'PLACES', 'COPY_AGAIN', 'SMALL_FILES', 'LOAD_LOCK', 'TOKENIZER_FILES', 'component_name',
            'component_names', 'UnreadableComponent', 'TensorHeader', 'read_header', 'read_headers', 'find_folder',
-           'read_config', 'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'headers_in_memory',
+           'read_config', 'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'headers_in_memory', 'config_value',
            'ComponentFiles', 'read_component', 'as_dtype', 'component_bytes']
 
 # %% ../nbs/03_checkpoints.ipynb #fc2033ff
@@ -350,6 +350,18 @@ def headers_in_memory(
         found[new] = replace(header, shape=shape, n_bytes=header.n_bytes + before)
     return found
 
+# %% ../nbs/03_checkpoints.ipynb #62ceed6f
+def config_value(
+    config,  # of transformers
+    name: str,
+    default=None,  # where the config has no such entry, or none that holds for the whole model
+):
+    "An entry of a config."
+    try:
+        return getattr(config, name)
+    except (AttributeError, RuntimeError):  # NotImplementedError is one of the second
+        return default
+
 # %% ../nbs/03_checkpoints.ipynb #ed59b46e
 @dataclass
 class ComponentFiles:
@@ -388,7 +400,7 @@ class ComponentFiles:
     @property
     def tied(self) -> bool:  # whether head and embedding are one tensor
         "Whether the config ties the head to the embedding."
-        return bool(getattr(self.config, "tie_word_embeddings", self.text_config.tie_word_embeddings))
+        return bool(config_value(self.config, "tie_word_embeddings", config_value(self.text_config, "tie_word_embeddings")))
 
     def short(self, name: str) -> str:
         "A tensor name without what its wrapper puts before it."

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .writer import save_plain
 from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
 from merge_lab.checkpoints import (  # noqa: F401
-    COPY_AGAIN, ComponentFiles, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
+    COPY_AGAIN, ComponentFiles, config_value, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
     TensorHeader, UnreadableComponent, as_dtype, component_bytes, component_name, component_names, find_folder,
     load_tokenizer, read_chat_template, read_component, read_config, read_header, read_headers, read_tokenizer,
 )
@@ -43,7 +43,7 @@ EDIT_CONFIG = f"{SAME_BASE}, or edit config.json where the entry is known to be 
 # %% ../nbs/08_components.ipynb #d5719df6
 def _settings(files: ComponentFiles, names: str) -> dict:
     "Entries of a config by name, those it does not have or leaves empty left out."
-    values = {name: getattr(files.text_config, name, None) for name in names.split()}
+    values = {name: config_value(files.text_config, name) for name in names.split()}
     if values.get("rope_parameters"):  # what it says counts; older keys beside it are for older readers
         values |= {"rope_theta": None, "partial_rotary_factor": None}
     return {name: value for name, value in values.items() if value is not None}
@@ -54,11 +54,19 @@ def _other_settings(files: ComponentFiles) -> dict:
     config = files.text_config
     seen = " ".join([*SETTINGS.values(), ROWS_OF_THEIR_OWN, WITHOUT_EFFECT]).split()
     seen = {getattr(config, "attribute_map", {}).get(name, name) for name in seen} | set(seen)
+    known = type(config)().to_dict()
     return {
-        name: value
+        name: _effective(value)
         for name, value in config.to_dict().items()
-        if name in type(config)().to_dict() and name not in seen and "drop" not in name and value is not None
+        if name in known and name not in seen and "drop" not in name and value is not None
     }
+
+
+def _effective(value):
+    "A setting; of a config within the config, what has an effect."
+    if not isinstance(value, dict):
+        return value
+    return {name: _effective(inner) for name, inner in value.items() if name not in WITHOUT_EFFECT.split()}
 
 
 def _brief(value, width: int = 48) -> str:

@@ -22,6 +22,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .architecture import decoder_layers, find_layers
+from .checkpoints import config_value
 from .config import check_choice
 from .evaluation import multiple_choice, perplexity
 from .similarity import collect_outputs, similarity_matrix
@@ -194,7 +195,7 @@ def seconds_per_token(
 ) -> float:
     "Time of a forward pass over one sequence, per token."
     config, device = model.config.get_text_config(), next(model.parameters()).device
-    length = min(length, getattr(config, "max_position_embeddings", length))
+    length = min(length, config_value(config, "max_position_embeddings", length))
     ids = torch.arange(length, device=device)[None] % config.vocab_size
     times = []
     for _ in range(repeats + 1):

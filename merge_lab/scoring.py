@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .architecture import head_agrees, logit_options
+from .architecture import decoder_of, head_agrees, logit_options
 from .chat import ChatCollator, length_batches
+from .checkpoints import config_value
 from .losses import linear_ce_loss
 from .merger import Merger
 
@@ -44,7 +45,7 @@ def evaluating(model):
 
 def positions_of(model) -> float:
     "How many tokens a model can hold; infinite if its config does not say."
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = config_value(model.config.get_text_config(), "max_position_embeddings")
     return most if most and most > 0 else math.inf
 
 # %% ../nbs/24_scoring.ipynb #d8c61f92
@@ -97,7 +98,8 @@ def cut_model(
         return None
 
     def states(ids, mask):
-        output = owner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        decoder = decoder_of(owner)
+        output = None if decoder is None else decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         return getattr(output, "last_hidden_state", None)
 
     if not isinstance(model, Merger):

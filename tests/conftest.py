@@ -21,15 +21,19 @@ LONG = ["test_dam", "test_mask_merge", "test_widgets", "test_browser", "test_dis
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes minutes; runs with -m slow")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
     skip = pytest.mark.skip(reason="no CUDA device is visible")
+    later = pytest.mark.skip(reason="slow; ask for it with -m slow")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
+        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
+            item.add_marker(later)
 
 
 @pytest.fixture(scope="module", autouse=True)
