@@ -455,7 +455,7 @@ def test_a_conversation_without_an_answer_is_refused_where_it_is_read():
     asked = {"messages": CHAT[0]["messages"][:1]}
     lines = [json.dumps(row) + "\n" for row in (CHAT[0], asked)]
     pathlib.Path("rows.jsonl").write_text("".join(lines))
-    with pytest.raises(ValueError, match="rows.jsonl, row 2: no assistant turn"):
+    with pytest.raises(ValueError, match="rows.jsonl:2: no assistant turn"):
         prepare_dataset("rows.jsonl")
 
 
@@ -473,7 +473,7 @@ def quick_config(**options):
     "options, says",
     [
         (dict(datasets=["nowhere"]), "no such file or folder here"),
-        (dict(max_length=8, datasets=["long.jsonl"]), "cuts all of its answer"),
+        (dict(max_length=8, datasets=["long.jsonl"]), "long.jsonl:.*no assistant token is left"),
         (dict(base_model="config_only"), "holds no weights"),
         (dict(datasets=["run/kept.jsonl"]), "overwrite would clear run"),
         (dict(n_samples=99), "n=99: expected 1 to 8"),
