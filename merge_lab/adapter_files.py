@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ from .adapter_folders import ADAPTER_CONFIG, ADAPTER_FILE, adapter_folder
 from .architecture import is_conv1d
 from .checkpoints import COPY_AGAIN, read_header, TensorHeader, UnreadableComponent
 from .factors import LowRank
+
+if TYPE_CHECKING:
+    import peft
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +121,7 @@ def read_adapter(
 # %% ../nbs/07_adapter_files.ipynb #f24ab166
 def check_adapter_fits(
     file: AdapterFile,
-    shapes: Mapping[str, tuple[int, ...]],  # of the base's parameters, by their names in memory
+    shapes: Mapping[str, tuple[int, ...]],  # of the base's parameters, by their names in memory, tied ones at each of them
 ):
     "Raise `UnreadableComponent` unless a base has the parameters that an adapter changes, in its sizes."
     wanted = {}
@@ -130,7 +134,7 @@ def check_adapter_fits(
         obstacle = f"with lora_bias the adapter has a bias for {bare[0]}, which has none in its base."
         raise UnreadableComponent(file.folder, obstacle, "Train an adapter without lora_bias.")
     for name, allowed in ({} if file.reason else wanted).items():
-        known = next((shapes[n] for n in (name, name.replace("lm_head.", "model.embed_tokens.")) if n in shapes), None)
+        known = shapes.get(name)
         if known is None or tuple(known) not in allowed:
             has = "which it lacks" if known is None else f"to {' or '.join(map(str, sorted(allowed)))}, where it has {tuple(known)}"
             raise UnreadableComponent(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'ROWS_OF_THEIR_OWN', 'SAME_BASE', 'EDIT_CONFIG', 'BUFFERS', 'preflight', 'IncompatibleComponents',
-           'check_components', 'find_base', 'load_model', 'common_dtype', 'load_components', 'vocabulary_rows',
-           'align_vocabulary', 'untie_embeddings']
+           'check_components', 'find_base', 'load_model', 'common_dtype', 'has_adapters', 'on_shared_bases',
+           'load_components', 'vocabulary_rows', 'align_vocabulary', 'untie_embeddings']
 
 # %% ../nbs/08_components.ipynb #4760f977
 import copy
@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -214,12 +214,24 @@ def _vocabulary_rows(files: list[ComponentFiles], names: list[str]) -> list[dict
     return rows
 
 # %% ../nbs/08_components.ipynb #474a08ac
+def _adapter_of(path: str | Path):
+    "What an adapter's files hold, downloaded where they lie on the hub."
+    folder = find_folder(path)
+    if not Path(path).expanduser().is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(str(path), allow_patterns=["adapter_*"])
+    return read_adapter(folder)
+
+
 def _read_adapter(component: ComponentFiles) -> str:  # what the table says of it
     "Read the header of a component that is an adapter. Raises `UnreadableComponent` if it does not fit its base."
     if component.base is None:
         return "readable"
-    file = read_adapter(find_folder(component.path))
-    check_adapter_fits(file, {name: header.shape for name, header in component.memory_headers.items()})
+    file, shapes = _adapter_of(component.path), {name: header.shape for name, header in component.memory_headers.items()}
+    for head, embedding in dict(getattr(component.model_class, "_tied_weights_keys", None) or {}).items():
+        shapes.setdefault(head, shapes.get(embedding))
+    check_adapter_fits(file, {name: shape for name, shape in shapes.items() if shape is not None})
     return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "")
 
 
@@ -372,16 +384,6 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/08_components.ipynb #ca7c0f67
-def _adapter_of(path: str | Path):
-    "What an adapter's files hold, downloaded where they lie on the hub."
-    folder = find_folder(path)
-    if not Path(path).expanduser().is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = snapshot_download(str(path), allow_patterns=["adapter_*"])
-    return read_adapter(folder)
-
-
 def _merged_adapter(path: str | Path, base: nn.Module) -> nn.Module:
     "The plain model that an adapter makes of its base, whose tensors are its own."
     file = _adapter_of(path)
@@ -405,24 +407,39 @@ def common_dtype(
         logger.info("stored in several dtypes (%s): all are held in %s; set dtype for another", told, str(common).removeprefix("torch."))
     return common
 
-# %% ../nbs/08_components.ipynb #d981c438
+# %% ../nbs/08_components.ipynb #3b235e54
 def _below(path: str | Path) -> tuple[Path, bool]:  # folder of the whole model; whether an adapter lies on it
     base = read_component(path).base
     return (find_folder(path) if base is None else base).resolve(), base is not None
 
 
-def _shared(paths: list) -> dict[Path, nn.Module | None]:
-    "Folders of models that several components have in common, because adapters lie on them."
-    below = [_below(path) for path in paths]
-    return {folder: None for folder, adapted in below if adapted}
+def has_adapters(paths: Iterable[str | Path]) -> bool:
+    "Whether one of these components is an adapter."
+    return any(is_adapter(find_folder(path)) for path in paths)
 
 
-def _on_shared(path: str | Path, base: nn.Module) -> nn.Module:
-    "An adapter's model with the base's own tensors wherever it can be held so."
-    file = _adapter_of(path)
-    return _merged_adapter(path, copy.deepcopy(base)) if file.reason else put_adapter(share_tensors(base), file)
+def on_shared_bases(
+    paths: Sequence[str | Path],  # components, of which some are adapters
+    load: Callable[[str | Path], nn.Module],  # a whole model, from its folder or name
+) -> Iterator[nn.Module]:
+    "A model for each component; adapters are factors on the tensors of their base, which is loaded once. For a `Merger`."
+    below, bases = [_below(path) for path in paths], {}
+    common = {folder for folder, adapted in below if adapted}
+    for path, (folder, adapted) in zip(paths, below):
+        if folder not in common:
+            yield load(path)
+            continue
+        if folder not in bases:
+            bases[folder] = load(folder)
+        base, file = bases[folder], _adapter_of(path) if adapted else None
+        if file is None:
+            yield share_tensors(base)
+        elif not file.reason:
+            yield put_adapter(share_tensors(base), file)
+        else:  # as large as a model of its own
+            yield load(folder) if next(base.parameters()).is_meta else _merged_adapter(path, copy.deepcopy(base))
 
-
+# %% ../nbs/08_components.ipynb #d981c438
 def load_components(
     paths: Iterable[str | Path],  # folders or hub names
     factors: bool = False,  # adapters of one base as models that share its tensors, for a `Merger`; else each is merged into its own
@@ -430,16 +447,12 @@ def load_components(
 ) -> Iterator:
     "Yield the components' models in order; each is loaded when it is asked for, all in one dtype."
     paths = list(paths)
-    bases = _shared(paths) if factors else {}
+    factors = factors and has_adapters(paths)
     if options.get("dtype", "auto") in (None, "auto") and len(paths) > 1:
         options["dtype"] = common_dtype(paths)
-    for path in paths:
-        folder, adapted = _below(path) if bases else (None, False)
-        if folder in bases:
-            bases[folder] = load_model(folder, **options) if bases[folder] is None else bases[folder]
-            yield _on_shared(path, bases[folder]) if adapted else share_tensors(bases[folder])
-        else:
-            yield load_model(path, **options)
+    for model in on_shared_bases(paths, lambda path: load_model(path, **options)) if factors else (load_model(path, **options) for path in paths):
+        yield model
+        del model
         gc.collect()  # a model holds reference cycles, which would outlive the caller's last reference
 
 # %% ../nbs/08_components.ipynb #2ca5aaa3

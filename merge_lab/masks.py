@@ -387,9 +387,9 @@ def _frozen(tensors: Sequence[Tensor | None]) -> nn.ParameterList:
     "The components' tensors as frozen parameters; equal ones are held once, missing ones are zero."
     reference = next(t for t in tensors if t is not None)
     held = []
-    for tensor in tensors:
-        tensor = torch.zeros_like(reference) if tensor is None else tensor.detach()
-        same = next((p for p in held if not p.is_meta and torch.equal(p, tensor)), None)
+    for given in tensors:
+        tensor = torch.zeros_like(reference) if given is None else given.detach()
+        same = next((p for p, t in zip(held, tensors) if t is given or not p.is_meta and torch.equal(p, tensor)), None)
         held.append(nn.Parameter(tensor, requires_grad=False) if same is None else same)
     return nn.ParameterList(held)
 
