@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REPORT_COLUMNS', 'RESERVED', 'PLACES', 'COPY_AGAIN', 'SMALL_FILES', 'LOAD_LOCK', 'TOKENIZER_FILES', 'component_name',
-           'component_names', 'UnreadableComponent', 'TensorHeader', 'read_header', 'read_headers', 'find_folder',
-           'read_config', 'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'headers_in_memory', 'config_value',
-           'ComponentFiles', 'read_component', 'as_dtype', 'component_bytes']
+           'component_names', 'UnreadableComponent', 'TensorHeader', 'read_header', 'model_folder', 'tokenizer_folder',
+           'read_headers', 'find_folder', 'read_config', 'read_tokenizer', 'load_tokenizer', 'read_chat_template',
+           'headers_in_memory', 'config_value', 'ComponentFiles', 'read_component', 'as_dtype', 'component_bytes']
 
 # %% ../nbs/03_checkpoints.ipynb #fc2033ff
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from .adapter_folders import adapter_folder, base_of_adapter, is_adapter, recorded_base
 from .config import check_choice
 
 # %% ../nbs/03_checkpoints.ipynb #bd4e3b95
@@ -113,12 +114,6 @@ def read_header(
 # %% ../nbs/03_checkpoints.ipynb #55ae1c6d
 def _no_weights(folder: Path) -> UnreadableComponent:
     "The error for a folder without safetensors weights, by what it holds instead."
-    if (folder / "adapter_config.json").exists():
-        return UnreadableComponent(
-            folder,
-            "the folder holds an adapter (LoRA or the like), not a whole model.",
-            "Merge the adapter into its base model first: PeftModel.merge_and_unload(), then save_pretrained.",
-        )
     if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         return UnreadableComponent(
             folder,
@@ -128,6 +123,30 @@ def _no_weights(folder: Path) -> UnreadableComponent:
     return UnreadableComponent(
         folder, "the folder holds no weights (no .safetensors file).", "Save the model with save_pretrained."
     )
+
+# %% ../nbs/03_checkpoints.ipynb #04b94844
+def model_folder(
+    path,  # of the component, as it was given
+    folder: Path,  # of its small files
+) -> Path:
+    "The folder itself, or that of the base below an adapter. Raises `UnreadableComponent` where that is not on this machine."
+    if not is_adapter(folder):
+        return folder
+    base = base_of_adapter(folder)
+    if base is None or is_adapter(base):
+        named = recorded_base(folder)
+        obstacle = f"the folder holds an adapter, and its base {named!r} is not on this machine." if named else "the folder holds an adapter that does not name its base."
+        raise UnreadableComponent(path, obstacle, "Write the base's path as base_model_name_or_path into adapter_config.json, or download it.")
+    return base
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    "Where a component's tokenizer is: beside an adapter, or with its base."
+    if not is_adapter(folder):
+        return folder
+    inner = adapter_folder(folder)
+    has_own = any((inner / name).exists() for name in ("tokenizer.json", *TOKENIZER_FILES))
+    return inner if has_own else model_folder(folder, folder)
 
 # %% ../nbs/03_checkpoints.ipynb #043fece7
 def _read_index(index: Path) -> dict[str, str]:
@@ -231,8 +250,8 @@ def read_config(path: str | Path, folder: Path):
     file = folder / "config.json"
     if not any(folder.iterdir()):
         raise UnreadableComponent(path, "the folder is empty.", "Give a folder that save_pretrained wrote.")
-    if (folder / "adapter_config.json").exists() and not any(folder.glob("model*.safetensors*")):
-        raise _no_weights(folder)
+    if is_adapter(folder):
+        return read_config(path, model_folder(path, folder))
     if not file.exists():
         obstacle = "the folder holds no config.json, so it is not a transformers model."
         raise UnreadableComponent(path, obstacle, "Give a folder that save_pretrained wrote.")
@@ -297,7 +316,7 @@ def load_tokenizer(path: str | Path):  # folder or hub name
     "The component's transformers tokenizer, as its files say. Raises `UnreadableComponent` if there is none."
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = find_folder(path)
+    folder = tokenizer_folder(find_folder(path))
     try:
         with LOAD_LOCK:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -371,6 +390,7 @@ class ComponentFiles:
     folder: Path
     config: object  # transformers config
     headers: dict[str, TensorHeader]
+    base: Path | None = None  # what is below it, where it is an adapter: config and headers are its
 
     @property
     def text_config(self):  # of the language model, where a model has other parts too
@@ -420,8 +440,9 @@ def read_component(
     if not isinstance(path, (str, Path)) or not str(path):
         raise TypeError(f"path={path!r}: expected a folder or a hub name, as str or Path.")
     folder = find_folder(path)
-    config = read_config(path, folder)
-    files = ComponentFiles(str(path), folder, config, _tensor_headers(str(path), folder))
+    config, below = read_config(path, folder), model_folder(path, folder)
+    headers = _tensor_headers(str(path) if below == folder else str(below), below)
+    files = ComponentFiles(str(path), tokenizer_folder(folder), config, headers, None if below == folder else below)
     missing = [head for head in files.heads if not any(name.endswith(head) for name in files.headers)]
     if missing and not files.tied:
         missing = [head for head in missing if not any(name.endswith(head) for name in files.memory_headers)]

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['logger', 'ROWS_OF_THEIR_OWN', 'SAME_BASE', 'EDIT_CONFIG', 'BUFFERS', 'preflight', 'IncompatibleComponents',
-           'check_components', 'find_base', 'load_model', 'common_dtype', 'load_components', 'vocabulary_rows',
-           'align_vocabulary', 'untie_embeddings']
+           'check_components', 'find_base', 'load_model', 'common_dtype', 'has_adapters', 'on_shared_bases',
+           'load_components', 'vocabulary_rows', 'align_vocabulary', 'untie_embeddings']
 
 # %% ../nbs/08_components.ipynb #4760f977
+import copy
 import functools
 import gc
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -24,6 +25,8 @@ import yaml
 from torch import Tensor, nn
 
 from .writer import save_plain
+from .adapter_files import check_adapter_fits, merge_into, put_adapter, read_adapter, share_tensors
+from .adapter_folders import adapter_folder, is_adapter, local_folder as _local_folder
 from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
 from merge_lab.checkpoints import (  # noqa: F401
     COPY_AGAIN, ComponentFiles, config_value, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
@@ -219,6 +222,27 @@ def _vocabulary_rows(files: list[ComponentFiles], names: list[str]) -> list[dict
     return rows
 
 # %% ../nbs/08_components.ipynb #474a08ac
+def _adapter_of(path: str | Path):
+    "What an adapter's files hold, downloaded where they lie on the hub."
+    folder = find_folder(path)
+    if not Path(path).expanduser().is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(str(path), allow_patterns=["adapter_*"])
+    return read_adapter(folder)
+
+
+def _read_adapter(component: ComponentFiles) -> str:  # what the table says of it
+    "Read the header of a component that is an adapter. Raises `UnreadableComponent` if it does not fit its base."
+    if component.base is None:
+        return "readable"
+    file, shapes = _adapter_of(component.path), {name: header.shape for name, header in component.memory_headers.items()}
+    for head, embedding in dict(getattr(component.model_class, "_tied_weights_keys", None) or {}).items():
+        shapes.setdefault(head, shapes.get(embedding))
+    check_adapter_fits(file, {name: shape for name, shape in shapes.items() if shape is not None})
+    return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "")
+
+
 def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles], list[str]]:
     "The row `files`, and what could be read, with its names."
     cells, files, read, errors = [], [], [], []
@@ -226,13 +250,14 @@ def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles]
         try:
             component = read_component(path)
             _ = component.tokenizer, read_chat_template(component.folder)  # damaged ones show here
+            said = _read_adapter(component)
         except UnreadableComponent as error:
             errors.append((name, error))
             cells.append("unreadable")
             continue
         files.append(component)
         read.append(name)
-        cells.append("readable")
+        cells.append(said)
     row = dict(property="files", **dict(zip(names, cells)), ok=not errors, level="error" if errors else "")
     row["obstacle"] = " ".join(f"{name}: {error.obstacle}" for name, error in errors)
     row["remedy"] = " ".join(dict.fromkeys(error.remedy for _, error in errors))
@@ -304,7 +329,7 @@ def check_components(paths: Sequence[str | Path]) -> pd.DataFrame:  # the report
 # %% ../nbs/08_components.ipynb #c66dee13
 def _recorded_bases(folder: Path) -> Iterator[str]:
     "Names of a base, in the places where tools write them."
-    for file in (folder / "adapter_config.json", folder.parent / "adapter_checkpoint" / "adapter_config.json"):
+    for file in (adapter_folder(folder) / "adapter_config.json", folder.parent / "adapter_checkpoint" / "adapter_config.json"):
         if file.is_file():
             yield json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     recipe, card, config = folder / "mergekit_config.yml", folder / "README.md", folder / "config.json"
@@ -316,22 +341,6 @@ def _recorded_bases(folder: Path) -> Iterator[str]:
     if config.is_file():
         yield json.loads(config.read_text(encoding="utf-8")).get("_name_or_path")
 
-# %% ../nbs/08_components.ipynb #65737655
-def _local_folder(name, beside: Path) -> Path | None:
-    "The folder of a model that lies on this machine, or in the hub's cache."
-    from huggingface_hub import snapshot_download
-
-    if not isinstance(name, str) or not name:
-        return None
-    for folder in (Path(name).expanduser(), beside / name):
-        if (folder / "config.json").is_file():
-            return folder
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):  # no such name, or not in the cache
-        return None
-    return folder if any(folder.glob("*.safetensors")) else None
-
 # %% ../nbs/08_components.ipynb #fcfa2f60
 def find_base(
     paths: Sequence[str | Path],  # components
@@ -339,7 +348,8 @@ def find_base(
     "The one model on this machine that all components say they were made from."
     own, found = {Path(path).expanduser().resolve() for path in paths}, {}
     for path in paths:
-        folder = _local_folder(str(path), Path())
+        given = Path(path).expanduser()
+        folder = given if is_adapter(given) else _local_folder(str(path), Path())
         try:
             bases = [] if folder is None else [_local_folder(name, folder) for name in _recorded_bases(folder)]
         except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):  # a broken file names nothing
@@ -363,7 +373,10 @@ def load_model(
 
     dtype = as_dtype(dtype)
     if not trust_remote_code:
-        read_component(path)  # its errors say more than those of from_pretrained
+        below = read_component(path).base  # its errors say more than those of from_pretrained
+        if below is not None:
+            options = dict(device_map=device_map, attn_implementation=attn_implementation)
+            return _merged_adapter(path, load_model(below, dtype, **options))
     options = dict(device_map=device_map, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     options = {name: value for name, value in options.items() if value is not None}
     with LOAD_LOCK:
@@ -377,6 +390,14 @@ def load_model(
     if info["unexpected_keys"]:
         logger.warning("%s: %d tensors of the checkpoint are not used", path, len(info["unexpected_keys"]))
     return model.eval().requires_grad_(False)
+
+# %% ../nbs/08_components.ipynb #ca7c0f67
+def _merged_adapter(path: str | Path, base: nn.Module) -> nn.Module:
+    "The plain model that an adapter makes of its base, whose tensors are its own."
+    file = _adapter_of(path)
+    if file.reason:
+        logger.info("%s: the adapter is merged into a copy of its base, since %s", path, file.reason)
+    return merge_into(base, file).eval().requires_grad_(False)
 
 # %% ../nbs/08_components.ipynb #abcf7e4e
 def common_dtype(
@@ -394,17 +415,52 @@ def common_dtype(
         logger.info("stored in several dtypes (%s): all are held in %s; set dtype for another", told, str(common).removeprefix("torch."))
     return common
 
+# %% ../nbs/08_components.ipynb #3b235e54
+def _below(path: str | Path) -> tuple[Path, bool]:  # folder of the whole model; whether an adapter lies on it
+    base = read_component(path).base
+    return (find_folder(path) if base is None else base).resolve(), base is not None
+
+
+def has_adapters(paths: Iterable[str | Path]) -> bool:
+    "Whether one of these components is an adapter."
+    return any(is_adapter(find_folder(path)) for path in paths)
+
+
+def on_shared_bases(
+    paths: Sequence[str | Path],  # components, of which some are adapters
+    load: Callable[[str | Path], nn.Module],  # a whole model, from its folder or name
+) -> Iterator[nn.Module]:
+    "A model for each component; adapters are factors on the tensors of their base, which is loaded once. For a `Merger`."
+    below, bases = [_below(path) for path in paths], {}
+    common = {folder for folder, adapted in below if adapted}
+    for path, (folder, adapted) in zip(paths, below):
+        if folder not in common:
+            yield load(path)
+            continue
+        if folder not in bases:
+            bases[folder] = load(folder)
+        base, file = bases[folder], _adapter_of(path) if adapted else None
+        if file is None:
+            yield share_tensors(base)
+        elif not file.reason:
+            yield put_adapter(share_tensors(base), file)
+        else:  # as large as a model of its own
+            yield load(folder) if next(base.parameters()).is_meta else _merged_adapter(path, copy.deepcopy(base))
+
 # %% ../nbs/08_components.ipynb #d981c438
 def load_components(
     paths: Iterable[str | Path],  # folders or hub names
+    factors: bool = False,  # adapters of one base as models that share its tensors, for a `Merger`; else each is merged into its own
     **options,  # of `load_model`: dtype, device_map, ...
 ) -> Iterator:
     "Yield the components' models in order; each is loaded when it is asked for, all in one dtype."
     paths = list(paths)
+    factors = factors and has_adapters(paths)
     if options.get("dtype", "auto") in (None, "auto") and len(paths) > 1:
         options["dtype"] = common_dtype(paths)
-    for path in paths:
-        yield load_model(path, **options)
+    for model in on_shared_bases(paths, lambda path: load_model(path, **options)) if factors else (load_model(path, **options) for path in paths):
+        yield model
+        del model
         gc.collect()  # a model holds reference cycles, which would outlive the caller's last reference
 
 # %% ../nbs/08_components.ipynb #2ca5aaa3

@@ -11,7 +11,7 @@ __all__ = ['MODES', 'IMPLS', 'OWN', 'alpha_shape', 'blend', 'backward_route', 'm
 import functools
 import inspect
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
 import torch
@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from .architecture import input_dim
 from .config import check_choice
-from .constraints import constrain, unconstrain, weight_angle
+from .constraints import constrain, OF_DELTAS, unconstrain, weight_angle
 from .devices import bring, device_type, full, shard_like
+from .factored import component_linear, factored_blend, factored_linear
+from .factors import FactoredWeights, rows_of
 from .lesson import method_of
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb
@@ -388,11 +390,18 @@ def _frozen(tensors: Sequence[Tensor | None]) -> nn.ParameterList:
     "The components' tensors as frozen parameters; equal ones are held once, missing ones are zero."
     reference = next(t for t in tensors if t is not None)
     held = []
-    for tensor in tensors:
-        tensor = torch.zeros_like(reference) if tensor is None else tensor.detach()
-        same = next((p for p in held if not p.is_meta and torch.equal(p, tensor)), None)
+    for given in tensors:
+        tensor = torch.zeros_like(reference) if given is None else given.detach()
+        same = next((p for p, t in zip(held, tensors) if t is given or not p.is_meta and torch.equal(p, tensor)), None)
         held.append(nn.Parameter(tensor, requires_grad=False) if same is None else same)
     return nn.ParameterList(held)
+
+
+def _held(modules: Sequence[nn.Module], name: str) -> nn.ParameterList:
+    "One parameter of the module in each component; as factors where a module has some (`low_rank`, by name of the parameter)."
+    whole = _frozen([module._parameters.get(name) for module in modules])
+    deltas = [vars(module).get("low_rank", {}).get(name) for module in modules]
+    return FactoredWeights(list(whole), deltas) if any(delta is not None for delta in deltas) else whole
 
 # %% ../nbs/12_masks.ipynb #7825af32
 def _read_as(leaf: nn.Module, template: nn.Module, name: str):
@@ -415,7 +424,7 @@ class ComponentModule(nn.Module):
         own = [dict(m.named_parameters(recurse=False)) for m in modules]
         self.state = state
         self.parameter_names = list(dict.fromkeys(name for params in own for name in params))
-        self.weights = nn.ModuleDict({p: _frozen([params.get(p) for params in own]) for p in self.parameter_names})
+        self.weights = nn.ModuleDict({p: _held(modules, p) for p in self.parameter_names})
         self._take_over(modules[0] if template is None else template)
         for name in self.parameter_names:
             self.template._parameters[name] = None
@@ -448,6 +457,8 @@ class ComponentModule(nn.Module):
 
     def is_shared(self, name: str) -> bool:
         "Whether all components have the same tensor, which is then held once."
+        if isinstance(self.weights[name], FactoredWeights):
+            return False
         first, *others = self.weights[name]
         return all(other is first for other in others)
 
@@ -489,6 +500,11 @@ class MaskedModule(ComponentModule):
         self.masks[name] = nn.Parameter(torch.zeros(len(weights), *shape, **like))
         self.set_alphas(name, even_alphas(len(weights), self.state.anchor))
 
+    @property
+    def sums_to_one(self) -> bool:
+        "Whether coefficients sum to 1 whatever the masks are."
+        return self.constrain_mode in OF_DELTAS
+
     def alphas(self, name: str = "weight") -> list[Tensor]:
         "The n coefficients of one masked parameter."
         angle = self._buffers.get(f"angle_{name}")
@@ -508,6 +524,8 @@ class MaskedModule(ComponentModule):
         "The parameter in force: the component's, the blend, or the fallback's where it is not masked."
         weights, component = self.weights[name], self.state.component
         if component is None and name in self.masks:
+            if isinstance(weights, FactoredWeights):
+                return factored_blend(weights, self.alphas(name), self.sums_to_one)
             return blend([full(weight) for weight in weights], self.alphas(name))
         return bring(weights[self.fallback if component is None else component], self.state.device)
 
@@ -521,7 +539,7 @@ def kept(self, name: str) -> Tensor | None:
     version = self.masks[name]._version
     if name not in self._merged or self._merged[name][0] != version:
         with torch.no_grad():
-            self._merged[name] = version, blend(list(self.weights[name]), self.alphas(name))
+            self._merged[name] = version, self.tensor(name)
     return self._merged[name][1]
 
 # %% ../nbs/12_masks.ipynb #b031ef9a
@@ -531,9 +549,35 @@ class MaskedLinear(MaskedModule):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         bias = self.tensor("bias") if "bias" in self.parameter_names else None
         if self.state.component is not None or "weight" not in self.masks:
-            return F.linear(x, self.tensor("weight"), bias)
+            return self._unmasked(x, bias)
+        if isinstance(self.weights["weight"], FactoredWeights):
+            return self._factored(x, bias)
         weights, alphas = list(self.weights["weight"]), self.alphas("weight")
         return _masked_linear(x, weights, alphas, bias, self.state.impl, self.kept("weight"))
+
+# %% ../nbs/12_masks.ipynb #c6def37a
+@method_of(MaskedLinear)
+def _unmasked(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    "The product with one component: the one that is asked for, or the fallback."
+    held, component = self.weights["weight"], self.state.component
+    if isinstance(held, FactoredWeights):
+        return component_linear(x.to(held.base(0).dtype), held, self.fallback if component is None else component, bias)
+    return F.linear(x, self.tensor("weight"), bias)
+
+
+@method_of(MaskedLinear)
+def _factored(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    "The product with the blend of factors; with a whole weight where that is asked for, or kept and not trained."
+    if self.state.impl == "accurate" or self.state.keep_merged and not torch.is_grad_enabled():
+        weight = self.tensor("weight") if self.state.impl == "accurate" else self.kept("weight")
+        return F.linear(x.to(weight.dtype), weight, bias)
+    held = self.weights["weight"]
+
+    def whole(x, weights, alphas):
+        return _masked_linear(x, weights, alphas, None, self.state.impl, None)
+
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        return factored_linear(x, held, self.alphas("weight"), whole, bias, self.sums_to_one)
 
 # %% ../nbs/12_masks.ipynb #5d8a7fa4
 class MaskedEmbedding(MaskedModule):
@@ -546,19 +590,22 @@ class MaskedEmbedding(MaskedModule):
     def forward(self, ids: Tensor) -> Tensor:  # (...) int -> (..., d)
         weights, flat = self.weights["weight"], ids.reshape(-1)
         blended = self.state.component is None and "weight" in self.masks
-        if not blended and self.state.device is None:
+        if not blended and self.state.device is None and not isinstance(weights, FactoredWeights):
             return torch.func.functional_call(self.template, {"weight": self.tensor("weight")}, (ids,))
         if blended:
             alphas = [a[flat] if a.ndim == 2 else a for a in self.alphas("weight")]
-            rows = blend([self._looked_up(flat, weight) for weight in weights], alphas)
+            rows = blend([self._looked_up(flat, i) for i in range(len(weights))], alphas)
         else:
-            rows = self._looked_up(flat, weights[self.fallback if self.state.component is None else self.state.component])
+            rows = self._looked_up(flat, self.fallback if self.state.component is None else self.state.component)
         ids = torch.arange(len(flat), device=ids.device).view_as(ids)
         return torch.func.functional_call(self.template, {"weight": rows}, (ids,))
 
-    def _looked_up(self, ids: Tensor, weight: Tensor) -> Tensor:
-        "Rows of one component's table, taken where the table is: a table is never moved for a few rows."
-        return bring(F.embedding(bring(ids, weight.device), weight), self.state.device)
+    def _looked_up(self, ids: Tensor, i: int) -> Tensor:
+        "Rows of component i's table, taken where the table is: a table is never moved for a few rows."
+        weights = self.weights["weight"]
+        if isinstance(weights, FactoredWeights):
+            return bring(rows_of(weights, i, bring(ids, weights.base(i).device)), self.state.device)
+        return bring(F.embedding(bring(ids, weights[i].device), weights[i]), self.state.device)
 
 # %% ../nbs/12_masks.ipynb #dc2b9f01
 class MaskedNorm(MaskedModule):

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from . import losses
 from .architecture import decoder_layers
 from .checkpoints import as_dtype, find_folder, LOAD_LOCK
-from .components import read_config
+from .components import has_adapters, on_shared_bases, read_config
 from .config import check_choice, check_options, option
 from .devices import pretending
 from .distributed import frozen_bytes
@@ -367,13 +367,15 @@ class _Attention(TorchFunctionMode):
         return (_attention if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
 
 # %% ../nbs/30_memory.ipynb #55c2aba5
-def _pretend_models(config, n: int, dtype: torch.dtype) -> list[nn.Module]:
-    "n models of this config without memory."
+def _pretend_models(config, n: int, dtype: torch.dtype, paths: Sequence[str | Path] | None = None) -> list[nn.Module]:
+    "n models of this config without memory; of components on disk, adapters are factors on what they share."
     from transformers import AutoModelForCausalLM
 
-    with LOAD_LOCK, torch.device("meta"):
-        models = [AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa") for _ in range(n)]
-    return [model.requires_grad_(False) for model in models]
+    def load(path):
+        with LOAD_LOCK, torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False)
+
+    return list(map(load, range(n))) if paths is None else list(on_shared_bases(paths, load))
 
 
 def _pretend_batch(batch_size: int, seq_len: int, n: int, vocab_size: int) -> dict[str, Tensor]:
@@ -459,6 +461,7 @@ def estimate_memory(
     device: str = "cuda",  # whose choices are made: "cuda" or "cpu"
     objective: Callable | None = None,  # (merger, **batch) -> {"loss": ...}; None: that of training
     ranks: int = 1,  # processes that the components are divided over; the estimate is of one of them
+    paths: Sequence[str | Path] | None = None,  # components that are adapters, and what they lie beside; None: whole models
     **merger_options,  # further fields of MergerConfig
 ) -> MemoryEstimate:
     "Peak memory of training, by parts, without allocating it. Raises `ValueError` for options that do not exist."
@@ -476,7 +479,7 @@ def estimate_memory(
     ledger = Ledger(vocab_size)
     offload = merger_config.offload
     with pretending(device, offload), _Attention(), _watching(ledger, _Pretend(ledger, device)):
-        models = _pretend_models(config, n_components, dtype)
+        models = _pretend_models(config, n_components, dtype, paths)
         batch = _pretend_batch(batch_size, seq_len, n_components, vocab_size)
         merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
@@ -588,6 +591,11 @@ _OF_RUN = {  # option of a run -> option of `estimate_memory`
 }
 
 
+def _told_apart(paths: Sequence[str]) -> dict:
+    "Option of `estimate_memory` for components of which some are adapters."
+    return {"paths": list(paths)} if has_adapters(paths) else {}
+
+
 def fit_run(
     config,  # of a run: the fields of MergerConfig and TrainConfig
     seq_len: int,  # tokens of the longest sample
@@ -598,6 +606,7 @@ def fit_run(
     "Whether a run fits; if recomputing activations was left open, with that choice made."
     options = {ours: getattr(config, theirs) for theirs, ours in _OF_RUN.items()}
     options |= dict(n_components=len(held_paths(config)), seq_len=max(seq_len, 2), device=device, ranks=ranks)
+    options |= _told_apart(held_paths(config))
     asked = config.gradient_checkpointing
     budget_bytes = free_memory(device) if budget_bytes is None else budget_bytes
     if ranks > 1:
@@ -644,7 +653,8 @@ def run(config: MemoryConfig) -> FitReport:
     for path in paths[1:]:
         load_config(path)  # a slip of the pen is an error, not a component like the first
     n = len(paths) if len(paths) > 1 else options["n_components"]
-    return fit_report(paths[0], None if budget is None else int(budget * 2**30), **{**options, "n_components": n})
+    apart = _told_apart(paths) if len(paths) > 1 else {}
+    return fit_report(paths[0], None if budget is None else int(budget * 2**30), **{**options, **apart, "n_components": n})
 
 
 def show_fit(report: FitReport) -> int:  # exit status: 0 if it fits

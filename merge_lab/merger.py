@@ -80,6 +80,11 @@ def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, unti
         del leaf.masks[key]
 
 # %% ../nbs/20_merger.ipynb #8b5b130b
+def _apart(trees: Sequence[dict[str, nn.Module]], name: str, key: str) -> bool:
+    "Whether a component changes this parameter by factors, so that it is no longer what it was tied to."
+    return any(key in vars(tree[name]).get("low_rank", {}) for tree in trees if name in tree)
+
+
 def wrap(
     models: Sequence[nn.Module],  # components; their trees are used up
     config: MergerConfig,
@@ -87,7 +92,7 @@ def wrap(
 ) -> nn.Module:
     "Turn n models into one whose leaves are masked modules. Raises `ValueError` for target modules that match nothing."
     trees = [parameter_modules(model) for model in models]
-    model = max(models, key=lambda m: len(list(m.named_parameters())))  # has the biases that only some have
+    model = max(models, key=lambda m: len(list(m.named_parameters())))  # has the biases that only some have, and a head of its own
     skeleton = parameter_modules(model)
     _check_targets(config, skeleton)
     tied: dict[int, tuple[MaskedModule, str]] = {}
@@ -98,6 +103,8 @@ def wrap(
             [tree[name] for tree in trees], state, mode, config.constrain_mode, config.fallback, template=module
         )
         for key, i in ids.items():
+            if _apart(trees, name, key):
+                continue
             first, first_key = tied.setdefault(i, (leaf, key))
             if first is not leaf:
                 _tie(leaf, key, first, first_key, config.untie_embeddings)
@@ -251,7 +258,7 @@ def _from_config(cls, config: MergerConfig) -> Merger:
     "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons."
     paths = held_paths(config)
     check_components(paths)
-    return cls(list(load_components(paths, dtype=config.dtype)), config)
+    return cls(list(load_components(paths, factors=True, dtype=config.dtype)), config)
 
 
 Merger.from_config = classmethod(_from_config)
