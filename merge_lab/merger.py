@@ -35,7 +35,7 @@ from .lesson import method_of
 from .masks import masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
 from .provenance import check_same_weights, weights_digest
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
-from .writer import settle_tying, write_config, write_tensors, write_tokenizer
+from .writer import settle_tying, write_config, write_generation_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
     KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas,
 )
@@ -485,8 +485,7 @@ def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
         config.use_cache = merger.use_cache
     config.architectures = [type(merger.model).__name__]
     write_config(config, folder)
-    if getattr(merger.model, "generation_config", None) is not None:
-        merger.model.generation_config.save_pretrained(folder)
+    write_generation_config(getattr(merger.model, "generation_config", None), folder)
     paths = merger.merger_config.model_paths
     if paths:
         write_tokenizer(load_tokenizer(paths[merger.merger_config.fallback]), folder)

@@ -20,7 +20,7 @@ from .anyprec import NestedLinear, NestedWeight, quantize_weight, WeightSlot
 from .checkpoints import LOAD_LOCK
 from .config import check_choice
 from .run_folder import save_tensors, write_text
-from .writer import write_tokenizer
+from .writer import write_generation_config, write_tokenizer
 
 # %% ../nbs/26_nested_model.ipynb #e4f4f410
 def decoder_layers(model) -> nn.ModuleList:
@@ -105,7 +105,7 @@ def write_quantized(
             save_tensors(layer_file(folder, n), quantize_layer(layer, f"{prefix}{n}", own, seed_precision, parent_precision))
     save_tensors(folder / "others.safetensors", other_tensors(model, prefix))
     write_tokenizer(tokenizer, folder)
-    model.generation_config.save_pretrained(folder)
+    write_generation_config(model.generation_config, folder)
     description = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": section}
     write_text(folder / "config.json", json.dumps(description, indent=2, default=str) + "\n")
 
