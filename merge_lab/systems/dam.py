@@ -45,6 +45,7 @@ from merge_lab.teacher_dataset import (
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
 )
+from ..writer import write_tokenizer
 
 _all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "TopkCollator"]
 logger = logging.getLogger(__name__)
@@ -189,7 +190,7 @@ def _save_merged(
     "Write the merged model as a plain transformers checkpoint."
     Merger.save_merged(self, folder, max_shard_size, is_main_process, recipe)
     if is_main_process and self.base_path is not None:
-        chat_tokenizer(self.base_path, self.merger_config.model_paths).save_pretrained(folder)
+        write_tokenizer(chat_tokenizer(self.base_path, self.merger_config.model_paths), folder)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #d22d687c
 def kind_of(leaf: MaskedModule) -> str:  # one of INIT_KINDS
@@ -229,12 +230,18 @@ def merge(config: DAMConfig) -> DAMMerger:
     return merger
 
 # %% ../../nbs/40_systems/02_dam.ipynb #2f708e99
-def push(folder: str | Path, repo_id: str):
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,  # of a repository that is made; None: as the organisation has it
+    api=None,  # of huggingface_hub; None: with the token of the environment or of the login
+):
     "Upload a folder to a hub repository, which is made if need be."
     from huggingface_hub import HfApi
 
-    HfApi().create_repo(repo_id, exist_ok=True)
-    HfApi().upload_folder(repo_id=repo_id, folder_path=str(folder))
+    api = api or HfApi()
+    api.create_repo(repo_id, exist_ok=True, **({} if private is None else {"private": private}))
+    api.upload_folder(repo_id=repo_id, folder_path=str(folder))
 
 
 def show_merge(merger: DAMMerger):
