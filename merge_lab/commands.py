@@ -66,6 +66,8 @@ COMMANDS = {
     "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",)),
     "align": Command("cli", "AlignConfig", "run_align", "copies of components that share one vocabulary", ("model_paths",)),
     "verify": Command("verify", "VerifyConfig", "run", "read a checkpoint back, here and in other libraries", ("path",), show="show_verified"),
+    "export": Command("export", "ExportConfig", "run", "a finished merge as hf, gguf, mergekit recipe, adapter or masks", ("path",), show="show_exported"),
+    "push": Command("export", "PushConfig", "run_push", "send masks with their recipe, or an export, to a hub", ("path",)),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
     "real": Command("real", "RealConfig", "run", "make experts of a real model and merge them by every system", show="show_result"),
 }

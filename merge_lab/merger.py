@@ -71,6 +71,16 @@ def _check_targets(config: MergerConfig, modules: dict[str, nn.Module]):
         raise ValueError(f"target_kinds={config.target_kinds}: no module is masked, so nothing can be trained.")
 
 # %% ../nbs/20_merger.ipynb #fd263e22
+def _take_settings(model: nn.Module, first: nn.Module):
+    "Let the tree that is kept have what components may differ in as the first one has it: special tokens, longest context, how to generate."
+    if model is first or not hasattr(model, "config"):
+        return
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"):
+        if hasattr(first.config.get_text_config(), name):
+            setattr(model.config.get_text_config(), name, getattr(first.config.get_text_config(), name))
+    model.generation_config = getattr(first, "generation_config", None)
+
+
 def _tie(leaf: MaskedModule, key: str, first: MaskedModule, first_key: str, untie: bool):
     "Let `leaf` share the components' tensors of `first`, and its mask unless it is untied."
     leaf.weights[key] = first.weights[first_key]
@@ -93,6 +103,7 @@ def wrap(
     "Turn n models into one whose leaves are masked modules. Raises `ValueError` for target modules that match nothing."
     trees = [parameter_modules(model) for model in models]
     model = max(models, key=lambda m: len(list(m.named_parameters())))  # has the biases that only some have, and a head of its own
+    _take_settings(model, models[0])
     skeleton = parameter_modules(model)
     _check_targets(config, skeleton)
     tied: dict[int, tuple[MaskedModule, str]] = {}
@@ -488,7 +499,7 @@ def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
     write_generation_config(getattr(merger.model, "generation_config", None), folder)
     paths = merger.merger_config.model_paths
     if paths:
-        write_tokenizer(load_tokenizer(paths[merger.merger_config.fallback]), folder)
+        write_tokenizer(load_tokenizer(paths[0]), folder)
     write_text(folder / "README.md", card)
 
 # %% ../nbs/20_merger.ipynb #7677faf5

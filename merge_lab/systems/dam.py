@@ -231,12 +231,18 @@ def merge(config: DAMConfig) -> DAMMerger:
     return merger
 
 # %% ../../nbs/40_systems/02_dam.ipynb #2f708e99
-def push(folder: str | Path, repo_id: str):
+def push(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None = None,  # of a repository that is made; None: as the organisation has it
+    api=None,  # of huggingface_hub; None: with the token of the environment or of the login
+):
     "Upload a folder to a hub repository, which is made if need be."
     from huggingface_hub import HfApi
 
-    HfApi().create_repo(repo_id, exist_ok=True)
-    HfApi().upload_folder(repo_id=repo_id, folder_path=str(folder))
+    api = api or HfApi()
+    api.create_repo(repo_id, exist_ok=True, **({} if private is None else {"private": private}))
+    api.upload_folder(repo_id=repo_id, folder_path=str(folder))
 
 
 def show_merge(merger: DAMMerger):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SHARES', 'BASELINES', 'LoRAMergeConfig', 'base_path', 'AdapterLinear', 'blended_factors', 'AdapterMerger',
-           'init_masks', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks', 'check_merge_run',
-           'rows_to_score', 'show_result', 'run']
+           'init_masks', 'write_adapter', 'save_adapter', 'peft_baselines', 'adapter_rows', 'train_adapter_masks',
+           'check_merge_run', 'rows_to_score', 'show_result', 'run']
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
@@ -269,31 +269,38 @@ def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.cat([a, a.new_zeros(missing, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #7ab19c0c
-def save_adapter(
-    merger: AdapterMerger,
+def write_adapter(
+    pairs: Factors,  # module -> A (r, in), B (out, r); ranks may differ
     folder: str | Path,  # gets adapter_config.json and adapter_model.safetensors
+    base: str,  # folder or hub name, for the config
+    fan_in_fan_out: bool = False,  # whether the base's linears are GPT-2's
 ) -> Path:
-    "Write the blend as one plain LoRA adapter: exact, by concatenating ranks."
+    "Write factors as a plain LoRA adapter that adds B A to each weight."
     from peft import LoraConfig
 
-    folder, leaves = Path(folder), merger.leaves()
-    leaves = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, AdapterLinear)}
-    pairs = {name: blended_factors(leaf) for name, leaf in leaves.items()}
-    rank = max(len(a) for a, _ in pairs.values())
-    tensors = {}
+    folder, rank, tensors = Path(folder), max(len(a) for a, _ in pairs.values()), {}
     for name, (a, b) in pairs.items():
         a, b = _padded(a, b, rank)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
     config = LoraConfig(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(pairs), task_type="CAUSAL_LM", inference_mode=True,
-        base_model_name_or_path=base_path(merger.adapter_config),
-        fan_in_fan_out=any(is_conv1d(leaf.template) for leaf in leaves.values()),
+        base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_tensors(folder / "adapter_model.safetensors", tensors)
     return folder
+
+
+def save_adapter(
+    merger: AdapterMerger,
+    folder: str | Path,  # gets adapter_config.json and adapter_model.safetensors
+) -> Path:
+    "Write the blend as one plain LoRA adapter: exact, by concatenating ranks."
+    leaves = {name: leaf for name, leaf in merger.leaves().items() if isinstance(leaf, AdapterLinear)}
+    pairs = {name: blended_factors(leaf) for name, leaf in leaves.items()}
+    return write_adapter(pairs, folder, base_path(merger.adapter_config), any(is_conv1d(leaf.template) for leaf in leaves.values()))
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #a3e8028d
 @method_of(AdapterMerger, "save_merged")

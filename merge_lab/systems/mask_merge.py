@@ -167,7 +167,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
     checkpoint = check_going_on(config, folder, arguments.world_size)
     check_components([path for path in models if path])
-    tokenizer = load_tokenizer(config.model_paths[config.fallback])
+    tokenizer = load_tokenizer(config.model_paths[0])
     shortest = min((read_component(path) for path in models if path), key=positions_of)
     how = dict(
         max_length=int(min(config.max_length, positions_of(shortest))), seed=config.seed, source_keys=config.source_keys
