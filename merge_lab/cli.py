@@ -72,7 +72,8 @@ def shadow_of(config_class: type) -> type:
         if not field.init:
             continue
         metadata = {"help": field.metadata.get("help", "").replace("%", "%%")}
-        metadata |= {} if choices_of(field) is None else {"choices": choices_of(field)}
+        free = ["none"] if type(None) in typing.get_args(hints[field.name]) else []  # a choice that is left open
+        metadata |= {} if choices_of(field) is None else {"choices": choices_of(field) + free}
         facts = dict(metadata=metadata, default=field.default, default_factory=field.default_factory)
         kind = hints[field.name]
         if type(None) in typing.get_args(kind) and {int, float} & set(typing.get_args(kind)):

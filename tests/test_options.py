@@ -9,16 +9,22 @@ import sys
 import typing
 
 import pytest
+import torch
 
-from merge_lab.cli import help_of, parse
+from merge_lab.cli import help_of, parse, parser_of, told_options
 from merge_lab.commands import COMMANDS, find_object, kind_of, SYSTEMS, Viewed, VIEWS
 from merge_lab.config import alias_names, config_from_yaml, config_to_cli, config_to_python, config_to_yaml, recipe_options
+from merge_lab.losses import LOSSES, loss_of_rows
+from merge_lab.merger_config import MergerConfig
 from merge_lab.panel import ConfigPanel
 from merge_lab.run_folder import begin_run, check_resumed
 from merge_lab.runs import Run
+from merge_lab.systems.dam import dam_objective, DAMMerger, DAMTrainConfig
 from merge_lab.systems.layer_merge import LayerMergeConfig
 from merge_lab.systems.router import RouterConfig
 from merge_lab.teacher_dataset import changes, DAMTopkConfig, dataset_facts, DATASET_FILE, open_dataset, read_facts
+from merge_lab.tinylm import tiny_experts, tiny_model
+from merge_lab.token_losses import mse_rows
 
 CONFIGS = {name: command.find(command.config) for name, command in COMMANDS.items()}
 ALIASED = []  # of each command: one alias of each option, then another
@@ -172,7 +178,10 @@ def test_a_nearby_name_is_suggested_whichever_it_is():
 
 VIEW = """
 import sys
+from merge_lab.losses import LOSSES, loss_of_rows
+from merge_lab.merger_config import MergerConfig
 from merge_lab.panel import ConfigPanel
+from merge_lab.systems.dam import dam_objective, DAMMerger, DAMTrainConfig
 from merge_lab.systems.layer_merge import LayerMergeConfig
 
 class Mine(ConfigPanel):
@@ -200,3 +209,38 @@ def test_each_view_is_that_of_its_class(name):
     assert issubclass(cls, Viewed) and "view" not in vars(cls)
     (hint,) = [parameter.annotation for parameter in inspect.signature(view).parameters.values()]
     assert hint is cls
+
+
+def test_a_loss_of_ones_own_is_known_to_dam(monkeypatch):
+    "A row of LOSSES, added in one place, is a choice in Python, on the command line and in the panel, and is what is trained towards."
+    assert DAMTrainConfig().loss_func_name is None and "loss_func_name=None" in repr(DAMTrainConfig())
+    with pytest.raises(ValueError, match="loss_func_name='mine': expected one of 'kl'"):
+        DAMTrainConfig(loss_func_name="mine")
+    monkeypatch.setitem(LOSSES, "mine", loss_of_rows(mse_rows, "a loss of one's own"))
+    assert parse("dam-train", ["--loss_func_name", "mine"]) == parse("dam-train", ["--loss", "mine"]) == DAMTrainConfig(loss="mine")
+    assert parse("dam-train", ["--loss_func_name", "none"]) == DAMTrainConfig()
+    told = {facts["flags"][0]: facts for facts in told_options(parser_of("dam-train", COMMANDS["dam-train"], DAMTrainConfig))}
+    assert told["--loss_func_name"]["choices"] == [*LOSSES, "none"]
+    panel = ConfigPanel(DAMTrainConfig, checks={})
+    assert "mine" in panel.controls["loss_func_name"].choices
+    panel.set("loss", "mine")
+    assert panel.config.loss_func_name == "mine" and not panel.errors
+    merger = DAMMerger(tiny_experts("llama", 2), MergerConfig(["a", "b", "base"], "vector_input", "delta"), tiny_model("llama"))
+    objective = dam_objective(panel.config, merger)
+    assert objective.losses == {"mine": 1.0}
+    ids = torch.arange(8)[None] + 3
+    results = merger(ids, labels=ids, source=torch.tensor([1]), objective=objective)
+    assert results["mine"] > 0 and results["loss"].item() == pytest.approx(results["mine"].item())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_beside_the_switches_or_without_its_teachers_is_refused(name):
+    assert DAMTrainConfig(loss_func_name=name).loss_func_name == name
+    with pytest.raises(ValueError, match="takes the place of the switches"):
+        DAMTrainConfig(loss_func_name=name, use_entropy=True)
+    stored = dict(loss_func_name=name, generate_logits_on_fly=False)
+    if name == "kl_mixture":
+        with pytest.raises(ValueError, match="asks whole teachers"):
+            DAMTrainConfig(**stored)
+    else:
+        assert DAMTrainConfig(**stored).loss_func_name == name

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DAMConfig', 'take_unmerged', 'DAMMerger', 'kind_of',
-           'randomise', 'merge', 'push', 'show_merge', 'DAMLossConfig', 'task_angles', 'dam_objective',
+           'randomise', 'merge', 'push', 'show_merge', 'check_loss', 'DAMLossConfig', 'task_angles', 'dam_objective',
            'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'load_untrained', 'check_models',
            'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer', 'rows_to_score', 'score_export',
            'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
@@ -33,7 +33,7 @@ from ..evaluation import evaluate_models, UNIFORM
 from ..held_out import HeldOut, told_held_out
 from ..lesson import method_of
 from ..loop_config import LoopConfig
-from ..losses import PENALTIES, task_vector_angles
+from ..losses import LOSSES, PENALTIES, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
@@ -251,6 +251,18 @@ _PENALTIES = {  # option -> row of PENALTIES
 def _weight(option_name: str):
     return option(0.0, f"Weight of the {PENALTIES[_PENALTIES[option_name]].caption}", low=0, high=10, group="Penalties")
 
+# %% ../../nbs/40_systems/02_dam.ipynb #5d0a77c1
+def check_loss(config):  # a DAMLossConfig that names a loss
+    "Raise `ValueError` for a loss beside the switches that it replaces, or one that asks more than top-k teachers say."
+    name, on = config.loss_func_name, [switch for switch in ("use_mse", "use_entropy") if getattr(config, switch)]
+    if on:
+        raise ValueError(f"loss_func_name={name!r} with {' and '.join(on)}: it takes the place of the switches. Leave one out.")
+    if LOSSES[name].is_taught and not LOSSES[name].topk and not (config.generate_logits_on_fly and config.use_all_logits):
+        raise ValueError(
+            f"loss_func_name={name!r} asks whole teachers: expected generate_logits_on_fly=True and use_all_logits=True. "
+            f"With top-k teachers, choose {', '.join(each for each in LOSSES if LOSSES[each].topk or not LOSSES[each].is_taught)}."
+        )
+
 # %% ../../nbs/40_systems/02_dam.ipynb #e4f47c26
 @dataclasses.dataclass
 class DAMLossConfig(LoopConfig):
@@ -262,6 +274,10 @@ class DAMLossConfig(LoopConfig):
         False, "Squared error to its logits; where teachers are cut to top-k, to those k only, the others left free", group="Objective"
     )
     use_entropy: bool = option(False, "Entropy of the merged model's predictions", group="Objective")
+    loss_func_name: str | None = option(
+        None, "A loss of the registry in place of the switches use_kl, use_mse and use_entropy; none given: the switches", choices=LOSSES,
+        group="Objective", aliases=("loss",),
+    )
     kl_weight: float = option(1.0, "Weight of KL", low=0, high=100, group="Objective")
     mse_weight: float = option(1.0, "Weight of the squared error", low=0, high=100, group="Objective")
     entropy_weight: float = option(1.0, "Weight of the entropy", low=0, high=100, group="Objective")
@@ -276,7 +292,9 @@ class DAMLossConfig(LoopConfig):
 
     def __post_init__(self):
         check_options(self)
-        if not (self.use_kl or self.use_mse or self.use_entropy):
+        if self.loss_func_name:
+            check_loss(self)
+        elif not (self.use_kl or self.use_mse or self.use_entropy):
             raise ValueError("use_kl, use_mse and use_entropy are all off: nothing is left to learn. Switch one on.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #b99ca516
@@ -298,6 +316,7 @@ def dam_objective(config: DAMLossConfig, merger: DAMMerger) -> Objective:
     "The objective that a config describes."
     switches = {"kl": config.use_kl, "mse": config.use_mse, "entropy": config.use_entropy}
     losses = {name: getattr(config, f"{name}_weight") for name, on in switches.items() if on}
+    losses = {config.loss_func_name: 1.0} if config.loss_func_name else losses
     penalties = {name: getattr(config, field) for field, name in _PENALTIES.items() if getattr(config, field)}
     k = config.k if config.generate_logits_on_fly and not config.use_all_logits else None
     check_k(k or 1, merger.config.get_text_config().vocab_size)
