@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIONS_FILE', 'PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'AlignConfig', 'run_align', 'shadow_of',
-           'parser_of', 'parse', 'told_options', 'told_parser', 'write_options', 'help_of', 'show_tables', 'usage',
-           'call', 'main', 'stoppable', 'is_full_disk']
+           'parser_of', 'parse', 'add_aliases', 'told_options', 'told_parser', 'write_options', 'help_of',
+           'show_tables', 'usage', 'call', 'main', 'stoppable', 'is_full_disk']
 
 # %% ../nbs/60_cli.ipynb #8a883e08
 import argparse
+import copy
 import dataclasses
 import json
 import logging
@@ -22,7 +23,7 @@ from pathlib import Path
 
 
 from .commands import COMMANDS, Command, choose_thread_waiting
-from .config import check_names, choices_of, config_from_dict, did_you_mean, option, read_yaml, yaml_value
+from .config import alias_names, check_names, choices_of, config_from_dict, did_you_mean, main_names, option, read_yaml, yaml_value
 from .run_folder import write_text
 
 # %% ../nbs/60_cli.ipynb #24f2be13
@@ -90,9 +91,9 @@ def shadow_of(config_class: type) -> type:
     for field in dataclasses.fields(config_class):
         if not field.init:
             continue
-        metadata = {key: field.metadata[key] for key in ("help", "aliases") if key in field.metadata}
-        metadata |= {} if choices_of(field) is None else {"choices": choices_of(field)}
-        metadata["help"] = metadata.get("help", "").replace("%", "%%")
+        metadata = {"help": field.metadata.get("help", "").replace("%", "%%")}
+        free = ["none"] if type(None) in typing.get_args(hints[field.name]) else []  # a choice that is left open
+        metadata |= {} if choices_of(field) is None else {"choices": choices_of(field) + free}
         facts = dict(metadata=metadata, default=field.default, default_factory=field.default_factory)
         kind = hints[field.name]
         if type(None) in typing.get_args(kind) and {int, float} & set(typing.get_args(kind)):
@@ -117,6 +118,7 @@ def parser_of(name: str, command: Command, config_class: type) -> argparse.Argum
     for action in parser._actions:
         if any(flag.startswith("--no_") for flag in action.option_strings):
             action.help, action.default = f"Switch {action.dest} off", argparse.SUPPRESS
+    add_aliases(parser, config_class)
     return parser
 
 
@@ -145,14 +147,36 @@ def parse(name: str, words: list[str]):
     _check_flags(parser, words)
     written = vars(parser.parse_args(words))
     values, places = {}, written.pop("arguments", [])
+    written = main_names(config_class, written, "command line")
     if places and Path(places[0]).suffix in (".yaml", ".yml"):
         path = places.pop(0)
         values = read_yaml(path)
         check_names(config_class, values, path)
+        values = main_names(config_class, values, path)
     values |= _place(command, config_class, places)
     hints = typing.get_type_hints(config_class)
     values |= {key: _mapping_of(key, value) if _is_mapping(hints[key]) else value for key, value in written.items()}
     return config_from_dict(config_class, values, "command line")
+
+# %% ../nbs/60_cli.ipynb #b6cc6a08
+def _renamed(action: argparse.Action, alias: str) -> argparse.Action:
+    "The same argument under another name, not shown in help."
+    twin, off = copy.copy(action), any(flag.startswith("--no_") for flag in action.option_strings)
+    name = f"no_{alias}" if off else alias
+    twin.option_strings = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+    twin.dest, twin.help, twin.default = alias, argparse.SUPPRESS, argparse.SUPPRESS
+    return twin
+
+
+def add_aliases(parser: argparse.ArgumentParser, config_class: type):
+    "Let the flags of a parser be written with the options' other names."
+    mains, actions = alias_names(config_class), list(parser._actions)
+    for action in actions:
+        names = [alias for alias, main in mains.items() if main == action.dest]
+        for alias in names:
+            parser._add_action(_renamed(action, alias))
+        if names and not any(flag.startswith("--no_") for flag in action.option_strings):
+            action.help += f"; also {', '.join(f'--{alias}' for alias in names)}"
 
 # %% ../nbs/60_cli.ipynb #1fc7e63a
 def _check_flags(parser: argparse.ArgumentParser, words: list[str]):
@@ -186,6 +210,8 @@ def told_options(parser: argparse.ArgumentParser) -> list[dict]:
     "What a parser's help tells of each argument, as plain values."
     told = []
     for action in parser._actions[1:]:  # the first is --help
+        if action.help is argparse.SUPPRESS:
+            continue
         hidden = action.default is argparse.SUPPRESS
         facts = {"flags": action.option_strings or [action.dest], "nargs": action.nargs, "choices": action.choices, "help": action.help}
         told.append({key: value for key, value in facts.items() if value is not None} | ({} if hidden else {"default": action.default}))

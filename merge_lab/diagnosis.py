@@ -107,7 +107,7 @@ def training_curves(
 advice = {
     "overfitting": "Reduce training steps, increase dropout, use a smaller rank, add regularisation or data.",
     "underfitting": "Increase the learning rate, increase the rank, add more target modules, train for more steps.",
-    "too short": "Train for more steps, or raise the learning rate: what is learned had not come to an end.",
+    "too short": "Train for more steps, or raise the learning rate: it was still learning, for each unit of learning rate as much as before.",
     "loss rising": "Reduce the learning rate, add warm-up steps, or clip gradients harder (max_grad_norm).",
     "loss not finite": "Reduce the learning rate, use bf16 or fp32 instead of fp16, and check the data for empty rows.",
     "learning rate": "Raise learning_rate; 2e-4 is usual for LoRA, 5e-4 or 1e-3 for faster adaptation.",
@@ -145,37 +145,47 @@ def _plateau(train: pd.Series) -> bool:
     if len(train) < 10:
         return False
     quarter = len(train) // 4
-    first, middle, last = train[:quarter].mean(), train[-2 * quarter : -quarter].mean(), train[-quarter:].mean()
+    first, middle, last = train[:quarter].max(), train[-2 * quarter : -quarter].mean(), train[-quarter:].mean()
     return bool(abs(last - middle) < 0.01 * middle and last > 2 / 3 * first)
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #6ccdd464
-def _line(losses: pd.Series) -> tuple[float, float, float]:  # fall over the curve, its standard error, scatter about the line
-    "A straight line through losses by step."
-    steps = losses.index.to_series().astype(float)
-    slope = losses.cov(steps) / steps.var()
-    scatter = (losses - losses.mean() - slope * (steps - steps.mean())).pow(2).sum() / max(len(losses) - 2, 1)
-    span = steps.iloc[-1] - steps.iloc[0]
-    return -slope * span, span * (scatter / steps.sub(steps.mean()).pow(2).sum()) ** 0.5, scatter**0.5
+def _spent(curves: pd.DataFrame) -> pd.Series:  # index step; up to 1
+    "The part of all learning rate that was spent up to each step; of all steps where no rate was logged."
+    steps = pd.Series(curves.index, curves.index, dtype=float)
+    rate = curves.get("learning_rate", pd.Series(dtype=float)).reindex(curves.index).bfill().ffill()
+    spent = (rate * steps.diff().fillna(steps.iloc[0])).cumsum() if rate.max() > 0 else steps
+    return spent / spent.iloc[-1]
+
+# %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #042295c3
+def _line(losses: pd.Series, at: pd.Series, weight: pd.Series) -> tuple[float, float, float]:
+    "A straight line through losses, each worth its weight: the fall along it, the scatter about it, and the fall's standard error per scatter."
+    weight = weight / weight.sum()
+    x, y = (each - (weight * each).sum() for each in (at, losses))
+    spread, span = (weight * x * x).sum(), at.iloc[-1] - at.iloc[0]
+    slope = (weight * x * y).sum() / spread
+    scatter = (len(losses) / max(len(losses) - 2, 1) * (weight * (y - slope * x).pow(2)).sum()) ** 0.5
+    return -slope * span, scatter, span / (len(losses) * spread) ** 0.5
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #b5fd8d0f
-def _still_falling(train: pd.Series, validation: pd.Series, steps: int) -> bool:
-    """Whether a third of the fall, and 5 % of the loss, lie in the last two thirds of the run. Under ten steps: False.
+def _still_falling(curves: pd.DataFrame) -> bool:
+    """Whether the loss fell as fast as the learning rate allowed: a third of the fall, and 5 % of the loss, in the last two thirds of
+    what was spent of it. Under ten steps: False.
 
-    A run that only its number of steps limits falls by 0.44 of the whole there if its learning rate goes to zero in a line, by
-    0.67 if it is constant; one that has arrived, by 0.2. Validation loss is asked where it was taken three times, since the
-    same rows are asked each time. Training loss is noisy: its fall must be 2.5 times its standard error, and what may have
-    fallen late, within one standard error, counts as fallen."""
-    losses = validation if len(validation) >= 3 else train
-    if steps < 10 or len(losses) < (3 if losses is validation else 4):
+    Validation loss is asked where it was taken three times, since the same rows are asked each time. Training loss is noisy: an
+    entry is worth the steps that it is the mean of, and the fall must be 2.5 times its standard error."""
+    validated = "eval_loss" in curves and curves.eval_loss.count() >= 3
+    losses = curves.get("eval_loss" if validated else "loss", pd.Series(dtype=float)).dropna()
+    if curves.index.max() < 10 or len(losses) < (3 if validated else 4):
         return False
-    fall, error, scatter = _line(losses)
-    late, doubt, _ = _line(losses[losses.index >= losses.index[0] + (losses.index[-1] - losses.index[0]) / 3])
-    if losses is validation:
-        clear, near = True, 0.01 * losses.min()
-    else:
-        clear, near, late = fall > 2.5 * error, scatter, late + doubt
-    end = losses.iloc[-1]
-    return bool(clear and late > max(fall / 3, 0.05 * end) and end <= losses.min() + near)
+    at, steps = _spent(curves)[losses.index], pd.Series(losses.index, losses.index, dtype=float)
+    weight = steps * 0 + 1 if validated else steps.diff().fillna(steps.iloc[0])
+    late = at > at.iloc[0] + (at.iloc[-1] - at.iloc[0]) / 3
+    if late.sum() < 2 or not at[late].max() > at[late].min():
+        return False
+    (fall, whole, error), (fell, scatter, _) = _line(losses, at, weight), _line(losses[late], at[late], weight[late])
+    clear = validated or fall > 2.5 * error * min(scatter, whole)
+    lowest = not validated or losses.iloc[-1] <= 1.01 * losses.min()
+    return bool(clear and lowest and fell > max(fall / 3, 0.05 * losses.iloc[-1]))
 
 # %% ../nbs/39_fine_tuning/02_diagnosis.ipynb #e2750b88
 def _jumped(train: pd.Series) -> bool:
@@ -243,7 +253,7 @@ def _loss_checks(curves: pd.DataFrame, finite: bool, planned: int) -> dict[str, 
     overfit = finite and _overfit(validation, train)
     epoch = curves.get("epoch", empty).max()
     few = 10 <= planned < 100 and epoch < 0.5  # a small part of the rows in a few steps
-    short = finite and not rising and not overfit and (few or _still_falling(train, validation, planned))
+    short = finite and not rising and not overfit and (few or _still_falling(curves))
     of_end = of_validation if len(validation) >= 3 else of_train
     return {
         "loss not finite": (finite, of_train),

@@ -17,6 +17,7 @@ import pandas as pd
 
 # %% ../nbs/35_explorer.ipynb #fd1e44fc
 from .chat import answer_of, prompt_of
+from .commands import Viewed
 from .config import check_choice
 from .evaluation import evaluate_tasks, generate_answers
 from .lesson import method_of
@@ -84,7 +85,7 @@ class Outcome:
     seconds: float
 
 # %% ../nbs/35_explorer.ipynb #7db83379
-class MergeExplorer:
+class MergeExplorer(Viewed):
     "Merges and scores while dials move; the newest position wins."
 
     def __init__(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['svg_axes', 'svg_path', 'path_svg', 'scores_html', 'answers_html', 'explorer_dials', 'merge_html', 'ExplorerView',
-           'box', 'view']
+           'box', 'explorer_view']
 
 # %% ../nbs/36_explorer_view.ipynb #289d67ea
 import html
@@ -197,7 +197,6 @@ def box(self):
     return box
 
 
-@method_of(MergeExplorer)
-def view(self):
+def explorer_view(explorer: MergeExplorer):
     "The explorer as widgets."
-    return ExplorerView(self).box()
+    return ExplorerView(explorer).box()

@@ -9,19 +9,19 @@ __all__ = ['LoopConfig', 'TrainConfig']
 import dataclasses
 
 from . import losses as L
-from .config import option
+from .config import option, Options
 
 # %% ../nbs/25_loop_config.ipynb #67cbb882
 @dataclasses.dataclass
-class LoopConfig:
+class LoopConfig(Options):
     "How any masks are trained, whatever towards. Names are those of transformers' TrainingArguments where they exist there."
 
     learning_rate: float | None = option(
         None, "Step size of the optimizer on the masks, as it is; none given: 0.1, times the components' relative spread where masks multiply whole weights", low=0, high=1, log=True, group="Training", start=0.1
     )
-    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training", resumable=True)
-    num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training", resumable=True)
-    per_device_train_batch_size: int = option(8, "Samples per device and micro-step", low=1, high=256, group="Training")
+    max_steps: int = option(150, "Optimizer steps; -1: as many as num_train_epochs takes", low=-1, high=100_000, group="Training", resumable=True, aliases=("num_steps",))
+    num_train_epochs: float = option(1.0, "Passes over the data if max_steps is -1", low=0, group="Training", resumable=True, aliases=("num_epochs",))
+    per_device_train_batch_size: int = option(8, "Samples per device and micro-step", low=1, high=256, group="Training", aliases=("batch_size",))
     gradient_accumulation_steps: int = option(1, "Micro-steps per optimizer step", low=1, high=256, group="Training")
     lr_scheduler_type: str = option(
         "cosine", "Course of the learning rate", group="Training",
@@ -31,7 +31,7 @@ class LoopConfig:
     weight_decay: float = option(0.0, "AdamW's pull of the masks towards zero", low=0, high=1, group="Training")
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0: no clipping", low=0, group="Training")
     optim: str = option("adamw_torch", "Optimizer, by transformers' name", group="Training")
-    seed: int = option(0, "Of data order; of random masks unless mask_init names a seed", low=0, group="Training")
+    seed: int = option(0, "Of data order; of random masks unless mask_init names a seed", low=0, group="Training", aliases=("random_state",))
     held_out_rows: int = option(
         32, "Rows of each dataset that are not trained on: they choose the masks that are kept; 0: keep the last", low=0, group="Training"
     )
@@ -61,7 +61,7 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     "How masks are trained, and towards what."
 
-    loss_func_name: str = option("kl", "What the masks are trained towards", choices=L.LOSSES, group="Objective")
+    loss_func_name: str = option("kl", "What the masks are trained towards", choices=L.LOSSES, group="Objective", aliases=("loss",))
     temperature: float = option(1.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
     mask_decay: float = option(
         0.0, "Weight of the mean squared distance of the masks to their start", low=0, high=10, group="Objective"

@@ -31,7 +31,7 @@ from . import losses
 from .architecture import decoder_layers
 from .checkpoints import as_dtype, find_folder, LOAD_LOCK
 from .components import has_adapters, on_shared_bases, read_config
-from .config import check_choice, check_options, option
+from .config import check_choice, check_options, option, Options
 from .devices import pretending
 from .distributed import frozen_bytes
 from .masks import IMPLS, MODES
@@ -618,19 +618,19 @@ def fit_run(
 
 # %% ../nbs/30_memory.ipynb #e14f7ed3
 @dataclasses.dataclass
-class MemoryConfig:
+class MemoryConfig(Options):
     "What `merge-lab memory` estimates."
 
     model_paths: list[str] = option([], "Components: folders or hub names; one stands for n_components of its kind", group="Components")
     n_components: int = option(2, "Number of components if model_paths names only one", low=2, high=32, group="Components")
-    seq_len: int = option(2048, "Tokens per sample", low=2, high=1_048_576, log=True, group="Data")
-    batch_size: int = option(1, "Samples per micro-step", low=1, high=1024, group="Data")
+    max_length: int = option(2048, "Tokens per sample", low=2, high=1_048_576, log=True, group="Data", aliases=("seq_len",))
+    per_device_train_batch_size: int = option(1, "Samples per micro-step", low=1, high=1024, group="Data", aliases=("batch_size",))
     dtype: str = option("auto", "Of the weights; auto: as stored", choices=["auto", "float32", "bfloat16", "float16"], group="Components")
     impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Masks")
     mode: str = option("vector_input", "Granularity of the masks", choices=MODES, group="Masks")
     target_kinds: list[str] = option(list(KINDS), f"Kinds of module that are masked: {', '.join(KINDS)}", group="Masks")
     gradient_checkpointing: bool = option(True, "Recompute activations in backward", group="Device")
-    loss: str = option("kl", "What the masks are trained towards", choices=losses.LOSSES, group="Objective")
+    loss_func_name: str = option("kl", "What the masks are trained towards", choices=losses.LOSSES, group="Objective", aliases=("loss",))
     fused_loss: bool = option(True, "Take head and loss together, in chunks of tokens", group="Objective")
     logit_chunk: int | None = option(None, "Tokens whose logits exist at once; none given: from a budget", low=1, group="Objective")
     optimizer: str = option("adamw", "Optimizer of the masks", choices=OPTIMIZERS, group="Objective")
@@ -644,12 +644,16 @@ class MemoryConfig:
         check_options(self)
 
 # %% ../nbs/30_memory.ipynb #9d7351b5
+_ESTIMATED = {"max_length": "seq_len", "per_device_train_batch_size": "batch_size", "loss_func_name": "loss"}  # an estimate is of one size, a run's option
+
+
 def run(config: MemoryConfig) -> FitReport:
     "Will it fit? Raises `ValueError` if no model is named."
     if not config.model_paths:
         raise ValueError("model_paths=[]: expected at least one model. Give a folder or a hub name.")
     options = dataclasses.asdict(config)
     paths, budget = options.pop("model_paths"), options.pop("budget_gib")
+    options |= {asked: options.pop(name) for name, asked in _ESTIMATED.items()}
     for path in paths[1:]:
         load_config(path)  # a slip of the pen is an error, not a component like the first
     n = len(paths) if len(paths) > 1 else options["n_components"]

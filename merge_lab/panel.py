@@ -23,9 +23,9 @@ import yaml
 # %% ../nbs/34_panel.ipynb #b7eac8cf
 from .chat import load_task
 from .checkpoints import read_component
-from .commands import COMMANDS
+from .commands import COMMANDS, Viewed
 from .components import preflight
-from .config import check_choice, config_to_cli, config_to_python, config_to_yaml, yaml_value
+from .config import alias_names, check_choice, config_to_cli, config_to_python, config_to_yaml, yaml_value
 from .lesson import method_of
 from .run_folder import check_run
 
@@ -237,7 +237,7 @@ def places_note(paths, values: dict) -> str:
     "Nothing to say of places that are there. Raises `ValueError` for one that is neither there nor a name."
     missing = [p for p in ([paths] if isinstance(paths, str) else paths or ()) if p and not Path(p).expanduser().exists()]
     for path in missing:
-        if not is_hub_name(path):
+        if not is_hub_name(path.partition(":")[0]):  # of a dataset: with its configuration
             raise ValueError(f"{path}: no such folder or file. Give one that is there, or a name on the hub.")
     return hub_note(missing[0]) if missing else ""
 
@@ -251,9 +251,9 @@ def folder_note(folder: str, values: dict) -> str:
     return "replaces the run in it" if place.is_dir() and any(place.iterdir()) else "a new folder"
 
 # %% ../nbs/34_panel.ipynb #7f9fb162
-FOLDERS = ("output_dir", "output_path", "save_dir")
+FOLDERS = ("output_dir",)
 CHECKS = {  # by the names that options have in all systems
-    **dict.fromkeys(["model_paths", "model_path", "model_ids", "base_model", "base_model_id", "base_model_name"], components_note),
+    **dict.fromkeys(["model_paths", "model_path", "base_model"], components_note),
     **dict.fromkeys(["datasets", "eval_dataset", "adapters", "data_dir", "mmlu_dir", "eval_text"], places_note),
     **dict.fromkeys(FOLDERS, folder_note),
     "dataset_configs": data_note,
@@ -294,7 +294,7 @@ def refused(config_class: type, values: dict, good: dict, changed: str | None) -
     return errors
 
 # %% ../nbs/34_panel.ipynb #3af244a2
-class ConfigPanel:
+class ConfigPanel(Viewed):
     "The values of a config while they are being changed, what is wrong with them, and the four faces of the result."
 
     def __init__(
@@ -341,6 +341,7 @@ class ConfigPanel:
 @method_of(ConfigPanel, "set")
 def set_option(self, name: str, value):  # a value, or the text of its control
     "Change one option. What is wrong with it goes to `errors`; raises `ValueError` only for an unknown name."
+    name = alias_names(self.config_class).get(name, name)
     control = self.controls[check_choice("option", name, self.controls)]
     self.unread.pop(name, None)
     try:

@@ -160,7 +160,6 @@ def state_of(panel: ConfigPanel) -> str:
     return f"✗ to be mended: {names}" if names else "✓ ready"
 
 # %% ../nbs/36_panel_view.ipynb #40621117
-@method_of(ConfigPanel, "view")
 def panel_view(panel: ConfigPanel):
     "The panel as tabs of fields, with its faces beside them."
     import ipywidgets as w

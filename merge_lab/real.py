@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .config import check_choice, check_options, config_to_cli, option
+from .config import check_choice, check_options, config_to_cli, option, Options
 from .evaluation import load_tests, recovered_share, score_baselines, score_model, UNIFORM
 from .real_data import check_real, make_real_base, make_real_task, REAL_TASKS
 from .run_folder import alone_in, write_json, write_text
@@ -38,7 +38,7 @@ METHODS = ("mask-merge", "dam", "lora-merge")
 
 
 @dataclasses.dataclass
-class RealConfig:
+class RealConfig(Options):
     "The real demo. Defaults are what the study shows."
 
     tasks: list[str] = option(["french", "docstrings", "german"], f"Tasks, two at least: {', '.join(REAL_TASKS)}", group="Tasks")
@@ -48,7 +48,7 @@ class RealConfig:
     expert_steps: int = option(120, "Optimizer steps of an expert, of 8 rows each", low=1, group="Experts")
     expert_rate: float = option(1e-3, "Highest learning rate of an expert", low=0, high=1, log=True, group="Experts")
     together: bool = option(True, "Also train one model on all data at once, for as many tokens", group="Experts")
-    test_rows: int = option(150, "Test rows of each task that are scored", low=1, group="Scores")
+    eval_samples: int = option(150, "Test rows of each task that are scored", low=1, group="Scores", aliases=("test_rows",))
     answered: int = option(40, "Test rows of each task that are also answered, for chrF", low=1, group="Scores")
     seed: int = option(0, "Of the experts and the merges", low=0, group="Merges")
     output_dir: str = option("runs/real", "Folder of the demo; what is there already is kept and used", group="Output")
@@ -247,10 +247,10 @@ def score_group(config: RealConfig, root: Path, tasks: Sequence[str]) -> pd.Data
 
     steps = read_steps(root)
     made = {step.name: steps.get(step.name) for step in group_steps(config, root, tasks)}
-    file, asked = root / "scores" / f"{'+'.join(tasks)}.json", [made, config.test_rows, config.answered, list(tasks)]
+    file, asked = root / "scores" / f"{'+'.join(tasks)}.json", [made, config.eval_samples, config.answered, list(tasks)]
     if file.exists() and (kept := json.loads(file.read_text(encoding="utf-8")))["of"] == json.loads(json.dumps(asked)):
         return pd.DataFrame(kept["scores"])
-    tests = load_tests([root / "tasks" / task for task in tasks], n=config.test_rows)
+    tests = load_tests([root / "tasks" / task for task in tasks], n=config.eval_samples)
     tokenizer, options = load_tokenizer(root / "base"), dict(metrics=("loss", "chrf"), answered=config.answered)
     paths = [str(root / "experts" / task / "final_merged") for task in tasks]
     merger = Merger.from_config(MergerConfig(paths, base_model=str(root / "base")))

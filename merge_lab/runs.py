@@ -91,8 +91,8 @@ class Run:
     def wanted(self) -> int | None:
         "Steps that were asked for; None if the config does not say."
         try:
-            steps = int(float(self.config.get(self.system.steps)))  # YAML takes 1e3 for text
-        except (OverflowError, TypeError, ValueError):
+            steps = int(float(next(self.config[name] for name in self.system.steps if name in self.config)))  # YAML takes 1e3 for text
+        except (OverflowError, StopIteration, TypeError, ValueError):
             return None
         return steps if steps >= 0 else None
 

@@ -24,6 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 # %% ../nbs/35_session.ipynb #a6a571ec
+from .commands import Viewed
 from .config import check_choice, narrow
 from .lesson import method_of
 from .losses import LOSSES, PENALTIES
@@ -230,7 +231,7 @@ def held_bytes(merger: torch.nn.Module) -> int:
     return sum(storages.values())
 
 # %% ../nbs/35_session.ipynb #a7457b79
-class TrainingSession(SessionState):
+class TrainingSession(SessionState, Viewed):
     "A training run in a thread that can be paused, changed, saved and stopped."
 
     def __init__(

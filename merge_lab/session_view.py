@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['clock', 'session_line', 'memory_html', 'trouble_html', 'allowed_actions', 'AdjustDials', 'send', 'send_rate',
-           'refresh', 'session_pictures', 'action_button', 'Exporter', 'session_widgets', 'SessionView', 'box', 'view']
+           'refresh', 'session_pictures', 'action_button', 'Exporter', 'session_widgets', 'SessionView', 'box',
+           'session_view']
 
 # %% ../nbs/36_session_view.ipynb #5f00f56e
 import html
@@ -269,7 +270,6 @@ def box(self):
     return box
 
 
-@method_of(TrainingSession)
-def view(self):
+def session_view(session: TrainingSession):
     "The session as widgets."
-    return SessionView(self).box()
+    return SessionView(session).box()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASET_FILE', 'local_path', 'find_device', 'chat_tokenizer', 'DAMTopkConfig', 'encoded_rows', 'tokenizer_of',
            'load_teacher', 'stored_types', 'stored_teacher', 'dataset_features', 'with_teacher', 'write_parts',
-           'file_stamps', 'dataset_facts', 'changes', 'open_dataset', 'check_topk', 'check_k',
+           'file_stamps', 'dataset_facts', 'read_any_facts', 'changes', 'open_dataset', 'check_topk', 'check_k',
            'create_dataset_topk_logits', 'show_dataset', 'TopkCollator', 'read_facts', 'check_stored', 'read_dataset']
 
 # %% ../nbs/37_teacher_dataset.ipynb #6388e4a7
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .chat import ChatCollator, encode_rows, load_task
 from .checkpoints import load_tokenizer, read_component
 from .components import check_components, load_model
-from .config import check_options, option, resumable_options
+from .config import check_options, main_names, option, Options, resumable_options
 from .devices import best_device
 from .merger import Merger
 from .merger_config import MergerConfig
@@ -61,17 +61,17 @@ def chat_tokenizer(path: str | Path, others: Sequence[str | Path]):
 
 # %% ../nbs/37_teacher_dataset.ipynb #e5a2ed80
 @dataclasses.dataclass
-class DAMTopkConfig:
+class DAMTopkConfig(Options):
     "Which data teaches what, and how much of each teacher is stored."
 
     k: int = option(50, "Tokens of each teacher's distribution that are stored", low=1, group="Teachers")
-    dataset_names: list[str] = option([], "One dataset per model: folder, .jsonl, hub name or hub name:config", group="Data")
-    model_ids: list[str] = option([], "Models, in the order of dam-merge", group="Components")
-    base_model_name: str = option("", "Base model", group="Components")
+    datasets: list[str] = option([], "One dataset per model: folder, .jsonl, hub name or hub name:config", group="Data", aliases=("dataset_names",))
+    model_paths: list[str] = option([], "Models, in the order of dam-merge", group="Components", aliases=("model_ids",))
+    base_model: str = option("", "Base model", group="Components", aliases=("base_model_name", "base_model_id"))
     cache_dir: str | None = option(None, "Where models and datasets from the hub are kept", group="Output", resumable=True, recipe=False)
     compute_logits: bool = option(True, "Store the teachers; otherwise only the tokens", group="Teachers")
-    hf_disk_dataset_dir: str = option("runs/dam/dataset", "Folder of the dataset that is made", group="Output", resumable=True, recipe=False)
-    example_count: int | None = option(None, "Rows of each dataset; none given: all", low=1, group="Data")
+    hf_disk_dataset_dir: str = option("runs/dam/dataset", "Folder of the dataset that is made", group="Output", resumable=True, recipe=False, aliases=("output_dir",))
+    num_samples: int | None = option(None, "Rows of each dataset; none given: all", low=1, group="Data", aliases=("example_count", "n_samples"))
     max_length: int = option(2048, "Tokens of a row; what is longer is cut", low=2, group="Data")
     split: str = option("train", "Split of the datasets", group="Data")
     temperature: float = option(2.0, "Of the stored distributions; training must use the same", low=0.1, high=10, group="Teachers")
@@ -85,7 +85,7 @@ class DAMTopkConfig:
     dtype: str = option(
         "auto", "Of the teachers; auto: as stored", group="Memory", choices=["auto", "float32", "bfloat16", "float16"]
     )
-    seed: int = option(0, "Of the choice of rows", low=0, group="Data")
+    seed: int = option(0, "Of the choice of rows", low=0, group="Data", aliases=("random_state",))
     overwrite: bool = option(False, "Replace what hf_disk_dataset_dir holds", group="Output", resumable=True, recipe=False)
 
     def __post_init__(self):
@@ -94,13 +94,13 @@ class DAMTopkConfig:
 # %% ../nbs/37_teacher_dataset.ipynb #5bc27abd
 def encoded_rows(config: DAMTopkConfig, source: int, tokenizer) -> list[dict]:
     "Tokens and labels of one dataset. Raises `ValueError` that names dataset and row."
-    rows = load_task(config.dataset_names[source], config.split, config.example_count, config.seed, config.cache_dir)
+    rows = load_task(config.datasets[source], config.split, config.num_samples, config.seed, config.cache_dir)
     return encode_rows(tokenizer, rows, source, config.max_length)
 
 
 def tokenizer_of(config: DAMTopkConfig, source: int):
     "A component's tokenizer, with the base's chat template if it has none."
-    model, base = (local_path(path, config.cache_dir) for path in (config.model_ids[source], config.base_model_name))
+    model, base = (local_path(path, config.cache_dir) for path in (config.model_paths[source], config.base_model))
     return chat_tokenizer(model, [base])
 
 # %% ../nbs/37_teacher_dataset.ipynb #e0557953
@@ -162,11 +162,11 @@ def write_parts(
     "Encode one dataset, with its teacher if asked for, and yield the parts that hold it."
     from datasets import Dataset
 
-    name, model_id = config.dataset_names[source], local_path(config.model_ids[source], config.cache_dir)
+    name, model_id = config.datasets[source], local_path(config.model_paths[source], config.cache_dir)
     tokenizer = tokenizer_of(config, source)
     rows = encoded_rows(config, source, tokenizer)
     teacher, collate = None, ChatCollator(tokenizer)
-    with tqdm(total=len(rows), desc=f"{source + 1}/{len(config.dataset_names)} {name}", unit="row") as bar:
+    with tqdm(total=len(rows), desc=f"{source + 1}/{len(config.datasets)} {name}", unit="row") as bar:
         for start in range(0, len(rows), config.part_size):
             chunk = rows[start : start + config.part_size]
             part = folder / f"{source:03d}-{start:09d}-{start + len(chunk):09d}"
@@ -201,8 +201,13 @@ def dataset_facts(config: DAMTopkConfig) -> dict:
     how = resumable_options(type(config))
     facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in how}
     rows = "*.jsonl" if config.split == "all" else f"{config.split}.jsonl"
-    files = {name: file_stamps(name, rows) for name in config.dataset_names}
-    return facts | {"files": files | {name: file_stamps(name, "*.safetensors") for name in config.model_ids}}
+    files = {name: file_stamps(name, rows) for name in config.datasets}
+    return facts | {"files": files | {name: file_stamps(name, "*.safetensors") for name in config.model_paths}}
+
+
+def read_any_facts(file: Path) -> dict:
+    "What a dataset says of itself, by the options' own names: older ones used others."
+    return main_names(DAMTopkConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
 
 
 def changes(held: dict, facts: dict) -> str:  # as a message says it; empty: none
@@ -216,7 +221,7 @@ def changes(held: dict, facts: dict) -> str:  # as a message says it; empty: non
 def open_dataset(folder: Path, facts: dict, overwrite: bool) -> bool:  # whether it is complete
     "Prepare the folder of a dataset. Raises `FileExistsError` if it holds anything else."
     file = folder / DATASET_FILE
-    held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    held = read_any_facts(file) if file.exists() else None
     if held is not None and not changes(held, facts):
         return held.get("complete", False)
     if folder.exists() and any(folder.iterdir()):
@@ -233,16 +238,16 @@ def open_dataset(folder: Path, facts: dict, overwrite: bool) -> bool:  # whether
 # %% ../nbs/37_teacher_dataset.ipynb #bd5eef25
 def check_topk(config: DAMTopkConfig):
     "Raise what would be raised hours later: for a model, a dataset, a device or a k that does not fit."
-    if not config.base_model_name or len(config.dataset_names) != len(config.model_ids) or not config.model_ids:
+    if not config.base_model or len(config.datasets) != len(config.model_paths) or not config.model_paths:
         raise ValueError(
-            f"{len(config.dataset_names)} dataset_names, {len(config.model_ids)} model_ids, base_model_name="
-            f"{config.base_model_name!r}: expected a base model and one dataset per model, in the same order."
+            f"{len(config.datasets)} datasets, {len(config.model_paths)} model_paths, base_model="
+            f"{config.base_model!r}: expected a base model and one dataset per model, in the same order."
         )
-    paths = [local_path(path, config.cache_dir) for path in (*config.model_ids, config.base_model_name)]
+    paths = [local_path(path, config.cache_dir) for path in (*config.model_paths, config.base_model)]
     check_components(paths)
     check_k(config.k, read_component(paths[-1]).text_config.vocab_size)
     find_device(config.device)
-    for source in range(len(config.dataset_names)):
+    for source in range(len(config.datasets)):
         encoded_rows(config, source, tokenizer_of(config, source))
 
 
@@ -259,7 +264,7 @@ def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # 
     check_topk(config)
     folder, facts = Path(config.hf_disk_dataset_dir), dataset_facts(config)
     if not open_dataset(folder, facts, config.overwrite):
-        parts = [part for source in range(len(config.model_ids)) for part in write_parts(config, source, folder / "parts")]
+        parts = [part for source in range(len(config.model_paths)) for part in write_parts(config, source, folder / "parts")]
         whole = concatenate_datasets([load_from_disk(str(part)) for part in parts])
         whole.save_to_disk(folder)
         del whole
@@ -302,7 +307,7 @@ def read_facts(folder: str | Path) -> dict:
     file = Path(folder) / DATASET_FILE
     if not file.exists():
         raise ValueError(f"{folder} has no {DATASET_FILE}: expected a dataset made by dam-topk. Make one, or correct the path.")
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_any_facts(file)
     if not facts.get("complete"):
         raise ValueError(f"{folder} is not complete. Run dam-topk with the same options again; it goes on where it stopped.")
     return facts

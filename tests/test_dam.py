@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab import objective, teacher_dataset
 from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
 from merge_lab.checkpoints import load_tokenizer
-from merge_lab.cli import main, shadow_of
+from merge_lab.cli import main, parse
+from merge_lab.commands import COMMANDS
 from merge_lab.config import recipe_options, resumable_options
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.merger import Merger
@@ -299,7 +300,7 @@ def test_hub_is_only_used_when_asked(lab, tmp_path, monkeypatch):
     dam.merge(config)
     assert calls == []
     dam.merge(
-        dataclasses.replace(config, output_path=str(tmp_path / "b"), repo_id="me/it")
+        dataclasses.replace(config, output_dir=str(tmp_path / "b"), repo_id="me/it")
     )
     assert calls[0] == ("create", "me/it")
     assert "masks.safetensors" in calls[1][2]
@@ -747,13 +748,12 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("config", PUBLISHED)
 def test_published_options_word_for_word(config):
-    parser = HfArgumentParser(shadow_of(config))
     words = PUBLISHED[config].split()
-    (parsed,) = parser.parse_args_into_dataclasses(words)
+    (name,) = [name for name, command in COMMANDS.items() if command.config == config.__name__]
+    made = parse(name, words)
     for word in words:
         if word.startswith("--"):
-            assert hasattr(parsed, word[2:]), word
-    made = config(**dataclasses.asdict(parsed))
+            assert hasattr(made, word[2:]), word
     if config is dam.DAMConfig:
         assert made.use_base_model and made.non_linearity == "tanh"
     if config is dam.DAMTopkConfig:
@@ -762,7 +762,7 @@ def test_published_options_word_for_word(config):
         assert made.use_mse is False and made.lambda_coef_l2 == 1e-5
 
 
-PLACES = {"output_path", "output_dir", "hf_disk_dataset_dir", "cache_dir", "repo_id", "overwrite"}
+PLACES = {"output_dir", "hf_disk_dataset_dir", "cache_dir", "repo_id", "overwrite"}
 
 
 @pytest.mark.parametrize("config", PUBLISHED)
@@ -801,7 +801,7 @@ def test_mofo_takes_the_steps_of_the_default_rate(lab, tmp_path):
         (dict(untrained_merged_model_name="nowhere"), "nowhere"),
         (dict(use_kl=False), "nothing is left to learn"),
         (dict(score_rows=2), "needs 10 different"),
-        (dict(score_rows=2, export=False), "Set export"),
+        (dict(score_rows=2, export=False), "Set save_merged"),
         (
             dict(generate_logits_on_fly=True, use_all_logits=False, k=65),
             "k=65: expected at most 64",

@@ -353,7 +353,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, monk
     (tmp_path / "text.txt").write_text("\n\n".join(" ".join(words[i : i + 30]) for i in range(0, 3000, 30)))
     options = dict(dropout=0.2, curriculum=True, target_bits=5.0, num_examples=24, num_epochs=6, batch_size=2, eval_batch_size=2, save_steps=3, patience=0)
     config = router_config(tiny, tmp_path / "cut", dataset=[str(tmp_path / "text.txt")], **options)
-    whole = run_in(forks, dataclasses.replace(config, save_dir=str(tmp_path / "whole")))
+    whole = run_in(forks, dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
     whole.join(240)
     assert whole.exitcode == 0
     steps = lines_of(tmp_path / "whole/history.jsonl")
@@ -475,7 +475,7 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tiny, tmp_path, monkeypa
     assert again.equals(epochs) and results_of(tmp_path / "run") == before
     _, more = run(dataclasses.replace(config, resume=True, patience=3))
     assert more.loss.tolist() == [2.0, 1.0, 1.5, 1.0, 0.5, 0.6]
-    run(dataclasses.replace(config, save_dir=str(tmp_path / "patient"), patience=0))
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "patient"), patience=0))
     assert results_of(tmp_path / "patient") == results_of(tmp_path / "run")
 
 
@@ -582,8 +582,8 @@ def test_a_run_goes_on_with_the_options_it_was_begun_with(tiny, tmp_path):
         run(dataclasses.replace(again, learning_rate=0.1))
     run(dataclasses.replace(again, keep_weights=True))
     begun = QuantizeConfig(**yaml.safe_load((tiny / "config.yaml").read_text()))
-    with pytest.raises(ValueError, match="seq_len=48, but the run in"):
-        run_quantize(dataclasses.replace(begun, resume=True, seq_len=48))
+    with pytest.raises(ValueError, match="max_length=48, but the run in"):
+        run_quantize(dataclasses.replace(begun, resume=True, max_length=48))
 
 
 @pytest.mark.parametrize(
@@ -894,6 +894,6 @@ def test_the_command_line_reads_the_config(kind):
         for f in dataclasses.fields(kind)
     ]
     parser = HfArgumentParser(dataclasses.make_dataclass("Flags", fields))
-    (parsed,) = parser.parse_args_into_dataclasses(["--dataset", "c4", "prose", "--seq_len", "128", "--device", "cpu"])
+    (parsed,) = parser.parse_args_into_dataclasses(["--dataset", "c4", "prose", "--max_length", "128", "--device", "cpu"])
     config = kind(**vars(parsed))
     assert (config.dataset, config.seq_len, config.device) == (["c4", "prose"], 128, "cpu")

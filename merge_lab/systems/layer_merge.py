@@ -35,7 +35,7 @@ from ..calibration import calibration_loader, calibration_split, prepare_calibra
 from ..chat import ChatCollator, load_mmlu
 from ..checkpoints import load_tokenizer
 from ..components import load_model
-from ..config import check_choice, check_options, option
+from ..config import check_choice, check_options, option, Options
 from merge_lab.depth import (
     check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
     PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
@@ -300,7 +300,7 @@ def parse_pair(text: str) -> tuple:
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #97db72e5
 @dataclass
-class PairOptions:
+class PairOptions(Options):
     "What is made shorter, by which pairs, and on what data."
 
     model_path: str | None = option(None, "Model to make shorter: folder or hub name; none: the bundled one", group="Model")
@@ -324,8 +324,8 @@ class PairOptions:
     data_dir: str | None = option(None, "Calibration: MMLU folder, chat .jsonl, or .txt; none: the bundled questions (text like your own is better)", group="Data")
     mmlu_dir: str | None = option(None, "MMLU folder whose test questions give the accuracy; none: not asked", group="Data", resumable=True, recipe=False)
     eval_text: str | None = option(None, "Held-out .txt for the perplexity; none: not measured", group="Data", resumable=True, recipe=False)
-    num_samples: int = option(100, "Calibration samples", low=1, high=10_000, log=True, group="Data")
-    batch_size: int = option(4, "Samples per batch", low=1, high=256, log=True, group="Data")
+    num_samples: int = option(100, "Calibration samples", low=1, high=10_000, log=True, group="Data", aliases=("n_samples",))
+    per_device_train_batch_size: int = option(4, "Samples per batch", low=1, high=256, log=True, group="Data", aliases=("batch_size",))
     max_length: int = option(512, "Tokens per sample", low=2, high=131_072, log=True, group="Data")
     held_out_rows: int = option(
         32, "Further samples that are not trained on: they choose the alphas that are kept, and say when nothing is gained; 0: keep the last",
@@ -337,10 +337,10 @@ class PairOptions:
 class LayerMergeConfig(PairOptions):
     "Merge pairs of a model's own layers, with learned shares."
 
-    num_steps: int = option(5000, "Updates of the alphas, at most", low=0, high=100_000, group="Training")
+    max_steps: int = option(5000, "Updates of the alphas, at most", low=0, high=100_000, group="Training", aliases=("num_steps",))
     learning_rate: float = option(1e-3, "Of Adam, on alpha_logit", low=1e-6, high=1.0, log=True, group="Training")
     gradient_accumulation_steps: int = option(1, "Batches per update", low=1, high=64, group="Training")
-    loss: str = option("ce", "What alphas are trained towards", choices=ALPHA_LOSSES, group="Training")
+    loss_func_name: str = option("ce", "What alphas are trained towards", choices=ALPHA_LOSSES, group="Training", aliases=("loss",))
     temperature: float = option(1.0, "Of the KL", low=0.1, high=20.0, group="Training")
     max_grad_norm: float | None = option(None, "Clip the alphas' gradient at this norm; 0 or none: not clipped", low=0.0, group="Training")
     patience: int | None = option(
@@ -354,7 +354,7 @@ class LayerMergeConfig(PairOptions):
     compare: bool = option(False, "Also measure removal and the fixed ratios", group="Run", resumable=True, recipe=False)
     dtype: str = option("auto", "Weights in memory and in the checkpoint", choices=["auto", "float32", "bfloat16"], group="Run")
     device: str | None = option(None, "e.g. cuda; none: the best there is", group="Run", resumable=True, recipe=False)
-    seed: int = option(0, "Of samples, their order and the tokens compared", low=0, group="Run")
+    seed: int = option(0, "Of samples, their order and the tokens compared", low=0, group="Run", aliases=("random_state",))
     save_steps: int = option(50, "Updates between checkpoints; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
     resume: bool = option(False, "Go on with the run in output_dir", group="Run", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace the run in output_dir", group="Run", resumable=True, recipe=False)
@@ -384,8 +384,8 @@ def read_data(config: LayerMergeConfig, tokenizer) -> tuple[Callable, HeldOut | 
     rows, held = calibration_split(
         tokenizer, config.data_dir or bundled_path("mmlu"), config.num_samples, config.held_out_rows, config.max_length, seed=config.seed
     )
-    loader = functools.partial(calibration_loader, rows, tokenizer, config.batch_size, config.seed)
-    return loader, HeldOut(held, ChatCollator(tokenizer), config.batch_size) if held else None
+    loader = functools.partial(calibration_loader, rows, tokenizer, config.per_device_train_batch_size, config.seed)
+    return loader, HeldOut(held, ChatCollator(tokenizer), config.per_device_train_batch_size) if held else None
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #e3e08729
 def check_mergeable(model, pairs: Sequence[tuple], strategy: str):
@@ -465,7 +465,7 @@ def find_start(config: LayerMergeConfig, made: Prepared, folder: Path, progress:
         tried = tried.assign(alpha=tried["alpha"].map(float), loss=tried["loss"].map(float))
         start_from(model, tried)
         return tried
-    tried = search_start(model, made.loader(), config.loss, config.temperature, progress=progress)
+    tried = search_start(model, made.loader(), config.loss_func_name, config.temperature, progress=progress)
     write_text(file, tried.to_csv(index=False))
     return tried
 
@@ -483,10 +483,10 @@ def learn(
     tried = find_start(config, made, folder, progress)
     starts = (f"{into} + {removed}: {alpha:.3f}" for into, removed, alpha in model.merge_record.pairs)
     logger.info("start, %s: %s", "searched" if len(tried) else config.alpha_init_strategy, ", ".join(starts))
-    if config.num_steps:
+    if config.max_steps:
         train_alpha_parameters(
-            model, made.loader(), config.num_steps, config.learning_rate, None, config.gradient_accumulation_steps,
-            config.loss, config.temperature, config.max_grad_norm, config.patience, progress, on_step, made.held_out,
+            model, made.loader(), config.max_steps, config.learning_rate, None, config.gradient_accumulation_steps,
+            config.loss_func_name, config.temperature, config.max_grad_norm, config.patience, progress, on_step, made.held_out,
             folder, config.resume, **loop_options(config),
         )
     alphas = alpha_table(model)
@@ -585,7 +585,7 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
         "scores": score_bars(result.table),
     }
     if len(result.history):
-        once = math.ceil(config.num_samples / config.batch_size / config.gradient_accumulation_steps)
+        once = math.ceil(config.num_samples / config.per_device_train_batch_size / config.gradient_accumulation_steps)
         plots["loss"] = loss_curves(result.history[["step", "loss"]], span=once)
         title = "Loss on the calibration data, smoothed over one pass: it should fall"
         plots["loss"].suptitle(title, x=0.012, ha="left", font=TITLE_FONT, color=INK)

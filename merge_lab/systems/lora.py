@@ -29,7 +29,7 @@ from merge_lab.adapters import (
     rank_by_task, share_files, skeleton, trainable_parameters,
 )
 from ..checkpoints import load_tokenizer, read_component
-from ..config import check_options, did_you_mean, option
+from ..config import check_options, did_you_mean, option, Options
 from ..devices import best_device, set_seed
 from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, training_curves, training_diagnostics
 from ..lesson import method_of
@@ -61,13 +61,13 @@ def check_ranks(ranks: Sequence[int], max_steps: int):
 
 # %% ../../nbs/40_systems/04_lora.ipynb #0e96acae
 @dataclasses.dataclass
-class LoRAPipelineConfig:
+class LoRAPipelineConfig(Options):
     "Fine-tune a base through LoRA and merge the adapter."
 
     base_model: str = option("", "Folder or hub name of the base; empty: the bundled one", group="Data")
     datasets: list[str] = option([], "Files, folders or hub names to learn; none: the bundled task 'rewrite'", group="Data")
     text_field: str = option("text", "Column that holds the text; chat rows need none", group="Data")
-    n_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Data")
+    num_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Data", aliases=("n_samples",))
     chunk_words: int | None = option(None, "Cut texts into pieces of so many words; none: text files only, 128", low=1, group="Data")
     eval_dataset: str = option("", "Its loss is logged and shows overfitting; empty: the first dataset's own validation split; 'none': none", group="Data")
     task_prefixes: bool = option(False, "Put [TASK:NAME] before the rows of each dataset", group="Techniques")
@@ -80,8 +80,10 @@ class LoRAPipelineConfig:
     lora_dropout: float = option(0.1, "Dropout before the adapter", low=0, high=0.9, group="Adapter")
     target_modules: str = option("conservative", "Which modules get an adapter", choices=presets, group="Adapter")
 
-    max_steps: int = option(500, "Optimizer steps", low=1, high=100_000, log=True, group="Training", resumable=True)
-    batch_size: int | None = option(None, "Rows of one forward pass; none: as many of 8 as fit", low=1, high=1024, log=True, group="Training")
+    max_steps: int = option(500, "Optimizer steps", low=1, high=100_000, log=True, group="Training", resumable=True, aliases=("num_steps",))
+    per_device_train_batch_size: int | None = option(
+        None, "Rows of one forward pass; none: as many of 8 as fit", low=1, high=1024, log=True, group="Training", aliases=("batch_size",),
+    )
     gradient_accumulation_steps: int | None = option(
         None, "Forward passes of one step; none: so many that it learns 8 rows", low=1, high=1024, log=True, group="Training"
     )
@@ -93,14 +95,14 @@ class LoRAPipelineConfig:
     max_length: int = option(1024, "Tokens of a row; longer ones are cut", low=8, high=131_072, log=True, group="Training")
     logging_steps: int = option(10, "Steps between log entries", low=1, high=10_000, log=True, group="Training", resumable=True, recipe=False)
     report_to: str = option("none", "tensorboard, wandb or none; what is named must be installed", group="Training", resumable=True, recipe=False)
-    seed: int = option(0, "Of the adapter, the order and the samples", group="Training")
+    seed: int = option(0, "Of the adapter, the order and the samples", group="Training", aliases=("random_state",))
 
     device: str = option("auto", "Where to train", choices=["auto", "cuda", "mps", "cpu"], group="Device", resumable=True, recipe=False)
     precision: str = option("auto", "Arithmetic; auto: what fits the device and the base", choices=["auto", "fp32", "bf16", "fp16"], group="Device")
     activation_checkpointing: str = option("auto", "Time for memory", choices=["auto", "on", "off"], group="Device")
 
     output_dir: str = option("runs/lora", "Folder of the run", group="Output", resumable=True, recipe=False)
-    merge: bool = option(True, "Write final_merged/, a plain model", group="Output", resumable=True, recipe=False)
+    save_merged: bool = option(True, "Write final_merged/, a plain model", group="Output", resumable=True, recipe=False, aliases=("merge",))
     save_steps: int = option(0, "Steps between checkpoints to resume from; 0: none", low=0, group="Output", resumable=True, recipe=False)
     resume: bool = option(False, "Go on from the last checkpoint of the run", group="Output", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace a run that is there", group="Output", resumable=True, recipe=False)
@@ -128,7 +130,7 @@ def config_rows(
 ) -> "datasets.Dataset":
     "Rows of a config: of one dataset, or of several mixed. Of another split than train: of those datasets that have it."
     sources = config.datasets or [str(bundled_path("tasks/rewrite"))]
-    n = config.n_samples if split == "train" else None
+    n = config.num_samples if split == "train" else None
     read = dict(text_field=config.text_field, chunk_words=config.chunk_words, n=n, seed=config.seed, split=split)
     names = sources
     if config.task_prefixes:
@@ -167,7 +169,7 @@ def sft_options(
     "Options of the training that a config asks for."
     same = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "max_length")
     options = {name: getattr(config, name) for name in (*same, "logging_steps", "report_to", "seed")}
-    batch_size, accumulation = split_batch(config.batch_size, config.gradient_accumulation_steps, fits)
+    batch_size, accumulation = split_batch(config.per_device_train_batch_size, config.gradient_accumulation_steps, fits)
     options |= dict(per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
     if config.save_steps:
         options |= dict(save_strategy="steps", save_steps=config.save_steps)
@@ -294,7 +296,7 @@ def make_lora(
     "The pipeline that a config describes, ready to train."
     base, rows = config.base_model or bundled_path("models/base"), config_rows(config)
     tokenizer = load_tokenizer(base)
-    options = sft_options(config, rows_that_fit(config, base, rows, tokenizer) if config.batch_size is None else 1) | sft
+    options = sft_options(config, rows_that_fit(config, base, rows, tokenizer) if config.per_device_train_batch_size is None else 1) | sft
     eval_rows, looks = validation_of(config, tokenizer, options)
     lora = SmoLoRA(
         base,
@@ -611,5 +613,5 @@ def run(
     found = dict(lora=lora, curves=curves, diagnostics=diagnostics, parameters=trainable_parameters(lora.model))
     write_text(folder / "diagnostics.csv", diagnostics.to_csv())
     save_figure(curves_figure(curves), folder / "curves.png")
-    found |= dict(report=lora.save() if config.merge else None, pace=pace_of(lora.log_history))
+    found |= dict(report=lora.save() if config.save_merged else None, pace=pace_of(lora.log_history))
     return found | ({} if stages is None else {"stages": stages})

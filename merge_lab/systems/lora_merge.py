@@ -60,7 +60,7 @@ class LoRAMergeConfig(TrainConfig):
     base_model: str = option("", "Folder or hub name of the base; empty: the one that the first adapter names", group="Components")
     adapters: list[str] = option([], "Folders of the adapters or of their runs, at least two", group="Components")
     datasets: list[str] = option([], "Chat data of each adapter, in the same order", group="Components")
-    n_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Components")
+    num_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Components", aliases=("n_samples",))
     max_length: int = option(1024, "Tokens of a row; longer ones are cut", low=8, high=131_072, log=True, group="Components")
     mode: str = option("vector_output", "Granularity of the masks", choices=MODES, group="Masks")
     share: str = option("module", "Which alphas are one and the same", choices=SHARES, group="Masks")
@@ -75,7 +75,7 @@ class LoRAMergeConfig(TrainConfig):
     )
     eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none given: all; 0: no scores", low=0, group="Output", resumable=True, recipe=False)
     eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Output", resumable=True, recipe=False)
-    merged: bool = option(True, "Write merged/, a plain model, beside the adapter", group="Output", resumable=True, recipe=False)
+    save_merged: bool = option(True, "Write merged/, a plain model, beside the adapter", group="Output", resumable=True, recipe=False, aliases=("merged",))
     output_dir: str = option("runs/lora_merge", "Folder of the run", group="Output", resumable=True, recipe=False)
     resume: bool = option(False, "Go on from the last checkpoint of the run", group="Output", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace a run that is there", group="Output", resumable=True, recipe=False)
@@ -349,7 +349,7 @@ def adapter_rows(config: LoRAMergeConfig, tokenizer, split: str = "train"):
     "Encoded rows of all datasets; the source of a row is its adapter. Raises `ValueError` unless there is one dataset for each adapter."
     if len(config.datasets) != len(config.adapters):
         raise ValueError(f"{len(config.datasets)} datasets for {len(config.adapters)} adapters: expected one each, in order.")
-    sources = {str(path): config.n_samples for path in config.datasets}
+    sources = {str(path): config.num_samples for path in config.datasets}
     return build_dataset(sources, tokenizer, split, config.max_length, config.seed)
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #03ea49bd
@@ -396,7 +396,7 @@ def _write_out(merger: AdapterMerger, config: LoRAMergeConfig, scores: list[pd.D
     folder, alphas = Path(config.output_dir), merger.alphas()
     merger.save_pretrained(folder / "masks")
     save_adapter(merger, folder / "adapter")
-    report = merger.save_merged(folder / "merged") if config.merged else None
+    report = merger.save_merged(folder / "merged") if config.save_merged else None
     write_text(folder / "alphas.csv", alphas.to_csv(index=False))
     table = pd.concat(scores, ignore_index=True) if scores else None
     if table is not None:
@@ -431,7 +431,7 @@ def run(
     check_merge_run(config)
     arguments = training_arguments(config, config.output_dir)
     merger, tokenizer = AdapterMerger.from_config(config), load_tokenizer(base_path(config))
-    datasets, tests = {str(path): config.n_samples for path in config.datasets}, rows_to_score(config)
+    datasets, tests = {str(path): config.num_samples for path in config.datasets}, rows_to_score(config)
     rows = adapter_rows(config, tokenizer)
     rows, held = hold_out(rows, datasets, tokenizer, config.held_out_rows, config.max_length, config.seed)
     held_out = HeldOut(held, ChatCollator(tokenizer), config.per_device_train_batch_size) if held else None

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..anyprec import check_precisions
 from ..checkpoints import load_tokenizer
 from ..components import load_model
-from ..config import check_options, option
+from ..config import check_options, option, Options
 from ..devices import best_device
 from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
 from ..run_folder import begin_run, check_disk_space, check_start, one_run
@@ -79,7 +79,7 @@ def weight_sensitivity(
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #13b3a60d
 @dataclass
-class QuantizeConfig:
+class QuantizeConfig(Options):
     "Options of `merge-lab quantize`."
 
     model_path: str = option("", "Model to quantise: a folder or a hub name", group="Model and text")
@@ -87,11 +87,11 @@ class QuantizeConfig:
     seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
     parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
     dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
-    seq_len: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text")
-    num_examples: int = option(128, "Calibration windows in all", low=1, high=1_000_000, group="Model and text")
+    max_length: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
+    num_samples: int = option(128, "Calibration windows in all", low=1, high=1_000_000, group="Model and text", aliases=("num_examples",))
     dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
     device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True)
-    random_state: int = option(42, "Seed of the calibration windows", group="Run")
+    seed: int = option(42, "Seed of the calibration windows", group="Run", aliases=("random_state",))
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
     resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True)
     overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True)
@@ -116,7 +116,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(config.model_path, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
     n_layers = len(decoder_layers(model))
-    windows = text_windows(tokenizer, config.dataset, config.seq_len, config.num_examples, "train", config.random_state)
+    windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     folder, sensitivity = begin_run(config, config.output_dir), None
     if not all(layer_file(folder, n).exists() for n in range(n_layers)):

@@ -34,7 +34,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from ..checkpoints import load_tokenizer
-from ..config import check_options, option, resumable_options
+from ..config import check_options, option, Options, resumable_options
 from ..devices import best_device, set_seed
 from ..held_out import Best
 from ..lesson import method_of
@@ -82,21 +82,21 @@ class RouterObjective:
 
 # %% ../../nbs/40_systems/05_router.ipynb #ded58102
 @dataclass
-class RouterConfig:
+class RouterConfig(Options):
     "Options of `merge-lab router`."
 
     model_path: str = option("", "Quantised model: a folder made by `merge-lab quantize`", group="Model and text")
     dataset: list[str] = option(["prose", "code", "tasks"], "Text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
-    seq_len: int = option(512, "Tokens of a window", low=2, high=131072, group="Model and text")
+    max_length: int = option(512, "Tokens of a window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
     prefix_length: int = option(64, "Tokens at the start of a window that the router sees; the rest is scored", low=1, group="Model and text")
-    num_examples: int = option(1000, "Windows for training", low=1, group="Model and text")
+    num_samples: int = option(1000, "Windows for training", low=1, group="Model and text", aliases=("num_examples",))
     num_validation: int = option(100, "Windows for validation", low=1, group="Model and text")
-    batch_size: int = option(4, "Windows per step", low=1, group="Training")
-    num_epochs: int = option(10, "Passes over the training windows", low=0, group="Training")
+    per_device_train_batch_size: int = option(4, "Windows per step", low=1, group="Training", aliases=("batch_size",))
+    num_train_epochs: int = option(10, "Passes over the training windows", low=0, group="Training", aliases=("num_epochs",))
     patience: int = option(2, "Epochs without a lower validation loss after which training ends; 0: it never ends early", low=0, group="Training", resumable=True)
     learning_rate: float = option(1e-4, "Step size of AdamW on the routers", low=0, high=10, log=True, group="Training")
     weight_decay: float = option(0.01, "Weight decay of AdamW", low=0, group="Training")
-    schedule: str = option("cosine", "Learning rate over the run", choices=["constant", "linear", "cosine"], group="Training")
+    lr_scheduler_type: str = option("cosine", "Learning rate over the run", choices=["constant", "linear", "cosine"], group="Training", aliases=("schedule",))
     weight_ce: float = option(0.7, "Weight of the cross-entropy", low=0, group="Objective")
     weight_precision: float = option(0.3, "Weight of the precision term", low=0, group="Objective")
     target_bits: float | None = option(None, "Average bits to spend; none: a price on bits instead", low=1, high=8, group="Objective")
@@ -112,10 +112,10 @@ class RouterConfig:
     dropout: float = option(0.0, "Dropout in the routers", low=0, high=0.9, group="Router")
     eval_batch_size: int | None = option(None, "Windows of a pass without gradients; none: as many as keep their logits below 1 GiB, at most 32", low=1, group="Run", resumable=True)
     keep_weights: bool = option(False, "Keep all layers dequantised: faster, more memory", group="Run", resumable=True)
-    save_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run", resumable=True)
+    output_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run", resumable=True, aliases=("save_dir",))
     save_steps: int = option(20, "Steps between checkpoints to go on from; 0: none, unless the run is stopped", low=0, group="Run", resumable=True)
     save_total_limit: int = option(2, "Checkpoints to go on from that are kept", low=1, group="Run", resumable=True)
-    random_state: int = option(42, "Seed of windows, routers and order", group="Run")
+    seed: int = option(42, "Seed of windows, routers and order", group="Run", aliases=("random_state",))
     device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
     resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True)
@@ -123,10 +123,10 @@ class RouterConfig:
 
     def __post_init__(self):
         check_options(self)
-        if self.prefix_length >= self.seq_len:
+        if self.prefix_length >= self.max_length:
             raise ValueError(
-                f"prefix_length={self.prefix_length}: expected less than seq_len={self.seq_len}, so that tokens are left to score. "
-                f"Lower it (--prefix_length {max(1, self.seq_len // 4)}) or take longer windows."
+                f"prefix_length={self.prefix_length}: expected less than max_length={self.max_length}, so that tokens are left to score. "
+                f"Lower it (--prefix_length {max(1, self.max_length // 4)}) or take longer windows."
             )
 
 # %% ../../nbs/40_systems/05_router.ipynb #bbe0c6f0
@@ -138,7 +138,7 @@ def is_flat(
     "Whether `patience` epochs have passed without a better one."
     if not config.patience or not config.straight_through:
         return False
-    settled = math.ceil(config.num_epochs / 2) if config.curriculum else 0
+    settled = math.ceil(config.num_train_epochs / 2) if config.curriculum else 0
     return epoch - max(best, settled) >= config.patience
 
 # %% ../../nbs/40_systems/05_router.ipynb #a362eb7b
@@ -182,7 +182,7 @@ class RouterBar(ProgressBar):
 # %% ../../nbs/40_systems/05_router.ipynb #10a5290c
 def epoch_size(config: RouterConfig, epoch: int, windows: int) -> int:
     "Windows of an epoch: all, or with the curriculum a third at first, growing to all by the middle of the run."
-    share = min(1.0, 1 / 3 + 4 / 3 * epoch / config.num_epochs) if config.curriculum else 1.0
+    share = min(1.0, 1 / 3 + 4 / 3 * epoch / config.num_train_epochs) if config.curriculum else 1.0
     return max(1, round(share * windows))
 
 
@@ -193,11 +193,11 @@ def arguments_of(
     "What the shared loop is told. Raises `ValueError` if several processes were started."
     device = torch.device(config.device or best_device()).type
     loop = LoopConfig(
-        learning_rate=config.learning_rate, max_steps=max(1, steps), per_device_train_batch_size=1, lr_scheduler_type=config.schedule,
-        warmup_steps=steps // 20, weight_decay=config.weight_decay, seed=config.random_state % 2**32, save_steps=config.save_steps,
+        learning_rate=config.learning_rate, max_steps=max(1, steps), per_device_train_batch_size=1, lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=steps // 20, weight_decay=config.weight_decay, seed=config.seed % 2**32, save_steps=config.save_steps,
         save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, device=device if device in ("cpu", "cuda", "mps") else "auto",
     )  # fmt: skip
-    arguments = training_arguments(loop, config.save_dir)
+    arguments = training_arguments(loop, config.output_dir)
     if arguments.world_size > 1:
         raise ValueError(f"router: torchrun started {arguments.world_size} processes, and routers train in one. Start it without torchrun.")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a sample is a whole step: it cannot be divided
@@ -223,10 +223,10 @@ class RouterTrainer(MergerTrainer):
         train: list[Window],
         validation: list[Window],
     ):
-        self.config, self.train_windows, self.validation, self.folder = config, train, validation, Path(config.save_dir)
-        sizes = [epoch_size(config, epoch, len(train)) for epoch in range(config.num_epochs)]
-        self.epoch_ends = list(accumulate((math.ceil(size / config.batch_size) for size in sizes), initial=0))  # steps
-        self.total, self.at_once = self.epoch_ends[-1], config.eval_batch_size or windows_at_once(model, config.seq_len)
+        self.config, self.train_windows, self.validation, self.folder = config, train, validation, Path(config.output_dir)
+        sizes = [epoch_size(config, epoch, len(train)) for epoch in range(config.num_train_epochs)]
+        self.epoch_ends = list(accumulate((math.ceil(size / config.per_device_train_batch_size) for size in sizes), initial=0))  # steps
+        self.total, self.at_once = self.epoch_ends[-1], config.eval_batch_size or windows_at_once(model, config.max_length)
         objective = RouterObjective({"ce": config.weight_ce, "precision": config.weight_precision}, model.precisions, config.target_bits)
         optimizer = torch.optim.AdamW(model.routers.parameters(), config.learning_rate, weight_decay=config.weight_decay)
         collator = partial(step_tensors, prefix_length=config.prefix_length)
@@ -270,14 +270,14 @@ def epoch_order(self, epoch: int) -> list[Window]:
         difficulty = kept(self.folder / MEASURED / "difficulty.safetensors", lambda: self.losses_at_most_bits(order)).tolist()
         easy = sorted(range(len(order)), key=difficulty.__getitem__)
         order = [order[i] for i in easy[: epoch_size(config, epoch, len(order))]]
-    random.Random(config.random_state * 1000 + epoch).shuffle(order)
+    random.Random(config.seed * 1000 + epoch).shuffle(order)
     return order
 
 
 @method_of(RouterTrainer)
 def all_steps(self) -> list[list[Window]]:
     "The windows of every step of the run."
-    orders, size = map(self.epoch_order, range(self.config.num_epochs)), self.config.batch_size
+    orders, size = map(self.epoch_order, range(self.config.num_train_epochs)), self.config.per_device_train_batch_size
     return [order[start : start + size] for order in orders for start in range(0, len(order), size)]
 
 
@@ -315,7 +315,7 @@ def validate(self) -> dict[str, float]:  # loss, ce, precision, average_bits, re
     model, config = self.model, self.config
     model.eval()
     if config.target_bits is not None:
-        prompts = min(64, self.at_once * config.seq_len // config.prefix_length)  # no more tokens than in windows
+        prompts = min(64, self.at_once * config.max_length // config.prefix_length)  # no more tokens than in windows
         fit_price(model, self.validation, config.prefix_length, config.target_bits, batch_size=prompts)
     scores = score_windows(model, self.validation, config.prefix_length, self.at_once)
     found = self.objective(torch.tensor(scores.ce.mean()), torch.tensor(scores.bits.mean()))
@@ -437,7 +437,7 @@ def objective_price(config: RouterConfig, ce: float, precisions: list[int], n_la
 @method_of(RouterTrainer)
 def cost_windows(self) -> list[Window]:
     "Training windows that costs are measured on."
-    return random.Random(self.config.random_state).sample(self.train_windows, min(self.config.num_costs, len(self.train_windows)))
+    return random.Random(self.config.seed).sample(self.train_windows, min(self.config.num_costs, len(self.train_windows)))
 
 
 @method_of(RouterTrainer)
@@ -445,7 +445,7 @@ def start_from_costs(self):
     "Fit the routers to costs measured on some training windows, and set the objective's price."
     model, config, chosen = self.model, self.config, self.cost_windows()
     costs, pooled = measure_costs(model, chosen, config.prefix_length, self.at_once, self.folder / COSTS_FILE)
-    set_seed(config.random_state)  # the same weights of dropout, whatever was measured now and what before
+    set_seed(config.seed)  # the same weights of dropout, whatever was measured now and what before
     share = fit_costs(model.routers, costs, pooled)
     logger.info("the prompt explains %.0f %% of how held-out costs differ", 100 * share)
     if config.target_bits is None:
@@ -473,7 +473,7 @@ def measure_time(self) -> tuple[float, float]:  # seconds of a pass without grad
             logits = model.infer_forward(collate(self.cost_windows()[: self.at_once], self.config.prefix_length, model.device)[0]).logits
         logits[0, 0, 0].item()  # a GPU is waited for
         passed = now()
-        self.compute_loss(model.train(), self.data_collator([self.train_windows[: self.config.batch_size]])).backward()
+        self.compute_loss(model.train(), self.data_collator([self.train_windows[: self.config.per_device_train_batch_size]])).backward()
         model.routers.layers[0][-1].bias.grad[0].item()
         ended = now()
     model.zero_grad()
@@ -495,7 +495,7 @@ def tell_time(self):
     costs, steps = work["costs"] * of_pass, work["steps"] * of_step + work["validation"] * of_pass
     measuring = f"about {told_time(costs)} to measure costs ({work['costs']} passes), then " if work["costs"] else ""
     early = f", which end after {self.config.patience} epochs without a better one" if self.config.patience and self.config.straight_through else ""
-    shorter = "Shorter: a lower num_costs, num_examples, num_epochs or seq_len."
+    shorter = "Shorter: a lower num_costs, num_samples, num_train_epochs or max_length."
     logger.info("%sat most %s for %d steps%s. %s", measuring, told_time(steps), work["steps"], early, shorter)
 
 
@@ -535,7 +535,7 @@ def fit(
 # %% ../../nbs/40_systems/05_router.ipynb #43f6d689
 def check_folder(config: RouterConfig):
     "Raise for what is wrong with the folder of the run, without touching it."
-    check_start(config, config.save_dir, [config.model_path, *config.dataset])
+    check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 
 def check_budget(precisions: list[int], target_bits: float | None):
@@ -555,8 +555,8 @@ def load_parts(config: RouterConfig) -> tuple:  # model, windows for training an
         router_hidden=config.router_hidden, dropout=config.dropout,
     )  # fmt: skip
     check_budget(model.precisions, config.target_bits)
-    text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.seq_len, seed=config.random_state)
-    train = text_windows(n=config.num_examples, split="train", **text)
+    text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.max_length, seed=config.seed)
+    train = text_windows(n=config.num_samples, split="train", **text)
     return model, train, text_windows(n=config.num_validation, split="validation", **text)
 
 # %% ../../nbs/40_systems/05_router.ipynb #8b7b3152
@@ -567,10 +567,10 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
         raise ValueError("model_path='': expected a folder made by `merge-lab quantize`. Say which model gets routers.")
     read_quantized(Path(config.model_path))
     check_folder(config)
-    set_seed(config.random_state)
+    set_seed(config.seed)
     model, train, validation = load_parts(config)
     trainer = RouterTrainer(model, config, train, validation)
-    folder = begin_run(config, config.save_dir)
+    folder = begin_run(config, config.output_dir)
     go_on = f"Go on with: {resume_command('router', folder)}"
     try:
         epochs = trainer.fit(last_checkpoint(folder) if config.resume else None)
