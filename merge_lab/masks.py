@@ -421,9 +421,8 @@ class ComponentModule(nn.Module):
         template: nn.Module | None = None,  # the one that is taken over; None: the first
     ):
         super().__init__()
-        own = [dict(m.named_parameters(recurse=False)) for m in modules]
         self.state = state
-        self.parameter_names = list(dict.fromkeys(name for params in own for name in params))
+        self.parameter_names = list(dict.fromkeys(name for module in modules for name, _ in module.named_parameters(recurse=False)))
         self.weights = nn.ModuleDict({p: _held(modules, p) for p in self.parameter_names})
         self._take_over(modules[0] if template is None else template)
         for name in self.parameter_names:
@@ -457,10 +456,8 @@ class ComponentModule(nn.Module):
 
     def is_shared(self, name: str) -> bool:
         "Whether all components have the same tensor, which is then held once."
-        if isinstance(self.weights[name], FactoredWeights):
-            return False
-        first, *others = self.weights[name]
-        return all(other is first for other in others)
+        weights = self.weights[name]
+        return not isinstance(weights, FactoredWeights) and all(weight is weights[0] for weight in weights)
 
     def __repr__(self):
         n = len(self.weights[self.parameter_names[0]])

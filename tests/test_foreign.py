@@ -2,17 +2,15 @@
 
 import json
 import logging
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from merge_lab import components
-from merge_lab.checkpoints import load_tokenizer, read_component, UnreadableComponent
+from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main
-from merge_lab.components import align_vocabulary, check_components, load_components, load_model, preflight, untie_embeddings
+from merge_lab.components import align_vocabulary, load_components, load_model, preflight, untie_embeddings
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.writer import mended_generation, save_plain
