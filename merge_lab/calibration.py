@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .chat import ChatCollator, encode_chat, load_mmlu, load_task, validation_rows
+from .chat import ChatCollator, encode_row, encode_text, folder_splits, load_mmlu, load_task, validation_rows
 from .evaluation import choice_prompt, INTRO
-from .tasks import encode_text
+from .records import is_table
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,16 @@ def text_paragraphs(path: str | Path) -> list[str]:
 # %% ../nbs/37_calibration.ipynb #fd5746ce
 def is_chat(folder: Path) -> bool:
     "Whether a path holds chats."
-    return folder.suffix == ".jsonl" or any(folder.glob("*.jsonl"))
+    if not folder.is_dir():
+        return is_table(folder)
+    return any(folder.glob("*.jsonl")) or not any(folder.glob("*.txt")) and bool(folder_splits(folder))
 
 
 def text_rows(tokenizer, data_dir: str | Path, split: str | None, max_length: int) -> list[dict]:  # of at most max_length tokens
     "Encoded chats or paragraphs. Raises `ValueError` for a split that chats do not have."
     folder = Path(data_dir)
     if is_chat(folder):
-        rows = [encode_chat(tokenizer, row["messages"]) for row in load_task(folder, split or "train")]
+        rows = [encode_row(tokenizer, row)[0] for row in load_task(folder, split or "train", plain=True)]
     else:
         rows = [encode_text(tokenizer, text) for text in text_paragraphs(folder)]
     return usable([{name: values[:max_length] for name, values in row.items()} for row in rows])
@@ -140,14 +142,14 @@ def calibration_split(
     n_shot: int = 5,  # solved examples in a question's prompt
 ) -> tuple[list[dict], list[dict]]:  # encoded rows: to learn from, and held out
     "Rows of whatever a folder holds. Raises `ValueError` if there is nothing to learn from."
-    folder = Path(data_dir)
+    folder = Path(data_dir).expanduser()
     if not folder.exists():
         raise ValueError(f"data_dir={str(data_dir)!r}: there is no such file or folder.")
     if (folder / "dev").is_dir():
         rows, held = question_split(tokenizer, folder, num_samples, held_out_rows, max_length, split or "dev", seed, n_shot)
         rows = rest_of(rows, num_samples, 0, seed)[0]
     else:
-        apart = held_out_rows and split is None and is_chat(folder) and bool(validation_rows(folder))
+        apart = held_out_rows and split is None and is_chat(folder) and bool(validation_rows(folder, plain=True))
         rows, held = rest_of(text_rows(tokenizer, folder, split, max_length), num_samples, 0 if apart else held_out_rows, seed)
         if apart:
             held = rest_of(text_rows(tokenizer, folder, "validation", max_length), 2 * held_out_rows, 0, seed)[0]

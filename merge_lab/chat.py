@@ -12,7 +12,7 @@ __all__ = ['logger', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', 'CARRIED', 'MARKED', 'let
            'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant',
            'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
 
-# %% ../nbs/02_chat.ipynb #97d9e68c
+# %% ../nbs/02_chat.ipynb #16190e3e
 import hashlib
 import json
 import logging
@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 
 from .config import check_choice
 from merge_lab.conversations import (
-    ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS,
+    ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS, rows_of,
 )
 from .records import csv_rows, json_records, place_of, placed, read_records, read_text, Row, split_files, without_filling
 from .run_folder import write_text
@@ -39,17 +39,17 @@ _all_ = [
     "ANSWERS", "answer_of", "as_conversation", "chat_row", "check_row", "last_assistant", "place_of", "prompt_of", "prompt_row", "QUESTIONS", "Row",
 ]  # read here since before they had rooms of their own
 
-# %% ../nbs/02_chat.ipynb #98d1f2b3
+# %% ../nbs/02_chat.ipynb #cfb51483
 def read_jsonl(path: str | Path) -> list[Row]:
     "Conversations of a JSONL or JSON file. Raises `ValueError` with file and line number for a line that is none."
     return _rows(json_records(path), path)
 
 
-def _rows(records: list[Row], source: str | Path) -> list[Row]:
-    "Conversations of records. Raises `ValueError` if there are none."
+def _rows(records: list[Row], source: str | Path, plain: bool = False) -> list[Row]:
+    "Conversations of records, or texts where those are wanted, too. Raises `ValueError` if there are none."
     if not records:
         raise ValueError(f"{source}: no rows. Expected lines such as {json.dumps(chat_row('Hi.', 'Hello.'))}")
-    return conversations_of(records, str(source))
+    return rows_of(records, str(source)) if plain else conversations_of(records, str(source))
 
 
 def write_jsonl(path: str | Path, rows: list[dict]):
@@ -87,7 +87,7 @@ def read_hub(name: str, split: str | None, cache_dir: str | None = None) -> list
     "Conversations of a hub dataset. Raises `ValueError` that says why they could not be had."
     return _rows(hub_records(name, split, cache_dir), name)
 
-# %% ../nbs/02_chat.ipynb #c0a2862e
+# %% ../nbs/02_chat.ipynb #b3fbcbe1
 def folder_splits(folder: str | Path) -> dict[str, list[Path]]:  # split -> its files, or its folder of Arrow files
     "What a folder holds of each split. Raises `ValueError` for a split that is there twice."
     place = Path(folder).expanduser()
@@ -100,7 +100,7 @@ def has_split(source: str | Path, split: str = "validation") -> bool:
     "Whether a source is a folder of splits that has this one."
     return isinstance(source, (str, Path)) and Path(source).expanduser().is_dir() and split in folder_splits(source)
 
-
+# %% ../nbs/02_chat.ipynb #21cf6e97
 def folder_records(
     folder: Path,
     split: str | None,  # None for all splits, one after another
@@ -143,14 +143,14 @@ def source_records(
         return folder_records(folder if config == "default" else folder / config, split)
     return hub_records(str(path), split, cache_dir)
 
-# %% ../nbs/02_chat.ipynb #e2b289be
+# %% ../nbs/02_chat.ipynb #d199777c
 FILE_SPLITS = ("train", "validation", "test")
 FEWEST_TO_SPLIT = 10  # different conversations
 
 
 def deal_splits(rows: list[dict]) -> dict[str, list[dict]]:  # split -> rows in their own order
     "Splits of 8, 1 and 1 tenths of the different conversations; all of them `train` if there are too few."
-    keys = [hashlib.sha256(json.dumps(row["messages"], sort_keys=True).encode()).hexdigest() for row in rows]
+    keys = [hashlib.sha256(json.dumps(row.get("messages", row.get("text")), sort_keys=True).encode()).hexdigest() for row in rows]
     ranked = sorted(set(keys))
     tenth = len(ranked) // 10 if len(ranked) >= FEWEST_TO_SPLIT else 0
     held_out = {key: "test" if rank < tenth else "validation" for rank, key in enumerate(ranked[: 2 * tenth])}
@@ -159,13 +159,14 @@ def deal_splits(rows: list[dict]) -> dict[str, list[dict]]:  # split -> rows in 
         dealt[held_out.get(key, "train")].append(row)
     return dealt
 
-# %% ../nbs/02_chat.ipynb #bad5a292
+# %% ../nbs/02_chat.ipynb #207219f4
 def read_file(
     path: Path,  # one file of rows
     split: str | None,  # "train", "validation", "test", or None for all rows
+    plain: bool = False,  # whether rows of plain text are read, too
 ) -> list[Row]:
     "Rows of a split of a single file. Raises `ValueError` if the file is too small to have it."
-    rows = _rows(read_records(path), path)
+    rows = _rows(read_records(path), path, plain)
     if split is None:
         return rows
     remedy = f"A single file is split into these; for others make a folder with train.jsonl and {split}.jsonl."
@@ -177,17 +178,18 @@ def read_file(
         )
     return dealt
 
-# %% ../nbs/02_chat.ipynb #80f1a0bb
+# %% ../nbs/02_chat.ipynb #415058e9
 def load_task(
     path: str | Path,  # folder of splits, one file, or a hub name
     split: str | None = "train",  # of the folder or dataset; of a file, see `deal_splits`; None or "all" for all rows
     n: int | None = None,  # how many rows to sample without replacement; None for all, in order
     seed: int = 0,  # of the sample; it does not change the splits
     cache_dir: str | None = None,  # where data of the hub is kept; None: the usual cache
+    plain: bool = False,  # whether rows of plain text, `text`, are read, too
 ) -> list[Row]:
     "Conversations: `messages`, and `tools` where there are any. Raises `ValueError` for bad rows, a missing split, or too few rows."
     place, part = Path(path).expanduser(), None if split == "all" else split
-    rows = read_file(path, part) if place.is_file() else _rows(source_records(path, part, cache_dir), path)
+    rows = read_file(path, part, plain) if place.is_file() else _rows(source_records(path, part, cache_dir), path, plain)
     if n is None:
         return rows
     if not 0 < n <= len(rows):
@@ -220,7 +222,7 @@ def check_told(tokenizer, row: dict):
             "Use a model or a template that knows them, or write them into the contents."
         )
 
-# %% ../nbs/02_chat.ipynb #340ee849
+# %% ../nbs/02_chat.ipynb #4ad7638f
 def as_row(chat: dict | list[dict]) -> dict:
     "Messages, or a row of messages and tools, as a row."
     return chat if isinstance(chat, dict) else {"messages": chat}
@@ -248,7 +250,7 @@ def render(
     said = " ".join(str(failed).split()) or "without a word"
     raise ValueError(f"the chat template refuses the conversation ({type(failed).__name__}: {said}). Change the row, or use a template that takes it.") from failed
 
-
+# %% ../nbs/02_chat.ipynb #a11a3376
 def template_ids(tokenizer, chat: dict | list[dict], **options) -> list[int]:
     "Token ids of the chat template applied to a row or to messages. Raises `ValueError` that says why it refuses."
     return list(render(tokenizer, chat, tokenize=True, return_dict=True, **options)["input_ids"])
@@ -346,7 +348,7 @@ def encode_text(tokenizer, text: str) -> dict[str, list[int]]:  # input_ids and 
         ids = [*ids, end]
     return {"input_ids": ids, "labels": list(ids)}
 
-# %% ../nbs/02_chat.ipynb #28bf5ea5
+# %% ../nbs/02_chat.ipynb #035377eb
 def encode_row(
     tokenizer,  # with a chat template, unless the row is text
     row: dict,  # messages and tools, or text
@@ -363,7 +365,7 @@ def encode_row(
         raise ValueError(f"{place_of(row, otherwise)}: {error}") from error
     return {name: ids[:max_length] for name, ids in whole.items()}, length
 
-
+# %% ../nbs/02_chat.ipynb #9bd0c2bd
 def told_cuts(lengths: Sequence[int], max_length: int | None, remedy: str = ""):
     "Warn of rows that lose their end."
     if longer := sum(bool(max_length) and length > max_length for length in lengths):
@@ -409,16 +411,17 @@ def build_dataset(
         encoded += encode_rows(tokenizer, load_task(path, split, n, seed), source, max_length)
     return Dataset.from_list(encoded)
 
-# %% ../nbs/02_chat.ipynb #3ad90416
+# %% ../nbs/02_chat.ipynb #b78ecc3a
 def validation_rows(
     path: str | Path,  # as in `load_task`
+    plain: bool = False,  # as in `load_task`
 ) -> list[Row]:  # empty if the dataset has no such split
     "Rows of the validation split."
     place = Path(path).expanduser()
     if place.is_dir() and not has_split(place):
         return []
     try:
-        return load_task(path, "validation")
+        return load_task(path, "validation", plain=plain)
     except ValueError:
         if place.exists() and not place.is_file():
             raise

@@ -7,14 +7,16 @@ __all__ = ['logger', 'TEXT_PARTS', 'ROLES', 'SAID', 'CHATS', 'QUESTIONS', 'ANSWE
            'MEANINGS', 'check_row', 'chat_row', 'last_assistant', 'prompt_of', 'prompt_row', 'answer_of', 'as_text',
            'part_text', 'parsed', 'as_call', 'as_list', 'role_of', 'check_learned', 'calls_of', 'as_message', 'filled',
            'is_conversation', 'turns_of', 'answered', 'past_turns', 'preferred', 'chat_of', 'texts_of', 'repeats',
-           'refuse_rest', 'tools_of', 'with_system', 'as_conversation', 'conversations_of', 'name_unread']
+           'refuse_rest', 'tools_of', 'with_system', 'as_conversation', 'conversations_of', 'name_unread', 'text_row',
+           'texts_of_records', 'rows_of']
 
-# %% ../nbs/01_conversations.ipynb #b2e22a18
+# %% ../nbs/01_conversations.ipynb #27280bbc
 import json
 import logging
 import re
 from collections.abc import Iterable
 
+from .config import check_choice
 from .records import placed, Row
 
 logger = logging.getLogger(__name__)
@@ -184,7 +186,7 @@ def is_conversation(record: dict) -> bool:
     asked = names & {*QUESTIONS, "input"}
     return bool(names & {*CHATS, "chosen"} or asked and names & set(ANSWERS))
 
-# %% ../nbs/01_conversations.ipynb #49f10b64
+# %% ../nbs/01_conversations.ipynb #bb1db8c2
 def turns_of(value, role: str, name: str, where: str) -> list[dict]:  # role: of a text
     "A text as one turn, or messages as they are. Raises `ValueError` for what is neither."
     if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]", value):
@@ -195,7 +197,7 @@ def turns_of(value, role: str, name: str, where: str) -> list[dict]:  # role: of
         return [as_message(turn, where) for turn in value]
     return [as_message({"role": role, "content": value}, where)]
 
-
+# %% ../nbs/01_conversations.ipynb #40c5dd15
 def answered(values: dict, where: str) -> tuple[list[dict], list[str]]:  # messages, columns they are from
     "A question and its answer. Raises `ValueError` if the record has neither messages nor both."
     asked = next((name for name in (*QUESTIONS, "input") if name in values), None)
@@ -263,7 +265,7 @@ def refuse_rest(values: dict, used: Iterable[str], messages: list[dict], where: 
     if values.get("label") is False:
         raise ValueError(f"{where}: label=false marks the answer as one that is not wanted. Take such rows out of the file.")
 
-# %% ../nbs/01_conversations.ipynb #f7e7548c
+# %% ../nbs/01_conversations.ipynb #896a76c9
 def tools_of(values: dict, where: str) -> list[dict]:
     "Descriptions of the tools that a record offers. Raises `ValueError` for what describes none."
     name = next((name for name in TOOLS if name in values), None)
@@ -273,7 +275,7 @@ def tools_of(values: dict, where: str) -> list[dict]:
         raise ValueError(f"{where}: {name!r}: expected a list of objects that describe functions, got {tools!r}.")
     return [{"type": "function", "function": tool} for tool in tools] if name == "functions" else tools
 
-
+# %% ../nbs/01_conversations.ipynb #6deba45d
 def with_system(values: dict, messages: list[dict], where: str) -> list[dict]:
     "The conversation after its system prompt. Raises `ValueError` if there are two that differ."
     name = next((name for name in SYSTEMS if name in values), None)
@@ -320,3 +322,45 @@ def name_unread(columns: Iterable[str], source: str):
     "Log which columns are not read."
     if columns:
         logger.info("%s: not read: %s", source, ", ".join(sorted(repr(name) for name in columns)))
+
+# %% ../nbs/01_conversations.ipynb #6b3d06f0
+def text_row(record: Row, text_field: str) -> Row | None:  # None: there is no text
+    "A record as text. Raises `ValueError` for a column that is no text, or, unless a column was named, for one that would be lost."
+    value = record.get(text_field)
+    if value is None or isinstance(value, str) and not value.strip():
+        return None
+    text = as_text(value, f"{record.where}, column {text_field!r}")
+    if text_field == "text":
+        refuse_rest(filled(record, record.where), ["text"], [{"content": text}], record.where)
+    return placed({"text": text.strip()}, record.where)
+
+
+def texts_of_records(
+    records: list[Row],
+    source: str,  # what they are from, for the log
+    text_field: str = "text",  # column that holds the text
+) -> list[Row]:
+    "Texts of all records; how many have none is logged. Raises `ValueError` for a column that is not there."
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    check_choice("text_field", text_field, columns, "Name the column that holds the text.")
+    rows = [text_row(record, text_field) for record in records]
+    if lacking := [record.where for record, row in zip(records, rows) if row is None]:
+        logger.warning("%s: %d of %d rows have no text in %r and are left out, first %s", source, len(lacking), len(rows), text_field, lacking[0])
+    name_unread({name for name in columns if name != text_field and (text_field != "text" or name.lower() not in MEANINGS)}, source)
+    return [row for row in rows if row is not None]
+
+# %% ../nbs/01_conversations.ipynb #f89bb198
+def rows_of(
+    records: list[Row],
+    source: str,  # what they are from, for the log
+    text_field: str = "text",  # column that holds the text of what is no conversation
+) -> list[Row]:
+    "Conversations where all records are some, unless another column was named; else texts. Raises `ValueError` for a mixture."
+    talks = [is_conversation(record) for record in records]
+    named = text_field != "text" and text_field.lower() not in (*CHATS, "chosen")
+    if not any(talks) or named and any(text_field in record for record in records):
+        return texts_of_records(records, source, text_field)
+    if not all(talks):
+        odd = records[talks.index(False)]
+        raise ValueError(f"{odd.where}: columns {sorted(odd)} among conversations: expected one layout in all rows. Divide the file, or name the column of text with text_field.")
+    return conversations_of(records, source)

@@ -128,7 +128,7 @@ def json_records(path: str | Path) -> list[Row]:
         return [as_record(value, f"{path}, {under[0]}[{i}]") for i, value in enumerate(only[under[0]])]
     return [as_record(value, f"{path}:{number}") for value, number in found]
 
-# %% ../nbs/00_records.ipynb #8749a0c3
+# %% ../nbs/00_records.ipynb #51b03606
 def csv_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:  # line on which the row begins, cells
     "Rows of a CSV or TSV file that hold anything. Raises `ValueError` with file and line for quotes that do not close."
     separator = "\t" if Path(path).suffix.lower() == ".tsv" else ","
@@ -144,7 +144,7 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:  # line on wh
     finally:
         csv.field_size_limit(limit)
 
-
+# %% ../nbs/00_records.ipynb #dbcf4569
 def csv_records(path: str | Path) -> list[Row]:
     "Rows of a table whose first row names the columns. Raises `ValueError` with file and line for a row of another length."
     rows = csv_rows(path)

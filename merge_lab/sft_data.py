@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'file_readers', 'read_table', 'ROWS_OF_A_STEP', 'chunk_by_words', 'is_text_source', 'read_text_files',
-           'quiet_datasets', 'read_source', 'dataset_of', 'row_of', 'layout_of', 'text_row', 'texts_of_records',
-           'in_pieces', 'prepare_dataset', 'encode_rows', 'longest_row', 'bytes_of_token', 'split_batch',
-           'validation_budget', 'evaluation_steps', 'validation_sample', 'add_task_prefix', 'mix_tasks', 'task_names',
-           'row_text', 'count_words', 'curriculum', 'encode_text', 'has_split']
+           'quiet_datasets', 'read_source', 'dataset_of', 'row_of', 'layout_of', 'is_prepared', 'rows_of_source',
+           'in_pieces', 'prepare_dataset', 'encode_rows', 'check_padding', 'longest_row', 'bytes_of_token',
+           'split_batch', 'validation_budget', 'evaluation_steps', 'validation_sample', 'add_task_prefix', 'mix_tasks',
+           'task_names', 'row_text', 'count_words', 'curriculum', 'encode_text', 'has_split']
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #a9812bae
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #2ba24d83
 import json
 import logging
 import math
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from .chat import encode_row, encode_text, folder_splits, has_split, source_records, table_records, told_cuts, told_keys
 from .config import check_choice
-from .conversations import as_text, conversations_of, filled, is_conversation, MEANINGS, name_unread, refuse_rest
+from .conversations import rows_of
 from .records import FILE_KINDS, placed, read_records, read_text, Row
 
 if TYPE_CHECKING:
@@ -99,9 +99,9 @@ def read_source(
     with quiet_datasets():
         return read_text_files(source) if is_text_source(source) else source_records(source, split)
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #5a7b6e6b
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #205af24d
 def dataset_of(rows: Sequence[dict]) -> "datasets.Dataset":  # columns text or messages, where; conversation, if there is more to it
-    "Rows as a dataset that `rows_of` reads back."
+    "Rows as a dataset that `row_of` reads back."
     from datasets import Dataset
 
     columns = {"where": [getattr(row, "where", None) for row in rows]}
@@ -123,41 +123,21 @@ def layout_of(rows: "datasets.Dataset") -> str:
     "'messages' for conversations, 'text' for text."
     return "messages" if "messages" in rows.column_names else "text"
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #8aff74d9
-def text_row(record: Row, text_field: str) -> Row | None:  # None: there is no text
-    "A record as text. Raises `ValueError` for a column that is no text, or, unless a column was named, for one that would be lost."
-    value = record.get(text_field)
-    if value is None or isinstance(value, str) and not value.strip():
-        return None
-    text = as_text(value, f"{record.where}, column {text_field!r}")
-    if text_field == "text":
-        refuse_rest(filled(record, record.where), ["text"], [{"content": text}], record.where)
-    return placed({"text": text.strip()}, record.where)
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #7622d95b
+def is_prepared(source) -> bool:
+    "Whether a dataset is one that `dataset_of` made."
+    columns = set(getattr(source, "column_names", ()))
+    return "where" in columns and columns <= {"messages", "text", "where", "conversation"}
 
 
-def texts_of_records(records: list[Row], text_field: str, source) -> list[Row]:
-    "Texts of all records; how many have none is logged. Raises `ValueError` for a column that is not there."
-    columns = list(dict.fromkeys(name for record in records for name in record))
-    check_choice("text_field", text_field, columns, "Name the column that holds the text.")
-    rows = [text_row(record, text_field) for record in records]
-    if lacking := [record.where for record, row in zip(records, rows) if row is None]:
-        logger.warning("%s: %d of %d rows have no text in %r and are left out, first %s", source, len(lacking), len(rows), text_field, lacking[0])
-    name_unread({name for name in columns if name != text_field and (text_field != "text" or name.lower() not in MEANINGS)}, str(source))
-    return [row for row in rows if row is not None]
+def rows_of_source(source, split: str, text_field: str) -> list[Row]:
+    "Conversations or texts of a source. Raises `ValueError` for a row that is neither."
+    if is_prepared(source):
+        return [row_of(row) for row in source]
+    records = read_source(source, split)
+    return rows_of(records, "dataset" if hasattr(source, "column_names") else str(source), text_field) if records else []
 
-# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #7da90536
-def _rows_of_source(records: list[Row], text_field: str, source) -> list[Row]:
-    "Conversations where all records are some, unless another column was named; else texts. Raises `ValueError` for a mixture."
-    talks = [is_conversation(record) for record in records]
-    named = text_field != "text" and text_field.lower() not in ("messages", "conversations", "conversation", "chosen")
-    if not any(talks) or named and any(text_field in record for record in records):
-        return texts_of_records(records, text_field, source)
-    if not all(talks):
-        odd = records[talks.index(False)]
-        raise ValueError(f"{odd.where}: columns {sorted(odd)} among conversations: expected one layout in all rows. Divide the file, or name the column of text with text_field.")
-    return conversations_of(records, "dataset" if hasattr(source, "column_names") else str(source))
-
-
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #0944fc57
 def in_pieces(rows: list[Row], n_words: int, overlap: int) -> list[Row]:
     "Texts in pieces of so many words."
     return [placed({"text": piece}, row.where) for row in rows for piece in chunk_by_words(row["text"], n_words, overlap)]
@@ -173,8 +153,7 @@ def prepare_dataset(
     seed: int = 0,  # of the sample
 ) -> "datasets.Dataset":  # text or messages, and where they were read
     "Rows to train on. Raises `ValueError` if the column is missing or nothing is left."
-    records = read_source(source, split)
-    rows = _rows_of_source(records, text_field, source) if records else []
+    rows = rows_of_source(source, split, text_field)
     words = chunk_words or (128 if is_text_source(source) else None)
     rows = in_pieces(rows, words, overlap) if words and rows and "text" in rows[0] else rows
     if not rows:
@@ -200,6 +179,12 @@ def encode_rows(
     told_cuts([length for _, length in encoded], max_length, " Use chunk_words for long text.")
     told_keys(tokenizer, read)
     return type(rows).from_list([row for row, _ in encoded])
+
+# %% ../nbs/39_fine_tuning/01_sft_data.ipynb #d3eaa8f8
+def check_padding(tokenizer):
+    "Raises `ValueError` for a tokenizer that trl (1.16) could not pad with: it takes the end token where there is no other."
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has neither a pad nor an end token, so that rows of different length make no batch. Set pad_token in the tokenizer_config.json of the base.")
 
 # %% ../nbs/39_fine_tuning/01_sft_data.ipynb #67d25e65
 def longest_row(

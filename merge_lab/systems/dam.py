@@ -6,8 +6,9 @@
 __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DAMConfig', 'take_unmerged', 'DAMMerger', 'kind_of',
            'randomise', 'merge', 'push', 'show_merge', 'check_loss', 'DAMLossConfig', 'task_angles', 'dam_objective',
            'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'load_untrained', 'check_models',
-           'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer', 'rows_to_score', 'score_export',
-           'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
+           'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer', 'rows_to_score', 'check_scored',
+           'score_export', 'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits',
+           'TopkCollator']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
@@ -29,7 +30,7 @@ from ..checkpoints import component_names, load_tokenizer
 from ..components import check_components, load_components, load_model
 from ..config import check_choice, check_options, option, Options, recipe_options
 from ..devices import full, set_seed
-from ..evaluation import evaluate_models, UNIFORM
+from ..evaluation import encode_task, evaluate_models, UNIFORM
 from ..held_out import HeldOut, told_held_out
 from ..lesson import method_of
 from ..loop_config import LoopConfig
@@ -493,6 +494,14 @@ def rows_to_score(config: DAMTrainConfig) -> dict[str, list[dict]]:  # dataset -
     return dict(zip(component_names(paths), rows))
 
 
+def check_scored(merger: DAMMerger, tests: dict[str, list[dict]]):
+    "Raises `ValueError` that names the row if one cannot be scored."
+    paths = merger.merger_config.model_paths
+    tokenizer = chat_tokenizer(merger.base_path or paths[0], paths) if tests else None
+    for task, rows in tests.items():
+        encode_task(merger, tokenizer, task, rows)
+
+
 def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests: dict[str, list[dict]]) -> pd.DataFrame:
     "Write and give the scores of base, models and merged checkpoint on every task."
     paths = [*merger.merger_config.model_paths, folder / "merged"]
@@ -537,6 +546,7 @@ def train(config: DAMTrainConfig) -> DAMRun:
     checkpoint = check_going_on(config, folder, arguments.world_size)
     trainer, history, stopper = make_trainer(config, arguments)
     tests, scores = rows_to_score(config), None
+    check_scored(trainer.model, tests)
     open_together(config, folder, arguments)
     merger, main = trainer.model, arguments.should_save
     if main:

@@ -28,6 +28,7 @@ from merge_lab.adapters import (
     alpha_at, device_settings, fixed_loss, grow_rank, load_adapter, load_base, lora_for_task, make_lora_config, merge_adapter, presets,
     rank_by_task, share_files, skeleton, trainable_parameters,
 )
+from ..chat_templates import chat_tokenizer
 from ..checkpoints import load_tokenizer, read_component
 from ..config import check_options, did_you_mean, option, Options
 from ..devices import best_device, set_seed
@@ -38,7 +39,7 @@ from merge_lab.run_folder import (
     begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
 )
 from merge_lab.sft_data import (
-    bytes_of_token, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
+    bytes_of_token, check_padding, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
     split_batch, task_names, validation_budget, validation_sample,
 )
 from merge_lab.sft_trainer import (
@@ -69,6 +70,7 @@ class LoRAPipelineConfig(Options):
     text_field: str = option("text", "Column that holds the text; chat rows need none", group="Data")
     num_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Data", aliases=("n_samples",))
     chunk_words: int | None = option(None, "Cut texts into pieces of so many words; none: text files only, 128", low=1, group="Data")
+    chat_template: str = option("", "Chat template: one of trl's by name, a .jinja file, or a model that has it; empty: the base's own", group="Data")
     eval_dataset: str = option("", "Its loss is logged and shows overfitting; empty: the first dataset's own validation split; 'none': none", group="Data")
     task_prefixes: bool = option(False, "Put [TASK:NAME] before the rows of each dataset", group="Techniques")
     curriculum: bool = option(False, "Read rows from short to long", group="Techniques")
@@ -295,7 +297,8 @@ def make_lora(
 ) -> SmoLoRA:
     "The pipeline that a config describes, ready to train."
     base, rows = config.base_model or bundled_path("models/base"), config_rows(config)
-    tokenizer = load_tokenizer(base)
+    tokenizer = chat_tokenizer(base, template=config.chat_template)
+    check_padding(tokenizer)
     options = sft_options(config, rows_that_fit(config, base, rows, tokenizer) if config.per_device_train_batch_size is None else 1) | sft
     eval_rows, looks = validation_of(config, tokenizer, options)
     lora = SmoLoRA(
@@ -308,6 +311,7 @@ def make_lora(
         callbacks=callbacks,
         device=None if config.device == "auto" else config.device,
     )
+    lora.tokenizer = tokenizer
     if config.curriculum:
         use_curriculum(lora)
     return lora
@@ -604,8 +608,9 @@ def run(
     stopper = StopCallback()
     lora = make_lora(config, [*callbacks, stopper], **sft)
     read_component(lora.base_model_name)
-    if config.overwrite:
-        encode_rows(lora.dataset, lora.tokenizer, config.max_length)
+    for rows in (lora.dataset, lora.eval_dataset):
+        if rows is not None:
+            encode_rows(rows, lora.tokenizer, config.max_length)
     folder = begin_run(config)
     stages = _train_until_stopped(lora, config, stopper)
     curves = training_curves(lora.log_history)

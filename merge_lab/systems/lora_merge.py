@@ -25,11 +25,12 @@ from merge_lab.adapters import (
 )
 from ..architecture import layer_of
 from ..chat import build_dataset, ChatCollator, hold_out
+from ..chat_templates import chat_tokenizer
 from ..checkpoints import component_names, load_tokenizer
 from ..config import check_choice, check_options, option
 from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
-from ..evaluation import load_tests, score_baselines, score_model
+from ..evaluation import encode_task, load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
 from ..lesson import method_of
 from ..loop_config import TrainConfig
@@ -61,6 +62,7 @@ class LoRAMergeConfig(TrainConfig):
     adapters: list[str] = option([], "Folders of the adapters or of their runs, at least two", group="Components")
     datasets: list[str] = option([], "Chat data of each adapter, in the same order", group="Components")
     num_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Components", aliases=("n_samples",))
+    chat_template: str = option("", "Chat template: one of trl's by name, a .jinja file, or a model that has it; empty: the base's own, or an adapter's", group="Components")
     max_length: int = option(1024, "Tokens of a row; longer ones are cut", low=8, high=131_072, log=True, group="Components")
     mode: str = option("vector_output", "Granularity of the masks", choices=MODES, group="Masks")
     share: str = option("module", "Which alphas are one and the same", choices=SHARES, group="Masks")
@@ -430,11 +432,13 @@ def run(
     set_seed(config.seed)
     check_merge_run(config)
     arguments = training_arguments(config, config.output_dir)
-    merger, tokenizer = AdapterMerger.from_config(config), load_tokenizer(base_path(config))
+    merger, tokenizer = AdapterMerger.from_config(config), chat_tokenizer(base_path(config), config.adapters, config.chat_template)
     datasets, tests = {str(path): config.num_samples for path in config.datasets}, rows_to_score(config)
     rows = adapter_rows(config, tokenizer)
     rows, held = hold_out(rows, datasets, tokenizer, config.held_out_rows, config.max_length, config.seed)
     held_out = HeldOut(held, ChatCollator(tokenizer), config.per_device_train_batch_size) if held else None
+    for task, some in tests.items():
+        encode_task(merger, tokenizer, task, some)
     merger.to(arguments.device)
     folder = begin_run(config)
     scores = [score_baselines(merger, tokenizer, tests)] if tests else []

@@ -1,0 +1,283 @@
+"""One reader: every shape of row, in every format of file, by every system that reads rows; and what is refused, with file and line."""
+
+import csv
+import json
+import logging
+
+import pandas as pd
+import pytest
+
+from merge_lab.calibration import calibration_split
+from merge_lab.chat import ChatCollator, build_dataset, encode_chat, load_mmlu, load_task, template_ids
+from merge_lab.chat_templates import chat_tokenizer
+from merge_lab.conversations import answer_of, chat_row, prompt_row
+from merge_lab.evaluation import load_tests, prompt_ids
+from merge_lab.sft_data import add_task_prefix, encode_rows, mix_tasks, prepare_dataset
+from merge_lab.systems.mask_merge import parse_datasets
+from merge_lab.teacher_dataset import DAMTopkConfig, encoded_rows, row_stamps
+from merge_lab.text_windows import read_documents
+from merge_lab.tinylm import tiny_tokenizer
+
+ASKED, SAID = "who saw it?", "the cat."
+TURNS = chat_row(ASKED, SAID)["messages"]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "cat"}}}
+LATE = {"type": "function", "function": {"name": "find", "arguments": {"in": "house", "deep": [1]}}}
+SHAPES = {
+    "messages": {"messages": TURNS},
+    "sharegpt": {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": SAID}]},
+    "alpaca": {"instruction": ASKED, "input": "", "output": SAID},
+    "alpaca hub": {"instruction": ASKED, "input": "", "output": SAID, "text": f"### {ASKED}\n### {SAID}"},
+    "prompt and completion": {"prompt": ASKED, "completion": SAID},
+    "messages of both": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "preference": {"prompt": ASKED, "chosen": SAID, "rejected": "no."},
+    "whole preference": {"prompt": ASKED, "chosen": TURNS, "rejected": TURNS[:1]},
+    "parts": {"messages": [{"role": t["role"], "content": [{"type": "text", "text": t["content"]}]} for t in TURNS]},
+    "with an id": {"id": 7, "source": "here", "question": ASKED, "answer": SAID, "day": "2024-05-01"},
+}
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+TOOL_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<tools>{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    "{{ m.content or '' }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def write(path, records, encoding="utf-8"):
+    "A file of records in the format that its ending says; what a table cannot hold is JSON in it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.suffix
+    if kind == ".parquet":
+        pd.DataFrame(records).to_parquet(path)
+    elif kind in (".csv", ".tsv"):
+        cells = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()} for record in records]
+        with open(path, "w", encoding=encoding, newline="") as file:
+            writer = csv.DictWriter(file, list(cells[0]), delimiter="\t" if kind == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(cells)
+    else:
+        text = json.dumps(records) if kind == ".json" else "".join(json.dumps(record) + "\n" for record in records)
+        path.write_text(text, encoding=encoding)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def read_by_every_system(path, tokenizer):
+    "Ids of the first row as each system learns them."
+    dam = DAMTopkConfig(dataset_names=[str(path)], split="train")
+    windows, _ = calibration_split(tokenizer, path, 1, 0)
+    return {
+        "mask-merge and lora-merge": build_dataset({str(path): None}, tokenizer)[0]["input_ids"],
+        "dam": encoded_rows(dam, 0, tokenizer)[0]["input_ids"],
+        "lora": encode_rows(prepare_dataset(str(path)), tokenizer)[0]["input_ids"],
+        "layer-merge": windows[0]["input_ids"],
+        "evaluation": encode_chat(tokenizer, load_tests([path], "train")[path.stem if path.suffix else path.name][0])["input_ids"]
+        if path.is_dir() else encode_chat(tokenizer, next(iter(load_tests([path], "train").values()))[0])["input_ids"],
+        "router": tokenizer(read_documents(str(path), "train", tokenizer)[0], add_special_tokens=False)["input_ids"],
+    }
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_in_every_format_is_the_same_row_to_every_system(tmp_path, tokenizer, shape, kind):
+    wanted = encode_chat(tokenizer, TURNS)["input_ids"]
+    for path in (write(tmp_path / f"rows.{kind}", [SHAPES[shape]] * 2), write(tmp_path / "task" / f"train.{kind}", [SHAPES[shape]] * 2).parent):
+        assert load_task(path) == [{"messages": TURNS}] * 2
+        for system, found in read_by_every_system(path, tokenizer).items():
+            assert found == wanted, system
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_plain_text_is_text_to_those_who_learn_text_and_refused_by_the_others(tmp_path, tokenizer, kind):
+    said = ["NA", "None", "2024-05-01", "the cat."]
+    path = write(tmp_path / f"rows.{kind}", [{"text": text} for text in said])
+    assert prepare_dataset(path)["text"] == said
+    assert read_documents(str(path), "train", tokenizer) == said
+    assert len(calibration_split(tokenizer, path, 9, 0)[0]) == 4
+    with pytest.raises(ValueError, match=r"rows\.\w+(:\d|, row 1): .*lora, layer-merge and the router"):
+        load_task(path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_system_input_and_tools_are_learned(tmp_path, tokenizer, kind):
+    record = {"system": "be brief.", "instruction": "who saw it?", "input": "the old house", "output": SAID}
+    rows = load_task(write(tmp_path / f"a.{kind}", [record]))
+    assert [m["role"] for m in rows[0]["messages"]] == ["system", "user", "assistant"]
+    assert "who saw it?" in rows[0]["messages"][1]["content"] and "the old house" in rows[0]["messages"][1]["content"]
+    talk = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "one cat."}, TURNS[1]]
+    path, tools = tmp_path / f"t.{kind}", [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    if kind == "parquet":
+        tools = json.dumps(tools)  # an object without keys is nothing that Parquet can hold
+    write(path, [{"messages": talk, "tools": tools}] * 2)
+    knows = tiny_tokenizer(chat_template=TOOL_TEMPLATE)
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    wanted = knows.apply_chat_template(talk, tools=tools, tokenize=True, return_dict=True)["input_ids"]
+    assert build_dataset({str(path): None}, knows)[0]["input_ids"] == wanted
+    assert encode_rows(prepare_dataset(path), knows)[0]["input_ids"] == wanted
+    asked = knows.apply_chat_template(talk[:3], tools=tools, tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert prompt_ids(knows, load_task(path)[0], "") == asked["input_ids"]
+    with pytest.raises(ValueError, match=r"t\.\w+.*no place for 'tools', 'tool_calls'"):
+        build_dataset({str(path): None}, tokenizer)
+
+
+def test_calls_that_come_late_and_differ_stay_what_they_were(tmp_path):
+    calls = [{"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]} for call in (CALL, LATE)]
+    rows = [{"messages": TURNS}] * 300 + calls
+    path = write(tmp_path / "late.jsonl", rows)
+    for rows in (load_task(path, None), [json.loads(row) for row in prepare_dataset(path)["conversation"]]):
+        assert [row["messages"][1]["tool_calls"] for row in rows[-2:]] == [[CALL], [LATE]]
+    mixed = mix_tasks({"a": prepare_dataset(path), "b": add_task_prefix(prepare_dataset(path), "x")}, prefix=False)
+    again = prepare_dataset(mixed)
+    assert len(again) == 604 and sum(LATE in row["messages"][1].get("tool_calls", []) for row in map(json.loads, again["conversation"])) == 2
+    assert str(path) in again[0]["where"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_encodings_of_files(tmp_path, encoding, kind):
+    assert load_task(write(tmp_path / f"a.{kind}", [SHAPES["alpaca"]], encoding)) == [{"messages": TURNS}]
+
+
+REFUSED = {
+    "an empty answer": ({"prompt": "q", "completion": " "}, "not empty"),
+    "an empty turn": ({"messages": [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": ""}]}, "assistant turn is empty"),
+    "null": ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "null"),
+    "a number": ({"messages": [TURNS[0], {"role": "assistant", "content": 7}]}, "int 7"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image", "path": "cat.png"}]}, TURNS[1]]}, "type 'image'"),
+    "no answer": ({"messages": TURNS[:1]}, "no assistant turn"),
+    "a speaker": ({"conversations": [{"from": "narrator", "value": "once."}, {"from": "gpt", "value": SAID}]}, "narrator"),
+    "system twice": ({"system": "a", "messages": [{"role": "system", "content": "b"}, *TURNS]}, "two system prompts"),
+    "another column": ({"messages": TURNS, "context": "the old house"}, "'context' would be lost"),
+    "images": ({"prompt": "q", "completion": "a", "images": ["cat.png"]}, "'images' would be lost"),
+    "a bad answer": ({"prompt": "q", "completion": "a", "label": False}, "label=false"),
+    "unlearned": ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}]}, "weight=0"),
+    "python": ({"messages": str(TURNS)}, "no JSON"),
+    "chosen alone": ({"chosen": "H: q A: a", "rejected": "no"}, "no 'prompt'"),
+    "no columns": ({"a": "b"}, r"got keys \['a'\]|expected one of 'messages', 'a'|'text'"),
+    "half a pair": ({"prompt": "\ud83d", "completion": "a"}, "surrogate"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("reader", [load_task, prepare_dataset], ids=["tasks", "lora"])
+def test_bad_rows_are_refused_with_file_and_line(tmp_path, what, reader):
+    record, message = REFUSED[what]
+    path = write(tmp_path / "bad.jsonl", [SHAPES["messages"], SHAPES["messages"], record])
+    with pytest.raises(ValueError, match=rf"bad\.jsonl:3: .*({message}|among conversations)"):
+        reader(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ('{"messages": [}\n', "a.jsonl", r"a\.jsonl:1: not JSON"),
+        ("question,answer\nq,a,b\n", "a.csv", r"a\.csv:2: 3 cells"),
+        ('question,answer\nq,"a\n', "a.csv", r"a\.csv:2: not CSV"),
+        ("question;answer\nq;a\n", "a.csv", r"a\.csv:2: .*question;answer"),
+        ("PAR1", "a.parquet", r"a\.parquet: not a Parquet file"),
+        ("", "a.json", r"a\.json: no rows"),
+        ("q", "a.xlsx", r"file type='\.xlsx'"),
+        ("question,answer\n", "a.csv", r"a\.csv: no rows"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, name, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_task(tmp_path / name)
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (STRICT, "no system role here"),
+        ("{{ messages[9].content }}", "UndefinedError"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "TypeError"),
+        ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError"),
+        (None, "no chat template"),
+    ],
+)
+def test_a_template_that_refuses_is_one_sentence_with_file_and_line(tmp_path, template, message):
+    path = write(tmp_path / "a.jsonl", [{"system": "be brief.", "question": ASKED, "answer": SAID}])
+    refuses = tiny_tokenizer(chat_template=template)
+    for encode in (
+        lambda: build_dataset({str(path): None}, refuses), lambda: encode_rows(prepare_dataset(path), refuses),
+        lambda: encode_rows(prepare_dataset(prepare_dataset(path)), refuses), lambda: calibration_split(refuses, path, 1, 0),
+        lambda: prompt_ids(refuses, load_task(path)[0], ""),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"a\.jsonl:1: .*{message}"):
+            encode()
+
+
+def test_a_tokenizer_without_end_or_pad(tmp_path):
+    path = write(tmp_path / "a.jsonl", [SHAPES["messages"]])
+    endless = tiny_tokenizer(chat_template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    endless.pad_token = None
+    assert encode_chat(endless, TURNS)["input_ids"][-1] == endless.eos_token_id == ChatCollator(endless).pad_id
+    endless.eos_token = None
+    assert ChatCollator(endless).pad_id == 0
+    for encode in (lambda: build_dataset({str(path): None}, endless), lambda: encode_rows(prepare_dataset(path), endless)):
+        with pytest.raises(ValueError, match=r"a\.jsonl:1: .*Set eos_token"):
+            encode()
+
+
+def test_a_template_is_lent_or_taken_by_name(tmp_path):
+    for name, template in (("plain", None), ("chat", tiny_tokenizer().chat_template)):
+        tiny_tokenizer(chat_template=template).save_pretrained(tmp_path / name)
+    lent = chat_tokenizer(tmp_path / "plain", [tmp_path / "nothing", tmp_path / "chat"])
+    assert encode_chat(lent, TURNS) == encode_chat(tiny_tokenizer(), TURNS)
+    by_name = chat_tokenizer(tmp_path / "plain", template="qwen3")
+    assert "<|im_start|>" in by_name.chat_template and template_ids(by_name, TURNS)
+    with pytest.raises(ValueError, match="chat_template='qwen33'"):
+        chat_tokenizer(tmp_path / "plain", template="qwen33")
+
+
+def test_columns_that_mean_nothing_are_named_once(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", [SHAPES["with an id"]] * 3)
+    with caplog.at_level(logging.INFO):
+        load_task(path)
+    assert [record.message for record in caplog.records] == [f"{path}: not read: 'day', 'id', 'source'"]
+
+
+def test_rows_that_are_cut_are_told(tmp_path, tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", [SHAPES["messages"], chat_row(ASKED, "the cat " * 9)])
+    build_dataset({str(path): None}, tokenizer, max_length=12)
+    assert "1 of 2 rows are longer than max_length=12 tokens and lose their end" in caplog.text
+
+
+def test_equals_signs_and_homes_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "lr=0.1" / "a.jsonl", [SHAPES["messages"]])
+    write(tmp_path / "run=3" / "train.csv", [SHAPES["alpaca"]])
+    assert parse_datasets([str(path), f"{path}=all"][:1]) == {str(path): None} and parse_datasets([f"{path}=1"]) == {str(path): 1}
+    assert parse_datasets([str(tmp_path / "run=3")]) == {str(tmp_path / "run=3"): None}
+    assert parse_datasets(["~/lr=0.1/a.jsonl"]) == {str(path): None}
+    for read in (load_task, prepare_dataset):
+        assert len(read("~/lr=0.1/a.jsonl")) == 1 and len(read("~/run=3")) == 1
+
+
+def test_a_dataset_is_known_by_its_files_in_any_format(tmp_path):
+    path = write(tmp_path / "t" / "train.parquet", [SHAPES["alpaca"]])
+    before = row_stamps(str(path.parent), "train")
+    write(path, [SHAPES["alpaca"]] * 2)
+    assert set(before) == {"train.parquet"} and row_stamps(str(path.parent), "train") != before
+
+
+@pytest.mark.parametrize("cells", ["q,a,b,c,d,", "q,a,b,c,d,BC", "q,a,b,c,d,4", "q,a,b,c,B", "q,a,,c,d,B", ",a,b,c,d,B"])
+def test_bad_questions_are_refused_with_file_and_line(tmp_path, cells):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "odd_test.csv").write_text(f'"two\nlines",a,b,c,d,A\n{cells}\n')
+    with pytest.raises(ValueError, match=r"odd_test\.csv:3: expected question"):
+        load_mmlu(tmp_path)
+
+
+def test_the_last_answer_is_what_is_asked_for():
+    row = {"messages": [*TURNS, *chat_row("when?", "one night.")["messages"]], "tools": [CALL]}
+    assert answer_of(row) == "one night." and prompt_row(row) == {"messages": row["messages"][:3], "tools": [CALL]}
