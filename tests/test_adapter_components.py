@@ -350,3 +350,45 @@ def test_changed_embeddings_belong_to_one_component(bases, tmp_path):
     assert_close(merger.component_forward(1, input_ids=IDS).logits, theirs(base, tmp_path / "tuned", IDS), rtol=1e-4, atol=1e-5)
     merger.save_merged(tmp_path / "merged")
     assert_close(load_model(tmp_path / "merged")(IDS).logits, merger(input_ids=IDS).logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"non_linearity": "tanh"}, {"use_base_model": True, "non_linearity": "sigmoid"}], ids=str)
+def test_dam_holds_adapters_as_factors(pair, tmp_path, options):
+    from merge_lab.systems.dam import DAMConfig, DAMMerger, merge
+
+    adapters, base = pair
+    merger = merge(DAMConfig(base_model_id=base, model_ids=adapters, output_path=str(tmp_path / "dam"), **options))
+    assert share_of(merger, base) < 1.3
+    for i, adapter in enumerate(adapters):
+        assert_close(merger.component_forward(i, input_ids=IDS).logits, theirs(base, adapter, IDS), rtol=1e-4, atol=1e-5)
+    stirred(merger, 0.05).save_pretrained(tmp_path / "dam")
+    again = DAMMerger.from_pretrained(tmp_path / "dam")
+    assert torch.equal(again(input_ids=IDS).logits, merger(input_ids=IDS).logits)
+    again.save_merged(tmp_path / "merged")
+    assert_close(load_model(tmp_path / "merged")(IDS).logits, merger(input_ids=IDS).logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_mask_merge_of_adapters_end_to_end(tmp_path):
+    "From two adapter folders to a checkpoint, and on from a stop to the same end."
+    from merge_lab.run_folder import bundled_path
+    from merge_lab.systems.mask_merge import MaskMergeConfig, run
+
+    base, tasks = str(bundled_path("models/base")), ["rewrite", "summarize"]
+    adapters = []
+    for seed, task in enumerate(tasks):
+        adapted = get_peft_model(load_model(base), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        torch.manual_seed(seed)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05)
+        adapted.save_pretrained(tmp_path / task)
+        adapters.append(str(tmp_path / task))
+    config = MaskMergeConfig(
+        model_paths=adapters, dataset_configs={str(bundled_path(f"tasks/{task}")): 24 for task in tasks}, max_steps=2, eval_samples=2,
+        held_out_rows=2, per_device_train_batch_size=4, device="cpu", dtype="float32", output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    result = run(config, progress=False)
+    assert result.merger.has_base and share_of(result.merger, base) < 1.3
+    assert "report.html" in result.written and (tmp_path / "run" / "merged" / "README.md").is_file()
+    exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged"), torch.arange(12)[None]
+    assert_close(exported(ids).logits, result.merger(input_ids=ids).logits.detach(), rtol=1e-4, atol=1e-4)
