@@ -234,7 +234,7 @@ def _read_adapter(component: ComponentFiles) -> str:  # what the table says of i
     check_adapter_fits(file, {name: shape for name, shape in shapes.items() if shape is not None})
     return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "")
 
-
+# %% ../nbs/08_components.ipynb #c8af8b9e
 def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles], list[str]]:
     "The row `files`, and what could be read, with its names."
     cells, files, read, errors = [], [], [], []
@@ -420,7 +420,7 @@ def has_adapters(paths: Iterable[str | Path]) -> bool:
     "Whether one of these components is an adapter."
     return any(is_adapter(find_folder(path)) for path in paths)
 
-
+# %% ../nbs/08_components.ipynb #75efc503
 def on_shared_bases(
     paths: Sequence[str | Path],  # components, of which some are adapters
     load: Callable[[str | Path], nn.Module],  # a whole model, from its folder or name
