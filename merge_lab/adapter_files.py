@@ -45,7 +45,7 @@ NOT_WEIGHTS = ("alora_invocation_tokens", "arrow_config")  # options with which 
 _PAIRS = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 _OTHERS = re.compile(r"\.(lora_|token_adapter|hada_|lokr_|ia3_|oft_|boft_|vera_)")
 
-
+# %% ../nbs/07_adapter_files.ipynb #9c1d6510
 @dataclass
 class AdapterFile:
     "What an adapter's files say, weights aside."
@@ -153,7 +153,7 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:  # name of a 
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
 
-
+# %% ../nbs/07_adapter_files.ipynb #2d2d4fba
 def put_parameters(
     model: nn.Module,
     tensors: Mapping[str, Tensor],  # by name of the parameter
@@ -192,7 +192,7 @@ def _delta(file: AdapterFile, module: nn.Module, name: str, tensors: Mapping[str
         return LowRank(b.t().contiguous(), a.t().contiguous(), scale)
     return LowRank(a, b, scale)
 
-
+# %% ../nbs/07_adapter_files.ipynb #f03be444
 def put_adapter(
     model: nn.Module,  # from `share_tensors`; changed in place
     file: AdapterFile,  # without a `reason`
@@ -258,7 +258,7 @@ def untie_adapted(adapted: "peft.PeftModel"):
             if parameter is not None and counts.get(id(parameter), 0) > 1:
                 base._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
-
+# %% ../nbs/07_adapter_files.ipynb #78c0c175
 @torch.no_grad()
 def merge_layers(adapted: "peft.PeftModel") -> nn.Module:  # the plain model
     "Merge each layer in fp32 and round it once to the dtype that it had. Needs room for one layer in fp32."

@@ -317,7 +317,7 @@ def check_only_deltas(base: nn.Module, folder: str | Path):
             "Give it to mask-merge as one of model_paths: there it belongs to this adapter alone."
         )
 
-
+# %% ../nbs/39_fine_tuning/03_adapters.ipynb #014bea85
 def read_adapters(
     base: nn.Module,  # a plain model; wrapped while reading, and given back
     folders: Sequence[str | Path],  # of adapters on this base

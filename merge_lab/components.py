@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .writer import save_plain
 from .adapter_files import check_adapter_fits, merge_into, put_adapter, read_adapter, share_tensors
-from .adapter_folders import adapter_folder, is_adapter, local_folder as _local_folder
+from .adapter_folders import is_adapter, local_folder as _local_folder, recorded_base
 from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
 from merge_lab.checkpoints import (  # noqa: F401
     COPY_AGAIN, ComponentFiles, config_value, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
@@ -252,7 +252,7 @@ def _read_adapter(component: ComponentFiles) -> str:  # what the table says of i
     check_adapter_fits(file, {name: shape for name, shape in shapes.items() if shape is not None})
     return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "")
 
-
+# %% ../nbs/08_components.ipynb #c8af8b9e
 def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles], list[str]]:
     "The row `files`, and what could be read, with its names."
     cells, files, read, errors = [], [], [], []
@@ -339,7 +339,10 @@ def check_components(paths: Sequence[str | Path]) -> pd.DataFrame:  # the report
 # %% ../nbs/08_components.ipynb #c66dee13
 def _recorded_bases(folder: Path) -> Iterator[str]:
     "Names of a base, in the places where tools write them."
-    for file in (adapter_folder(folder) / "adapter_config.json", folder.parent / "adapter_checkpoint" / "adapter_config.json"):
+    if is_adapter(folder):
+        yield recorded_base(folder)
+        return
+    for file in (folder / "adapter_config.json", folder.parent / "adapter_checkpoint" / "adapter_config.json"):
         if file.is_file():
             yield json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     recipe, card, config = folder / "mergekit_config.yml", folder / "README.md", folder / "config.json"
@@ -435,7 +438,7 @@ def has_adapters(paths: Iterable[str | Path]) -> bool:
     "Whether one of these components is an adapter."
     return any(is_adapter(find_folder(path)) for path in paths)
 
-
+# %% ../nbs/08_components.ipynb #75efc503
 def on_shared_bases(
     paths: Sequence[str | Path],  # components, of which some are adapters
     load: Callable[[str | Path], nn.Module],  # a whole model, from its folder or name

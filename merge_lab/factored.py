@@ -65,7 +65,7 @@ class _FactoredBlend(torch.autograd.Function):
             sums[i] += reduce_low_rank(gradient, delta, alphas[i]).to(sums[i].dtype)
         return None, None, *sums
 
-
+# %% ../nbs/11_factored.ipynb #2fdaca81
 def factored_blend(
     held: FactoredWeights,
     alphas: Sequence[Tensor],  # n coefficients: (), (columns,) or (rows, 1)
@@ -94,7 +94,7 @@ def factored_linear(
     deltas = _deltas_at(held, x.device)
     return add_low_rank(y, x, list(deltas.values()), [alphas[i] for i in deltas])
 
-
+# %% ../nbs/11_factored.ipynb #4141c692
 def component_linear(
     x: Tensor,  # (..., in_features)
     held: FactoredWeights,

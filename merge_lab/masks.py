@@ -497,11 +497,6 @@ class MaskedModule(ComponentModule):
         self.masks[name] = nn.Parameter(torch.zeros(len(weights), *shape, **like))
         self.set_alphas(name, even_alphas(len(weights), self.state.anchor))
 
-    @property
-    def sums_to_one(self) -> bool:
-        "Whether coefficients sum to 1 whatever the masks are."
-        return self.constrain_mode in OF_DELTAS
-
     def alphas(self, name: str = "weight") -> list[Tensor]:
         "The n coefficients of one masked parameter."
         angle = self._buffers.get(f"angle_{name}")
@@ -522,7 +517,7 @@ class MaskedModule(ComponentModule):
         weights, component = self.weights[name], self.state.component
         if component is None and name in self.masks:
             if isinstance(weights, FactoredWeights):
-                return factored_blend(weights, self.alphas(name), self.sums_to_one)
+                return factored_blend(weights, self.alphas(name), self.constrain_mode in OF_DELTAS)
             return blend([full(weight) for weight in weights], self.alphas(name))
         return bring(weights[self.fallback if component is None else component], self.state.device)
 
@@ -574,7 +569,7 @@ def _factored(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return _masked_linear(x, weights, alphas, None, self.state.impl, None)
 
     with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
-        return factored_linear(x, held, self.alphas("weight"), whole, bias, self.sums_to_one)
+        return factored_linear(x, held, self.alphas("weight"), whole, bias, self.constrain_mode in OF_DELTAS)
 
 # %% ../nbs/12_masks.ipynb #5d8a7fa4
 class MaskedEmbedding(MaskedModule):

@@ -409,7 +409,7 @@ BAD = {
     quantised: ("quantised", "before quantisation"),
     pickled: ("no pickle is loaded", "Convert the model to safetensors"),
     no_weights: ("holds no weights", "save_pretrained"),
-    adapter: ("holds an adapter", "merge_and_unload"),
+    adapter: ("does not name its base", "adapter_config.json"),
     cut_data: ("is truncated: its header promises", "again"),
     cut_header: ("the header of model.safetensors is cut off", "again"),
     cut_length: ("the header of model.safetensors is cut off", "again"),

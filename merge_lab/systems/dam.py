@@ -139,7 +139,7 @@ class DAMMerger(Merger):
     def from_config(cls, config: MergerConfig, use_base_model: bool = True) -> "DAMMerger":
         "Check, load and wrap the models of a config, the base last. Raises `IncompatibleComponents` with the reasons."
         check_components(config.model_paths)
-        models = list(load_components(config.model_paths, dtype=config.dtype))
+        models = list(load_components(config.model_paths, factors=True, dtype=config.dtype))
         return cls(models, config) if use_base_model else cls(models[:-1], config, models[-1])
 
 # %% ../../nbs/40_systems/02_dam.ipynb #e7b83508
