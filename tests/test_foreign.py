@@ -571,7 +571,7 @@ def test_snapshots_are_components_by_path(pair, tmp_path):
     for paths in (snapshots, folders):
         assert preflight(paths).ok.all()
         merger = Merger.from_config(MergerConfig([str(path) for path in paths]))
-        assert torch.equal(list(merger.leaves().values())[0].weights["weight"][1], load_model(pair[1]).model.embed_tokens.weight)
+        assert torch.equal(next(iter(merger.leaves().values())).weights["weight"][1], load_model(pair[1]).model.embed_tokens.weight)
 
 
 HUB = """
