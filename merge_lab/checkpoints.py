@@ -272,7 +272,7 @@ def read_gguf(
     plain = {"F32": torch.float32, "F16": torch.float16}.get(next(iter(types)), torch.bfloat16)
     return model.to(dtype or plain), tokenizer, types
 
-
+# %% ../nbs/03_checkpoints.ipynb #195de878
 def _gguf_types(file: Path) -> dict[str, int]:
     "Numbers of each type in the matrices of a GGUF, most first."
     try:
@@ -319,7 +319,7 @@ def gguf_of(path: str | Path, folder: Path) -> Path | None:
         raise UnreadableComponent(path, f"the folder holds {len(found)} GGUF files ({names}).", remedy)
     return found[0]
 
-
+# %% ../nbs/03_checkpoints.ipynb #d90479c8
 def plain_folder(
     path: str | Path,  # as given
     folder: Path,  # folder or file that it means
@@ -347,7 +347,7 @@ def _snapshot_of(folder: Path) -> Path:
     ref = folder / "refs" / "main"
     return folder / "snapshots" / ref.read_text(encoding="utf-8").strip() if folder.name.startswith("models--") and ref.is_file() else folder
 
-
+# %% ../nbs/03_checkpoints.ipynb #b7f0533d
 def find_folder(
     path: str | Path,  # folder or hub name ("organisation/model")
 ) -> Path:
@@ -560,7 +560,7 @@ def some_rows(
         starts = sorted({(shape[0] - min(size, shape[0])) * i // max(1, blocks - 1) for i in range(blocks)})
         return torch.cat([part[start : start + size] for start in starts])
 
-
+# %% ../nbs/03_checkpoints.ipynb #05a0c2f5
 def same_rows(folder: Path, first: str, other: str) -> bool:
     "Whether two tensors are equal, as far as some rows tell."
     rows = [some_rows(folder, name) for name in (first, other)]

@@ -242,7 +242,7 @@ def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles]
     row["remedy"] = " ".join(dict.fromkeys(error.remedy for _, error in errors))
     return row, files, read
 
-
+# %% ../nbs/08_components.ipynb #9bc1adf9
 def _check_paths(paths) -> list:
     if isinstance(paths, (str, Path)) or not isinstance(paths, Iterable):
         raise TypeError(f"paths={paths!r}: expected a list of folders or hub names, e.g. ['experts/a', 'experts/b'].")
@@ -434,7 +434,7 @@ def _padded(model: nn.Module, size: int = 0, tables: dict[str, Tensor] | None = 
         realign(model, torch.arange(size), {name: table[own - size :] for name, table in tables.items()})
     return model
 
-
+# %% ../nbs/08_components.ipynb #d1b4af81
 def load_components(
     paths: Iterable[str | Path],  # folders or hub names
     **options,  # of `load_model`: dtype, device_map, ...

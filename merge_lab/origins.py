@@ -84,7 +84,7 @@ def mergekit_remarks(files: ComponentFiles, others: Sequence[ComponentFiles]) ->
         told.append(f"its rows of padding were cut to the {tokens:,} tokens")
     return told
 
-
+# %% ../nbs/07_origins.ipynb #b18b8860
 def remarks(files: ComponentFiles, others: Sequence[ComponentFiles] = ()) -> list[str]:
     "What to know of a component's past."
     told = []

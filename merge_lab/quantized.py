@@ -32,7 +32,7 @@ def unpacked(
     whole = single.flatten(-2)[..., : words.shape[-1] * 32 // bits * bits]
     return (whole.unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
 
-
+# %% ../nbs/02_quantized.ipynb #7f423854
 def by_block(
     scale: Tensor,  # one number for each block, of as many dimensions as `shape`, or fewer at the front
     shape: tuple[int, int],
@@ -78,7 +78,7 @@ def _scaled(get: Get, base: str, section: Mapping) -> Tensor:
     name = "weight_scale_inv" if "weight_scale_inv" in section["held"] else "weight_scale"
     return weight * by_block(get(f"{base}.{name}"), tuple(weight.shape), section.get("weight_block_size"))
 
-
+# %% ../nbs/02_quantized.ipynb #2555644f
 def _packed(get: Get, base: str, section: Mapping) -> Tensor:
     "Weights of compressed-tensors' pack-quantized and nvfp4-pack-quantized."
     words, scale = get(f"{base}.weight_packed"), get(f"{base}.weight_scale").float()
@@ -100,7 +100,7 @@ def _packed(get: Get, base: str, section: Mapping) -> Tensor:
     zero = by_block(zero, (rows, columns)) if zero.ndim else zero
     return (weight - zero) * by_block(scale, (rows, columns))
 
-
+# %% ../nbs/02_quantized.ipynb #accedf8f
 def _mxfp4(get: Get, base: str, section: Mapping) -> Tensor:
     "Experts of gpt-oss."
     blocks, scales = get(f"{base}_blocks"), get(f"{base}_scales")

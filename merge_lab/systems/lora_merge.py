@@ -334,7 +334,7 @@ def _weighted(model, names: Sequence[str], method: str, weight: float):
         if isinstance(getattr(module, "scaling", None), dict) and "blend" in module.scaling:
             module.scaling["blend"] = 1.0  # each delta was scaled already
 
-
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #c70d104e
 def peft_baselines(
     base: str | Path,  # folder or hub name
     adapters: Sequence[str | Path],  # of one rank, except for 'average' and 'cat'
