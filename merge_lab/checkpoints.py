@@ -260,7 +260,7 @@ def read_gguf(
         with LOAD_LOCK:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             own = any((file.parent / name).exists() for name in ("tokenizer.json", *TOKENIZER_FILES))
-            tokenizer = load_tokenizer(file.parent) if own else AutoTokenizer.from_pretrained(**where)
+            tokenizer = _tokenizer_in(file.parent, file) if own else AutoTokenizer.from_pretrained(**where)
     except Exception as error:  # whatever a file of another architecture or a damaged one leads to
         raise UnreadableComponent(file, f"transformers cannot read this GGUF ({str(error).splitlines()[0]}).", PLAIN_REMEDY) from error
     for owner, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):  # else it counts as quantised and cannot be saved
@@ -478,9 +478,12 @@ def _follows(backend, written: dict) -> bool:
 
 def load_tokenizer(path: str | Path):  # folder or hub name
     "The component's transformers tokenizer, as its files say. Raises `UnreadableComponent` if there is none."
+    return _tokenizer_in(find_folder(path), path)
+
+
+def _tokenizer_in(folder: Path, path):
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = find_folder(path)
     try:
         with LOAD_LOCK:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
