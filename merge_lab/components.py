@@ -34,6 +34,7 @@ from merge_lab.checkpoints import (  # noqa: F401
     load_tokenizer, read_chat_template, read_component, read_config, read_header, read_headers, read_tokenizer,
 )
 from .config import check_choice
+from .origins import as_it_stands, check_finite, check_some_rows, disagreements, remarks, stored_dtype
 from .run_folder import check_disk_space, whole_folder
 from .vocabulary import POLICIES, donated_rows, realign, row_tables, shared_tokenizer, union_tokenizer, union_tokens, vocabulary_rows
 
@@ -261,6 +262,8 @@ def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles]
             component = read_component(path)
             _ = component.tokenizer, read_chat_template(component.folder)  # damaged ones show here
             said = _read_adapter(component)
+            if component.base is None:
+                check_some_rows(component)
         except UnreadableComponent as error:
             errors.append((name, error))
             cells.append("unreadable")
@@ -273,7 +276,7 @@ def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles]
     row["remedy"] = " ".join(dict.fromkeys(error.remedy for _, error in errors))
     return row, files, read
 
-
+# %% ../nbs/08_components.ipynb #9bc1adf9
 def _check_paths(paths) -> list:
     if isinstance(paths, (str, Path)) or not isinstance(paths, Iterable):
         raise TypeError(f"paths={paths!r}: expected a list of folders or hub names, e.g. ['experts/a', 'experts/b'].")
@@ -281,6 +284,13 @@ def _check_paths(paths) -> list:
     if len(paths) < 2:
         raise ValueError(f"paths={paths!r}: expected at least two components. Add the path of another model.")
     return paths
+
+# %% ../nbs/08_components.ipynb #b5f7086a
+def _told_row(property: str, names: Sequence[str], told: list[list[str]], remedy: str) -> dict:
+    "A row of remarks on single components: a note where there is one."
+    cells = [f"{len(own)} remark{'s' * (len(own) > 1)}" if own else "" for own in told]
+    said = " ".join(f"{name}: {text}." for name, own in zip(names, told) for text in own)
+    return dict(property=property, **dict(zip(names, cells)), ok=True, level="note" if said else "", obstacle=said, remedy=remedy if said else "")
 
 # %% ../nbs/08_components.ipynb #3856cf0c
 def _compare(files: list[ComponentFiles], names: list[str]) -> list[dict]:
@@ -296,6 +306,9 @@ def _compare(files: list[ComponentFiles], names: list[str]) -> list[dict]:
     others = [_other_settings(f) for f in files]
     rows.append(_row("other settings", names, others, EDIT_CONFIG, shown=[f"{len(o)} entries" for o in others]))
     rows += _tensor_rows(files, names) + _vocabulary_rows(files, names)
+    rows += [_told_row("file and config", names, [disagreements(f) for f in files], "Nothing to do where the file is right; dtype chooses another one for all.")]
+    past = [remarks(f, [other for other in files if other is not f]) for f in files]
+    rows += [_told_row("origin", names, past, "Make sure that this is what you want to merge.")]
     longest = [_settings(f, "max_position_embeddings") for f in files]
     return [*rows, _row("longest context", names, longest, "The first component's is exported.", "note")]
 
@@ -385,16 +398,19 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     dtype = as_dtype(dtype)
+    source = Path(path).expanduser()
     if not trust_remote_code:
-        below = read_component(path).base  # its errors say more than those of from_pretrained
-        if below is not None:
+        files = read_component(path)  # its errors say more than those of from_pretrained
+        if files.base is not None:
             options = dict(device_map=device_map, attn_implementation=attn_implementation)
-            return _merged_adapter(path, load_model(below, dtype, **options))
+            return _merged_adapter(path, load_model(files.base, dtype, **options))
+        dtype = stored_dtype(files) if dtype == "auto" else dtype
+        source = files.folder if any(files.folder.glob("*.safetensors")) else source  # else it is on the hub
     options = dict(device_map=device_map, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     options = {name: value for name, value in options.items() if value is not None}
-    with LOAD_LOCK:
+    with LOAD_LOCK, as_it_stands(source) as place:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(Path(path).expanduser()), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            str(place), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -402,6 +418,8 @@ def load_model(
         raise UnreadableComponent(path, obstacle, "Save the model again; random numbers would stand in for them.")
     if info["unexpected_keys"]:
         logger.warning("%s: %d tensors of the checkpoint are not used", path, len(info["unexpected_keys"]))
+    for name, tensor in model.named_parameters():
+        check_finite(path, name, tensor)
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/08_components.ipynb #ca7c0f67
@@ -419,9 +437,7 @@ def common_dtype(
     "The dtype that holds the weights of all components as they are stored. Says so in the log if it is not that of each."
     stored = {}
     for path in paths:
-        files = read_component(path)
-        sizes = {dtype: sum(h.n_bytes for h in files.headers.values() if h.dtype == dtype) for dtype in {h.dtype for h in files.headers.values()}}
-        stored[str(path)] = files.config.dtype or {"BF16": torch.bfloat16, "F16": torch.float16}.get(max(sizes, key=sizes.get), torch.float32)
+        stored[str(path)] = stored_dtype(read_component(path))
     common = functools.reduce(torch.promote_types, stored.values())
     if set(stored.values()) != {common}:
         told = ", ".join(f"{path} in {str(dtype).removeprefix('torch.')}" for path, dtype in stored.items())
@@ -483,7 +499,7 @@ def _padded(model: nn.Module, size: int = 0, tables: dict[str, Tensor] | None = 
         realign(model, torch.arange(size), {name: table[own - size :] for name, table in tables.items()})
     return model
 
-
+# %% ../nbs/08_components.ipynb #d1b4af81
 def load_components(
     paths: Iterable[str | Path],  # folders or hub names
     factors: bool = False,  # adapters of one base as models that share its tensors, for a `Merger`; else each is merged into its own

