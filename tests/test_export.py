@@ -306,11 +306,10 @@ def test_what_mergekit_cannot_say_is_refused_by_name():
     assert not Path("out").exists()
 
 
-def test_a_wrong_recipe_is_found_by_running_it(monkeypatch):
-    pytest.importorskip("mergekit")
+def test_a_result_of_mergekit_that_is_another_is_refused(monkeypatch):
     family()
     masks()
-    monkeypatch.setattr("merge_lab.mergekit_export.setting", lambda values: 0.4)
+    monkeypatch.setattr("merge_lab.mergekit_export.run_mergekit", lambda recipe, folder: rewritten("one", folder))
     with pytest.raises(ValueError, match="differ from ours by"):
         run(ExportConfig("masks", "mergekit", "out"))
     assert not Path("out").exists()
