@@ -124,7 +124,10 @@ def run_mergekit(
     folder: str | Path,  # gets the merged model
 ):
     "Merge by mergekit. Raises `ValueError` with its last line if it cannot."
-    python = sys.executable if importlib.util.find_spec("mergekit") else environment("mergekit", MERGEKIT)
+    try:
+        python = sys.executable if importlib.util.find_spec("mergekit") else environment("mergekit", MERGEKIT)
+    except RuntimeError as error:
+        raise ValueError(f"mergekit is not here to prove the recipe: {error}. Nothing was written.") from error
     done = subprocess.run([str(python), "-c", _RUN, str(recipe), str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
