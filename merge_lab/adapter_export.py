@@ -138,6 +138,15 @@ def _factored(source: Source, folder: Path, rank: int | None, base_model: str, t
     return [told + (f"; {len(left)} parameters that are no linears stay the base's" if left else "")], path, merged, rank is None
 
 # %% ../nbs/53_adapter_export.ipynb #156586d9
+def _copied(source: Source, folder: Path) -> list[str]:
+    "An adapter as it is, if it is one that a base can be merged with."
+    check_adapter(source.adapter)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(source.adapter / name, folder / name)
+    load_adapter(load_base(recorded_base(folder), "cpu", torch.float32), folder)
+    return ["the adapter as it was trained, read by peft on its base"]
+
+# %% ../nbs/53_adapter_export.ipynb #6f48b178
 def write_as_adapter(
     source: Source,
     folder: str | Path,  # gets the adapter
@@ -159,12 +168,3 @@ def write_as_adapter(
     if exact and found["largest"] > 0.05:
         raise ValueError(f"read by peft, log-probabilities differ by {found['largest']:.3g} nats. Nothing was written. Use --format hf.")
     return [*told, f"read by peft, {found['top_equal']:.1%} of top tokens are the same and log-probabilities differ by {found['largest']:.2g} nats at most"]
-
-
-def _copied(source: Source, folder: Path) -> list[str]:
-    "An adapter as it is, if it is one that a base can be merged with."
-    check_adapter(source.adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(source.adapter / name, folder / name)
-    load_adapter(load_base(recorded_base(folder), "cpu", torch.float32), folder)
-    return ["the adapter as it was trained, read by peft on its base"]

@@ -23,7 +23,7 @@ from .checkpoints import as_dtype, find_folder, load_tokenizer, read_component
 from .commands import find_object, kind_of, OTHER, SYSTEMS
 from .components import load_model, preflight
 from .config import read_yaml
-from .hub_folder import RECIPE_FILE, read_recipe, where_components_are
+from .hub_folder import hub_name, RECIPE_FILE, read_recipe, where_components_are
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .merger_config import held_paths
 from .run_folder import check_outside, is_run, write_json
@@ -126,12 +126,27 @@ def _of_folder(path: Path) -> dict:
     return dict(plain=path) if there["config.json"] else {}
 
 # %% ../nbs/51_exports.ipynb #281b1b78
+def _folder_of(path: str | Path) -> Path:
+    "A folder of this machine, or the files that say what a hub name is: those of masks where they are masks."
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if hub_name(path)[0] is not None:
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=[RECIPE_FILE, MASKS_FILE]))
+        except (HfHubHTTPError, OSError, ValueError):  # what is wrong with the name is said below
+            folder = Path()
+        if (folder / RECIPE_FILE).is_file():
+            return folder
+    return find_folder(path)
+
+
 def find_source(
     path: str | Path,  # a run, a folder, or a hub name
     components: Sequence[str] = (),  # where components are now, the base last
 ) -> Source:
     "What is there to export. Raises `FileNotFoundError` if it is nothing of the kind, and `UnreadableComponent` for a name that is not there."
-    folder = find_folder(path)
+    folder = _folder_of(path)
     found = _of_run(folder) if is_run(folder) else _of_folder(folder)
     if not Path(path).expanduser().is_dir() and "plain" in found:
         found["plain"] = Path(str(path))  # a hub name: its weights are fetched when they are read
@@ -204,7 +219,7 @@ def _same_words(before, after, what: str, dtype: torch.dtype) -> str:
         )
     return f"log-probabilities of {len(before)} tokens differ by {found['largest']:.2g} nats at most"
 
-
+# %% ../nbs/51_exports.ipynb #86880d22
 def _check_parents(merger: Merger, folder: Path) -> list[str]:
     "What preflight says of an export beside its parents. Raises `ValueError` if they could not be merged."
     paths = held_paths(merger.merger_config)
@@ -215,15 +230,13 @@ def _check_parents(merger: Merger, folder: Path) -> list[str]:
         raise ValueError(f"{folder} could not be merged with its own parents: {'; '.join(report[~report.ok].obstacle)} Nothing was written.")
     return ["it can be merged with its own parents"]
 
-# %% ../nbs/51_exports.ipynb #86880d22
+# %% ../nbs/51_exports.ipynb #41a213b5
 def _blended(source: Source, folder: Path, dtype: str, tokens: int) -> list[str]:
     "Write the merge that masks describe; sentences on what was proven."
     merger = load_merger(source, dtype)
     merger.save_merged(folder)
-    proven = []
-    if merger.merger_config.model_paths:
-        proven.append(f"{check_against_masks(merger, folder)} tensors are what the masks make of the components, bit for bit")
-    proven += _check_parents(merger, folder)
+    how = "bit for bit" if merger.merger_config.model_paths else "to one rounding"
+    proven = [f"{check_against_masks(merger, folder)} tensors are what the masks make of the components, {how}", *_check_parents(merger, folder)]
     words, stored = words_for(folder, merger, tokens), merger.config.dtype
     said = told_of(merger, words)
     del merger
@@ -238,7 +251,7 @@ def _adapted(source: Source, folder: Path, dtype: str, tokens: int) -> list[str]
     told = f"logits of base and adapter and of the merged model differ by {report['max_logit_difference']:.2g} at most, of {report['max_logit']:.3g}"
     return [told, _same_words(told_of(model, words), told_of(read_whole(folder, model.dtype), words), str(folder), model.dtype)]
 
-# %% ../nbs/51_exports.ipynb #70f74f7f
+# %% ../nbs/51_exports.ipynb #a2f99a20
 def _check_range(model: torch.nn.Module, path: str | Path, dtype: str):
     "Raise `ValueError` if a weight is not finite."
     for name, tensor in model.state_dict().items():
@@ -265,7 +278,7 @@ def rewritten(
     ids = words_for(folder, model, tokens)
     return [f"{len(same)} tensors were read back bit for bit", _same_words(told_of(model, ids), told_of(again, ids), str(folder), model.dtype)]
 
-# %% ../nbs/51_exports.ipynb #a2f99a20
+# %% ../nbs/51_exports.ipynb #03dbcf0e
 def write_plain(
     source: Source,
     folder: str | Path,  # gets the checkpoint

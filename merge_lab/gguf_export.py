@@ -71,7 +71,15 @@ def write_gguf(
         kind = KIND_OF[_stored(plain) if dtype == "auto" else dtype]
         file = _converted(plain, folder / f"{plain.name}-{kind}.gguf", kind)
         words = words_for(plain, model, tokens)
-        return [*proven, check_kind(kind, compare_readings(told_of(model, words), told_by("gguf", file, words), READERS["gguf"].tolerance))]
+        return [*proven, check_kind(kind, compare_readings(told_of(model, words), _told_there(file, words), READERS["gguf"].tolerance))]
+
+
+def _told_there(file: Path, words: list[int]):  # as `told`
+    "What llama.cpp makes of a file, or a sentence on why it reads none."
+    try:
+        return told_by("gguf", file, words)
+    except RuntimeError as error:
+        raise ValueError(f"{file.name} was converted, and llama.cpp cannot read it: {error}. Nothing was written. {WITHOUT_TOKENIZER}") from error
 
 
 def _stored(folder: Path) -> str:

@@ -30,7 +30,7 @@ def hub_name(path: str | Path) -> tuple[str | None, str | None]:  # name, revisi
     snapshot = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]([0-9a-f]{7,})", str(Path(path).resolve()))
     if snapshot:
         return snapshot[1].replace("--", "/"), snapshot[2]
-    is_name = not Path(path).expanduser().exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path))
+    is_name = not Path(path).expanduser().exists() and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", str(path))
     return (str(path) if is_name else None), None
 
 # %% ../nbs/50_hub_folder.ipynb #3f9f07c3
@@ -66,7 +66,7 @@ def named_places(
     paths, base = _paths(values)
     return [*paths, *([base] if base else [])]
 
-
+# %% ../nbs/50_hub_folder.ipynb #804b2a6e
 def recipe_of(
     values: dict,  # options of masks, with paths that exist
     system: str,  # key of SYSTEMS; empty: not known
@@ -81,7 +81,7 @@ def recipe_of(
     recipe["options"] = {name: value for name, value in values.items() if name in _KEPT}
     return recipe | ({"dam": {"use_base_model": dam["use_base_model"], "model_ids": None}} if dam else {})
 
-# %% ../nbs/50_hub_folder.ipynb #804b2a6e
+# %% ../nbs/50_hub_folder.ipynb #ddae834a
 def read_recipe(
     folder: str | Path,  # with recipe.yaml and masks.safetensors
 ) -> dict:
@@ -109,7 +109,7 @@ def write_recipe(
     write_text(folder / "README.md", card)
     shutil.copy(Path(masks) / MASKS_FILE, folder / MASKS_FILE)
 
-# %% ../nbs/50_hub_folder.ipynb #0545f192
+# %% ../nbs/50_hub_folder.ipynb #1032e44e
 def where_components_are(
     folder: str | Path,  # with a recipe
     given: Sequence[str] = (),  # where they are now, the base last; none: on the hub, or in its cache

@@ -51,7 +51,7 @@ def model_places(merger: Merger) -> list[str]:
     paths, base = held_paths(merger.merger_config), getattr(merger, "base_path", None)
     return paths if base is None or base in paths else [*paths, base]
 
-
+# %% ../nbs/52_mergekit_export.ipynb #4aa969a8
 @torch.no_grad()
 def scalar_alphas(
     merger: Merger,
@@ -69,7 +69,7 @@ def scalar_alphas(
         raise ValueError(f"{left[0]} is stored together with other tensors, so that no YAML of mergekit can name it. {REFUSED}")
     return found
 
-# %% ../nbs/52_mergekit_export.ipynb #f55499b7
+# %% ../nbs/52_mergekit_export.ipynb #da506176
 def check_in_all(
     names,  # of tensors of the merge
     paths: list[str],  # models
@@ -79,7 +79,7 @@ def check_in_all(
         if missing := sorted(set(names) - set(read_headers(find_folder(path)))):
             raise ValueError(f"{path} holds no {missing[0]}, which the merge does, so mergekit cannot blend it ({len(missing)} tensors in all). {REFUSED}")
 
-# %% ../nbs/52_mergekit_export.ipynb #dc4081c3
+# %% ../nbs/52_mergekit_export.ipynb #e67d1819
 def setting(
     values: dict[str, float],  # by name of a tensor
 ) -> float | list[dict]:
@@ -90,7 +90,7 @@ def setting(
     rows = [{"filter": name, "value": values[name]} for name in sorted([*rare, *caught], key=len, reverse=True)]
     return [*rows, {"value": common}] if rows else common
 
-# %% ../nbs/52_mergekit_export.ipynb #74a74e04
+# %% ../nbs/52_mergekit_export.ipynb #d7d697ec
 def as_yaml(
     merger: Merger,
     dtype: torch.dtype,  # of the result
@@ -107,7 +107,7 @@ def as_yaml(
     how = {"merge_method": "linear"} if base is None else {"merge_method": "task_arithmetic", "base_model": named[base]}
     return {**how, "models": models, "parameters": {"normalize": False}, "dtype": "float32", "out_dtype": str(dtype).removeprefix("torch.")}
 
-# %% ../nbs/52_mergekit_export.ipynb #02a36555
+# %% ../nbs/52_mergekit_export.ipynb #38aa458e
 MERGEKIT = ("mergekit==0.1.5",)
 _RUN = """
 import sys, yaml
@@ -124,13 +124,16 @@ def run_mergekit(
     folder: str | Path,  # gets the merged model
 ):
     "Merge by mergekit. Raises `ValueError` with its last line if it cannot."
-    python = sys.executable if importlib.util.find_spec("mergekit") else environment("mergekit", MERGEKIT)
+    try:
+        python = sys.executable if importlib.util.find_spec("mergekit") else environment("mergekit", MERGEKIT)
+    except RuntimeError as error:
+        raise ValueError(f"mergekit is not here to prove the recipe: {error}. Nothing was written.") from error
     done = subprocess.run([str(python), "-c", _RUN, str(recipe), str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
         raise ValueError(f"mergekit cannot merge this: {last}. {REFUSED} Nothing was written.")
 
-# %% ../nbs/52_mergekit_export.ipynb #6d9b81cc
+# %% ../nbs/52_mergekit_export.ipynb #8c78b61c
 def _apart(ours: Tensor, theirs: Tensor) -> float:
     "Largest difference of two tensors, in units of what is allowed: 1e-6 of the size in float32, else one rounding."
     size = ours.abs().float().clamp(min=1.0 if ours.dtype == torch.float32 else torch.finfo(ours.dtype).tiny)
@@ -155,7 +158,7 @@ def compare_tensors(
         worst = max(worst, _apart(first, second))
     return len(here), worst
 
-# %% ../nbs/52_mergekit_export.ipynb #da355180
+# %% ../nbs/52_mergekit_export.ipynb #54088faf
 def write_mergekit(
     source: Source,  # that is blended
     folder: str | Path,  # gets mergekit_config.yml

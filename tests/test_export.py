@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -30,7 +30,7 @@ from merge_lab.systems.dam import DAMConfig, merge
 from merge_lab.systems.lora_merge import AdapterMerger, LoRAMergeConfig
 from merge_lab.systems.mask_merge import MaskMergeConfig
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.verify import environment, GGUF_PACKAGES, stored_in
+from merge_lab.verify import check_against_masks, environment, GGUF_PACKAGES, stored_in
 from merge_lab.writer import save_plain
 
 EXPERTS = ("one", "two")
@@ -306,11 +306,10 @@ def test_what_mergekit_cannot_say_is_refused_by_name():
     assert not Path("out").exists()
 
 
-def test_a_wrong_recipe_is_found_by_running_it(monkeypatch):
-    pytest.importorskip("mergekit")
+def test_a_result_of_mergekit_that_is_another_is_refused(monkeypatch):
     family()
     masks()
-    monkeypatch.setattr("merge_lab.mergekit_export.setting", lambda values: 0.4)
+    monkeypatch.setattr("merge_lab.mergekit_export.run_mergekit", lambda recipe, folder: rewritten("one", folder))
     with pytest.raises(ValueError, match="differ from ours by"):
         run(ExportConfig("masks", "mergekit", "out"))
     assert not Path("out").exists()
@@ -390,6 +389,24 @@ def test_the_error_that_is_told_is_the_error():
     assert told == pytest.approx((left / whole) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_blend_of_adapters_and_a_single_one_become_plain_models(dtype):
+    adapters(dtype)
+    merger = AdapterMerger.from_config(LoRAMergeConfig(base_model="base", adapters=["a", "b"], device="cpu"))
+    merger.save_pretrained("masks")
+    assert "what the masks make" in run(ExportConfig("masks", output_dir="blend")).proven[0]
+    changed = tensors_of("blend")
+    changed["model.norm.weight"] += 0.1
+    save_file(changed, "blend/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.norm.weight is not what the masks make"):
+        check_against_masks(merger, "blend")
+    run(ExportConfig("a", output_dir="single"))
+    one = tensors_of("one")
+    assert all(torch.equal(tensor, one[name]) for name, tensor in tensors_of("single").items())
+    run(ExportConfig("a", "adapter", "copy"))
+    assert tensors_of("copy").keys() == tensors_of("a").keys()
+
+
 # ---- masks on a hub ----
 
 
@@ -428,6 +445,8 @@ def test_masks_travel_without_their_components(monkeypatch):
     with pytest.raises(FileNotFoundError, match="--components PATH/OF/one PATH/OF/two PATH/OF/base"):
         run(ExportConfig("got", output_dir="out"))
     run(ExportConfig("got", output_dir="out", components=["other-one", "other-two", "other-base"]))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: "got" if name == "me/mine" else None)
+    assert find_source("me/mine").recipe == Path("got")
     assert all(torch.equal(tensor, tensors_of("out")[name]) for name, tensor in merger.merged_state_dict().items())
     with pytest.raises(ValueError, match="other weights than the one"):
         run(ExportConfig("got", output_dir="wrong", components=["other-two", "other-one", "other-base"]))

@@ -9,6 +9,7 @@ __all__ = ['logger', 'SHARES', 'BASELINES', 'WHY', 'LoRAMergeConfig', 'base_path
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
+import functools
 import json
 import logging
 import tempfile
@@ -36,7 +37,7 @@ from ..lesson import method_of
 from ..loop_config import TrainConfig
 from ..losses import LOSSES
 from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, MergeState, MODES
-from ..merger import CONFIG_FILE, MASKS_FILE, Merger
+from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
 from ..merger_config import MergerConfig
 from merge_lab.run_folder import (
     begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
@@ -263,6 +264,32 @@ def _load_masked(cls, folder: str | Path) -> AdapterMerger:
     merger = cls.from_config(LoRAMergeConfig(**json.loads(file.read_text(encoding="utf-8"))))
     merger.load_masks(folder)
     return merger
+
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #76d7ba46
+def _in_force(leaf: AdapterLinear) -> Tensor:
+    "The blend's weight."
+    with leaf.state.as_component(None):
+        return leaf.tensor("weight")
+
+
+@method_of(AdapterMerger, "merged_tensors")
+def _makers(self: AdapterMerger) -> Iterator[tuple[str, functools.partial]]:
+    "Name and maker of each tensor of the merged checkpoint; tied tensors once."
+    found = {plain_name(name): functools.partial(torch.clone, t) for name, t in self.model.state_dict().items() if ".weights." not in name and ".masks." not in name}
+    held = {maker.args[0].data_ptr() for maker in found.values()}
+    for name, leaf in self.leaves().items():
+        if isinstance(leaf, AdapterLinear):
+            found[f"{name}.weight"] = functools.partial(_in_force, leaf)
+        elif (head := leaf.weights["weight"][0].detach()).data_ptr() not in held:
+            found[f"{name}.weight"] = functools.partial(torch.clone, head)
+    yield from found.items()
+
+
+@method_of(AdapterMerger, "merged_shapes")
+def _shapes(self: AdapterMerger) -> dict[str, Tensor]:  # on the device meta
+    "Names, shapes and dtypes of the merged checkpoint."
+    sources = {name: getattr(maker.args[0], "template", maker.args[0]) for name, maker in self.merged_tensors()}
+    return {name: (source.weight if isinstance(source, nn.Module) else source).to("meta") for name, source in sources.items()}
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #51a11001
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
