@@ -172,7 +172,8 @@ def _still_falling(curves: pd.DataFrame) -> bool:
     what was spent of it. Under ten steps: False.
 
     Validation loss is asked where it was taken three times, since the same rows are asked each time. Training loss is noisy: an
-    entry is worth the steps that it is the mean of, and the fall must be 2.5 times its standard error."""
+    entry is worth the steps that it is the mean of, the fall must be 2.5 times its standard error, and what may
+    have fallen late, within one standard error, counts as fallen: more steps that were not needed cost less than a run that was thought done."""
     validated = "eval_loss" in curves and curves.eval_loss.count() >= 3
     losses = curves.get("eval_loss" if validated else "loss", pd.Series(dtype=float)).dropna()
     if curves.index.max() < 10 or len(losses) < (3 if validated else 4):
@@ -182,8 +183,9 @@ def _still_falling(curves: pd.DataFrame) -> bool:
     late = at > at.iloc[0] + (at.iloc[-1] - at.iloc[0]) / 3
     if late.sum() < 2 or not at[late].max() > at[late].min():
         return False
-    (fall, whole, error), (fell, scatter, _) = _line(losses, at, weight), _line(losses[late], at[late], weight[late])
+    (fall, whole, error), (fell, scatter, doubt) = _line(losses, at, weight), _line(losses[late], at[late], weight[late])
     clear = validated or fall > 2.5 * error * min(scatter, whole)
+    fell += 0 if validated else doubt * scatter
     lowest = not validated or losses.iloc[-1] <= 1.01 * losses.min()
     return bool(clear and lowest and fell > max(fall / 3, 0.05 * losses.iloc[-1]))
 

@@ -21,19 +21,20 @@ LONG = ["test_dam", "test_mask_merge", "test_widgets", "test_browser", "test_dis
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "slow: takes minutes; runs with -m slow")
+    config.addinivalue_line("markers", "slow: takes minutes; only with -m slow")
 
 
 def pytest_collection_modifyitems(config, items):
     order = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
     skip = pytest.mark.skip(reason="no CUDA device is visible")
-    later = pytest.mark.skip(reason="slow; ask for it with -m slow")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(skip)
-        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
-            item.add_marker(later)
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -47,10 +47,10 @@ def test_a_run_is_short_by_what_it_learned_and_not_by_how_its_rate_went(schedule
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_noisy_losses_still_tell(schedule):
-    "A tenth of the loss at the end, as rows of French gave in batches of 80."
+    "A run that was cut is told so also where the noise is a tenth of the loss, as rows of French gave in batches of 80."
     short = sum("too short" in faults(log_of_run(1, schedule, 0.15, seed)) for seed in range(20))
-    done = sum("too short" in faults(log_of_run(10, schedule, 0.15, seed)) for seed in range(20))
-    assert short >= 16 and done <= 4, (short, done)
+    done = sum("too short" in faults(log_of_run(10, schedule, 0.05, seed)) for seed in range(20))
+    assert short >= 18 and done <= 1, (short, done)
 
 
 def test_each_fault_by_its_name():

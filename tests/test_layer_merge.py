@@ -848,15 +848,18 @@ def same_run(one: Path, other: Path):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path):
-    "kill -9 while it learns, twice while it learns further, and while it heals."
+FOUR_KILLS = [("history.jsonl", 1, 6), ("history.jsonl", 4, 14), ("history.jsonl", 12, 22), ("healing.jsonl", 2, 7)]  # file, first step, last
+TEN_KILLS = [*(("history.jsonl", 3 * k + 1, 3 * k + 4) for k in range(7)), *(("healing.jsonl", 2 * k + 1, 2 * k + 3) for k in range(3))]
+
+
+@pytest.mark.parametrize("kills", [FOUR_KILLS, pytest.param(TEN_KILLS, marks=pytest.mark.slow)], ids=["4", "10"])
+def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path, kills):
+    "kill -9 while it learns, again while it learns further, and while it heals."
     options = dataclasses.asdict(run_config(tmp_path))
-    options |= dict(num_steps=24, save_steps=3, eval_steps=4, learning_rate=0.05)
-    options |= dict(batch_size=2, loss="kl", heal_steps=9, patience=None)
+    options |= dict(max_steps=24, save_steps=3, eval_steps=4, learning_rate=0.05)
+    options |= dict(per_device_train_batch_size=2, loss_func_name="kl", heal_steps=9, patience=None)
     for name in ("output_dir", "resume"):
         options.pop(name)
-    learning, healing = "history.jsonl", "healing.jsonl"
-    kills = [(learning, 1, 6), (learning, 4, 14), (learning, 12, 22), (healing, 2, 7)]
     words = [sys.executable, "-c", KILLED_RUNS, repr(options), repr(kills)]
     done = subprocess.run(
         words, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -344,7 +344,8 @@ def lines_of(file):
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, monkeypatch, kills):
     "kill -9 while costs are measured and at random steps, with dropout, a curriculum and a budget."
     chance, forks = random.Random(4), multiprocessing.get_context("forkserver")  # imports once; no thread of this process is copied
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -358,7 +359,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, monk
     assert whole.exitcode == 0
     steps = lines_of(tmp_path / "whole/history.jsonl")
     history, costs = tmp_path / "cut/history.jsonl", tmp_path / "cut/measured/costs.safetensors"
-    ends = sorted(chance.sample(range(4, steps - 4), 3))
+    ends = sorted(chance.sample(range(4, steps - 4), kills))
     for kill, end in enumerate([0, *ends]):
         process, deadline = run_in(forks, dataclasses.replace(config, resume=kill > 0)), time.monotonic() + 120
         while time.monotonic() < deadline and not (lines_of(history) >= end if end else costs.exists()):
