@@ -105,12 +105,19 @@ def check_type(name: str, value, hint):
         raise ValueError(f"{name}={value!r}: {expected}.{remedy}") from None
 
 # %% ../nbs/00_config.ipynb #0e8c4873
+def _at_home(value):
+    "What begins with ~/ is a path in the user's home, which only a shell would know in some places (`--output_dir=~/runs`, YAML, Python)."
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith(("~/", "~\\")) else value
+    return [_at_home(one) for one in value] if isinstance(value, list) else value
+
+
 def check_options(config):  # a dataclass instance whose fields were made by `option`
     "Check type, choices and range of every field. Raises `ValueError` that names the field."
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         if field.init:
-            setattr(config, field.name, check_type(field.name, getattr(config, field.name), hints[field.name]))
+            setattr(config, field.name, _at_home(check_type(field.name, getattr(config, field.name), hints[field.name])))
         _check_value(field, getattr(config, field.name))
 
 
