@@ -404,11 +404,32 @@ def _held(modules: Sequence[nn.Module], name: str) -> nn.ParameterList:
     return FactoredWeights(list(whole), deltas) if any(delta is not None for delta in deltas) else whole
 
 # %% ../nbs/12_masks.ipynb #7825af32
+@contextmanager
+def _lent_parameters(leaf: nn.Module, template: nn.Module):
+    "Inside the block the template has the parameters that are in force."
+    vars(template).update({name: leaf.tensor(name) for name in leaf.parameter_names})
+    try:
+        yield
+    finally:
+        for name in leaf.parameter_names:
+            vars(template).pop(name, None)
+
+
 def _read_as(leaf: nn.Module, template: nn.Module, name: str):
-    "An attribute of the template; methods and properties see the leaf's parameters, for the template has none."
+    "An attribute of the template; its methods and properties see the parameters in force, for it has none."
     member = inspect.getattr_static(type(template), name, None)
-    own = isinstance(member, (property, FunctionType)) and name not in vars(template)
-    return member.__get__(leaf, type(leaf)) if own else getattr(template, name)
+    if isinstance(member, property):
+        with _lent_parameters(leaf, template):
+            return getattr(template, name)
+    if not isinstance(member, FunctionType) or name in vars(template):
+        return getattr(template, name)
+
+    @functools.wraps(member)
+    def method(*args, **kwargs):
+        with _lent_parameters(leaf, template):
+            return member(template, *args, **kwargs)
+
+    return method
 
 # %% ../nbs/12_masks.ipynb #7cd03ff5
 class ComponentModule(nn.Module):

@@ -65,7 +65,7 @@ MORE = {  # what a family needs beside, to be small or whole
     "hunyuan_v1_dense": dict(head_dim=8),
     "hunyuan_v1_moe": dict(head_dim=8),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
-    "longcat_flash": dict(expert_ffn_hidden_size=24, head_dim=4),
+    "longcat_flash": dict(expert_ffn_hidden_size=24, head_dim=4, zero_expert_num=1),
     "mamba2": dict(num_heads=8),
     "ministral": dict(head_dim=8),
     "nemotron": dict(num_key_value_heads=2),
@@ -73,6 +73,7 @@ MORE = {  # what a family needs beside, to be small or whole
     "roc_bert": dict(pronunciation_vocab_size=32, shape_vocab_size=32),
     "xlm": dict(emb_dim=32, n_words=96),
     "xmod": dict(default_language="en_XX"),
+    "youtu": dict(pad_token_id=None),
     "zamba": dict(layers_block_type=["mamba", "hybrid", "hybrid"], num_hidden_layers=3),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"]),
     "zaya": dict(num_experts_per_tok=1),
@@ -200,6 +201,11 @@ REFUSED = {  # what preflight says, for a reason that transformers gives
     "emu3": "not a causal language model",
     "mllama": "not a causal language model",
 }
+BROKEN = {  # what is known to be wrong
+    "cpmant": "its embedding has more rows than its head, and the export says of itself that they are not tied",
+    "recurrent_gemma": "it keeps the states of the last batch in its modules, so a teacher of fewer rows stumbles",
+    "roc_bert": "it adds to a linear's output in place, which the fused blend does not allow",
+}
 LEFT_OUT = {  # none is made here, and why
     "blt": "its tables of hashed bytes are large whatever its widths are",
     "cohere_compass_text": "transformers makes none from its config's defaults",
@@ -224,14 +230,20 @@ LEFT_OUT = {  # none is made here, and why
 }
 IDLE = {  # parameters without a gradient, by a part of the name
     "expert_bias|e_score_correction_bias": "chooses experts by rank, and no rank has a slope",
-    "vision|image|audio|multi_modal": "of a part that reads pictures or sounds, and rows of text have none",
+    "indexer|compressor": "chooses by rank what is attended to, or begins with longer texts",
+    "encoder_attn|cross_attn": "reads an encoder that is not there",
+    "embed_positions": "waves of fixed lengths, looked up without a gradient",
+    "pooler|mask_emb|seg_embed|r_s_bias": "of another task than the next token",
+    "z_L_init": "begins a loop whose first rounds have no gradient",
+    "vision|visual|image|audio|multi_modal": "of a part that reads pictures or sounds, and rows of text have none",
 }
 
 
 def matrix():
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         if kind not in LEFT_OUT:
-            yield pytest.param(kind, marks=[] if kind in BY_DEFAULT else pytest.mark.slow)
+            wrong = [pytest.mark.xfail(reason=BROKEN[kind], strict=True)] if kind in BROKEN else []
+            yield pytest.param(kind, marks=wrong if kind in BY_DEFAULT else [*wrong, pytest.mark.slow])
 
 
 EXPORTS = {}  # type -> folder of the merged model, and what it says of IDS
