@@ -126,7 +126,7 @@ def check_pattern(pattern: str):
 class MergerConfig:
     "How components become one model."
 
-    model_paths: list[str] = option([], "Components, in order: folders or hub names, at least two", group="Components")
+    model_paths: list[str] = option([], "Components, in order: folders or hub names of models, or of adapters on a model that is here; at least two", group="Components")
     mode: str = option("vector_input", "Granularity of the masks", choices=MODES, group="Masks")
     constrain_mode: str = option("delta", "How a mask becomes an alpha", choices=CONSTRAINTS, group="Masks")
     impl: str = option("fused", "How a masked linear is computed", choices=IMPLS, group="Memory", resumable=True)
