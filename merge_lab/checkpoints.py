@@ -548,13 +548,17 @@ def some_rows(
     folder: Path,
     name: str,  # of a tensor
     blocks: int = 4,  # of a few rows each, evenly over the tensor
-) -> torch.Tensor | None:  # None: no file of it is here
+) -> torch.Tensor | None:  # None: no file of it is here, or it cannot be mapped
     "Rows of a stored tensor, here and there: some thousand numbers, whatever its size."
     from safetensors import safe_open
 
     if (file := _file_of(folder, name)) is None:
         return None
-    with safe_open(file, "pt") as opened:
+    try:
+        opened = safe_open(file, "pt")
+    except RuntimeError:  # the system maps no file of that size
+        return None
+    with opened:
         part = opened.get_slice(name)
         shape = part.get_shape()
         if not shape or 0 in shape:
