@@ -398,12 +398,12 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     dtype = as_dtype(dtype)
+    files = None if trust_remote_code else read_component(path)  # its errors say more than those of from_pretrained
     source = Path(path).expanduser()
-    if not trust_remote_code:
-        files = read_component(path)  # its errors say more than those of from_pretrained
-        if files.base is not None:
-            options = dict(device_map=device_map, attn_implementation=attn_implementation)
-            return _merged_adapter(path, load_model(files.base, dtype, **options))
+    if files is not None and files.base is not None:
+        options = dict(device_map=device_map, attn_implementation=attn_implementation)
+        return _merged_adapter(path, load_model(files.base, dtype, **options))
+    if files is not None:
         dtype = stored_dtype(files) if dtype == "auto" else dtype
         source = files.folder if any(files.folder.glob("*.safetensors")) else source  # else it is on the hub
     options = dict(device_map=device_map, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
