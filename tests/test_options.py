@@ -65,7 +65,7 @@ def sample(cls: type, name: str):
 
 
 def words(alias: str, value) -> list[str]:
-    return [f"--{alias}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return [f"--{alias}", *(map(str, value) if isinstance(value, list) else ["none" if value is None else str(value)])]
 
 
 @pytest.mark.parametrize("name, given", ALIASED)
