@@ -419,7 +419,7 @@ def load_model(
     if info["unexpected_keys"]:
         logger.warning("%s: %d tensors of the checkpoint are not used", path, len(info["unexpected_keys"]))
     for name, tensor in model.named_parameters():
-        check_finite(path, name, tensor)
+        check_finite(path, name, tensor, f"the checkpoint, held in {str(tensor.dtype).removeprefix('torch.')},")
     return model.eval().requires_grad_(False)
 
 # %% ../nbs/08_components.ipynb #ca7c0f67

@@ -55,7 +55,7 @@ def check_some_rows(files: ComponentFiles):
     "Raise `UnreadableComponent` if some rows of a stored tensor hold NaN or infinite numbers."
     for name in files.headers:
         rows = some_rows(files.folder, name)
-        if rows is not None:
+        if rows is not None and not (rows.numel() == 1 and rows.isinf().all()):  # a bound, as Gemma 4's sound tower stores some
             check_finite(files.path, name, rows, files.folder.name)
 
 # %% ../nbs/07_origins.ipynb #1739c755
