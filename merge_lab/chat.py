@@ -209,7 +209,7 @@ def template_text(tokenizer) -> str:
     "All chat templates of a tokenizer as one text. Raises `ValueError` if it has none."
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise ValueError("the tokenizer has no chat template. Set tokenizer.chat_template, or use a chat model's tokenizer.")
+        raise ValueError("the tokenizer has no chat template. Name one with chat_template where the command has it, or put a chat_template.jinja into the model's folder.")
     return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
 

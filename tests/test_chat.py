@@ -13,12 +13,12 @@ from merge_lab.calibration import calibration_split, text_paragraphs
 from merge_lab.chat import ChatCollator, build_dataset, encode_chat, has_split, hold_out, load_mmlu, load_task, template_ids
 from merge_lab.chat_templates import chat_tokenizer
 from merge_lab.conversations import answer_of, chat_row, prompt_row
-from merge_lab.evaluation import load_tests, prompt_ids
+from merge_lab.evaluation import end_tokens, generate_answers, load_tests, prompt_ids
 from merge_lab.sft_data import add_task_prefix, encode_rows, mix_tasks, prepare_dataset
 from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.teacher_dataset import DAMTopkConfig, encoded_rows, row_stamps
 from merge_lab.text_windows import read_documents
-from merge_lab.tinylm import tiny_tokenizer
+from merge_lab.tinylm import tiny_model, tiny_tokenizer
 
 ASKED, SAID = "who saw it?", "the cat."
 TURNS = chat_row(ASKED, SAID)["messages"]
@@ -340,6 +340,19 @@ def test_a_tokenizer_without_end_or_pad(tmp_path):
     for encode in (lambda: build_dataset({str(path): None}, endless), lambda: encode_rows(prepare_dataset(path), endless)):
         with pytest.raises(ValueError, match=r"a\.jsonl:1: .*Set eos_token"):
             encode()
+
+
+def test_answers_end_where_their_template_ends_them(tokenizer):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<system>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    other, model, row = tiny_tokenizer(chat_template=template), tiny_model("llama"), SHAPES["messages"]
+    model.generation_config.eos_token_id = None
+    turn_end = other.convert_tokens_to_ids("<system>")
+    assert end_tokens(model, other, row) == [other.eos_token_id, turn_end] and end_tokens(model, tokenizer, row) == [tokenizer.eos_token_id]
+    other.eos_token = None
+    assert end_tokens(model, other, row) == [turn_end] == encode_chat(other, TURNS)["labels"][-1:]
+    assert len(generate_answers(model, other, [row] * 2, max_new_tokens=3)) == 2
+    with pytest.raises(ValueError, match="neither the model nor the tokenizer"):
+        end_tokens(model, other)
 
 
 def test_a_template_is_lent_or_taken_by_name(tmp_path):
