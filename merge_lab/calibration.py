@@ -17,7 +17,7 @@ import torch
 
 from .chat import ChatCollator, encode_row, encode_text, folder_splits, load_mmlu, load_task, validation_rows
 from .evaluation import choice_prompt, INTRO
-from .records import is_table
+from .records import is_table, read_paragraphs
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +74,10 @@ def score_question(tokenizer, subject: str, row: dict, encoded: dict[str, list[i
 
 # %% ../nbs/37_calibration.ipynb #96485552
 def text_paragraphs(path: str | Path) -> list[str]:
-    "Paragraphs of a text file, or of every .txt file in a folder. Raises `ValueError` if there is none."
+    "Paragraphs of a text file, or of every .txt file in a folder. Raises `ValueError` if there is none, or a file is no text."
     path = Path(path)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    found = [part.strip() for file in files for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    found = [part for file in files for part in read_paragraphs(file)]
     if not found:
         raise ValueError(f"{path}: no text found. Expected dev/ and test/ with CSV files, chat .jsonl, or .txt files.")
     return found
@@ -87,7 +87,7 @@ def is_chat(folder: Path) -> bool:
     "Whether a path holds chats."
     if not folder.is_dir():
         return is_table(folder)
-    return any(folder.glob("*.jsonl")) or not any(folder.glob("*.txt")) and bool(folder_splits(folder))
+    return bool(folder_splits(folder))
 
 
 def text_rows(tokenizer, data_dir: str | Path, split: str | None, max_length: int) -> list[dict]:  # of at most max_length tokens
@@ -97,7 +97,10 @@ def text_rows(tokenizer, data_dir: str | Path, split: str | None, max_length: in
         rows = [encode_row(tokenizer, row)[0] for row in load_task(folder, split or "train", plain=True)]
     else:
         rows = [encode_text(tokenizer, text) for text in text_paragraphs(folder)]
-    return usable([{name: values[:max_length] for name, values in row.items()} for row in rows])
+    kept = usable([{name: values[:max_length] for name, values in row.items()} for row in rows])
+    if len(kept) < len(rows):
+        logger.warning("%s: %d of %d rows have nothing to learn within max_length=%d tokens and are left out", data_dir, len(rows) - len(kept), len(rows), max_length)
+    return kept
 
 
 def usable(rows: Iterable[dict]) -> list[dict]:

@@ -29,7 +29,7 @@ from .config import check_choice
 from merge_lab.conversations import (
     ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS, rows_of,
 )
-from .records import csv_rows, json_records, place_of, placed, read_records, read_text, Row, split_files, without_filling
+from .records import csv_rows, json_records, place_of, placed, read_records, read_text, Row, split_files, split_named, without_filling
 from .run_folder import write_text
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ def folder_splits(folder: str | Path) -> dict[str, list[Path]]:  # split -> its 
 
 
 def has_split(source: str | Path, split: str = "validation") -> bool:
-    "Whether a source is a folder of splits that has this one."
-    return isinstance(source, (str, Path)) and Path(source).expanduser().is_dir() and split in folder_splits(source)
+    "Whether a source is a folder of splits that has this one, by any of its usual names."
+    return isinstance(source, (str, Path)) and Path(source).expanduser().is_dir() and split_named(split, folder_splits(source)) is not None
 
 # %% ../nbs/02_chat.ipynb #21cf6e97
 def folder_records(
@@ -107,19 +107,23 @@ def folder_records(
 ) -> list[Row]:
     "Records of a split. Raises `ValueError` that lists the splits there are."
     splits = folder_splits(folder)
-    if not splits or split not in (None, *splits):
+    wanted = split_named(split, splits) if split else None
+    if not splits or split and wanted is None:
         listed = ", ".join(splits) if splits else "no file of rows at all"
         missing = Path(folder) / f"{split or 'train'}.jsonl"
         raise ValueError(f"{missing}: missing. {folder} holds: {listed}.")
-    parts = [part for name in ([split] if split else splits) for part in splits[name]]
-    return [record for part in parts for record in (saved_records(part) if part.is_dir() else read_records(part))]
+    parts = [part for name in ([wanted] if wanted else splits) for part in splits[name]]
+    return [record for part in parts for record in (read_records(part) if part.is_file() else saved_records(part))]
 
 
 def saved_records(folder: Path) -> list[Row]:
-    "Records that `save_to_disk` wrote."
+    "Records that `save_to_disk` wrote. Raises `ValueError` where some of its files are gone."
     from datasets import load_from_disk
 
-    return table_records(load_from_disk(str(folder)), f"{folder}, row {{}}")
+    try:
+        return table_records(load_from_disk(str(folder)), f"{folder}, row {{}}")
+    except OSError as error:
+        raise ValueError(f"{folder}: what save_to_disk wrote is not whole ({str(error).splitlines()[0]}). Write it again.") from error
 
 
 def read_folder(folder: Path, split: str | None) -> list[Row]:
@@ -205,7 +209,7 @@ def template_text(tokenizer) -> str:
     "All chat templates of a tokenizer as one text. Raises `ValueError` if it has none."
     template = getattr(tokenizer, "chat_template", None)
     if not template:
-        raise ValueError("the tokenizer has no chat template. Set tokenizer.chat_template, or use a chat model's tokenizer.")
+        raise ValueError("the tokenizer has no chat template. Name one with chat_template where the command has it, or put a chat_template.jinja into the model's folder.")
     return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .checkpoints import load_tokenizer, UnreadableComponent
 from .config import check_choice
+from .records import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def named_template(
     "Text of a chat template. Raises `ValueError` for a name that is none of them."
     place, files = Path(name).expanduser(), template_files()
     if place.is_file():
-        return place.read_text(encoding="utf-8-sig")
+        return read_text(place)
     if name in files:
         return files[f"{name}_training" if f"{name}_training" in files else name].read_text(encoding="utf-8")
     try:

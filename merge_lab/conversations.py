@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['logger', 'TEXT_PARTS', 'ROLES', 'SAID', 'CHATS', 'QUESTIONS', 'ANSWERS', 'BELOW', 'SYSTEMS', 'TOOLS', 'UNREAD',
            'MEANINGS', 'check_row', 'chat_row', 'last_assistant', 'prompt_of', 'prompt_row', 'answer_of', 'as_text',
-           'part_text', 'parsed', 'as_call', 'as_list', 'role_of', 'check_learned', 'calls_of', 'as_message', 'filled',
-           'is_conversation', 'turns_of', 'answered', 'past_turns', 'preferred', 'chat_of', 'texts_of', 'repeats',
-           'refuse_rest', 'tools_of', 'with_system', 'as_conversation', 'conversations_of', 'name_unread', 'text_row',
-           'texts_of_records', 'rows_of']
+           'part_text', 'as_json', 'parsed', 'as_call', 'as_list', 'first_of', 'role_of', 'check_learned', 'calls_of',
+           'as_message', 'filled', 'is_conversation', 'turns_of', 'answered', 'past_turns', 'preferred', 'chat_of',
+           'texts_of', 'repeats', 'refuse_rest', 'tools_of', 'with_system', 'as_conversation', 'conversations_of',
+           'name_unread', 'text_row', 'texts_of_records', 'rows_of']
 
 # %% ../nbs/01_conversations.ipynb #27280bbc
-import json
+import datetime
 import logging
 import re
 from collections.abc import Iterable
 
 from .config import check_choice
-from .records import placed, Row
+from .records import DECODER, NO_JSON, placed, Row
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,23 @@ def part_text(part, where: str) -> str:
     "The text of one part of a content. Raises `ValueError` for an image, a sound or whatever else is no text."
     if isinstance(part, str):
         return as_text(part, where)
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    kind = part.get("type") or "text" if isinstance(part, dict) else type(part).__name__
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise ValueError(f"{where}: a part of a message is of type {kind!r}: expected text, for these models read nothing else. Remove the row.")
     return as_text(part["text"], where)
+
+# %% ../nbs/01_conversations.ipynb #a30f1e60
+def as_json(value, where: str):
+    "A value as JSON can hold it: a moment in time becomes its ISO text. Raises `ValueError` for bytes and whatever else is none."
+    if isinstance(value, dict):
+        return {name: as_json(held, where) for name, held in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(held, where) for held in value]
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        raise ValueError(f"{where}: a message or a tool holds {type(value).__name__} {repr(value)[:40]}: expected text, numbers, lists and objects. Take it out of the file.")
+    return as_text(value, where) if isinstance(value, str) else value
 
 # %% ../nbs/01_conversations.ipynb #a6537c01
 def parsed(value, name: str, where: str):
@@ -83,10 +96,10 @@ def parsed(value, name: str, where: str):
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return DECODER.decode(value)
+    except NO_JSON as error:
         hint = " It looks like what Python prints of a list; write the file as JSONL or Parquet." if re.match(r"\s*[\[{]+\s*'", value) else ""
-        raise ValueError(f"{where}: {name!r} is text and no JSON ({error.msg}).{hint or ' Write JSON there.'}") from error
+        raise ValueError(f"{where}: {name!r} is text and no JSON ({getattr(error, 'msg', error)}).{hint or ' Write JSON there.'}") from error
 
 
 def as_call(call, where: str) -> dict:
@@ -100,8 +113,9 @@ def as_call(call, where: str) -> dict:
 
 
 def as_list(value, name: str, where: str) -> list:
-    "A list that may stand there as JSON. Raises `ValueError` for anything else."
+    "A list that may stand there as JSON, in which null is no list either. Raises `ValueError` for anything else."
     found = parsed(value, name, where)
+    found = [] if found is None else found
     if not isinstance(found, list):
         raise ValueError(f"{where}: {name!r}: expected a list, got {type(found).__name__}.")
     return found
@@ -113,12 +127,17 @@ ROLES = {
 }  # fmt: skip
 
 
+def first_of(turn: dict, *names: str):
+    "What a turn holds under the first of the names that is not null: a file of many sources may have both."
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
+
+
 def role_of(turn: dict, where: str) -> str:
     "Who says a turn, as templates call it. Raises `ValueError` for a speaker that ShareGPT does not know."
-    given = turn.get("role", turn.get("from"))
+    given = first_of(turn, "role", "from")
     if not isinstance(given, str) or not any(key in turn for key in ("content", "value", "tool_calls", "function_call")):
         raise ValueError(f"{where}: expected messages with the texts 'role' and 'content', got {turn!r}.")
-    if "role" not in turn and given.lower() not in ROLES:
+    if turn.get("role") is None and given.lower() not in ROLES:
         raise ValueError(f"{where}: from={given!r}: expected one of {', '.join(ROLES)}. Rename the speaker.")
     return ROLES.get(given.lower(), given)
 
@@ -149,7 +168,7 @@ def as_message(turn, where: str) -> dict:
     role, calls = role_of(turn, where), calls_of(turn, where)
     check_learned(turn, where)
     told = calls and str(turn.get("from", "")).lower() in ("function_call", "tool_call")
-    content = "" if told else turn.get("content", turn.get("value"))
+    content = "" if told else first_of(turn, "content", "value")
     text = "" if calls and content is None else as_text(content, where)
     if role == "assistant" and not text.strip() and not calls:
         raise ValueError(f"{where}: the assistant turn is empty, so that silence would be learned. Add an answer, or remove the line.")
@@ -262,7 +281,7 @@ def refuse_rest(values: dict, used: Iterable[str], messages: list[dict], where: 
     for name in sorted(MEANINGS - set(used)):
         if name in values and not repeats(values[name], said) and not repeats(values[name], told):
             raise ValueError(f"{where}: column {name!r} would be lost beside {', '.join(repr(column) for column in used if column in values)}. Put it into the messages, or take the column out of the file.")
-    if values.get("label") is False:
+    if str(values.get("label")).strip().lower() == "false":
         raise ValueError(f"{where}: label=false marks the answer as one that is not wanted. Take such rows out of the file.")
 
 # %% ../nbs/01_conversations.ipynb #896a76c9
@@ -302,7 +321,7 @@ def as_conversation(
     messages, tools = with_system(values, messages, where), tools_of(values, where)
     used += [next((name for name in names if name in values), names[0]) for names in (SYSTEMS, TOOLS)]
     refuse_rest(values, used, messages, where)
-    return placed({"messages": messages, **({"tools": tools} if tools else {})}, where)
+    return placed(as_json({"messages": messages, **({"tools": tools} if tools else {})}, where), where)
 
 
 check_row = as_conversation  # an older name
@@ -342,7 +361,7 @@ def texts_of_records(
 ) -> list[Row]:
     "Texts of all records; how many have none is logged. Raises `ValueError` for a column that is not there."
     columns = list(dict.fromkeys(name for record in records for name in record))
-    check_choice("text_field", text_field, columns, "Name the column that holds the text.")
+    check_choice(f"{source}: text_field", text_field, columns, "Name the column that holds the text, or call it so.")
     rows = [text_row(record, text_field) for record in records]
     if lacking := [record.where for record, row in zip(records, rows) if row is None]:
         logger.warning("%s: %d of %d rows have no text in %r and are left out, first %s", source, len(lacking), len(rows), text_field, lacking[0])
@@ -358,7 +377,7 @@ def rows_of(
     "Conversations where all records are some, unless another column was named; else texts. Raises `ValueError` for a mixture."
     talks = [is_conversation(record) for record in records]
     named = text_field != "text" and text_field.lower() not in (*CHATS, "chosen")
-    if not any(talks) or named and any(text_field in record for record in records):
+    if not any(talks) or named:
         return texts_of_records(records, source, text_field)
     if not all(talks):
         odd = records[talks.index(False)]

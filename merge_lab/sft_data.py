@@ -131,11 +131,13 @@ def is_prepared(source) -> bool:
 
 
 def rows_of_source(source, split: str, text_field: str) -> list[Row]:
-    "Conversations or texts of a source. Raises `ValueError` for a row that is neither."
+    "Conversations or texts of a source. Raises `ValueError` for a row that is neither, or if there is none."
     if is_prepared(source):
         return [row_of(row) for row in source]
-    records = read_source(source, split)
-    return rows_of(records, "dataset" if hasattr(source, "column_names") else str(source), text_field) if records else []
+    records, name = read_source(source, split), "dataset" if hasattr(source, "column_names") else str(source)
+    if not records:
+        raise ValueError(f"{name}: no rows. Expected conversations, or a column with text.")
+    return rows_of(records, name, text_field)
 
 # %% ../nbs/39_fine_tuning/01_sft_data.ipynb #0944fc57
 def in_pieces(rows: list[Row], n_words: int, overlap: int) -> list[Row]:

@@ -29,6 +29,7 @@ from .devices import best_device
 from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
+from .records import split_named
 from .run_folder import write_json
 from .teacher_cache import STORED_TOPK
 from .token_losses import shift_labels
@@ -191,7 +192,7 @@ def row_stamps(path: str, split: str) -> dict[str, list[int]] | None:  # as `fil
     "What the files of a split are known by."
     place = Path(path).expanduser()
     splits = folder_splits(place) if place.is_dir() else {split: [place]}
-    parts = [part for name, parts in splits.items() for part in parts if split in ("all", name)]
+    parts = [part for name, parts in splits.items() for part in parts if split == "all" or name == split_named(split, splits)]
     found = {}
     for part in parts:
         found |= file_stamps(str(part), "*.arrow") or {}

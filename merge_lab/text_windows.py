@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chat import load_task, render
-from .records import is_table, place_of
+from .records import is_table, place_of, read_paragraphs
 from .config import check_choice
 from .nested_model import NestedModel, read_bytes
 from .routed_model import LayerwiseQuantizeForCausalLM
@@ -50,7 +50,8 @@ def row_text(row: dict, tokenizer) -> str:
     "A row as text. Raises `ValueError` that names it if the template refuses."
     if "messages" not in row:
         return row["text"]
-    if not tokenizer.chat_template:
+    told = any(name in row or any(name in message for message in row["messages"]) for name in ("tools", "tool_calls"))
+    if not tokenizer.chat_template and not told:  # calls and tools need a template
         return "\n".join(message["content"] for message in row["messages"])
     try:
         return render(tokenizer, row, tokenize=False)
@@ -91,7 +92,7 @@ def read_documents(
     split: str,  # 'train', 'validation' or 'test'
     tokenizer,  # renders conversations
 ) -> list[str]:
-    "Documents of one kind of text. Raises `ValueError` for a name that is neither known nor a path."
+    "Documents of one kind of text. Raises `ValueError` for a name that is neither known nor a path, or for a file that cannot be read."
     path = Path(name).expanduser()
     if name in ("prose", "code"):
         return split_documents(whole_corpus(name), split)
@@ -104,7 +105,7 @@ def read_documents(
     if path.is_dir() or (is_table(path) and path.exists()):
         return chat_text(load_task(path, split, plain=True), tokenizer)
     if path.is_file():
-        return split_documents(path.read_text(encoding="utf-8").split("\n\n"), split)
+        return split_documents(read_paragraphs(path), split)
     known = [*LOCAL_TEXT, *HUB_TEXT]
     return check_choice("dataset", name, known, "Or give the path of a text file, a .jsonl file or a task folder.")
 

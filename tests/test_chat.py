@@ -1,22 +1,24 @@
 """One reader: every shape of row, in every format of file, by every system that reads rows; and what is refused, with file and line."""
 
 import csv
+import datetime
+import decimal
 import json
 import logging
 
 import pandas as pd
 import pytest
 
-from merge_lab.calibration import calibration_split
-from merge_lab.chat import ChatCollator, build_dataset, encode_chat, load_mmlu, load_task, template_ids
+from merge_lab.calibration import calibration_split, text_paragraphs
+from merge_lab.chat import ChatCollator, build_dataset, encode_chat, has_split, hold_out, load_mmlu, load_task, template_ids
 from merge_lab.chat_templates import chat_tokenizer
 from merge_lab.conversations import answer_of, chat_row, prompt_row
-from merge_lab.evaluation import load_tests, prompt_ids
+from merge_lab.evaluation import end_tokens, generate_answers, load_tests, prompt_ids
 from merge_lab.sft_data import add_task_prefix, encode_rows, mix_tasks, prepare_dataset
 from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.teacher_dataset import DAMTopkConfig, encoded_rows, row_stamps
 from merge_lab.text_windows import read_documents
-from merge_lab.tinylm import tiny_tokenizer
+from merge_lab.tinylm import tiny_model, tiny_tokenizer
 
 ASKED, SAID = "who saw it?", "the cat."
 TURNS = chat_row(ASKED, SAID)["messages"]
@@ -157,6 +159,9 @@ REFUSED = {
     "chosen alone": ({"chosen": "H: q A: a", "rejected": "no"}, "no 'prompt'"),
     "no columns": ({"a": "b"}, r"got keys \['a'\]|expected one of 'messages', 'a'|'text'"),
     "half a pair": ({"prompt": "\ud83d", "completion": "a"}, "surrogate"),
+    "half a pair in a call": ({"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"name": "\ud83d"}]}]}, "surrogate"),
+    "half a pair in a tool": ({"messages": TURNS, "tools": [{"name": "\ud83d"}]}, "surrogate"),
+    "a bad answer in a table": ({"prompt": "q", "completion": "a", "label": "False"}, "label=false"),
 }
 
 
@@ -180,12 +185,121 @@ def test_bad_rows_are_refused_with_file_and_line(tmp_path, what, reader):
         ("", "a.json", r"a\.json: no rows"),
         ("q", "a.xlsx", r"file type='\.xlsx'"),
         ("question,answer\n", "a.csv", r"a\.csv: no rows"),
+        ("\ufeff\n", "a.jsonl", r"a\.jsonl: no rows"),
+        ('{"question": "q", "answer": "a"}\n{"question": "q", "question": "p", "answer": "a"}', "a.jsonl", r"a\.jsonl:2: not JSON \(key 'question' stands twice"),
+        ('[{"messages":\n[{"role": "user", "role": "user"}]}]', "a.json", r"a\.json:1: not JSON \(key 'role' stands twice"),
+        ('messages\n"[{""role"": ""user"", ""role"": ""user""}]"', "a.csv", r"a\.csv:2: 'messages' .*key 'role' stands twice"),
+        ('[{"question": "q", "answer": "a"},\n{"question": "p", "answer": "b"}', "a.json", r"a\.json:2: not JSON \(the array does not end"),
+        ("[" * 100_000, "a.jsonl", r"a\.jsonl:1: not JSON \(maximum recursion"),
+        ('{"question": "q", "answer": "a", "n": ' + "1" * 5000 + "}", "a.jsonl", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
+        ("\x1f\u008b", "a.jsonl", r"a\.jsonl: the file is packed \(gzip\)"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, name, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_task(tmp_path / name)
+    (tmp_path / name).write_text(text, encoding="latin-1" if "\x1f" in text else "utf-8")
+    for read in (load_task, prepare_dataset):
+        with pytest.raises(ValueError, match=rf"{message}|text_field='text'" if "question;answer" in text else message):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": who, "value": t["content"], "role": None, "content": None, "tool_calls": "null"} for who, t in zip(("human", "gpt"), TURNS)],
+        [{**t, "from": None, "value": None, "tool_calls": "[]"} for t in TURNS],
+        [{"role": t["role"], "content": [{"type": None, "text": t["content"], "image_url": None}]} for t in TURNS],
+        [{"role": t["role"], "content": [{"type": "text", "text": word} for word in t["content"].partition(" ")]} for t in TURNS],
+    ],
+    ids=["both layouts", "the other one empty", "a part without a type", "parts of a text"],
+)
+def test_what_is_null_is_not_there(tmp_path, tokenizer, turns):
+    path = write(tmp_path / "a.jsonl", [{"conversations": turns, "tools": "null", "system": None, "context": " "}] * 2)
+    assert load_task(path) == [{"messages": TURNS}] * 2
+    wanted = encode_chat(tokenizer, TURNS)["input_ids"]
+    assert all(found == wanted for found in read_by_every_system(path, tokenizer).values())
+
+
+def test_what_typed_tables_hold_beside_the_text_is_json_or_refused(tmp_path, tokenizer):
+    noon = datetime.datetime(2024, 5, 1, 12)
+    call = {"type": "function", "function": {"name": "look", "arguments": {"on": noon, "deep": [noon.date()]}}}
+    dated = write(tmp_path / "a.parquet", [{"messages": [{**t, "sent": noon} for t in TURNS]}] * 2)
+    assert load_task(dated)[0]["messages"][1] == {**TURNS[1], "sent": "2024-05-01T12:00:00"}
+    wanted = encode_chat(tokenizer, TURNS)["input_ids"]
+    assert all(found == wanted for found in read_by_every_system(dated, tokenizer).values())
+    called = write(tmp_path / "b.parquet", [{"messages": [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}]}] * 2)
+    assert '"on": "2024-05-01T12:00:00", "deep": ["2024-05-01"]' in read_documents(str(called), "train", tiny_tokenizer(chat_template=TOOL_TEMPLATE))[0].replace("\\", "")
+    for name, odd in (("c", b"PNG"), ("d", decimal.Decimal("1.5"))):
+        path = write(tmp_path / f"{name}.parquet", [{"messages": [{**t, "extra": odd} for t in TURNS]}])
+        for read in (load_task, prepare_dataset):
+            with pytest.raises(ValueError, match=rf"{name}\.parquet, row 1: a message or a tool holds"):
+                read(path)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_rows_are_held_out_by_any_usual_name(tmp_path, tokenizer, name):
+    write(tmp_path / "train.jsonl", [chat_row(f"q {i}", "a") for i in range(20)])
+    held = write(tmp_path / f"{name}.jsonl", [SHAPES["messages"]] * 3)
+    write(tmp_path / "eval.jsonl", [chat_row("and this?", "a")])
+    assert has_split(tmp_path) and len(load_task(tmp_path, "validation")) == len(load_task(tmp_path, name)) == 3
+    train = build_dataset({str(tmp_path): None}, tokenizer)
+    left, rows = hold_out(train, {str(tmp_path): None}, tokenizer)
+    assert len(left) == 20 and [row["input_ids"] for row in rows] == [encode_chat(tokenizer, TURNS)["input_ids"]] * 3
+    assert len(calibration_split(tokenizer, tmp_path, 30, 8)[1]) == 3 and len(load_tests([tmp_path], "test")[tmp_path.name]) == 1
+    assert set(row_stamps(str(tmp_path), "validation")) == {held.name}
+    write(tmp_path / ("dev.csv" if name == "val" else "val.csv"), [SHAPES["alpaca"]])
+    assert has_split(tmp_path) == (name == "validation")  # else nobody could say which is meant
+
+
+def test_a_folder_is_the_same_to_every_system(tmp_path, tokenizer):
+    for kind in ("csv", "json", "parquet"):
+        folder = write(tmp_path / kind / f"train.{kind}", [SHAPES["alpaca"]] * 2).parent
+        (folder / "README.txt").write_text("what this is.")
+        (folder / "._train.jsonl").write_bytes(b"\0\5\x16\7")
+        wanted = encode_chat(tokenizer, TURNS)["input_ids"]
+        assert all(found == wanted for found in read_by_every_system(folder, tokenizer).values())
+    (tmp_path / "csv" / "test.jsonl.gz").write_bytes(b"\x1f\x8b")
+    for read in (load_task, prepare_dataset, lambda path: calibration_split(tokenizer, path, 1, 0), lambda path: read_documents(str(path), "train", tokenizer)):
+        with pytest.raises(ValueError, match=r"test\.jsonl\.gz: the file is packed"):
+            read(tmp_path / "csv")
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "train"):
+        folder.mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=rf"saved/{split}: what save_to_disk wrote is not whole"):
+            load_task(tmp_path / "saved", split)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_text_files_are_the_same_to_every_system(tmp_path, tokenizer, encoding):
+    path = tmp_path / "a.txt"
+    path.write_text("the cat.\n \nthe old house.\n", encoding=encoding, newline="\r\n")
+    assert text_paragraphs(path) == ["the cat.", "the old house."]
+    assert read_documents(str(path), "train", tokenizer) == ["the cat.", "the old house."]
+    assert prepare_dataset(path)["text"] == ["the cat. the old house."]
+    path.write_bytes("the cat.\nun \xe9t\xe9".encode("latin-1"))
+    for read in (text_paragraphs, prepare_dataset, lambda path: read_documents(str(path), "train", tokenizer)):
+        with pytest.raises(ValueError, match=r"a\.txt:2: not UTF-8 text"):
+            read(path)
+
+
+def test_rows_without_anything_to_learn_are_told(tmp_path, tokenizer, caplog):
+    path = write(tmp_path / "a.jsonl", [SHAPES["messages"], chat_row("the cat " * 20, "a")])
+    assert len(calibration_split(tokenizer, path, 9, 0, max_length=12)[0]) == 1
+    assert "1 of 2 rows have nothing to learn within max_length=12 tokens" in caplog.text
+
+
+def test_tools_without_a_template_are_not_lost(tmp_path):
+    plain = tiny_tokenizer(chat_template=None)
+    path = write(tmp_path / "a.jsonl", [{**SHAPES["messages"], "tools": [CALL]}] * 2)
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the tokenizer has no chat template"):
+        read_documents(str(path), "train", plain)
+
+
+def test_a_named_column_that_is_not_there_is_refused_with_its_file(tmp_path):
+    for record in (SHAPES["messages"], {"content": "the cat."}):
+        path = write(tmp_path / "a.jsonl", [record])
+        with pytest.raises(ValueError, match=r"a\.jsonl: text_field='body': expected one of"):
+            prepare_dataset(path, text_field="body")
 
 
 STRICT = (
@@ -226,6 +340,19 @@ def test_a_tokenizer_without_end_or_pad(tmp_path):
     for encode in (lambda: build_dataset({str(path): None}, endless), lambda: encode_rows(prepare_dataset(path), endless)):
         with pytest.raises(ValueError, match=r"a\.jsonl:1: .*Set eos_token"):
             encode()
+
+
+def test_answers_end_where_their_template_ends_them(tokenizer):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<system>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    other, model, row = tiny_tokenizer(chat_template=template), tiny_model("llama"), SHAPES["messages"]
+    model.generation_config.eos_token_id = None
+    turn_end = other.convert_tokens_to_ids("<system>")
+    assert end_tokens(model, other, row) == [other.eos_token_id, turn_end] and end_tokens(model, tokenizer, row) == [tokenizer.eos_token_id]
+    other.eos_token = None
+    assert end_tokens(model, other, row) == [turn_end] == encode_chat(other, TURNS)["labels"][-1:]
+    assert len(generate_answers(model, other, [row] * 2, max_new_tokens=3)) == 2
+    with pytest.raises(ValueError, match="neither the model nor the tokenizer"):
+        end_tokens(model, other)
 
 
 def test_a_template_is_lent_or_taken_by_name(tmp_path):
