@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'MORE_THAN_FACTORS', 'CHANGE_THE_BASE', 'MERGED_BY_PEFT', 'NOT_WEIGHTS', 'HALVES', 'AdapterFile',
-           'read_adapter', 'check_adapter_fits', 'share_tensors', 'put_parameters', 'put_adapter', 'quiet_peft',
-           'in_float32', 'settle_head', 'untie_adapted', 'merge_layers', 'merge_into']
+           'read_adapter', 'check_adapter_fits', 'with_names_of', 'share_tensors', 'put_parameters', 'put_adapter',
+           'quiet_peft', 'in_float32', 'settle_head', 'untie_adapted', 'merge_layers', 'merge_into']
 
 # %% ../nbs/07_adapter_files.ipynb #9c9ee650
 import copy
@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,9 @@ def check_adapter_fits(
     shapes: Mapping[str, tuple[int, ...]],  # of the base's parameters, by their names in memory, tied ones at each of them
 ):
     "Raise `UnreadableComponent` unless a base has the parameters that an adapter changes, in its sizes."
+    if file.values.get("layer_replication"):
+        obstacle = "with layer_replication the adapter makes a model of other layers than its base has, which cannot be blended with models of its base."
+        raise UnreadableComponent(file.folder, obstacle, "Train an adapter without layer_replication.")
     wanted = {}
     for module, pair in file.pairs.items():
         rows, columns = file.headers[pair["B"]].shape[0], file.headers[pair["A"]].shape[-1]
@@ -133,14 +136,39 @@ def check_adapter_fits(
     if bare:
         obstacle = f"with lora_bias the adapter has a bias for {bare[0]}, which has none in its base."
         raise UnreadableComponent(file.folder, obstacle, "Train an adapter without lora_bias.")
-    for name, allowed in ({} if file.reason else wanted).items():
+    for name, allowed in wanted.items():
         known = shapes.get(name)
+        if file.reason and known is None:
+            continue  # peft knows what it is of
         if known is None or tuple(known) not in allowed:
             has = "which it lacks" if known is None else f"to {' or '.join(map(str, sorted(allowed)))}, where it has {tuple(known)}"
             raise UnreadableComponent(
                 file.folder, f"the adapter changes {name.removesuffix('.weight')} of its base, {has}.",
                 "Give the base that it was trained on; if its vocabulary was resized, merge the adapter into the resized base first.",
             )
+
+# %% ../nbs/07_adapter_files.ipynb #0a841175
+def with_names_of(
+    file: AdapterFile,
+    model: nn.Module,  # its base, with or without weights
+) -> AdapterFile:
+    "The file with the names that its base has in memory now; where tensors were joined since, peft is to merge it."
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import rename_source_key, WeightConverter, WeightRenaming
+
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if file.reason or all(name in known for name in (*(f"{module}.weight" for module in file.pairs), *file.whole)):
+        return file
+    rules, state = get_model_conversion_mapping(model), model.state_dict()
+    kinds = [[rule for rule in rules if isinstance(rule, kind)] for kind in (WeightRenaming, WeightConverter)]
+    now, joined = {}, False
+    for name in (*(f"{module}.weight" for module in file.pairs), *file.whole):
+        now[name], rule = (name, None) if name in known else rename_source_key(name, *kinds, model.base_model_prefix, state)
+        joined |= rule is not None and now[name] in known
+    if joined or any(name != new for name, new in now.items()) and file.values.get("alpha_pattern"):
+        return replace(file, reason="its names are those of an older transformers")
+    pairs = {now[f"{module}.weight"].removesuffix(".weight"): pair for module, pair in file.pairs.items()}
+    return replace(file, pairs=pairs, whole={now[name]: key for name, key in file.whole.items()})
 
 # %% ../nbs/07_adapter_files.ipynb #c5fb535a
 def share_tensors(model: nn.Module) -> nn.Module:

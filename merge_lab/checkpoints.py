@@ -6,11 +6,12 @@
 __all__ = ['logger', 'SMALL_FILES', 'PLAIN_REMEDY', 'FROM_FILE', 'LOAD_LOCK', 'TOKENIZER_FILES', 'model_folder',
            'tokenizer_folder', 'cache_folder', 'read_gguf', 'gguf_of', 'plain_folder', 'find_folder', 'read_config',
            'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'headers_in_memory', 'config_value', 'some_rows',
-           'same_rows', 'ComponentFiles', 'read_component', 'as_dtype', 'component_bytes', 'component_name',
-           'component_names', 'COPY_AGAIN', 'PLACES', 'read_header', 'read_headers', 'REPORT_COLUMNS', 'RESERVED',
-           'TensorHeader', 'UnreadableComponent']
+           'same_rows', 'ComponentFiles', 'left_out', 'check_whole', 'read_component', 'as_dtype', 'component_bytes',
+           'component_name', 'component_names', 'COPY_AGAIN', 'PLACES', 'read_header', 'read_headers', 'REPORT_COLUMNS',
+           'RESERVED', 'TensorHeader', 'UnreadableComponent']
 
 # %% ../nbs/03_checkpoints.ipynb #fc2033ff
+import copy
 import functools
 import hashlib
 import json
@@ -399,27 +400,30 @@ def read_chat_template(folder: str | Path) -> str | None:
 
 # %% ../nbs/03_checkpoints.ipynb #1c34217b
 def headers_in_memory(
-    model_class: type,  # of transformers
-    config,
+    model,  # of transformers, without weights
     headers: dict[str, TensorHeader],  # by name in the files
 ) -> dict[str, TensorHeader]:  # by name in memory
     "What a file's tensors become: renamed, joined, or left out where transformers ignores them. No weight is read."
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    with torch.device("meta"):
-        model = model_class(config)
     rules, state, found = get_model_conversion_mapping(model), model.state_dict(), {}
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    ignored = [re.compile(pattern) for pattern in getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    ignored = [re.compile(pattern) for pattern in getattr(type(model), "_keys_to_ignore_on_load_unexpected", None) or ()]
     for name, header in headers.items():
         new, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if new not in state and name in state:
+            new, joined = name, None
         if new not in state and any(pattern.search(name) for pattern in ignored):
             continue
         shape = tuple(state[new].shape) if joined is not None and new in state else header.shape
         before = found[new].n_bytes if new in found else 0
         found[new] = replace(header, shape=shape, n_bytes=header.n_bytes + before)
+        targets = next((rule.target_patterns for rule in converters if joined in rule.source_patterns), ())
+        for other in (new.replace(targets[0], target) for target in targets[1:]):  # a tensor that is cut into several
+            if other in state:
+                found[other] = replace(header, shape=tuple(state[other].shape), n_bytes=0)
     return found
 
 # %% ../nbs/03_checkpoints.ipynb #62ceed6f
@@ -483,6 +487,11 @@ class ComponentFiles:
     base: Path | None = None  # what is below it, where it is an adapter: config and headers are its
 
     @property
+    def weights(self) -> Path:
+        "Folder of its weights, or of those below an adapter."
+        return self.base or self.folder
+
+    @property
     def text_config(self):  # of the language model, where a model has other parts too
         "Config of the language model."
         return self.config.get_text_config(decoder=True)
@@ -505,7 +514,19 @@ class ComponentFiles:
     @cached_property
     def memory_headers(self) -> dict[str, TensorHeader]:
         "Headers by the names that tensors have in memory. Files of old or of experts one by one, say, have others."
-        return headers_in_memory(self.model_class, self.config, self.headers)
+        return headers_in_memory(self.empty_model, self.headers)
+
+    @cached_property
+    def empty_model(self):
+        "What transformers makes of the config, without weights. Raises `UnreadableComponent` if it makes none."
+        try:
+            with torch.device("meta"):
+                return self.model_class(copy.deepcopy(self.config))
+        except UnreadableComponent:
+            raise
+        except Exception as error:  # whatever a model's class makes of odd values
+            obstacle = f"transformers makes no model of its config.json ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
+            raise UnreadableComponent(self.path, obstacle, "Mend the entry in config.json.") from error
 
     @property
     def tied(self) -> bool:  # whether head and embedding are one tensor
@@ -522,7 +543,7 @@ class ComponentFiles:
         "Whether the files hold a head that differs from the embedding; rows here and there are compared."
         named = {self.short(name): name for name in self.headers}
         pairs = [(named[head], named[embedding]) for head, embedding in self.heads.items() if {head, embedding} <= named.keys()]
-        return any(not same_rows(self.folder, *pair) for pair in pairs)
+        return any(not same_rows(self.weights, *pair) for pair in pairs)
 
     def short(self, name: str) -> str:
         "A tensor name without what its wrapper puts before it."
@@ -533,6 +554,26 @@ class ComponentFiles:
         "Heads that may be tied."
         tied = getattr(self.model_class, "_tied_weights_keys", None) or {}
         return {self.short(head): self.short(embedding) for head, embedding in dict(tied).items()}
+
+# %% ../nbs/03_checkpoints.ipynb #c9268511
+def left_out(files: ComponentFiles) -> list[str]:
+    "Tensors of the files that have no place in the model."
+    state = files.empty_model.state_dict()
+    return sorted(name for name in files.memory_headers if name not in state and not name.endswith(".inv_freq"))
+
+
+def check_whole(files: ComponentFiles):
+    "Raise `UnreadableComponent` if the files lack tensors that the config asks for, or have them in other sizes."
+    held, model = files.memory_headers, files.empty_model
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) | set(getattr(files.model_class, "_tied_weights_keys", None) or ())
+    remedy = "Give config.json and weights that belong together."
+    for name, parameter in model.named_parameters():
+        if name not in held and name not in tied and not any(pattern.search(name) for pattern in optional):
+            raise UnreadableComponent(files.path, f"config.json asks for {name}, which the weights lack.", remedy)
+        if name in held and held[name].shape != tuple(parameter.shape):
+            obstacle = f"{name} is {held[name].shape} in the weights, and {tuple(parameter.shape)} by config.json."
+            raise UnreadableComponent(files.path, obstacle, remedy)
 
 # %% ../nbs/03_checkpoints.ipynb #d701da61
 def _check_rows(files: ComponentFiles):

@@ -14,6 +14,7 @@ import gc
 import hashlib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
@@ -22,19 +23,22 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .writer import save_plain
-from .adapter_files import check_adapter_fits, merge_into, put_adapter, read_adapter, share_tensors
-from .adapter_folders import is_adapter, local_folder as _local_folder, recorded_base
+from merge_lab.adapter_files import (
+    AdapterFile, check_adapter_fits, merge_into, put_adapter, quiet_peft, read_adapter, share_tensors, with_names_of,
+)
+from .adapter_folders import ADAPTER_FILE, is_adapter, local_folder as _local_folder, recorded_base
 from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
 from merge_lab.checkpoints import (  # noqa: F401
-    COPY_AGAIN, ComponentFiles, config_value, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
+    check_whole, COPY_AGAIN, ComponentFiles, config_value, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
     TensorHeader, UnreadableComponent, as_dtype, component_bytes, component_name, component_names, find_folder,
     load_tokenizer, read_chat_template, read_component, read_config, read_header, read_headers, read_tokenizer,
 )
 from .config import check_choice
-from .origins import as_it_stands, check_finite, check_some_rows, disagreements, remarks, stored_dtype
+from .origins import as_it_stands, check_finite, check_some_rows, check_special_tokens, disagreements, remarks, stored_dtype
 from .run_folder import check_disk_space, whole_folder
 from .vocabulary import POLICIES, donated_rows, realign, row_tables, shared_tokenizer, union_tokenizer, union_tokens, vocabulary_rows
 
@@ -240,17 +244,37 @@ def _adapter_of(path: str | Path):
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(str(path), allow_patterns=["adapter_*"])
-    return read_adapter(folder)
+    file = read_adapter(folder)
+    with safe_open(file.folder / ADAPTER_FILE, "pt") as tensors:
+        for name in file.headers:
+            check_finite(path, name, tensors.get_tensor(name), ADAPTER_FILE)
+    return file
+
+# %% ../nbs/08_components.ipynb #5731f3be
+def _check_as_peft(file: AdapterFile, model: nn.Module):
+    "Raise `UnreadableComponent` if peft cannot put an adapter on its base; no weight of the base is read."
+    from peft import PeftModel
+
+    try:
+        with quiet_peft():
+            PeftModel.from_pretrained(model, str(file.folder), low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())
+        if re.search("size mismatch|not found in the base model", said):  # what else it says is of a model without weights
+            remedy = "Give the base that it was trained on; if its vocabulary was resized, merge the adapter into the resized base first."
+            raise UnreadableComponent(file.folder, f"peft cannot put the adapter on its base ({said[:200]}).", remedy) from error
 
 
 def _read_adapter(component: ComponentFiles) -> str:  # what the table says of it
     "Read the header of a component that is an adapter. Raises `UnreadableComponent` if it does not fit its base."
     if component.base is None:
         return "readable"
-    file, shapes = _adapter_of(component.path), {name: header.shape for name, header in component.memory_headers.items()}
+    file, shapes = with_names_of(_adapter_of(component.path), component.empty_model), {name: header.shape for name, header in component.memory_headers.items()}
     for head, embedding in dict(getattr(component.model_class, "_tied_weights_keys", None) or {}).items():
         shapes.setdefault(head, shapes.get(embedding))
     check_adapter_fits(file, {name: shape for name, shape in shapes.items() if shape is not None})
+    if file.reason:
+        _check_as_peft(file, copy.deepcopy(component.empty_model))
     return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "")
 
 # %% ../nbs/08_components.ipynb #c8af8b9e
@@ -261,9 +285,10 @@ def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles]
         try:
             component = read_component(path)
             _ = component.tokenizer, read_chat_template(component.folder)  # damaged ones show here
+            _ = component.empty_model
+            check_special_tokens(component)
+            check_some_rows(component)
             said = _read_adapter(component)
-            if component.base is None:
-                check_some_rows(component)
         except UnreadableComponent as error:
             errors.append((name, error))
             cells.append("unreadable")
@@ -292,6 +317,21 @@ def _told_row(property: str, names: Sequence[str], told: list[list[str]], remedy
     said = " ".join(f"{name}: {text}." for name, own in zip(names, told) for text in own)
     return dict(property=property, **dict(zip(names, cells)), ok=True, level="note" if said else "", obstacle=said, remedy=remedy if said else "")
 
+# %% ../nbs/08_components.ipynb #b999911b
+def _whole_row(files: list[ComponentFiles], names: list[str]) -> dict:
+    "The row on whether each component's files hold what its config asks for."
+    cells, errors = [], []
+    for name, component in zip(names, files):
+        try:
+            check_whole(component)
+            cells.append("agree")
+        except UnreadableComponent as error:
+            cells.append("differ")
+            errors.append((name, error))
+    row = dict(property="config and weights", **dict(zip(names, cells)), ok=not errors, level="error" if errors else "")
+    row["obstacle"] = " ".join(f"{name}: {error.obstacle}" for name, error in errors)
+    return row | {"remedy": " ".join(dict.fromkeys(error.remedy for _, error in errors))}
+
 # %% ../nbs/08_components.ipynb #3856cf0c
 def _compare(files: list[ComponentFiles], names: list[str]) -> list[dict]:
     "Rows that compare readable components; only the first where their types differ."
@@ -305,7 +345,8 @@ def _compare(files: list[ComponentFiles], names: list[str]) -> list[dict]:
         rows.append(_row(property, names, [_settings(f, entries) for f in files], remedy))
     others = [_other_settings(f) for f in files]
     rows.append(_row("other settings", names, others, EDIT_CONFIG, shown=[f"{len(o)} entries" for o in others]))
-    rows += _tensor_rows(files, names) + _vocabulary_rows(files, names)
+    tensors = _tensor_rows(files, names)
+    rows += tensors + [_whole_row(files, names)] * all(row["ok"] for row in tensors) + _vocabulary_rows(files, names)
     rows += [_told_row("file and config", names, [disagreements(f) for f in files], "Nothing to do where the file is right; dtype chooses another one for all.")]
     past = [remarks(f, [other for other in files if other is not f]) for f in files]
     rows += [_told_row("origin", names, past, "Make sure that this is what you want to merge.")]
@@ -425,7 +466,7 @@ def load_model(
 # %% ../nbs/08_components.ipynb #ca7c0f67
 def _merged_adapter(path: str | Path, base: nn.Module) -> nn.Module:
     "The plain model that an adapter makes of its base, whose tensors are its own."
-    file = _adapter_of(path)
+    file = with_names_of(_adapter_of(path), base)
     if file.reason:
         logger.info("%s: the adapter is merged into a copy of its base, since %s", path, file.reason)
     return merge_into(base, file).eval().requires_grad_(False)
@@ -468,7 +509,8 @@ def on_shared_bases(
             continue
         if folder not in bases:
             bases[folder] = load(folder)
-        base, file = bases[folder], _adapter_of(path) if adapted else None
+        base = bases[folder]
+        file = with_names_of(_adapter_of(path), base) if adapted else None
         if file is None:
             yield share_tensors(base)
         elif not file.reason:
