@@ -445,7 +445,7 @@ def _file_of(folder: Path, name: str) -> Path | None:
     file = folder / ("model.safetensors" if (folder / "model.safetensors").exists() or not index.exists() else _read_index(index).get(name, ""))
     return file if file.is_file() else None
 
-
+# %% ../nbs/03_checkpoints.ipynb #40bc87ce
 def some_rows(
     folder: Path,
     name: str,  # of a tensor
@@ -477,8 +477,8 @@ def same_rows(folder: Path, first: str, other: str) -> bool:
 
 # %% ../nbs/03_checkpoints.ipynb #ed59b46e
 @dataclass
-class ComponentFiles:
-    "What the files of a component say, weights aside."
+class _ReadFiles:
+    "What was read of a component, and what follows from it."
 
     path: str
     folder: Path
@@ -527,6 +527,10 @@ class ComponentFiles:
         except Exception as error:  # whatever a model's class makes of odd values
             obstacle = f"transformers makes no model of its config.json ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
             raise UnreadableComponent(self.path, obstacle, "Mend the entry in config.json.") from error
+
+# %% ../nbs/03_checkpoints.ipynb #9408fe4c
+class ComponentFiles(_ReadFiles):
+    "What the files of a component say, weights aside."
 
     @property
     def tied(self) -> bool:  # whether head and embedding are one tensor

@@ -352,7 +352,7 @@ def _silence():
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
-
+# %% ../nbs/60_cli.ipynb #42e6bc1f
 def _quiet():
     "Leave the terminal to the progress bars of this package."
     for name in ("httpx", "transformers", "datasets", "accelerate", "torch"):

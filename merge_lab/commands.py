@@ -101,7 +101,7 @@ SYSTEMS = {  # by their commands
 }
 OTHER = System("", "merge_lab.merger.Merger", ("max_steps",))  # of a run whose system is not known
 
-
+# %% ../nbs/04_commands.ipynb #8b0547ee
 def kind_of(config: Mapping) -> str:  # key of SYSTEMS; empty: none of them
     "Whose run has these options."
     return next((name for name, system in SYSTEMS.items() if system.mark in config), "")

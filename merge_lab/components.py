@@ -77,7 +77,7 @@ def _effective(value):
         return value
     return {name: _effective(inner) for name, inner in value.items() if name not in WITHOUT_EFFECT.split()}
 
-
+# %% ../nbs/08_components.ipynb #3c34a5f6
 def _brief(value, width: int = 48) -> str:
     "A value in the space of a table's cell."
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):

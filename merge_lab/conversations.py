@@ -56,7 +56,7 @@ def answer_of(row: dict) -> str:
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def as_text(content, where: str) -> str:
+def as_text(content: str | list | None, where: str) -> str:
     "The text of a message's content. Raises `ValueError` for anything that is not text."
     if isinstance(content, list):
         return "".join(part_text(part, where) for part in content)
@@ -68,7 +68,7 @@ def as_text(content, where: str) -> str:
     return content
 
 
-def part_text(part, where: str) -> str:
+def part_text(part: str | dict, where: str) -> str:
     "The text of one part of a content. Raises `ValueError` for an image, a sound or whatever else is no text."
     if isinstance(part, str):
         return as_text(part, where)
@@ -78,7 +78,7 @@ def part_text(part, where: str) -> str:
     return as_text(part["text"], where)
 
 # %% ../nbs/01_conversations.ipynb #a30f1e60
-def as_json(value, where: str):
+def as_json(value: object, where: str):
     "A value as JSON can hold it: a moment in time becomes its ISO text. Raises `ValueError` for bytes and whatever else is none."
     if isinstance(value, dict):
         return {name: as_json(held, where) for name, held in value.items()}
@@ -91,7 +91,7 @@ def as_json(value, where: str):
     return as_text(value, where) if isinstance(value, str) else value
 
 # %% ../nbs/01_conversations.ipynb #a6537c01
-def parsed(value, name: str, where: str):
+def parsed(value: object, name: str, where: str):
     "What a table keeps as JSON text, as the value; other values as they are. Raises `ValueError` for text that is no JSON."
     if not isinstance(value, str):
         return value
@@ -102,7 +102,7 @@ def parsed(value, name: str, where: str):
         raise ValueError(f"{where}: {name!r} is text and no JSON ({getattr(error, 'msg', error)}).{hint or ' Write JSON there.'}") from error
 
 
-def as_call(call, where: str) -> dict:
+def as_call(call: dict, where: str) -> dict:
     "A tool call whose arguments are a value. Raises `ValueError` for what names no function."
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
@@ -112,7 +112,7 @@ def as_call(call, where: str) -> dict:
     return {**call, "function": inner} if "function" in call else {"type": "function", "function": inner}
 
 
-def as_list(value, name: str, where: str) -> list:
+def as_list(value: list | str | None, name: str, where: str) -> list:
     "A list that may stand there as JSON, in which null is no list either. Raises `ValueError` for anything else."
     found = parsed(value, name, where)
     found = [] if found is None else found
@@ -161,7 +161,7 @@ def calls_of(turn: dict, where: str) -> list[dict]:
     return [as_call(call, where) for call in as_list(calls, "tool_calls", where)]
 
 
-def as_message(turn, where: str) -> dict:
+def as_message(turn: dict, where: str) -> dict:
     "A turn as role and content, and whatever else its template may want. Raises `ValueError` for a turn that is none."
     if not isinstance(turn, dict):
         raise ValueError(f"{where}: expected messages with the texts 'role' and 'content', got {turn!r}.")
@@ -233,7 +233,7 @@ def answered(values: dict, where: str) -> tuple[list[dict], list[str]]:  # messa
     return said, [asked, answer, *below, "history"]
 
 
-def past_turns(history, where: str) -> list[dict]:
+def past_turns(history: list | str | None, where: str) -> list[dict]:
     "Turns before the question: pairs of a question and an answer, or messages."
     pairs = [chat_row(*turn)["messages"] if isinstance(turn, list) and len(turn) == 2 else [turn] for turn in as_list(history, "history", where)]
     return [as_message(turn, where) for pair in pairs for turn in pair]
@@ -260,7 +260,7 @@ def chat_of(values: dict, where: str) -> tuple[list[dict], list[str]]:  # messag
     return preferred(values, where) if "chosen" in values else answered(values, where)
 
 # %% ../nbs/01_conversations.ipynb #f70dae45
-def texts_of(value) -> list[str]:
+def texts_of(value: object) -> list[str]:
     "All texts in a value, at any depth."
     if isinstance(value, str):
         return [value.strip()]

@@ -175,7 +175,7 @@ def _check_named(config: PushConfig):
     if not config.path or not config.repo:
         raise ValueError("push: expected a run or a folder and the name of a repository: merge-lab push runs/mine --repo me/my-merge")
 
-
+# %% ../nbs/55_export.ipynb #00860a14
 def run_push(
     config: PushConfig,
     api=None,  # of huggingface_hub; None: its own, with the token of the environment or the login

@@ -81,7 +81,7 @@ def _told_there(file: Path, words: list[int]):  # as `told`
     except RuntimeError as error:
         raise ValueError(f"{file.name} was converted, and llama.cpp cannot read it: {error}. Nothing was written. {WITHOUT_TOKENIZER}") from error
 
-
+# %% ../nbs/52_gguf_export.ipynb #a0748824
 def _stored(folder: Path) -> str:
     "Name of the dtype that a checkpoint is stored in."
     return str(common_dtype([folder])).removeprefix("torch.")

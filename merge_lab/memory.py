@@ -595,7 +595,7 @@ def _told_apart(paths: Sequence[str]) -> dict:
     "Option of `estimate_memory` for components of which some are adapters."
     return {"paths": list(paths)} if has_adapters(paths) else {}
 
-
+# %% ../nbs/30_memory.ipynb #da502348
 def fit_run(
     config,  # of a run: the fields of MergerConfig and TrainConfig
     seq_len: int,  # tokens of the longest sample

@@ -68,7 +68,7 @@ class PairLeaf(MaskedModule):
 class PairLinear(PairLeaf, MaskedLinear):
     "A `PairLeaf` that computes as `MaskedLinear` does."
 
-
+# %% ../nbs/39_mergeable.ipynb #96bfea38
 class PairOwner(PairLeaf, MaskedOwner):
     "A `PairLeaf` below a module that has children."
 

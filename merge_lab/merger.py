@@ -94,7 +94,7 @@ def _apart(trees: Sequence[dict[str, nn.Module]], name: str, key: str) -> bool:
     "Whether a component changes this parameter by factors, so that it is no longer what it was tied to."
     return any(key in vars(tree[name]).get("low_rank", {}) for tree in trees if name in tree)
 
-
+# %% ../nbs/20_merger.ipynb #7c5aa64b
 def wrap(
     models: Sequence[nn.Module],  # components; their trees are used up
     config: MergerConfig,
@@ -425,14 +425,15 @@ def load_masks(self, folder: str | Path):
             f"masks in {folder} were measured from {has.get(saved['anchor'], 'a base')}, and those of this merger from {has.get(self.state.anchor, 'a base')}. "
             "Give base_model as it was, or load the folder by the class that wrote it (DAMMerger for DAM)."
         )
-    check_same_weights(saved.get("weights", []), held_paths(self.merger_config), folder)
+    if any(saved.get("weights", [])):
+        check_same_weights(saved["weights"], held_paths(self.merger_config), folder)
     try:
         masks = load_file(Path(folder) / MASKS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{Path(folder) / MASKS_FILE} is damaged ({error}). Take the masks of another checkpoint.") from error
     self.load_mask_state(masks)
 
-
+# %% ../nbs/20_merger.ipynb #7f3a5482
 def _from_pretrained(cls, folder, model_paths=None) -> Merger:
     "Load components and masks of a saved merger."
     merger = cls.from_config(read_merger_config(folder, model_paths))

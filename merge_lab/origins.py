@@ -42,7 +42,7 @@ def disagreements(files: ComponentFiles) -> list[str]:
     return told
 
 # %% ../nbs/07_origins.ipynb #ba5e431d
-def check_finite(path, name: str, tensor: torch.Tensor, where: Path | str = "the checkpoint"):
+def check_finite(path: str | Path, name: str, tensor: torch.Tensor, where: Path | str = "the checkpoint"):
     "Raise `UnreadableComponent` if a tensor holds NaN or infinite numbers."
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta or all(bound.isfinite() for bound in tensor.float().aminmax()):
         return

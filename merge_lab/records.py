@@ -69,14 +69,14 @@ def read_text(path: str | Path) -> str:
         line = data[start : start + error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not {name.upper()} text ({error.reason}). Save the file as UTF-8.") from error
 
-
+# %% ../nbs/00_records.ipynb #ab86c6b0
 def read_paragraphs(path: str | Path) -> list[str]:
     "What stands between the empty lines of a text file, whatever its line ends. Raises `ValueError` as `read_text` does."
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 # %% ../nbs/00_records.ipynb #448ac466
-def as_record(value, where: str) -> Row:
+def as_record(value: object, where: str) -> Row:
     "A parsed object with its place. Raises `ValueError` for anything but an object."
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object such as {{\"messages\": [...]}}, got {type(value).__name__}.")
@@ -103,7 +103,7 @@ def parse_json(text: str, where: str):
     except NO_JSON as error:
         raise ValueError(f"{where}: not JSON ({error}). Expected one object a line.") from error
 
-
+# %% ../nbs/00_records.ipynb #80791f22
 def is_json(text: str) -> bool:
     "Whether a text is one JSON value."
     try:
@@ -182,7 +182,7 @@ def csv_records(path: str | Path) -> list[Row]:
     return records
 
 # %% ../nbs/00_records.ipynb #a95f42f7
-def without_filling(value):
+def without_filling(value: object):
     "A value of a typed table without the keys, at any depth, that hold nothing."
     if isinstance(value, dict):
         return {name: without_filling(held) for name, held in value.items() if held is not None}

@@ -114,7 +114,7 @@ def _put(path: Path, place: Path):
         shutil.rmtree(place)
     os.replace(path, place)
 
-
+# %% ../nbs/01_run_folder.ipynb #5d97e2d8
 @contextmanager
 def whole_checkpoint(
     folder: str | Path,  # made if it is not there; other files than a checkpoint's stay
@@ -162,7 +162,7 @@ def alone_in(folder: str | Path):  # made if it is not there
 _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders that the run at work holds
 
 
-def one_run(function):
+def one_run(function: typing.Callable):
     "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then."
 
     @functools.wraps(function)
@@ -186,7 +186,7 @@ def hold(folder: Path):
         held["stack"].enter_context(alone_in(folder))
         held[key] = True
 
-
+# %% ../nbs/01_run_folder.ipynb #6320e625
 def check_free(folder: str | Path):
     "Raise `FileExistsError` if another process, or another run of this one, holds the folder. Nothing is made."
     held = _held.get() or {}
@@ -232,7 +232,7 @@ def _told_space(place: str | Path, n_bytes: int) -> str:
         "where the command can, --resume goes on from what is whole."
     )
 
-
+# %% ../nbs/01_run_folder.ipynb #b26765a8
 def check_disk_space(
     folder: str | Path,  # existing or future folder
     n_bytes: int,  # space that the work will take
@@ -404,7 +404,7 @@ def seal(
     files = [path for path in sorted(Path(checkpoint).iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith("rng_state_")]
     write_json(Path(checkpoint) / MANIFEST, {path.name: [path.stat().st_size, _digest(path)] for path in files})
 
-
+# %% ../nbs/01_run_folder.ipynb #a6485c74
 def damage_of(
     checkpoint: str | Path,
 ) -> str:  # empty: it is whole
@@ -442,7 +442,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         logger.warning("%s is left out: %s", path, damage)
     return None
 
-
+# %% ../nbs/01_run_folder.ipynb #f1e9b195
 def checkpoint_to_resume(
     folder: Path,  # of the run
     n_processes: int = 1,  # that train together now
@@ -480,7 +480,7 @@ def check_more_steps(
     if 0 < asked < done:
         raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
 
-
+# %% ../nbs/01_run_folder.ipynb #a951a087
 def check_going_on(
     config,  # options of the run, `resume` among them; those that are `resumable` may differ from how it was begun
     folder: Path,  # of the run

@@ -48,7 +48,7 @@ _all_ = ["encode_text", "has_split"]  # read here since before they had a room o
 file_readers, read_table = FILE_KINDS, read_records  # older names
 
 
-def is_text_source(source) -> bool:
+def is_text_source(source: object) -> bool:
     "Whether a source is files of text, which are cut into pieces."
     place = Path(source).expanduser() if isinstance(source, (str, Path)) else None
     return place is not None and (place.suffix.lower() == ".txt" if place.is_file() else place.is_dir() and not folder_splits(place))
@@ -124,13 +124,13 @@ def layout_of(rows: "datasets.Dataset") -> str:
     return "messages" if "messages" in rows.column_names else "text"
 
 # %% ../nbs/39_fine_tuning/01_sft_data.ipynb #7622d95b
-def is_prepared(source) -> bool:
+def is_prepared(source: object) -> bool:
     "Whether a dataset is one that `dataset_of` made."
     columns = set(getattr(source, "column_names", ()))
     return "where" in columns and columns <= {"messages", "text", "where", "conversation"}
 
 
-def rows_of_source(source, split: str, text_field: str) -> list[Row]:
+def rows_of_source(source: object, split: str, text_field: str) -> list[Row]:
     "Conversations or texts of a source. Raises `ValueError` for a row that is neither, or if there is none."
     if is_prepared(source):
         return [row_of(row) for row in source]

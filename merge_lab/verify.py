@@ -72,7 +72,7 @@ def read_whole(
     check_names_of(folder, info)
     return model
 
-
+# %% ../nbs/39_verify.ipynb #1f461880
 def check_names_of(folder: str | Path, info: dict):  # with missing_keys and unexpected_keys
     "Raise `ValueError` where a reading lacked a tensor or left one over."
     for kind in ("missing", "unexpected"):
@@ -242,7 +242,7 @@ def told_by(
         place = reader.prepare(Path(folder), Path(work)) if reader.prepare else folder
         return told_elsewhere(place, tokens, reader.script, python_of(name))
 
-
+# %% ../nbs/39_verify.ipynb #d1898eb8
 def compare_readers(
     folder: str | Path,  # of a checkpoint
     against: list[str],  # of READERS

@@ -501,7 +501,7 @@ def check_scored(merger: DAMMerger, tests: dict[str, list[dict]]):
     for task, rows in tests.items():
         encode_task(merger, tokenizer, task, rows)
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #27139f4b
 def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests: dict[str, list[dict]]) -> pd.DataFrame:
     "Write and give the scores of base, models and merged checkpoint on every task."
     paths = [*merger.merger_config.model_paths, folder / "merged"]

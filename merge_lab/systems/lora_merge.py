@@ -321,7 +321,7 @@ def write_adapter(
     save_tensors(folder / "adapter_model.safetensors", tensors)
     return folder
 
-
+# %% ../../nbs/40_systems/06_lora_merge.ipynb #a71ba882
 def save_adapter(
     merger: AdapterMerger,
     folder: str | Path,  # gets adapter_config.json and adapter_model.safetensors
