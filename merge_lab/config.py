@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_choice', 'did_you_mean', 'option', 'choices_of', 'check_type', 'check_options', 'alias_names', 'main_names',
-           'changed_options', 'config_to_yaml', 'config_to_python', 'check_names', 'config_from_dict', 'read_yaml',
-           'yaml_value', 'config_from_yaml', 'config_to_cli', 'narrow', 'OptionsType', 'Options', 'resumable_options',
-           'recipe_options']
+           'changed_options', 'config_to_yaml', 'config_to_python', 'check_names', 'config_from_dict', 'OnceLoader',
+           'read_yaml', 'yaml_value', 'config_from_yaml', 'config_to_cli', 'narrow', 'OptionsType', 'Options',
+           'resumable_options', 'recipe_options']
 
 # %% ../nbs/00_config.ipynb #b335335b
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
@@ -85,6 +86,9 @@ def check_type(name: str, value, hint):
 
     if value in _NOTHING and type(None) in typing.get_args(hint):
         return None
+    kinds = {hint, *typing.get_args(hint)}
+    if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:  # pydantic (2) takes true for 1
+        raise ValueError(f"{name}={value!r}: expected a number.")
     if isinstance(value, (list, tuple)):
         value = [str(item) if isinstance(item, os.PathLike) else item for item in value]
     value = str(value) if isinstance(value, os.PathLike) else value
@@ -94,7 +98,7 @@ def check_type(name: str, value, hint):
         wrong = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union: the branch that came furthest
         expected, remedy = wrong["msg"][0].lower() + wrong["msg"][1:], ""
         expected = expected.replace("input should be", "expected")
-        if isinstance(value, (int, float)) and "string" in expected:
+        if isinstance(value, (int, float, datetime.date)) and "string" in expected:
             remedy = " In YAML, quote it."
         elif isinstance(value, str) and "list" in expected:
             remedy = f" Write [{value}]."
@@ -198,13 +202,25 @@ def config_from_dict(cls: type, values: dict, origin: str = "config"):
     return cls(**main_names(cls, values, origin))
 
 # %% ../nbs/00_config.ipynb #ebb2d514
+class OnceLoader(yaml.SafeLoader):
+    "Reads YAML in which a name stands once; PyYAML (6) keeps the last of two in silence."
+
+    def construct_mapping(self, node, deep=False):
+        "A mapping. Raises `yaml.YAMLError` for a name that stands there twice."
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands there twice", node.value[place][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict:
     "The 'name: value' lines of a YAML file. Raises `FileNotFoundError`, or `ValueError` that names the file."
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), OnceLoader)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file. Give a YAML file with options, or flags.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for what is no text, or a date that no calendar has
         raise ValueError(f"{path}: not a YAML file: {' '.join(str(error).split())}.") from error
     if not isinstance(values, (dict, type(None))):
         raise ValueError(f"{path}: expected 'name: value' lines, got {type(values).__name__}.")
@@ -217,7 +233,7 @@ def yaml_value(
 ):
     "The value that a text describes. Raises `ValueError` if it is not YAML."
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, OnceLoader)
     except (yaml.YAMLError, ValueError) as error:  # the latter for a date that no calendar has
         why = getattr(error, "problem", None) or error
         raise ValueError(f"{name} {text}: not a YAML mapping ({why}). Write 'key: value', on a command line '{{key: value}}' in quotes.") from error

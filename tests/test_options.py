@@ -244,3 +244,35 @@ def test_a_loss_beside_the_switches_or_without_its_teachers_is_refused(name):
             DAMTrainConfig(**stored)
     else:
         assert DAMTrainConfig(**stored).loss_func_name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nmax_steps: 2\nseed: 3\n", "'seed' stands there twice .*line 3"),
+        ("dataset_configs:\n  a.jsonl: 1\n  a.jsonl: 2\n", "'a.jsonl' stands there twice .*line 3"),
+        ("output_dir: 2024-05-35\n", "o.yaml: not a YAML file: day"),
+    ],
+)
+def test_yaml_that_would_lose_a_value_is_refused_with_file_and_line(text, message, tmp_path):
+    (tmp_path / "o.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"o\.yaml: not a YAML file: .*{message}" if "twice" in message else message):
+        config_from_yaml(CONFIGS["mask-merge"], tmp_path / "o.yaml")
+    with pytest.raises(ValueError, match="'a' stands there twice"):
+        parse("mask-merge", ["--dataset_configs", "{a: 1, a: 2}"])
+
+
+def test_values_are_not_cast_in_silence(tmp_path):
+    for cls in CONFIGS.values():
+        hints = typing.get_type_hints(cls)
+        numbers = [field.name for field in dataclasses.fields(cls) if field.init and {hints[field.name], *typing.get_args(hints[field.name])} <= {int, float, type(None)}]
+        for number in numbers:
+            with pytest.raises(ValueError, match=rf"{number}=True: expected a number"):
+                cls(**{number: True})
+    (tmp_path / "o.yaml").write_text("output_dir: 2024-05-01\n")
+    with pytest.raises(ValueError, match="output_dir=.*quote it"):
+        config_from_yaml(CONFIGS["lora"], tmp_path / "o.yaml")
+    for samples in (True, 2.5, "1e3", [1]):
+        with pytest.raises(ValueError, match="the number of samples must be a whole number"):
+            CONFIGS["mask-merge"](dataset_configs={"a.jsonl": samples})
+    assert CONFIGS["mask-merge"](dataset_configs={"a": "all", "b": None, "c": "3", "d": 4}).dataset_configs == {"a": None, "b": None, "c": 3, "d": 4}

@@ -22,7 +22,7 @@ from ..chat import answer_of, build_dataset, ChatCollator, hold_out, prompt_of
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import component_bytes, component_names, read_chat_template, read_component
 from ..components import check_components, find_base, IncompatibleComponents
-from ..config import check_choice, config_to_python, config_to_yaml, option, recipe_options, yaml_value
+from ..config import check_choice, check_type, config_to_python, config_to_yaml, option, recipe_options, yaml_value
 from ..devices import set_seed
 from ..distributed import shard_merger
 from merge_lab.evaluation import (
@@ -69,7 +69,7 @@ def parse_datasets(
     if not isinstance(value, dict):
         raise ValueError(f"dataset_configs={value!r}: expected a mapping of path or hub name to number of samples.")
     try:
-        return {str(Path(path).expanduser()) if str(path).startswith("~") else str(path): None if n in (None, "all") else int(n) for path, n in value.items()}
+        return {str(Path(path).expanduser()) if str(path).startswith("~") else str(path): check_type("samples", n, int | None) for path, n in value.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(f"dataset_configs={value!r}: the number of samples must be a whole number, or 'all'.") from error
 
