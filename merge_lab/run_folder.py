@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import typing
@@ -400,8 +401,8 @@ def _digest(path: Path) -> str:
 def seal(
     checkpoint: str | Path,  # that nothing will be written into any more
 ):
-    "Write down what each file of a checkpoint holds, but for those of other processes, which may still be at work."
-    files = [path for path in sorted(Path(checkpoint).iterdir()) if path.is_file() and path.name != MANIFEST and not path.name.startswith("rng_state_")]
+    "Write down what each file of a checkpoint holds, but for its card and what other processes, which may still be at work, write."
+    files = [path for path in sorted(Path(checkpoint).iterdir()) if path.is_file() and not re.match(r"manifest\.json|README\.md|rng_state_", path.name)]
     write_json(Path(checkpoint) / MANIFEST, {path.name: [path.stat().st_size, _digest(path)] for path in files})
 
 # %% ../nbs/01_run_folder.ipynb #a6485c74

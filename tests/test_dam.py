@@ -548,7 +548,7 @@ def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
         dam.train(resumed)
     checkpoint = tmp_path / "run/checkpoint-1"
     checkpoint.mkdir()
-    for name in ("trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"):
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
         (checkpoint / name).touch()
     with pytest.raises(ValueError, match="written by 2 processes, and there are 1"):
         dam.train(resumed)
