@@ -7,10 +7,10 @@ __all__ = ['logger', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', 'CARRIED', 'MARKED', 'let
            'table_records', 'read_hub', 'folder_splits', 'has_split', 'folder_records', 'saved_records', 'read_folder',
            'source_records', 'deal_splits', 'read_file', 'load_task', 'template_text', 'check_told', 'as_row',
            'with_text_arguments', 'render', 'template_ids', 'spoken', 'prefix_spans', 'with_end', 'assistant_spans',
-           'encode_chat', 'encode_text', 'encode_row', 'told_cuts', 'told_keys', 'encode_rows', 'build_dataset',
-           'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice',
-           'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant',
-           'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
+           'encode_chat', 'encode_text', 'encode_row', 'is_told', 'told_unsaid', 'told_cuts', 'told_keys',
+           'encode_rows', 'build_dataset', 'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row',
+           'load_mmlu', 'format_choice', 'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row',
+           'check_row', 'last_assistant', 'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
 
 # %% ../nbs/02_chat.ipynb #16190e3e
 import hashlib
@@ -369,6 +369,22 @@ def encode_row(
         raise ValueError(f"{place_of(row, otherwise)}: {error}") from error
     return {name: ids[:max_length] for name, ids in whole.items()}, length
 
+# %% ../nbs/02_chat.ipynb #cab409e0
+def is_told(content: str, text: str) -> bool:  # text: what a template makes of the conversation
+    "Whether a content stands in a text, as it is or as JSON."
+    content = content.strip()
+    return any(form in text for form in (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1]))
+
+
+def told_unsaid(tokenizer, rows: Sequence[dict]):
+    "Warn of speakers, such as the system, whose words the chat template leaves out; one row of each set of speakers is looked at."
+    some = {frozenset(message["role"] for message in row["messages"]): row for row in reversed(rows) if "messages" in row}
+    for row in some.values():
+        text = render(tokenizer, row, tokenize=False)
+        unsaid = {message["role"] for message in row["messages"] if message["role"] != "assistant" and not is_told(message["content"], text)}
+        if unsaid:
+            logger.warning("%s: the chat template leaves out what is said by: %s", place_of(row), ", ".join(sorted(unsaid)))
+
 # %% ../nbs/02_chat.ipynb #9bd0c2bd
 def told_cuts(lengths: Sequence[int], max_length: int | None, remedy: str = ""):
     "Warn of rows that lose their end."
@@ -381,6 +397,7 @@ def told_keys(tokenizer, rows: Sequence[dict]):
     keys = {name for row in rows for message in row.get("messages", ()) for name in message} - {"role", "content"}
     if unused := sorted(name for name in keys if name not in template_text(tokenizer)):
         logger.info("the chat template does not print %s of messages", ", ".join(map(repr, unused)))
+    told_unsaid(tokenizer, rows)
 
 
 def encode_rows(

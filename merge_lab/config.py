@@ -213,7 +213,7 @@ class OnceLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands there twice", node.value[place][0].start_mark)
         return super().construct_mapping(node, deep)
 
-
+# %% ../nbs/00_config.ipynb #25bc69d1
 def read_yaml(path: str | Path) -> dict:
     "The 'name: value' lines of a YAML file. Raises `FileNotFoundError`, or `ValueError` that names the file."
     try:

@@ -7,7 +7,8 @@ __all__ = ['GREEDY', 'UNIFORM', 'METRICS', 'INTRO', 'template_end', 'end_tokens'
            'prompt_ids', 'generate_answers', 'check_tasks', 'encode_task', 'task_loss', 'said_right', 'chrf',
            'evaluate_tasks', 'evaluate_models', 'load_tests', 'score_model', 'uniform_name', 'score_baselines',
            'recovered_share', 'resemblance', 'attribute', 'confusion', 'reference_answers', 'text_windows',
-           'perplexity', 'option_tails', 'option_scores', 'choice_prompt', 'fit_question', 'multiple_choice']
+           'perplexity', 'option_tails', 'option_scores', 'choice_prompt', 'fit_question', 'read_questions',
+           'multiple_choice']
 
 # %% ../nbs/32_evaluation.ipynb #ced9bb30
 import difflib
@@ -513,6 +514,20 @@ def fit_question(
             return shared, tails
     raise ValueError(f"{subject}: a question of {len(shared)} tokens does not fit into the model's {most} positions.")
 
+# %% ../nbs/32_evaluation.ipynb #42dcfa8e
+def read_questions(
+    data_dir: str | Path,  # holds dev/<subject>_dev.csv and test/<subject>_test.csv
+    subjects: Sequence[str] | None = None,  # None: all
+    n_shot: int = 5,  # solved examples before a question
+) -> dict[str, tuple[list[dict], list[dict]]]:  # subject -> questions, examples
+    "Questions and what is solved before them. Raises `ValueError` with file and line for a bad one, or for too few examples."
+    tests, solved = load_mmlu(data_dir, "test"), load_mmlu(data_dir, "dev") if n_shot else {}
+    subjects = [check_choice("subjects", subject, tests) for subject in (tests if subjects is None else subjects)]
+    for subject in subjects:
+        if len(solved.get(subject, [])) < n_shot:
+            raise ValueError(f"{data_dir}: {len(solved.get(subject, []))} examples in dev for {subject!r}, n_shot={n_shot} asked for.")
+    return {subject: (tests[subject], solved.get(subject, [])[:n_shot]) for subject in subjects}
+
 # %% ../nbs/32_evaluation.ipynb #38af729e
 def multiple_choice(
     model,  # transformers model or Merger
@@ -528,20 +543,14 @@ def multiple_choice(
 ) -> pd.DataFrame:  # index subject; columns n, accuracy
     "Share of questions for which the right letter is the likeliest; examples are dropped where the prompt is too long. Raises `ValueError` for too few examples."
     check_choice("answer", answer, ["letter", "text"])
-    tests = load_mmlu(data_dir, "test")
-    solved = load_mmlu(data_dir, "dev") if n_shot else {}
-    scores = {}
-    subjects = [check_choice("subjects", subject, tests) for subject in (tests if subjects is None else subjects)]
-    total = sum(len(tests[subject]) for subject in subjects)
+    questions, scores = read_questions(data_dir, subjects, n_shot), {}
+    total = sum(len(rows) for rows, _ in questions.values())
     with tqdm(total=total, unit="question", disable=not progress, leave=False) as bar:
-        for subject in subjects:
+        for subject, (rows, examples) in questions.items():
             bar.set_description(subject)
-            examples = solved.get(subject, [])[:n_shot]
-            if len(examples) < n_shot:
-                raise ValueError(f"{data_dir}: {len(examples)} examples in dev for {subject!r}, n_shot={n_shot} asked for.")
             asking = (examples, answer, intro, positions_of(model))
-            asked = [fit_question(tokenizer, subject, row, *asking) for row in tests[subject]]
+            asked = [fit_question(tokenizer, subject, row, *asking) for row in rows]
             said = option_scores(model, ChatCollator(tokenizer), asked, batch_size, bar, max_tokens_per_batch)
-            right = [max(range(len(s)), key=s.__getitem__) == row["answer"] for s, row in zip(said, tests[subject])]
+            right = [max(range(len(s)), key=s.__getitem__) == row["answer"] for s, row in zip(said, rows)]
             scores[subject] = dict(n=len(right), accuracy=sum(right) / len(right))
     return pd.DataFrame.from_dict(scores, orient="index").astype({"n": int}).rename_axis(index="subject")

@@ -56,7 +56,7 @@ def encoding_of(data: bytes) -> tuple[str, int]:  # name, and how many bytes of 
         return ("utf-16-le" if odd > even else "utf-16-be"), 0
     return "utf-8", 0
 
-
+# %% ../nbs/00_records.ipynb #dfc42e9d
 def read_text(path: str | Path) -> str:
     "A text file as it is, without its byte order mark. Raises `ValueError` for a packed file, and with file and line for bytes that are no text."
     data = Path(path).expanduser().read_bytes()
@@ -95,7 +95,7 @@ def once(pairs: list[tuple[str, object]]) -> dict:
 DECODER = json.JSONDecoder(object_pairs_hook=once)
 NO_JSON = (ValueError, RecursionError)  # what it raises: the latter for brackets in brackets without end
 
-
+# %% ../nbs/00_records.ipynb #21d5fcb7
 def parse_json(text: str, where: str):
     "The value that a text describes. Raises `ValueError` that begins with `where`."
     try:

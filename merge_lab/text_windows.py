@@ -58,7 +58,7 @@ def row_text(row: dict, tokenizer) -> str:
     except ValueError as error:
         raise ValueError(f"{place_of(row)}: {error}") from error
 
-# %% ../nbs/28_text_windows.ipynb #a078dc18
+# %% ../nbs/28_text_windows.ipynb #063c1f8b
 def hub_text(name: str, n: int = 20_000) -> list[str]:
     "Documents of a hub dataset, streamed. Raises `ValueError` that says why it could not be had."
     from datasets import load_dataset
@@ -117,7 +117,7 @@ class Window:
     input_ids: Tensor  # (seq_len,)
     kind: str  # which dataset it is from
 
-# %% ../nbs/28_text_windows.ipynb #27fdd9e3
+
 def windows_of(
     tokenizer,
     name: str,  # a dataset

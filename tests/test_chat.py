@@ -15,6 +15,7 @@ from merge_lab.chat_templates import chat_tokenizer
 from merge_lab.conversations import answer_of, chat_row, prompt_row
 from merge_lab.evaluation import end_tokens, generate_answers, load_tests, prompt_ids
 from merge_lab.sft_data import add_task_prefix, encode_rows, mix_tasks, prepare_dataset
+from merge_lab.systems.layer_merge import LayerMergeConfig, prepare
 from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.teacher_dataset import DAMTopkConfig, encoded_rows, row_stamps
 from merge_lab.text_windows import read_documents
@@ -340,6 +341,34 @@ def test_a_tokenizer_without_end_or_pad(tmp_path):
     for encode in (lambda: build_dataset({str(path): None}, endless), lambda: encode_rows(prepare_dataset(path), endless)):
         with pytest.raises(ValueError, match=r"a\.jsonl:1: .*Set eos_token"):
             encode()
+
+
+def test_what_a_template_leaves_out_is_told(tmp_path, tokenizer, caplog):
+    template = (
+        "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content | trim }}{% endif %}{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    deaf = tiny_tokenizer(chat_template=template)
+    path = write(tmp_path / "a.jsonl", [SHAPES["alpaca"], {"system": "be brief.", **SHAPES["alpaca"]}])
+    for encode in (lambda: build_dataset({str(path): None}, deaf), lambda: encode_rows(prepare_dataset(path), deaf)):
+        caplog.clear()
+        encode()
+        assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [f"{path}:2: the chat template leaves out what is said by: system"]
+    caplog.clear()
+    build_dataset({str(path): None}, tokenizer)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_questions_without_enough_examples_are_refused_before_a_run(tmp_path):
+    for split, n in (("dev", 4), ("test", 2)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"cats_{split}.csv").write_text("q,a,b,c,d,A\n" * n)
+    config = LayerMergeConfig(mmlu_dir=str(tmp_path), data_dir=str(tmp_path), output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="4 examples in dev for 'cats', n_shot=5"):
+        prepare(config)
+    (tmp_path / "dev" / "cats_dev.csv").write_text("q,a,b,c,d,A\n" * 5 + "q,a,b,c,d,\n")
+    with pytest.raises(ValueError, match=r"cats_dev\.csv:6: expected question"):
+        prepare(LayerMergeConfig(mmlu_dir=str(tmp_path), output_dir=str(tmp_path / "run")))
 
 
 def test_answers_end_where_their_template_ends_them(tokenizer):

@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #48cc845f
 from ..calibration import calibration_loader, calibration_split, prepare_calibration_data, text_paragraphs
-from ..chat import ChatCollator, load_mmlu
+from ..chat import ChatCollator
 from ..checkpoints import load_tokenizer
 from ..components import load_model
 from ..config import check_choice, check_options, option, Options
@@ -41,6 +41,7 @@ from merge_lab.depth import (
     PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
 )
 from ..devices import best_device, set_seed
+from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
 from merge_lab.mergeable import (
     alpha_parameters, alpha_table, alpha_values, as_original, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
@@ -403,7 +404,7 @@ def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
         raise ValueError(f"eval_text={config.eval_text!r}: there is no such file. Give held-out text, or none to leave it out.")
     evaluation = dict(texts=text_paragraphs(config.eval_text) if config.eval_text else (), mmlu_dir=config.mmlu_dir)
     if config.mmlu_dir is not None:
-        load_mmlu(config.mmlu_dir, "test")
+        read_questions(config.mmlu_dir)
     model_path, by_hand = config.model_path or bundled_path("models/deep"), [parse_pair(text) for text in config.merge_pairs or ()]
     tokenizer = load_tokenizer(model_path)
     loader, held_out = read_data(config, tokenizer)
