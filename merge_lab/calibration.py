@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'examples_for', 'draw_questions', 'encode_solved', 'score_question', 'text_paragraphs', 'is_chat',
-           'text_rows', 'usable', 'question_split', 'rest_of', 'calibration_split', 'calibration_loader',
+           'text_rows', 'usable', 'question_split', 'rest_of', 'not_learned', 'calibration_split', 'calibration_loader',
            'prepare_calibration_data', 'word_runs', 'apart_from', 'split_text']
 
 # %% ../nbs/37_calibration.ipynb #4ffeb35a
@@ -133,6 +133,16 @@ def rest_of(rows: Sequence[dict], num_samples: int, held_out_rows: int, seed: in
     chosen = [rows[i] for i in order[: min(num_samples, len(rows) - spare)]]
     return chosen, [rows[i] for i in order[len(chosen) :]] if held_out_rows else []
 
+# %% ../nbs/37_calibration.ipynb #97325d4d
+def not_learned(held: list[dict], rows: list[dict], most: int, source: str | Path) -> list[dict]:  # source: for the log
+    "The held-out rows that are not learned from; where none is left, some that are, and the log says so."
+    known = {tuple(row["input_ids"]) for row in rows}
+    held = [row for row in held if tuple(row["input_ids"]) not in known][:most]
+    if most and not held:
+        logger.warning("%s: %d samples are too few to hold any out, so what is kept is chosen on samples that are learned from, too.", source, len(rows))
+        held = rows[:most]
+    return held
+
 # %% ../nbs/37_calibration.ipynb #3e14759c
 def calibration_split(
     tokenizer,
@@ -158,12 +168,7 @@ def calibration_split(
             held = rest_of(text_rows(tokenizer, folder, "validation", max_length), 2 * held_out_rows, 0, seed)[0]
     if not rows:
         raise ValueError(f"data_dir={str(data_dir)!r}: no sample has a token to predict within max_length={max_length}.")
-    known = {tuple(row["input_ids"]) for row in rows}
-    held = [row for row in held if tuple(row["input_ids"]) not in known][:held_out_rows]
-    if held_out_rows and not held:
-        logger.warning("%s: %d samples are too few to hold any out, so what is kept is chosen on samples that are learned from, too.", data_dir, len(rows))
-        held = rows[:held_out_rows]
-    return rows, held
+    return rows, not_learned(held, rows, held_out_rows, data_dir)
 
 # %% ../nbs/37_calibration.ipynb #afc5a090
 def calibration_loader(rows: Sequence[dict], tokenizer, batch_size: int = 4, seed: int = 0):  # seed: of the order

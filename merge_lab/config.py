@@ -76,6 +76,22 @@ def choices_of(
     choices = field.metadata.get("choices")
     return None if choices is None else list(choices)
 
+# %% ../nbs/00_config.ipynb #9731117c
+def _expected(value, errors: list[dict]) -> str:  # errors: of pydantic
+    "What was expected, and what to do."
+    wrong = max(errors, key=lambda each: len(each["loc"]))  # of a union: the branch that came furthest
+    expected, remedy = wrong["msg"][0].lower() + wrong["msg"][1:], ""
+    expected = expected.replace("input should be", "expected")
+    if isinstance(value, (int, float, datetime.date)) and "string" in expected:
+        remedy = " In YAML, quote it."
+    elif isinstance(value, str) and "list" in expected:
+        remedy = f" Write [{value}]."
+    elif "dictionary" in expected:
+        remedy = " Write {key: value}."
+    elif isinstance(value, (dict, list)):
+        remedy = f" It got {wrong['input']!r}."
+    return f"{expected}.{remedy}"
+
 # %% ../nbs/00_config.ipynb #d1bd78eb
 _NOTHING = ("none", "None", "all")  # how a command line says None
 
@@ -95,18 +111,7 @@ def check_type(name: str, value, hint):
     try:
         return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        wrong = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union: the branch that came furthest
-        expected, remedy = wrong["msg"][0].lower() + wrong["msg"][1:], ""
-        expected = expected.replace("input should be", "expected")
-        if isinstance(value, (int, float, datetime.date)) and "string" in expected:
-            remedy = " In YAML, quote it."
-        elif isinstance(value, str) and "list" in expected:
-            remedy = f" Write [{value}]."
-        elif "dictionary" in expected:
-            remedy = " Write {key: value}."
-        elif isinstance(value, (dict, list)):
-            remedy = f" It got {wrong['input']!r}."
-        raise ValueError(f"{name}={value!r}: {expected}.{remedy}") from None
+        raise ValueError(f"{name}={value!r}: {_expected(value, error.errors())}") from None
 
 # %% ../nbs/00_config.ipynb #0e8c4873
 def _at_home(value):

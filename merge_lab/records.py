@@ -247,7 +247,7 @@ def split_named(
     split: str,  # that is asked for
     splits: Iterable[str],  # that there are
 ) -> str | None:  # None: there is none, or more than one that could be meant
-    "The split of that name, or of another name for the same: 'dev' where 'validation' is asked for."
-    usual = next((names for names in SAME_SPLITS if split in names), (split,))
+    "The split of that name, or the one of another name for the same: 'dev' where 'validation' is asked for, not the other way round."
+    usual = next((names for names in SAME_SPLITS if split == names[0]), (split,))
     meant = [name for name in splits if name in usual]
     return split if split in meant else meant[0] if len(meant) == 1 else None

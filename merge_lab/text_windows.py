@@ -117,7 +117,7 @@ class Window:
     input_ids: Tensor  # (seq_len,)
     kind: str  # which dataset it is from
 
-
+# %% ../nbs/28_text_windows.ipynb #26596472
 def windows_of(
     tokenizer,
     name: str,  # a dataset

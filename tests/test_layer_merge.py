@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from merge_lab import calibration, depth, student
-from merge_lab.chat import format_choice
+from merge_lab.chat import format_choice, load_mmlu
 from merge_lab.evaluation import perplexity
 from merge_lab.merger import checkpoint_activations
 from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
@@ -420,10 +420,10 @@ def test_calibration_never_asks_test_questions():
     tokenizer = lm.load_tokenizer(bundled_path("models/deep"))
     loader = lm.prepare_calibration_data(tokenizer, bundled_path("mmlu"), 40, 4)
     told = "".join(tokenizer.batch_decode([r["input_ids"] for r in loader.dataset]))
-    tests = lm.load_mmlu(bundled_path("mmlu"), "test")
+    tests = load_mmlu(bundled_path("mmlu"), "test")
     dev = {
         str(r)
-        for rows in lm.load_mmlu(bundled_path("mmlu"), "dev").values()
+        for rows in load_mmlu(bundled_path("mmlu"), "dev").values()
         for r in rows
     }
     for rows in tests.values():
@@ -707,7 +707,7 @@ def test_no_test_question_is_in_the_questions_that_the_model_read():
         q for text in sets for q in re.findall(r"^(.+)\nA\. ", text, flags=re.MULTILINE)
     }
     assert len(asked) > 20
-    tests = lm.load_mmlu(bundled_path("mmlu"), "test")
+    tests = load_mmlu(bundled_path("mmlu"), "test")
     read = "\n\n".join(sets)
     for row in [row for rows in tests.values() for row in rows]:
         assert format_choice(row) not in read
