@@ -59,7 +59,7 @@ def told_of(
     ids = torch.tensor([tokens], device=model.device)
     return told(model.eval()(input_ids=ids).logits[0].float().cpu().numpy(), tokens)
 
-
+# %% ../nbs/39_verify.ipynb #a58d1931
 def read_whole(
     folder: str | Path,  # of a checkpoint
     dtype: torch.dtype = torch.float32,
@@ -201,7 +201,7 @@ else:
     json.dump(found, open(work + "/found.json", "w"))
 """
 
-
+# %% ../nbs/39_verify.ipynb #5660881c
 def told_elsewhere(
     folder: str | Path,  # of a checkpoint
     tokens: list[int],
@@ -233,7 +233,7 @@ def compare_readings(
     equal = float(((here.top == there.top) | (here.margin <= 2 * tolerance)).mean())
     return {"top_equal": equal, "largest": float(apart), "same": bool(apart <= tolerance and equal >= 0.99)}
 
-
+# %% ../nbs/39_verify.ipynb #efefb83c
 def told_by(
     name: str,  # of READERS
     folder: str | Path,  # of a checkpoint, or a file that the reader reads
