@@ -188,3 +188,13 @@ def test_a_kill_leaves_nothing_beside_that_loads(tmp_path):
             os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert not (tmp_path / "out").exists() and not any(tmp_path.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("name, remedy", [("model.fp16.safetensors", "Rename it"), ("consolidated.safetensors", "Save the model with save_pretrained")])
+def test_weights_under_another_name_are_named(tmp_path, name, remedy):
+    paths = [save_component(tmp_path / each, seed=i) for i, each in enumerate("ab")]
+    (paths[0] / "model.safetensors").rename(paths[0] / name)
+    assert f"holds {name}, and neither" in refused(paths) and remedy in row(preflight(paths), "files").remedy
+    if remedy == "Rename it":
+        (paths[0] / name).rename(paths[0] / "model.safetensors")
+        assert preflight(paths).ok.all()
