@@ -118,6 +118,15 @@ def read_adapter(
     _sort(file)
     return file
 
+# %% ../nbs/07_adapter_files.ipynb #9b90fc32
+def _allowed_shapes(file: AdapterFile) -> dict[str, set[tuple[int, ...]]]:  # by name of the parameter
+    "Shapes that parameters of the base may have, for an adapter to change them."
+    wanted = {}
+    for module, pair in file.pairs.items():
+        rows, columns = file.headers[pair["B"]].shape[0], file.headers[pair["A"]].shape[-1]
+        wanted[f"{module}.weight"] = {(rows, columns), (columns, rows)}
+    return wanted | {name: {file.headers[key].shape} for name, key in file.whole.items()}
+
 # %% ../nbs/07_adapter_files.ipynb #f24ab166
 def check_adapter_fits(
     file: AdapterFile,
@@ -127,16 +136,11 @@ def check_adapter_fits(
     if file.values.get("layer_replication"):
         obstacle = "with layer_replication the adapter makes a model of other layers than its base has, which cannot be blended with models of its base."
         raise UnreadableComponent(file.folder, obstacle, "Train an adapter without layer_replication.")
-    wanted = {}
-    for module, pair in file.pairs.items():
-        rows, columns = file.headers[pair["B"]].shape[0], file.headers[pair["A"]].shape[-1]
-        wanted[f"{module}.weight"] = {(rows, columns), (columns, rows)}
-    wanted |= {name: {file.headers[key].shape} for name, key in file.whole.items()}
     bare = [module for module in file.pairs if file.values.get("lora_bias") and f"{module}.bias" not in shapes]
     if bare:
         obstacle = f"with lora_bias the adapter has a bias for {bare[0]}, which has none in its base."
         raise UnreadableComponent(file.folder, obstacle, "Train an adapter without lora_bias.")
-    for name, allowed in wanted.items():
+    for name, allowed in _allowed_shapes(file).items():
         known = shapes.get(name)
         if file.reason and known is None:
             continue  # peft knows what it is of

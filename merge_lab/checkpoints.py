@@ -6,9 +6,9 @@
 __all__ = ['logger', 'SMALL_FILES', 'PLAIN_REMEDY', 'FROM_FILE', 'LOAD_LOCK', 'TOKENIZER_FILES', 'model_folder',
            'tokenizer_folder', 'cache_folder', 'read_gguf', 'gguf_of', 'plain_folder', 'find_folder', 'read_config',
            'read_tokenizer', 'load_tokenizer', 'read_chat_template', 'headers_in_memory', 'config_value', 'some_rows',
-           'same_rows', 'ComponentFiles', 'left_out', 'check_whole', 'read_component', 'as_dtype', 'component_bytes',
-           'component_name', 'component_names', 'COPY_AGAIN', 'PLACES', 'read_header', 'read_headers', 'REPORT_COLUMNS',
-           'RESERVED', 'TensorHeader', 'UnreadableComponent']
+           'same_rows', 'OfConfig', 'ComponentFiles', 'left_out', 'check_whole', 'read_component', 'as_dtype',
+           'component_bytes', 'component_name', 'component_names', 'COPY_AGAIN', 'PLACES', 'read_header',
+           'read_headers', 'REPORT_COLUMNS', 'RESERVED', 'TensorHeader', 'UnreadableComponent']
 
 # %% ../nbs/03_checkpoints.ipynb #fc2033ff
 import copy
@@ -86,7 +86,7 @@ SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 PLAIN_REMEDY = "Give the model as it was before quantisation."
 FROM_FILE = "dequantized.json"  # in a plain copy: what it was made from, and what was lost
 
-
+# %% ../nbs/03_checkpoints.ipynb #f7c76086
 def _write_plain(source: Path, target: Path, section: dict):
     "Write a plain checkpoint of a folder with quantised weights, one tensor after another."
     from safetensors import safe_open
@@ -445,7 +445,7 @@ def _file_of(folder: Path, name: str) -> Path | None:
     file = folder / ("model.safetensors" if (folder / "model.safetensors").exists() or not index.exists() else _read_index(index).get(name, ""))
     return file if file.is_file() else None
 
-# %% ../nbs/03_checkpoints.ipynb #40bc87ce
+# %% ../nbs/03_checkpoints.ipynb #40b48b55
 def some_rows(
     folder: Path,
     name: str,  # of a tensor
@@ -475,21 +475,9 @@ def same_rows(folder: Path, first: str, other: str) -> bool:
     rows = [some_rows(folder, name) for name in (first, other)]
     return rows[0] is None or rows[1] is None or torch.equal(*rows)
 
-# %% ../nbs/03_checkpoints.ipynb #ed59b46e
-@dataclass
-class _ReadFiles:
-    "What was read of a component, and what follows from it."
-
-    path: str
-    folder: Path
-    config: object  # transformers config
-    headers: dict[str, TensorHeader]
-    base: Path | None = None  # what is below it, where it is an adapter: config and headers are its
-
-    @property
-    def weights(self) -> Path:
-        "Folder of its weights, or of those below an adapter."
-        return self.base or self.folder
+# %% ../nbs/03_checkpoints.ipynb #de0e85a9
+class OfConfig:
+    "What transformers makes of a component's `config`, without weights."
 
     @property
     def text_config(self):  # of the language model, where a model has other parts too
@@ -505,11 +493,6 @@ class _ReadFiles:
             obstacle = f"a model of type {self.config.model_type!r} is not a causal language model."
             raise UnreadableComponent(self.path, obstacle, "Give a model that AutoModelForCausalLM loads.")
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
-
-    @cached_property
-    def tokenizer(self) -> dict | None:
-        "What `read_tokenizer` gives."
-        return read_tokenizer(self.folder)
 
     @cached_property
     def memory_headers(self) -> dict[str, TensorHeader]:
@@ -528,9 +511,26 @@ class _ReadFiles:
             obstacle = f"transformers makes no model of its config.json ({str(error).splitlines()[0] if str(error) else type(error).__name__})."
             raise UnreadableComponent(self.path, obstacle, "Mend the entry in config.json.") from error
 
-# %% ../nbs/03_checkpoints.ipynb #9408fe4c
-class ComponentFiles(_ReadFiles):
+# %% ../nbs/03_checkpoints.ipynb #ed59b46e
+@dataclass
+class ComponentFiles(OfConfig):
     "What the files of a component say, weights aside."
+
+    path: str
+    folder: Path
+    config: object  # transformers config
+    headers: dict[str, TensorHeader]
+    base: Path | None = None  # what is below it, where it is an adapter: config and headers are its
+
+    @property
+    def weights(self) -> Path:
+        "Folder of its weights, or of those below an adapter."
+        return self.base or self.folder
+
+    @cached_property
+    def tokenizer(self) -> dict | None:
+        "What `read_tokenizer` gives."
+        return read_tokenizer(self.folder)
 
     @property
     def tied(self) -> bool:  # whether head and embedding are one tensor
@@ -563,7 +563,7 @@ class ComponentFiles(_ReadFiles):
 def left_out(files: ComponentFiles) -> list[str]:
     "Tensors of the files that have no place in the model."
     state = files.empty_model.state_dict()
-    return sorted(name for name in files.memory_headers if name not in state and not name.endswith(".inv_freq"))
+    return sorted(name for name in files.memory_headers if name not in state and not name.endswith((".inv_freq", "attn.bias", "attn.masked_bias")))
 
 
 def check_whole(files: ComponentFiles):

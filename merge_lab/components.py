@@ -70,7 +70,7 @@ def _other_settings(files: ComponentFiles) -> dict:
         if name in known and name not in seen and "drop" not in name and value is not None
     }
 
-
+# %% ../nbs/08_components.ipynb #62a43b57
 def _effective(value):
     "A setting; of a config within the config, what has an effect."
     if not isinstance(value, dict):
@@ -264,7 +264,7 @@ def _check_as_peft(file: AdapterFile, model: nn.Module):
             remedy = "Give the base that it was trained on; if its vocabulary was resized, merge the adapter into the resized base first."
             raise UnreadableComponent(file.folder, f"peft cannot put the adapter on its base ({said[:200]}).", remedy) from error
 
-
+# %% ../nbs/08_components.ipynb #ece4c4db
 def _read_adapter(component: ComponentFiles) -> str:  # what the table says of it
     "Read the header of a component that is an adapter. Raises `UnreadableComponent` if it does not fit its base."
     if component.base is None:

@@ -26,6 +26,7 @@ from .config import read_yaml
 from .hub_folder import hub_name, RECIPE_FILE, read_recipe, where_components_are
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .merger_config import held_paths
+from . import run_folder
 from .run_folder import check_outside, is_run, write_json
 from .scoring import positions_of
 from .verify import check_against_masks, compare_readings, read_whole, text_tokens, told_of
@@ -64,17 +65,8 @@ def whole_folder(
 ) -> Iterator[Path]:
     "Yield a new folder beside the final place; it goes there if the block succeeds, and away if not. Raises what `check_place` raises."
     folder = check_place(folder, overwrite, inputs)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    made = work / "unfinished"
-    made.mkdir()
-    try:
+    with run_folder.whole_folder(folder, instead=True) as made:
         yield made
-        if folder.exists():
-            folder.rename(work / "replaced")
-        made.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/51_exports.ipynb #8a25cf34
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,9 @@ def check_kind(
     kind: str,  # a key of AGREEMENT
     found: dict,  # of `compare_readings`
 ) -> str:  # what was proven
-    "Raise `ValueError` unless llama.cpp makes the same of a file as its source says; by top tokens alone where it tells no log-probability (NaN)."
+    "Raise `ValueError` unless llama.cpp makes the same of a file as its source says."
     told = f"in llama.cpp {found['top_equal']:.1%} of top tokens are the same, and log-probabilities differ by {found['largest']:.2g} nats at most"
-    if found["top_equal"] < AGREEMENT[kind] or found["largest"] > APART[kind]:
+    if found["top_equal"] < AGREEMENT[kind] or not found["largest"] <= APART[kind]:
         raise ValueError(f"GGUF of type {kind}: {told}. Expected {AGREEMENT[kind]:.0%} and {APART[kind]:g}. Nothing was written.")
     return told
 

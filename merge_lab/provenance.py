@@ -12,7 +12,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .checkpoints import find_folder, UnreadableComponent
+from .adapter_folders import adapter_folder, is_adapter
+from .checkpoints import find_folder, model_folder, UnreadableComponent
 
 # %% ../nbs/04_provenance.ipynb #a12467f1
 _PLACES, _BLOCK = 64, 4096  # where a file is read, and how many bytes at each place
@@ -40,15 +41,23 @@ def _kept(path: str, size: int, changed: int) -> str:
     return file_digest(path)
 
 
+def _weights_in(folder: Path) -> list[Path]:
+    "Files of weights, of the kind that is read: pickles beside safetensors may be anything."
+    if folder.is_file():
+        return [folder]
+    return next(([*found] for suffix in _WEIGHTS if (found := [file for file in folder.glob(f"*{suffix}") if file.is_file()])), [])
+
+
 def weights_digest(
     path: str | Path,  # folder, file or hub name of a component
 ) -> str | None:  # 32 hex digits; None: its weights are not on this machine
-    "Digest of all files of weights that a component has, whatever they are called."
+    "Digest of the weights that a component has, whatever their files are called; of an adapter, of those of its base too."
     try:
         folder = Path(path) if Path(path).is_file() else find_folder(path)
+        folders = [adapter_folder(folder), model_folder(path, folder)] if folder.is_dir() and is_adapter(folder) else [folder]
     except UnreadableComponent:
         return None
-    files = [folder] if folder.is_file() else [file for file in folder.iterdir() if file.suffix in _WEIGHTS and file.is_file()]
+    files = [file for each in folders for file in _weights_in(each)]
     found = sorted(_kept(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     return hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest() if found else None
 

@@ -72,14 +72,18 @@ def write_json(path: str | Path, value):
 @contextmanager
 def whole_folder(
     folder: str | Path,  # may exist; what is in it stays
+    instead: bool = False,  # put what was made in place of what is there
 ):
     "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    place = work / "unfinished"  # one level down: after a kill nothing beside `folder` loads
+    place.mkdir()
     try:
-        os.chmod(place, 0o777 & ~_umask())  # mkdtemp's are for the owner alone
         yield place
+        if instead and folder.exists():
+            folder.rename(work / "replaced")
         if folder.exists() and any(folder.iterdir()):
             for part in place.iterdir():
                 if (folder / part.name).is_dir() and not any((folder / part.name).iterdir()):
@@ -90,7 +94,7 @@ def whole_folder(
                 folder.rmdir()
             os.replace(place, folder)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/01_run_folder.ipynb #4d6874c7
 def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"]):

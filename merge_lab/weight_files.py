@@ -113,6 +113,10 @@ def _no_weights(folder: Path) -> UnreadableComponent:
             "the weights are pickled (.bin or .pt), and no pickle is loaded, because it can run any code.",
             "Convert the model to safetensors where you trust it: from_pretrained, then save_pretrained.",
         )
+    if others := sorted(file.name for file in folder.glob("*.safetensors")):
+        alone = len(others) == 1 and others[0].startswith("model.")
+        remedy = "Rename it to model.safetensors." if alone else "Save the model with save_pretrained."
+        return UnreadableComponent(folder, f"the folder holds {others[0]}, and neither model.safetensors nor an index of shards.", remedy)
     return UnreadableComponent(
         folder, "the folder holds no weights (no .safetensors file).", "Save the model with save_pretrained."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -300,8 +301,6 @@ def test_merged_adapter_is_the_adapter_where_base_and_head_are_one(bases, tmp_pa
 def tuned_embedding(folder, base):
     "Embeddings that were trained and saved beside the factors."
     save_adapter(folder, base, save=True)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(folder / "adapter_model.safetensors")
     tensors["base_model.model.model.embed_tokens.weight"] += 1
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -316,8 +315,6 @@ def adapted_head(folder, base):
 
 
 def grown_vocabulary(folder, base):
-    from safetensors.torch import load_file, save_file
-
     tuned_embedding(folder, base)
     tensors = load_file(folder / "adapter_model.safetensors")
     table = tensors["base_model.model.model.embed_tokens.weight"]
@@ -392,3 +389,18 @@ def test_mask_merge_of_adapters_end_to_end(tmp_path):
     assert "report.html" in result.written and (tmp_path / "run" / "merged" / "README.md").is_file()
     exported, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged"), torch.arange(12)[None]
     assert_close(exported(ids).logits, result.merger(input_ids=ids).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["base", "adapter of a run"])
+def test_masks_know_the_weights_of_adapters_and_of_their_base(bases, tmp_path, changed):
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(bases("llama", False), base)
+    paths = [str(run), save_adapter(tmp_path / "b", str(base), 2)]
+    save_adapter(run / "adapter_checkpoint", str(base), 1)
+    Merger.from_config(MergerConfig(paths)).save_pretrained(tmp_path / "masks")
+    Merger.from_pretrained(tmp_path / "masks")
+    file = base / "model.safetensors" if changed == "base" else run / "adapter_checkpoint" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="its weights have changed"):
+        Merger.from_pretrained(tmp_path / "masks")

@@ -2,6 +2,7 @@
 
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from merge_lab.components import align_vocabulary, load_model, preflight
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
+from merge_lab.run_folder import whole_folder
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 from test_adapter_components import save_adapter
 from test_architectures import IDS, tiny
@@ -177,3 +179,22 @@ def test_adapters_of_transformers_4_are_components(tmp_path, kind, held, caplog)
     for i in range(2):
         assert_close(merger.component_forward(i, input_ids=IDS).logits, expected[i], rtol=1e-4, atol=1e-5)
     assert ("an older transformers" in caplog.text) != held
+
+
+def test_a_kill_leaves_nothing_beside_that_loads(tmp_path):
+    if not (child := os.fork()):
+        with whole_folder(tmp_path / "out") as made:
+            (made / "config.json").write_text("{}")
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not (tmp_path / "out").exists() and not any(tmp_path.glob("*/config.json"))
+
+
+@pytest.mark.parametrize("name, remedy", [("model.fp16.safetensors", "Rename it"), ("consolidated.safetensors", "Save the model with save_pretrained")])
+def test_weights_under_another_name_are_named(tmp_path, name, remedy):
+    paths = [save_component(tmp_path / each, seed=i) for i, each in enumerate("ab")]
+    (paths[0] / "model.safetensors").rename(paths[0] / name)
+    assert f"holds {name}, and neither" in refused(paths) and remedy in row(preflight(paths), "files").remedy
+    if remedy == "Rename it":
+        (paths[0] / name).rename(paths[0] / "model.safetensors")
+        assert preflight(paths).ok.all()
