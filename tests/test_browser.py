@@ -453,8 +453,8 @@ def test_runs_are_listed_and_compared(page):
 def test_another_system_runs_from_its_panel(page, lab):
     _, folder = lab
     page.locator(".ml-panel .lm-TabBar-tab", has_text="Training").last.click()
-    page.locator(".ml-field-max_steps input").fill("3")
-    page.locator(".ml-face", has_text="max_steps: 3").wait_for()
+    page.locator(".ml-field-max_steps input").last.fill("3")
+    page.locator(".ml-face", has_text="max_steps: 3").last.wait_for()
     press(page, ".ml-run", "Run")
     state = "['finished', 'failed'].includes(text.trim()) && text.trim()"
     wait_text(page, ".ml-run .ml-state", state)

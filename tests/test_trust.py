@@ -190,7 +190,7 @@ def test_an_export_that_is_killed_anywhere_is_never_a_mix(tmp_path):
             states.add("second" if same[1] and child.returncode == 0 else "first")
         else:
             states.add("none")
-        left += 3
+        left += 5
     assert {"first", "second"} <= states
     assert not list((tmp_path / "merged").glob(".unfinished*")) and (tmp_path / "merged" / "README.md").exists()
 
