@@ -194,11 +194,15 @@ def longest_row(
     tokenizer,
     max_length: int | None = None,  # tokens; what is longer is cut
 ) -> int:  # tokens
-    "Length of the longest row, as far as the number of characters tells which ones are long."
+    "Length of the longest row, as far as the number of characters tells which ones are long. Raises `ValueError` that names the first row that is refused."
     column = layout_of(rows)
     sizes = [len(row) if column == "text" else sum(len(message["content"]) for message in row) for row in rows[column]]
     few = rows.select(sorted(range(len(rows)), key=sizes.__getitem__)[-8:])
-    longest = max(len(row["input_ids"]) for row in encode_rows(few, tokenizer, None))
+    try:
+        longest = max(len(row["input_ids"]) for row in encode_rows(few, tokenizer, None))
+    except ValueError:
+        encode_rows(rows, tokenizer, None)  # names the first row that is refused, not the longest
+        raise
     return min(longest, max_length or longest)
 
 # %% ../nbs/39_fine_tuning/01_sft_data.ipynb #217d9b1d

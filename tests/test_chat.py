@@ -14,7 +14,7 @@ from merge_lab.chat import ChatCollator, build_dataset, encode_chat, has_split, 
 from merge_lab.chat_templates import chat_tokenizer
 from merge_lab.conversations import answer_of, chat_row, prompt_row
 from merge_lab.evaluation import end_tokens, generate_answers, load_tests, prompt_ids
-from merge_lab.sft_data import add_task_prefix, encode_rows, mix_tasks, prepare_dataset
+from merge_lab.sft_data import add_task_prefix, encode_rows, longest_row, mix_tasks, prepare_dataset
 from merge_lab.systems.layer_merge import LayerMergeConfig, prepare
 from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.teacher_dataset import DAMTopkConfig, encoded_rows, row_stamps
@@ -329,6 +329,12 @@ def test_a_template_that_refuses_is_one_sentence_with_file_and_line(tmp_path, te
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"a\.jsonl:1: .*{message}"):
             encode()
+
+
+def test_the_first_row_that_is_refused_is_named_though_others_are_longer(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"system": "be brief.", "question": ASKED, "answer": SAID * (1 + i)} for i in range(20)])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: "):
+        longest_row(prepare_dataset(path), tiny_tokenizer(chat_template=STRICT))
 
 
 def test_a_tokenizer_without_end_or_pad(tmp_path):
