@@ -244,13 +244,6 @@ def _adapted(source: Source, folder: Path, dtype: str, tokens: int) -> list[str]
     return [told, _same_words(told_of(model, words), told_of(read_whole(folder, model.dtype), words), str(folder), model.dtype)]
 
 # %% ../nbs/51_exports.ipynb #a2f99a20
-def _check_range(model: torch.nn.Module, path: str | Path, dtype: str):
-    "Raise `ValueError` if a weight is not finite."
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} has values that are not finite in {dtype}. Use bfloat16 or float32.")
-
-
 def rewritten(
     path: str | Path,  # checkpoint: folder or hub name
     folder: str | Path,  # gets the copy
@@ -259,7 +252,6 @@ def rewritten(
 ) -> list[str]:  # sentences on what was proven
     "Write a checkpoint again, in another dtype if that is asked for. Raises `ValueError` for numbers that the dtype does not hold."
     model = load_model(path, dtype)
-    _check_range(model, path, dtype)
     save_plain(model, folder, None if read_component(path).tokenizer is None else load_tokenizer(path))
     if (card := find_folder(path) / "README.md").is_file():
         shutil.copy(card, folder)

@@ -8,7 +8,6 @@ __all__ = ['RECIPE_FILE', 'hub_name', 'weights_hash', 'named_places', 'recipe_of
 
 # %% ../nbs/50_hub_folder.ipynb #40f4dfa0
 import dataclasses
-import hashlib
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from .commands import OTHER, SYSTEMS
 from .config import check_choice, read_yaml
 from .merger import MASKS_FILE
 from .merger_config import MergerConfig
-from .run_folder import write_text
+from .run_folder import sha256_of, write_text
 
 # %% ../nbs/50_hub_folder.ipynb #802290ed
 def hub_name(path: str | Path) -> tuple[str | None, str | None]:  # name, revision; None: not known
@@ -39,12 +38,8 @@ def weights_hash(
 ) -> str | None:  # None: the weights are not on this machine
     "SHA-256 of a component's safetensors files, in the order of their names."
     folder = adapter_folder(find_folder(path))
-    files, digest = sorted(folder.glob("*.safetensors")), hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest() if files else None
+    files = sorted(folder.glob("*.safetensors"))
+    return sha256_of(*files) if files else None
 
 # %% ../nbs/50_hub_folder.ipynb #95902124
 RECIPE_FILE = "recipe.yaml"

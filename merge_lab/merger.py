@@ -385,7 +385,8 @@ def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     values = dataclasses.asdict(self.merger_config)
     paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held_paths(self.merger_config)]
     save_tensors(folder / MASKS_FILE, masks)
-    digests = [weights_digest(path) for path in held_paths(self.merger_config)]
+    known = vars(self).setdefault("_weights_digests", {})  # the weights are frozen: a checkpoint looks at no file, and asks no hub, again
+    digests = [known[path] if path in known else known.setdefault(path, weights_digest(path)) for path in held_paths(self.merger_config)]
     write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "weights": digests, "anchor": self.state.anchor})
 
 # %% ../nbs/20_merger.ipynb #56fdd09b

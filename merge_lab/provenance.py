@@ -26,9 +26,9 @@ def file_digest(
     "Digest of a file's size and of bytes from all over it."
     digest, size = hashlib.blake2b(digest_size=16), os.path.getsize(path)
     digest.update(str(size).encode())
-    step = max((size - _BLOCK) // _PLACES, 1)
+    step = max((size - _BLOCK) // _PLACES, _BLOCK)
     with open(path, "rb") as file:
-        for place in range(0, max(size - _BLOCK, 0) + 1, max(step, _BLOCK if size <= _PLACES * _BLOCK else step)):
+        for place in range(0, max(size - _BLOCK, 0) + 1, step):
             file.seek(place)
             digest.update(file.read(_BLOCK))
         file.seek(max(size - _BLOCK, 0))

@@ -6,8 +6,8 @@
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'whole_folder', 'save_tensors',
            'whole_checkpoint', 'alone_in', 'one_run', 'hold', 'check_free', 'check_writable', 'readable',
            'check_disk_space', 'is_run', 'check_run', 'check_outside', 'begin_run', 'check_resumed', 'read_rows',
-           'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'seal', 'damage_of',
-           'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_start', 'check_more_steps',
+           'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of', 'seal',
+           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_start', 'check_more_steps',
            'check_going_on', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
@@ -200,11 +200,15 @@ def check_free(folder: str | Path):
             pass
 
 
+def _existing(folder: str | Path) -> Path:
+    "The folder, or the nearest above it that is there."
+    place = Path(folder).absolute()
+    return next(above for above in (place, *place.parents) if above.exists())
+
+
 def check_writable(folder: str | Path):
     "Raise `PermissionError` if nothing may be written into an existing or future folder. Nothing is made."
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
+    place = _existing(folder)
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: nothing may be written into {place}. Choose another output_dir, or change its rights.")
 
@@ -219,10 +223,7 @@ def readable(n_bytes: float) -> str:  # "12.60 GiB"
 
 def _free(folder: str | Path) -> int:
     "Bytes that are free where an existing or future folder is."
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(folder)).free
 
 
 def _shown(path: str | Path) -> Path:
@@ -397,9 +398,16 @@ MANIFEST = "manifest.json"  # of a checkpoint: bytes and digest of each file
 _NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")  # without them a run goes on otherwise than it would have
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(
+    *paths: str | Path,
+) -> str:  # 64 hex digits
+    "SHA-256 of what files hold, one after another."
+    digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def seal(
@@ -407,7 +415,7 @@ def seal(
 ):
     "Write down what each file of a checkpoint holds, but for its card and what other processes, which may still be at work, write."
     files = [path for path in sorted(Path(checkpoint).iterdir()) if path.is_file() and not re.match(r"manifest\.json|README\.md|rng_state_", path.name)]
-    write_json(Path(checkpoint) / MANIFEST, {path.name: [path.stat().st_size, _digest(path)] for path in files})
+    write_json(Path(checkpoint) / MANIFEST, {path.name: [path.stat().st_size, sha256_of(path)] for path in files})
 
 # %% ../nbs/01_run_folder.ipynb #a6485c74
 def damage_of(
@@ -423,7 +431,7 @@ def damage_of(
         if not (folder / name).is_file():
             return f"{folder / name} is missing"
     for name, (size, digest) in told.items():
-        if (folder / name).stat().st_size != size or _digest(folder / name) != digest:
+        if (folder / name).stat().st_size != size or sha256_of(folder / name) != digest:
             return f"{folder / name} is not what was written"
     return ""
 
@@ -433,15 +441,16 @@ def _step_of(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def checkpoints_of(folder: Path) -> dict[Path, str]:  # checkpoint -> what is wrong with it; newest first
+def checkpoints_of(folder: Path) -> list[Path]:  # newest first
     "All checkpoints of a run that were begun."
     found = (path for path in Path(folder).glob("checkpoint-*") if path.is_dir() and _step_of(path) >= 0)
-    return {path: damage_of(path) for path in sorted(found, key=_step_of, reverse=True)}
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
     "The newest whole checkpoint of a run; what is wrong with newer ones is logged."
-    for path, damage in checkpoints_of(folder).items():
+    for path in checkpoints_of(folder):
+        damage = damage_of(path)
         if not damage:
             return path
         logger.warning("%s is left out: %s", path, damage)
@@ -455,7 +464,7 @@ def checkpoint_to_resume(
     "The newest whole checkpoint. Raises `FileNotFoundError` if there is none, `ValueError` if other than n processes wrote it."
     checkpoint = last_checkpoint(folder)
     if checkpoint is None:
-        damage = "; ".join(checkpoints_of(folder).values())
+        damage = "; ".join(filter(None, map(damage_of, checkpoints_of(folder))))
         raise FileNotFoundError(f"{folder} has no {'whole ' * bool(damage)}checkpoint to go on from{damage and f': {damage}'}. Start again with overwrite=True (--overwrite).")
     before = len(list(checkpoint.glob("rng_state*.pth")))  # one of each process
     if before not in (0, n_processes):

@@ -235,3 +235,26 @@ def test_a_seal_says_which_file_is_not_what_was_written(tmp_path):
     assert damage_of(tmp_path).endswith("optimizer.pt is not what was written")
     (tmp_path / "manifest.json").write_text("{")
     assert damage_of(tmp_path).endswith("manifest.json is damaged")
+
+
+def test_a_seal_needs_nothing_of_a_newer_python(tmp_path, monkeypatch):
+    "`hashlib.file_digest` came with 3.11; 3.10 is supported."
+    import hashlib
+
+    from merge_lab.run_folder import damage_of
+
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)
+    (tmp_path / "optimizer.pt").write_bytes(b"x" * 3_000_000)
+    seal(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["optimizer.pt"][1] == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert damage_of(tmp_path) == ""
+
+
+def test_a_checkpoint_looks_at_no_component_again(tmp_path, monkeypatch):
+    paths = [str(save_tiny(model, tmp_path / name)) for name, model in zip("ab", tiny_experts(n=2))]
+    merger = Merger.from_config(MergerConfig(paths))
+    looked = []
+    monkeypatch.setattr("merge_lab.merger.weights_digest", lambda path: looked.append(path) or "digest")
+    for step in range(3):
+        merger.save_pretrained(tmp_path / f"checkpoint-{step}")
+    assert looked == paths
