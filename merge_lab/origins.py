@@ -61,8 +61,8 @@ def check_some_rows(files: ComponentFiles):
 # %% ../nbs/07_origins.ipynb #270df19e
 def tokens_without_row(files: ComponentFiles) -> dict[str, int]:
     "Tokens whose ids the embedding has no row for."
-    tokens = files.tokenizer["tokens"] if files.tokenizer else {}
-    return {token: i for token, i in tokens.items() if i >= files.text_config.vocab_size}
+    tokens, rows = files.tokenizer["tokens"] if files.tokenizer else {}, files.text_config.vocab_size
+    return {token: i for token, i in tokens.items() if i >= rows}
 
 
 def check_special_tokens(files: ComponentFiles):

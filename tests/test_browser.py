@@ -241,6 +241,7 @@ def test_a_wrong_path_shows_at_its_field(page):
     picture(page, ".ml-panel", "3-wrong-path")
     area.fill(good)
     wait_text(page, ".ml-field-model_paths .ml-note", "text.includes('fit together')")
+    wait_text(page, ".ml-face", "text.startsWith('model_paths:')")
 
 
 def test_looking_at_every_tab_changes_nothing_and_nothing_is_cut_off(page):
@@ -329,11 +330,11 @@ def test_training_starts_from_the_dials_when_they_are_set(page):
     wait_text(page, ".ml-face", "/default: 0.5\\b/.test(text) && !/attn:/.test(text)")
 
 
-def settle(page):
-    "Wait until no merge has been made for a second."
-    text, since = page.locator(STATUS).inner_text(), time.monotonic()
+def settle(page, selector: str = STATUS):
+    "Wait until a line, by default that of merges, has stood for a second."
+    text, since = page.locator(selector).inner_text(), time.monotonic()
     while time.monotonic() - since < 1:
-        if (now := page.locator(STATUS).inner_text()) != text:
+        if (now := page.locator(selector).inner_text()) != text:
             text, since = now, time.monotonic()
         time.sleep(0.1)
 
@@ -361,6 +362,7 @@ def test_train_pause_resume_stop_export(page, lab):
 
     press(page, ".ml-session", "Pause")
     state_is(page, "paused")
+    settle(page, ".ml-progress")  # the state may be drawn before the line
     step = page.locator(".ml-progress").inner_text().split("·")[0]
     time.sleep(1)  # several steps long
     assert page.locator(".ml-progress").inner_text().split("·")[0] == step
