@@ -539,8 +539,8 @@ class ComponentFiles(OfConfig):
 
     @property
     def ties(self) -> bool:
-        "Whether the config ties the head to the embedding."
-        return bool(config_value(self.config, "tie_word_embeddings", config_value(self.text_config, "tie_word_embeddings")))
+        "Whether the config ties the head to the embedding, and its class has a head to tie: transformers 5.23's BigBird-Pegasus and CPM-Ant have none."
+        return bool(self.heads) and bool(config_value(self.config, "tie_word_embeddings", config_value(self.text_config, "tie_word_embeddings")))
 
     @cached_property
     def own_head(self) -> bool:

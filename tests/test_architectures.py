@@ -202,7 +202,6 @@ REFUSED = {  # what preflight says, for a reason that transformers gives
     "mllama": "not a causal language model",
 }
 BROKEN = {  # what is known to be wrong
-    "cpmant": "its embedding has more rows than its head, and the export says of itself that they are not tied",
     "recurrent_gemma": "it keeps the states of the last batch in its modules, so a teacher of fewer rows stumbles",
     "roc_bert": "it adds to a linear's output in place, which the fused blend does not allow",
 }
