@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', 'CARRIED', 'MARKED', 'letters', 'read_jsonl', 'write_jsonl', 'hub_records',
-           'table_records', 'read_hub', 'folder_splits', 'has_split', 'same_parts', 'told_twins', 'folder_records',
-           'saved_records', 'read_folder', 'source_records', 'deal_splits', 'read_file', 'load_task', 'template_text',
-           'check_told', 'as_row', 'with_text_arguments', 'render', 'template_ids', 'spoken', 'prefix_spans',
-           'with_end', 'assistant_spans', 'encode_chat', 'encode_text', 'encode_row', 'is_told', 'told_unsaid',
-           'told_cuts', 'told_keys', 'encode_rows', 'build_dataset', 'validation_rows', 'take_rows', 'hold_out',
-           'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice', 'length_batches', 'ANSWERS', 'answer_of',
-           'as_conversation', 'chat_row', 'check_row', 'last_assistant', 'place_of', 'prompt_of', 'prompt_row',
-           'QUESTIONS', 'Row']
+           'table_records', 'read_hub', 'folder_splits', 'is_text_source', 'has_split', 'same_parts', 'told_twins',
+           'folder_records', 'saved_records', 'read_folder', 'source_records', 'deal_splits', 'read_file', 'load_task',
+           'template_text', 'check_told', 'as_row', 'with_text_arguments', 'render', 'template_ids', 'spoken',
+           'prefix_spans', 'with_end', 'assistant_spans', 'encode_chat', 'encode_text', 'encode_row', 'is_told',
+           'told_unsaid', 'told_cuts', 'told_keys', 'encode_rows', 'build_dataset', 'validation_rows', 'take_rows',
+           'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice', 'length_batches', 'ANSWERS',
+           'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant', 'place_of', 'prompt_of',
+           'prompt_row', 'QUESTIONS', 'Row']
 
 # %% ../nbs/02_chat.ipynb #16190e3e
 import filecmp
@@ -31,7 +31,7 @@ from .config import check_choice
 from merge_lab.conversations import (
     ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS, rows_of,
 )
-from .records import csv_rows, json_records, place_of, placed, read_records, read_text, Row, same_splits, split_files, split_named, without_filling
+from .records import csv_rows, ending_of, json_records, place_of, placed, read_records, read_text, Row, same_splits, split_files, split_named, without_filling
 from .run_folder import write_text
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,12 @@ def folder_splits(folder: str | Path) -> dict[str, list[Path]]:  # split -> its 
     if (place / "dataset_dict.json").exists():
         return {name: [place / name] for name in json.loads(read_text(place / "dataset_dict.json"))["splits"]}
     return {"train": [place]} if (place / "state.json").exists() else split_files(place)
+
+
+def is_text_source(source: object) -> bool:
+    "Whether a source is files of text: one of them, or a folder without rows."
+    place = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    return place is not None and (ending_of(place) == ".txt" if place.is_file() else place.is_dir() and not folder_splits(place))
 
 
 def has_split(source: str | Path, split: str = "validation") -> bool:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MARKS', 'PACKED', 'DECODER', 'NO_JSON', 'ROWS_UNDER', 'FILE_KINDS', 'PART', 'ABOUT', 'SAME_SPLITS', 'Row', 'placed',
            'place_of', 'encoding_of', 'unpacked', 'read_text', 'without_packing', 'ending_of', 'read_paragraphs',
-           'as_record', 'once', 'parse_json', 'is_json', 'json_values', 'json_records', 'csv_rows', 'csv_records',
-           'without_filling', 'parquet_records', 'is_table', 'read_records', 'split_files', 'same_splits',
-           'split_named']
+           'text_files', 'read_text_files', 'as_record', 'once', 'parse_json', 'is_json', 'json_values', 'json_records',
+           'csv_rows', 'csv_records', 'without_filling', 'parquet_records', 'is_table', 'read_records', 'split_files',
+           'same_splits', 'split_named']
 
 # %% ../nbs/00_records.ipynb #c26c0e8f
 import codecs
@@ -108,6 +108,24 @@ def read_paragraphs(path: str | Path) -> list[str]:
     "What stands between the empty lines of a text file, whatever its line ends. Raises `ValueError` as `read_text` does."
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+# %% ../nbs/00_records.ipynb #9c51ad02
+def text_files(path: str | Path) -> list[Path]:
+    "A text file itself, or the `.txt` files of a folder and its folders, in the order of their names. Raises `ValueError` if there are none."
+    place = Path(path).expanduser()
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*.txt") if not file.name.startswith("."))
+    if not files:
+        held = sorted({part.suffix or part.name for part in place.iterdir()})
+        raise ValueError(
+            f"{path}: no .txt and no <split>.jsonl or <split>.csv file; it holds {', '.join(held) or 'nothing'}. "
+            "Give the folder of your text files, or one file."
+        )
+    return files
+
+
+def read_text_files(path: str | Path) -> list[Row]:
+    "One row per text file. Raises `ValueError` if a folder has none, and as `read_text` does."
+    return [placed({"text": read_text(file).replace("\r\n", "\n").replace("\r", "\n")}, str(file)) for file in text_files(path)]
 
 # %% ../nbs/00_records.ipynb #448ac466
 def as_record(value: object, where: str) -> Row:

@@ -342,6 +342,26 @@ def test_text_files_are_the_same_to_every_system(tmp_path, tokenizer, encoding):
             read(path)
 
 
+def test_a_folder_of_text_files_is_documents_in_the_order_of_their_names(tmp_path, tokenizer):
+    for number in (*range(3, 12), 0, 1, 2):
+        path = tmp_path / "books" / f"part{number % 2}" / f"{number:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"\ufeffnumber {number}.\r\n\r\nthe end.\r\n", encoding="utf-8")
+    (path.parent / "._00.txt").write_bytes(b"\0\5\x16\7")
+    read = {split: read_documents(str(tmp_path / "books"), split, tokenizer) for split in ("train", "validation", "test")}
+    order = [*range(0, 12, 2), *range(1, 12, 2)]
+    assert read["validation"] == [f"number {order[8]}.\n\nthe end."] and read["test"] == [f"number {order[9]}.\n\nthe end."]
+    assert read["train"] == [f"number {n}.\n\nthe end." for n in (*order[:8], *order[10:])]
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(2):
+        (few / f"{number}.txt").write_text("\n\n".join(f"{number} {k}." for k in range(5)))
+    assert read_documents(str(few), "validation", tokenizer) == ["1 3."] and read_documents(str(few), "test", tokenizer) == ["1 4."]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none: no \.txt"):
+        read_documents(str(tmp_path / "none"), "train", tokenizer)
+
+
 def test_rows_without_anything_to_learn_are_told(tmp_path, tokenizer, caplog):
     path = write(tmp_path / "a.jsonl", [SHAPES["messages"], chat_row("the cat " * 20, "a")])
     assert len(calibration_split(tokenizer, path, 9, 0, max_length=12)[0]) == 1
