@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'MORE_THAN_FACTORS', 'CHANGE_THE_BASE', 'MERGED_BY_PEFT', 'NOT_WEIGHTS', 'HALVES', 'AdapterFile',
            'read_adapter', 'check_adapter_fits', 'with_names_of', 'share_tensors', 'put_parameters', 'put_adapter',
-           'quiet_peft', 'in_float32', 'settle_head', 'untie_adapted', 'merge_layers', 'merge_into']
+           'quiet_peft', 'in_float32', 'plain_adapter', 'settle_head', 'untie_adapted', 'merge_layers', 'merge_into']
 
 # %% ../nbs/07_adapter_files.ipynb #9c9ee650
 import copy
@@ -14,6 +14,8 @@ import json
 import logging
 import math
 import re
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from .adapter_folders import ADAPTER_CONFIG, ADAPTER_FILE, adapter_folder
 from .architecture import is_conv1d
 from .checkpoints import COPY_AGAIN, read_header, TensorHeader, UnreadableComponent
 from .factors import LowRank
+from .weight_files import unwrapped
 
 if TYPE_CHECKING:
     import peft
@@ -73,8 +76,8 @@ class AdapterFile:
 # %% ../nbs/07_adapter_files.ipynb #33686a98
 def _sort(file: AdapterFile):
     "Fill in what each tensor of the file is."
-    for key in file.headers:
-        name = key.removeprefix("base_model.model.")
+    for key, plain in unwrapped(file.headers).items():
+        name = plain.removeprefix("base_model.model.")
         pair = _PAIRS.match(name)
         if pair:
             file.pairs.setdefault(pair[1], {})[pair[2]] = key
@@ -268,6 +271,24 @@ def in_float32(
         for parameter, dtype in halves.items():
             parameter.data = parameter.data.to(dtype)
 
+# %% ../nbs/07_adapter_files.ipynb #43043ec9
+@contextmanager
+def plain_adapter(
+    folder: str | Path,  # of adapter_config.json
+) -> Iterator[Path]:
+    "A folder of the adapter whose tensors have the names that peft gives them: itself, or a copy without what wrappers put into names."
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    names = unwrapped(read_header(folder / ADAPTER_FILE))
+    if all(name == own for name, own in names.items()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copyfile(folder / ADAPTER_CONFIG, Path(place) / ADAPTER_CONFIG)
+        save_file({names[name]: tensor for name, tensor in load_file(folder / ADAPTER_FILE).items()}, Path(place) / ADAPTER_FILE, metadata={"format": "pt"})
+        yield Path(place)
+
 # %% ../nbs/07_adapter_files.ipynb #2e282c91
 def settle_head(model: nn.Module):
     "Let a model's config say whether its head is the embedding's tensor."
@@ -318,8 +339,8 @@ def merge_into(
     if file.reason:
         from peft import PeftModel
 
-        with quiet_peft():
-            adapted = PeftModel.from_pretrained(model, str(file.folder))
+        with quiet_peft(), plain_adapter(file.folder) as folder:
+            adapted = PeftModel.from_pretrained(model, str(folder))
         merged = merge_layers(adapted.eval()).requires_grad_(False)
         merged.__dict__.pop("peft_config", None)
         return merged

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from merge_lab.adapter_files import (  # noqa: F401
-    CHANGE_THE_BASE, HALVES, in_float32, merge_layers, MORE_THAN_FACTORS, quiet_peft, read_adapter,
+    CHANGE_THE_BASE, HALVES, in_float32, merge_layers, MORE_THAN_FACTORS, plain_adapter, quiet_peft, read_adapter,
 )
 from .adapter_folders import adapter_folder, recorded_base
 from .architecture import is_conv1d, is_linear
@@ -39,6 +39,7 @@ from .memory import free_memory
 from .run_folder import _umask
 from .scoring import positions_of, row_nats
 from .sft_data import encode_rows, layout_of
+from .weight_files import unwrapped
 from .writer import save_plain
 
 if TYPE_CHECKING:
@@ -215,8 +216,9 @@ def check_fits(base: nn.Module, folder: str | Path):
     with safe_open(str(Path(folder) / "adapter_model.safetensors"), "pt") as file:
         names = file.keys()
         shapes = {name: file.get_slice(name).get_shape() for name in names}
+    plain = unwrapped(shapes)
     for name, shape in shapes.items():
-        path, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
+        path, _, factor = plain[name].removeprefix("base_model.model.").partition(".lora_")
         weight = getattr(modules.get(path), "weight", None)
         if factor not in ("A.weight", "B.weight") or weight is None and path in modules:
             continue
@@ -244,8 +246,8 @@ def load_adapter(
                 "'adapter_checkpoint' of a run."
             )
     check_fits(base, folder)
-    with quiet_peft():
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
+    with quiet_peft(), plain_adapter(folder) as place:
+        return PeftModel.from_pretrained(base, str(place), is_trainable=trainable)
 
 # %% ../nbs/39_fine_tuning/03_adapters.ipynb #70dfbc65
 MORE_THAN_DELTAS = (

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['logger', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', 'CARRIED', 'MARKED', 'letters', 'read_jsonl', 'write_jsonl', 'hub_records',
-           'table_records', 'read_hub', 'folder_splits', 'has_split', 'folder_records', 'saved_records', 'read_folder',
-           'source_records', 'deal_splits', 'read_file', 'load_task', 'template_text', 'check_told', 'as_row',
-           'with_text_arguments', 'render', 'template_ids', 'spoken', 'prefix_spans', 'with_end', 'assistant_spans',
-           'encode_chat', 'encode_text', 'encode_row', 'is_told', 'told_unsaid', 'told_cuts', 'told_keys',
-           'encode_rows', 'build_dataset', 'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row',
-           'load_mmlu', 'format_choice', 'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row',
-           'check_row', 'last_assistant', 'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
+           'table_records', 'read_hub', 'folder_splits', 'is_text_source', 'has_split', 'same_parts', 'told_twins',
+           'folder_records', 'saved_records', 'read_folder', 'source_records', 'deal_splits', 'read_file', 'load_task',
+           'template_text', 'check_told', 'as_row', 'with_text_arguments', 'render', 'template_ids', 'spoken',
+           'prefix_spans', 'with_end', 'assistant_spans', 'encode_chat', 'encode_text', 'encode_row', 'is_told',
+           'told_unsaid', 'told_cuts', 'told_keys', 'encode_rows', 'build_dataset', 'validation_rows', 'take_rows',
+           'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice', 'length_batches', 'ANSWERS',
+           'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant', 'place_of', 'prompt_of',
+           'prompt_row', 'QUESTIONS', 'Row']
 
 # %% ../nbs/02_chat.ipynb #16190e3e
+import filecmp
 import hashlib
 import json
 import logging
@@ -29,7 +31,7 @@ from .config import check_choice
 from merge_lab.conversations import (
     ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS, rows_of,
 )
-from .records import csv_rows, json_records, place_of, placed, read_records, read_text, Row, split_files, split_named, without_filling
+from .records import csv_rows, ending_of, json_records, place_of, placed, read_records, read_text, Row, same_splits, split_files, split_named, without_filling
 from .run_folder import write_text
 
 logger = logging.getLogger(__name__)
@@ -96,9 +98,28 @@ def folder_splits(folder: str | Path) -> dict[str, list[Path]]:  # split -> its 
     return {"train": [place]} if (place / "state.json").exists() else split_files(place)
 
 
+def is_text_source(source: object) -> bool:
+    "Whether a source is files of text: one of them, or a folder without rows."
+    place = Path(source).expanduser() if isinstance(source, (str, Path)) else None
+    return place is not None and (ending_of(place) == ".txt" if place.is_file() else place.is_dir() and not folder_splits(place))
+
+
 def has_split(source: str | Path, split: str = "validation") -> bool:
     "Whether a source is a folder of splits that has this one, by any of its usual names."
     return isinstance(source, (str, Path)) and Path(source).expanduser().is_dir() and split_named(split, folder_splits(source)) is not None
+
+# %% ../nbs/02_chat.ipynb #bc97c577
+def same_parts(some: list[Path], others: list[Path]) -> bool:
+    "Whether two splits are the same files under two names."
+    return len(some) == len(others) and all(a.is_file() and b.is_file() and filecmp.cmp(a, b, shallow=False) for a, b in zip(some, others))
+
+
+def told_twins(folder: str | Path, split: str, splits: dict[str, list[Path]]):  # split: that is asked for
+    "Warn of a split that is there under two names and not the same: one of them is not read."
+    read = split_named(split, splits)
+    for name in same_splits(split):
+        if name in splits and name != read and not same_parts(splits[read], splits[name]):
+            logger.warning("%s: %r and %r are two names of the %s split and hold different rows: %r is read and %r is not. Rename one of them.", folder, read, name, split, read, name)
 
 # %% ../nbs/02_chat.ipynb #21cf6e97
 def folder_records(
@@ -112,6 +133,8 @@ def folder_records(
         listed = ", ".join(splits) if splits else "no file of rows at all"
         missing = Path(folder) / f"{split or 'train'}.jsonl"
         raise ValueError(f"{missing}: missing. {folder} holds: {listed}.")
+    if wanted:
+        told_twins(folder, split, splits)
     parts = [part for name in ([wanted] if wanted else splits) for part in splits[name]]
     return [record for part in parts for record in (read_records(part) if part.is_file() else saved_records(part))]
 

@@ -21,7 +21,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -34,7 +34,7 @@ from .quantized import METHODS, plain_makers, refused_method
 from .run_folder import check_disk_space, save_tensors, whole_folder, write_json
 from merge_lab.weight_files import (
     _no_weights, _read_index, component_name, component_names, COPY_AGAIN, PLACES, read_header, read_headers, REPORT_COLUMNS, RESERVED,
-    TensorHeader, UnreadableComponent,
+    TensorHeader, UnreadableComponent, unwrapped,
 )
 from .writer import save_plain
 
@@ -521,6 +521,7 @@ class ComponentFiles(OfConfig):
     config: object  # transformers config
     headers: dict[str, TensorHeader]
     base: Path | None = None  # what is below it, where it is an adapter: config and headers are its
+    stored: dict[str, str] = field(default_factory=dict)  # tensor -> its name in the files, where wrappers changed that
 
     @property
     def weights(self) -> Path:
@@ -547,7 +548,7 @@ class ComponentFiles(OfConfig):
         "Whether the files hold a head that differs from the embedding; rows here and there are compared."
         named = {self.short(name): name for name in self.headers}
         pairs = [(named[head], named[embedding]) for head, embedding in self.heads.items() if {head, embedding} <= named.keys()]
-        return any(not same_rows(self.weights, *pair) for pair in pairs)
+        return any(not same_rows(self.weights, *(self.stored.get(name, name) for name in pair)) for pair in pairs)
 
     def short(self, name: str) -> str:
         "A tensor name without what its wrapper puts before it."
@@ -612,7 +613,10 @@ def read_component(
     folder = find_folder(path)
     config, below = read_config(path, folder), model_folder(path, folder)
     headers = _tensor_headers(str(path) if below == folder else str(below), below)
-    files = ComponentFiles(str(path), tokenizer_folder(folder), config, headers, None if below == folder else below)
+    plain = unwrapped(headers)
+    stored = {own: name for name, own in plain.items() if own != name}
+    headers = {plain[name]: header for name, header in headers.items()}
+    files = ComponentFiles(str(path), tokenizer_folder(folder), config, headers, None if below == folder else below, stored)
     missing = [head for head in files.heads if not any(name.endswith(head) for name in files.headers)]
     if missing and not files.tied:
         missing = [head for head in missing if not any(name.endswith(head) for name in files.memory_headers)]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .writer import save_plain
 from merge_lab.adapter_files import (
-    AdapterFile, check_adapter_fits, merge_into, put_adapter, quiet_peft, read_adapter, share_tensors, with_names_of,
+    AdapterFile, check_adapter_fits, merge_into, plain_adapter, put_adapter, quiet_peft, read_adapter, share_tensors, with_names_of,
 )
 from .adapter_folders import ADAPTER_FILE, is_adapter, local_folder as _local_folder, recorded_base
 from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
@@ -41,6 +41,7 @@ from .config import check_choice
 from .origins import as_it_stands, check_finite, check_some_rows, check_special_tokens, disagreements, remarks, stored_dtype
 from .run_folder import check_disk_space, whole_folder
 from .vocabulary import POLICIES, donated_rows, realign, row_tables, shared_tokenizer, union_tokenizer, union_tokens, vocabulary_rows
+from .weight_files import unwrapped, wrapper_rules
 
 logger = logging.getLogger(__name__)
 
@@ -256,8 +257,8 @@ def _check_as_peft(file: AdapterFile, model: nn.Module):
     from peft import PeftModel
 
     try:
-        with quiet_peft():
-            PeftModel.from_pretrained(model, str(file.folder), low_cpu_mem_usage=True)
+        with quiet_peft(), plain_adapter(file.folder) as folder:
+            PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())
         if re.search("size mismatch|not found in the base model", said):  # what else it says is of a model without weights
@@ -275,7 +276,8 @@ def _read_adapter(component: ComponentFiles) -> str:  # what the table says of i
     check_adapter_fits(file, {name: shape for name, shape in shapes.items() if shape is not None})
     if file.reason:
         _check_as_peft(file, copy.deepcopy(component.empty_model))
-    return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "")
+    wrapped = ", its names without what a wrapper put into them" if any(name != own for name, own in unwrapped(file.headers).items()) else ""
+    return f"adapter on {component_name(component.base)}" + (", merged when it is loaded" if file.reason else "") + wrapped
 
 # %% ../nbs/08_components.ipynb #c8af8b9e
 def _read_all(paths: list, names: list[str]) -> tuple[dict, list[ComponentFiles], list[str]]:
@@ -428,6 +430,16 @@ def find_base(
     return next(iter(found.values())) if len(found) == 1 and not set(found) & own else None
 
 # %% ../nbs/08_components.ipynb #b9649a15
+def _by_plain_names(folder: Path, rules: dict[str, str], **options) -> tuple[nn.Module, dict]:
+    "transformers' model and what it says of loading it; names in the files are changed by `wrapper_rules`."
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True, output_loading_info=True, key_mapping=rules or None, **options)
+    if rules:  # else the wrapper would come back when the model is saved
+        model._weight_conversions = model._weight_conversions[len(rules) :]
+    return model, info
+
+
 def load_model(
     path: str | Path,  # folder or hub name
     dtype: str | torch.dtype = "float32",  # 'auto' for the checkpoint's own
@@ -436,8 +448,6 @@ def load_model(
     trust_remote_code: bool = False,  # run Python code that comes with the model
 ):
     "A frozen transformers model in evaluation mode. Raises `UnreadableComponent` or `ValueError`."
-    from transformers import AutoModelForCausalLM
-
     dtype = as_dtype(dtype)
     files = None if trust_remote_code else read_component(path)  # its errors say more than those of from_pretrained
     source = Path(path).expanduser()
@@ -449,10 +459,9 @@ def load_model(
         source = files.folder if any(files.folder.glob("*.safetensors")) else source  # else it is on the hub
     options = dict(device_map=device_map, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     options = {name: value for name, value in options.items() if value is not None}
+    stored = {} if files is None else files.stored
     with LOAD_LOCK, as_it_stands(source) as place:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(place), dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        model, info = _by_plain_names(place, wrapper_rules({name: own for own, name in stored.items()}), dtype=dtype, **options)
     missing = sorted(info["missing_keys"])
     if missing:
         obstacle = f"the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} tensors in all)."

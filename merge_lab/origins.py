@@ -54,7 +54,7 @@ def check_finite(path: str | Path, name: str, tensor: torch.Tensor, where: Path 
 def check_some_rows(files: ComponentFiles):
     "Raise `UnreadableComponent` if some rows of a stored tensor hold NaN or infinite numbers."
     for name in files.headers:
-        rows = some_rows(files.weights, name)
+        rows = some_rows(files.weights, files.stored.get(name, name))
         if rows is not None and not (rows.numel() == 1 and rows.isinf().all()):  # a bound, as Gemma 4's sound tower stores some
             check_finite(files.path, name, rows, files.weights.name)
 
@@ -108,6 +108,9 @@ def remarks(files: ComponentFiles, others: Sequence[ComponentFiles] = ()) -> lis
     told = []
     if (files.folder / FROM_FILE).is_file():
         told.append(json.loads((files.folder / FROM_FILE).read_text(encoding="utf-8"))["lost"])
+    if files.stored:
+        name, stored = next(iter(files.stored.items()))
+        told.append(f"its files were saved from a wrapped model, with {stored} for {name}; they are read by the names without that")
     if (files.folder / "adapter_config.json").is_file():
         told.append("an adapter lies beside the weights; the weights are read as they stand and the adapter is not applied (transformers alone would apply it, a second time where it is merged already)")
     if beyond := tokens_without_row(files):

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'PACKED', 'DECODER', 'NO_JSON', 'ROWS_UNDER', 'FILE_KINDS', 'PART', 'ABOUT', 'SAME_SPLITS', 'Row', 'placed',
-           'place_of', 'encoding_of', 'read_text', 'read_paragraphs', 'as_record', 'once', 'parse_json', 'is_json',
-           'json_values', 'json_records', 'csv_rows', 'csv_records', 'without_filling', 'parquet_records', 'is_table',
-           'read_records', 'split_files', 'split_named']
+           'place_of', 'encoding_of', 'unpacked', 'read_text', 'without_packing', 'ending_of', 'read_paragraphs',
+           'text_files', 'read_text_files', 'as_record', 'once', 'parse_json', 'is_json', 'json_values', 'json_records',
+           'csv_rows', 'csv_records', 'without_filling', 'parquet_records', 'is_table', 'read_records', 'split_files',
+           'same_splits', 'split_named']
 
 # %% ../nbs/00_records.ipynb #c26c0e8f
 import codecs
 import csv
+import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -56,12 +59,32 @@ def encoding_of(data: bytes) -> tuple[str, int]:  # name, and how many bytes of 
         return ("utf-16-le" if odd > even else "utf-16-be"), 0
     return "utf-8", 0
 
+# %% ../nbs/00_records.ipynb #25e45178
+def _unpack(data: bytes, kind: str) -> bytes:
+    "What gzip or Zstandard packed. Raises `ValueError`, `OSError`, `EOFError` or `zlib.error`, by what is wrong."
+    if kind == "gzip":
+        return gzip.decompress(data)
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+        return stream.read()
+
+
+def unpacked(path: str | Path) -> bytes:
+    "Bytes of a file, out of gzip or Zstandard if they tell that they are packed. Raises `ValueError` for another packing, or a file that was cut."
+    data = Path(path).expanduser().read_bytes()
+    kind = next((name for mark, name in PACKED.items() if data.startswith(mark)), None)
+    if kind in ("zip", "xz"):
+        raise ValueError(f"{path}: the file is packed ({kind}). Unpack it, or pack it with gzip.")
+    try:
+        return _unpack(data, kind) if kind else data
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path}: packed ({kind}), and not whole ({error}). The file may have been cut; get it again.") from error
+
 # %% ../nbs/00_records.ipynb #dfc42e9d
 def read_text(path: str | Path) -> str:
-    "A text file as it is, without its byte order mark. Raises `ValueError` for a packed file, and with file and line for bytes that are no text."
-    data = Path(path).expanduser().read_bytes()
-    if packed := next((name for mark, name in PACKED.items() if data.startswith(mark)), None):
-        raise ValueError(f"{path}: the file is packed ({packed}). Unpack it.")
+    "A text file as it is, without its byte order mark. Raises `ValueError` as `unpacked` does, and with file and line for bytes that are no text."
+    data = unpacked(path)
     name, start = encoding_of(data)
     try:
         return data[start:].decode(name)
@@ -69,11 +92,40 @@ def read_text(path: str | Path) -> str:
         line = data[start : start + error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not {name.upper()} text ({error.reason}). Save the file as UTF-8.") from error
 
+# %% ../nbs/00_records.ipynb #dfaa7c92
+def without_packing(path: str | Path) -> str:
+    "Name of a file, without the ending that says how it is packed."
+    name = Path(path).name
+    return name[: name.rindex(".")] if name.lower().endswith((".gz", ".zst")) else name
+
+
+def ending_of(path: str | Path) -> str:
+    "Ending of what a file holds, in lower case: '.jsonl' of 'a.jsonl.gz', too."
+    return Path(without_packing(path)).suffix.lower()
+
 # %% ../nbs/00_records.ipynb #ab86c6b0
 def read_paragraphs(path: str | Path) -> list[str]:
     "What stands between the empty lines of a text file, whatever its line ends. Raises `ValueError` as `read_text` does."
     text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+# %% ../nbs/00_records.ipynb #9c51ad02
+def text_files(path: str | Path) -> list[Path]:
+    "A text file itself, or the `.txt` files of a folder and its folders, in the order of their names. Raises `ValueError` if there are none."
+    place = Path(path).expanduser()
+    files = [place] if place.is_file() else sorted(file for file in place.rglob("*.txt") if not file.name.startswith("."))
+    if not files:
+        held = sorted({part.suffix or part.name for part in place.iterdir()})
+        raise ValueError(
+            f"{path}: no .txt and no <split>.jsonl or <split>.csv file; it holds {', '.join(held) or 'nothing'}. "
+            "Give the folder of your text files, or one file."
+        )
+    return files
+
+
+def read_text_files(path: str | Path) -> list[Row]:
+    "One row per text file. Raises `ValueError` if a folder has none, and as `read_text` does."
+    return [placed({"text": read_text(file).replace("\r\n", "\n").replace("\r", "\n")}, str(file)) for file in text_files(path)]
 
 # %% ../nbs/00_records.ipynb #448ac466
 def as_record(value: object, where: str) -> Row:
@@ -154,7 +206,7 @@ def json_records(path: str | Path) -> list[Row]:
 # %% ../nbs/00_records.ipynb #51b03606
 def csv_rows(path: str | Path) -> Iterator[tuple[int, list[str]]]:  # line on which the row begins, cells
     "Rows of a CSV or TSV file that hold anything. Raises `ValueError` with file and line for quotes that do not close."
-    separator = "\t" if Path(path).suffix.lower() == ".tsv" else ","
+    separator = "\t" if ending_of(path) == ".tsv" else ","
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
     limit, begins = csv.field_size_limit(2**31 - 1), 1
     try:
@@ -193,8 +245,9 @@ def parquet_records(path: str | Path) -> list[Row]:
     "Rows of a Parquet file. Raises `ValueError` if it is none."
     import pyarrow.parquet
 
+    place = Path(path).expanduser()
     try:
-        rows = pyarrow.parquet.ParquetFile(Path(path).expanduser()).read().to_pylist()
+        rows = pyarrow.parquet.ParquetFile(place if place.suffix.lower() == ".parquet" else io.BytesIO(unpacked(place))).read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]}).") from error
     return [placed(without_filling(row), f"{path}, row {number}") for number, row in enumerate(rows, 1)]
@@ -207,13 +260,13 @@ FILE_KINDS = {  # ending -> reader
 
 
 def is_table(path: str | Path) -> bool:
-    "Whether a path ends like a file of records."
-    return Path(path).suffix.lower() in FILE_KINDS
+    "Whether a path ends like a file of records, packed or not."
+    return ending_of(path) in FILE_KINDS
 
 
 def read_records(path: str | Path) -> list[Row]:
     "Records of one file. Raises `ValueError` for an unknown ending, or for a file that is empty or cannot be read."
-    kind = Path(path).suffix.lower()
+    kind = ending_of(path)
     if kind not in FILE_KINDS:
         raise ValueError(f"{path}: file type={kind!r}: expected one of {', '.join(FILE_KINDS)}. Convert the file, or rename it if it is one of these.")
     if not Path(path).expanduser().stat().st_size:
@@ -226,28 +279,33 @@ ABOUT = {"dataset_info", "dataset_infos", "dataset_dict", "state", "config"}  # 
 
 
 def split_files(folder: str | Path) -> dict[str, list[Path]]:  # split -> its files, in order
-    "Files of a folder by split. Raises `ValueError` if a split is there twice, or packed."
+    "Files of a folder by split. Raises `ValueError` if a split is there twice, or packed as nothing here reads it."
     place, found = Path(folder).expanduser(), {}
     for files in (place, place / "data"):
         for file in sorted(files.iterdir()) if files.is_dir() and not found else ():
-            if is_table(file.with_suffix("")) and file.suffix in (".gz", ".zst", ".xz", ".zip", ".bz2"):
-                raise ValueError(f"{file}: the file is packed, and would be passed over. Unpack it, or move it elsewhere.")
-            if file.is_file() and is_table(file) and not file.name.startswith(".") and not (file.suffix == ".json" and file.stem in ABOUT):
-                found.setdefault(PART.sub("", file.stem), []).append(file)
+            if is_table(file.with_suffix("")) and file.suffix in (".xz", ".zip", ".bz2"):
+                raise ValueError(f"{file}: the file is packed, and would be passed over. Unpack it, pack it with gzip, or move it elsewhere.")
+            stem = Path(without_packing(file)).stem
+            if file.is_file() and is_table(file) and not file.name.startswith(".") and not (file.suffix == ".json" and stem in ABOUT):
+                found.setdefault(PART.sub("", stem), []).append(file)
     for split, parts in found.items():
-        if len(parts) > 1 and not all(PART.search(part.stem) for part in parts):
+        if len(parts) > 1 and not all(PART.search(Path(without_packing(part)).stem) for part in parts):
             raise ValueError(f"{folder}: split {split!r} is there more than once: {', '.join(part.name for part in parts)}. Keep one.")
     return dict(sorted(found.items()))
 
+# %% ../nbs/00_records.ipynb #d6727ebc
+SAME_SPLITS = (("train", "training"), ("validation", "valid", "val", "dev"), ("test", "testing", "eval", "evaluation"))  # as `datasets` has it; the first one wins
 
-SAME_SPLITS = (("train", "training"), ("validation", "valid", "val", "dev"), ("test", "testing", "eval", "evaluation"))  # as `datasets` has it
+
+def same_splits(split: str) -> tuple[str, ...]:
+    "Names under which a split is looked for: 'dev' where 'validation' is asked for, not the other way round."
+    return next((names for names in SAME_SPLITS if split == names[0]), (split,))
 
 
 def split_named(
     split: str,  # that is asked for
     splits: Iterable[str],  # that there are
-) -> str | None:  # None: there is none, or more than one that could be meant
-    "The split of that name, or the one of another name for the same: 'dev' where 'validation' is asked for, not the other way round."
-    usual = next((names for names in SAME_SPLITS if split == names[0]), (split,))
-    meant = [name for name in splits if name in usual]
-    return split if split in meant else meant[0] if len(meant) == 1 else None
+) -> str | None:  # None: there is none
+    "The split of that name, or the first of its other names that is there."
+    held = set(splits)
+    return next((name for name in same_splits(split) if name in held), None)

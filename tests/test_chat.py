@@ -7,6 +7,7 @@ import json
 import logging
 
 import pandas as pd
+import pyarrow
 import pytest
 
 from merge_lab.calibration import calibration_split, text_paragraphs
@@ -146,6 +147,9 @@ def test_encodings_of_files(tmp_path, encoding, kind):
 REFUSED = {
     "an empty answer": ({"prompt": "q", "completion": " "}, "not empty"),
     "an empty turn": ({"messages": [*TURNS, {"role": "user", "content": "and?"}, {"role": "assistant", "content": ""}]}, "assistant turn is empty"),
+    "an empty question": ({"messages": [*TURNS, {"role": "user", "content": " "}, TURNS[1]]}, "user turn is empty"),
+    "an empty question of ShareGPT": ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": SAID}]}, "user turn is empty"),
+    "an empty question before": ({"history": [["", SAID]], "prompt": "q", "completion": "a"}, "user turn is empty"),
     "null": ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "null"),
     "a number": ({"messages": [TURNS[0], {"role": "assistant", "content": 7}]}, "int 7"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image", "path": "cat.png"}]}, TURNS[1]]}, "type 'image'"),
@@ -193,7 +197,8 @@ def test_bad_rows_are_refused_with_file_and_line(tmp_path, what, reader):
         ('[{"question": "q", "answer": "a"},\n{"question": "p", "answer": "b"}', "a.json", r"a\.json:2: not JSON \(the array does not end"),
         ("[" * 100_000, "a.jsonl", r"a\.jsonl:1: not JSON \(maximum recursion"),
         ('{"question": "q", "answer": "a", "n": ' + "1" * 5000 + "}", "a.jsonl", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
-        ("\x1f\u008b", "a.jsonl", r"a\.jsonl: the file is packed \(gzip\)"),
+        ("\x1f\u008b", "a.jsonl", r"a\.jsonl: packed \(gzip\), and not whole"),
+        ("PK\x03\x04", "a.jsonl", r"a\.jsonl: the file is packed \(zip\)"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, name, message):
@@ -247,8 +252,62 @@ def test_rows_are_held_out_by_any_usual_name(tmp_path, tokenizer, name):
     assert len(left) == 20 and [row["input_ids"] for row in rows] == [encode_chat(tokenizer, TURNS)["input_ids"]] * 3
     assert len(calibration_split(tokenizer, tmp_path, 30, 8)[1]) == 3 and len(load_tests([tmp_path], "test")[tmp_path.name]) == 1
     assert set(row_stamps(str(tmp_path), "validation")) == {held.name}
-    write(tmp_path / ("dev.csv" if name == "val" else "val.csv"), [SHAPES["alpaca"]])
-    assert has_split(tmp_path) == (name == "validation")  # else nobody could say which is meant
+
+
+def test_of_two_names_of_a_split_the_usual_one_is_read_and_the_other_is_named(tmp_path, caplog):
+    for name in ("train", "dev", "val", "validation"):  # each wins over the ones before
+        write(tmp_path / f"{name}.jsonl", [chat_row("whose rows?", name)])
+        assert has_split(tmp_path) == (name != "train")
+        assert load_task(tmp_path, "train" if name == "train" else "validation")[0]["messages"][1]["content"] == name
+        assert [f"'{name}' and '{other}' are two names of the validation split" in caplog.text for other in ("val", "dev")] == [
+            name == "validation", name in ("val", "validation"),
+        ]  # fmt: skip
+        assert load_task(tmp_path, name)[0]["messages"][1]["content"] == name
+    caplog.clear()
+    for name in ("dev", "val"):
+        (tmp_path / f"{name}.jsonl").write_bytes((tmp_path / "validation.jsonl").read_bytes())
+    assert load_task(tmp_path, "validation") and not caplog.records
+
+
+def pack(path, packing):
+    data, target = path.read_bytes(), path.with_name(f"{path.name}.{packing}")
+    with pyarrow.output_stream(target, compression={"gz": "gzip", "zst": "zstd"}[packing]) as stream:
+        stream.write(data)
+    path.unlink()
+    return target
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_packed_files_are_read_as_they_are(tmp_path, tokenizer, kind, packing):
+    wanted = encode_chat(tokenizer, TURNS)["input_ids"]
+    for part in ("train-00000-of-00002", "train-00001-of-00002"):
+        path = pack(write(tmp_path / f"{part}.{kind}", [SHAPES["alpaca"]] * 2), packing)
+    for source, n in ((path, 2), (tmp_path, 4)):
+        assert len(load_task(source)) == n
+        assert all(found == wanted for found in read_by_every_system(source, tokenizer).values())
+    path.write_bytes(path.read_bytes()[:-12])
+    for read in (load_task, prepare_dataset):
+        with pytest.raises(ValueError, match=rf"{path.name}: packed .*not whole"):
+            read(path)
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_a_bad_row_of_a_packed_file_has_its_line(tmp_path, packing):
+    bad = pack(write(tmp_path / "bad.jsonl", [SHAPES["messages"], {"messages": TURNS[:1]}]), packing)
+    text = tmp_path / "bad.csv"
+    text.write_text("question,answer\nq,a\nq,a,b\n")
+    for path, line in ((bad, 2), (pack(text, packing), 3)):
+        for read in (load_task, prepare_dataset):
+            with pytest.raises(ValueError, match=rf"{path.name}:{line}: "):
+                read(path)
+
+
+def test_an_empty_system_turn_is_the_templates_to_read(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", [{"messages": [{"role": "system", "content": ""}, *TURNS]}])
+    assert load_task(path)[0]["messages"] == [{"role": "system", "content": ""}, *TURNS]
+    usual = "{% if messages[0].role != 'system' %}<system>the template's own{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    assert "own" not in tiny_tokenizer(chat_template=usual).apply_chat_template(load_task(path)[0]["messages"], tokenize=False)
 
 
 def test_a_folder_is_the_same_to_every_system(tmp_path, tokenizer):
@@ -258,9 +317,9 @@ def test_a_folder_is_the_same_to_every_system(tmp_path, tokenizer):
         (folder / "._train.jsonl").write_bytes(b"\0\5\x16\7")
         wanted = encode_chat(tokenizer, TURNS)["input_ids"]
         assert all(found == wanted for found in read_by_every_system(folder, tokenizer).values())
-    (tmp_path / "csv" / "test.jsonl.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "csv" / "test.jsonl.xz").write_bytes(b"\xfd7zXZ")
     for read in (load_task, prepare_dataset, lambda path: calibration_split(tokenizer, path, 1, 0), lambda path: read_documents(str(path), "train", tokenizer)):
-        with pytest.raises(ValueError, match=r"test\.jsonl\.gz: the file is packed"):
+        with pytest.raises(ValueError, match=r"test\.jsonl\.xz: the file is packed"):
             read(tmp_path / "csv")
     for folder in (tmp_path / "saved", tmp_path / "saved" / "train"):
         folder.mkdir()
@@ -281,6 +340,26 @@ def test_text_files_are_the_same_to_every_system(tmp_path, tokenizer, encoding):
     for read in (text_paragraphs, prepare_dataset, lambda path: read_documents(str(path), "train", tokenizer)):
         with pytest.raises(ValueError, match=r"a\.txt:2: not UTF-8 text"):
             read(path)
+
+
+def test_a_folder_of_text_files_is_documents_in_the_order_of_their_names(tmp_path, tokenizer):
+    for number in (*range(3, 12), 0, 1, 2):
+        path = tmp_path / "books" / f"part{number % 2}" / f"{number:02}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"\ufeffnumber {number}.\r\n\r\nthe end.\r\n", encoding="utf-8")
+    (path.parent / "._00.txt").write_bytes(b"\0\5\x16\7")
+    read = {split: read_documents(str(tmp_path / "books"), split, tokenizer) for split in ("train", "validation", "test")}
+    order = [*range(0, 12, 2), *range(1, 12, 2)]
+    assert read["validation"] == [f"number {order[8]}.\n\nthe end."] and read["test"] == [f"number {order[9]}.\n\nthe end."]
+    assert read["train"] == [f"number {n}.\n\nthe end." for n in (*order[:8], *order[10:])]
+    few = tmp_path / "few"
+    few.mkdir()
+    for number in range(2):
+        (few / f"{number}.txt").write_text("\n\n".join(f"{number} {k}." for k in range(5)))
+    assert read_documents(str(few), "validation", tokenizer) == ["1 3."] and read_documents(str(few), "test", tokenizer) == ["1 4."]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none: no \.txt"):
+        read_documents(str(tmp_path / "none"), "train", tokenizer)
 
 
 def test_rows_without_anything_to_learn_are_told(tmp_path, tokenizer, caplog):

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapter_files import plain_adapter
 from merge_lab.adapters import (
     adapter_folder, check_adapter, Factors, is_conv1d, load_adapter, load_base, merge_adapter, quiet_peft, read_adapters, recorded_base,
 )
@@ -385,8 +386,8 @@ def peft_baselines(
         model = load_adapter(load_base(base, device), adapters[0])
         names = ["default"]
         for i, folder in enumerate(adapters[1:], 1):
-            with quiet_peft():
-                model.load_adapter(str(folder), adapter_name=f"adapter_{i}")
+            with quiet_peft(), plain_adapter(folder) as place:
+                model.load_adapter(str(place), adapter_name=f"adapter_{i}")
             names.append(f"adapter_{i}")
         torch.manual_seed(seed)
         _weighted(model, names, method, weight)
