@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['best_device', 'set_seed', 'changed_options', 'check_choice', 'check_names', 'check_options', 'check_type',
            'config_from_dict', 'config_from_yaml', 'config_to_cli', 'config_to_python', 'config_to_yaml',
-           'did_you_mean', 'narrow', 'option', 'read_yaml', 'yaml_value', 'expect_fail', 'method_of', 'atomic_path',
-           'begin_run', 'bundled_path', 'check_disk_space', 'check_outside', 'check_resumed', 'check_run', 'is_run',
-           'save_tensors', 'write_json', 'write_text']
+           'did_you_mean', 'narrow', 'option', 'read_yaml', 'yaml_value', 'expect_fail', 'method_of', 'patch_to',
+           'atomic_path', 'begin_run', 'bundled_path', 'check_disk_space', 'check_outside', 'check_resumed',
+           'check_run', 'is_run', 'save_tensors', 'write_json', 'write_text']
 
 # %% ../nbs/25_core.ipynb #bc172c8a
 from merge_lab.config import (
@@ -15,7 +15,7 @@ from merge_lab.config import (
     config_to_yaml, did_you_mean, narrow, option, read_yaml, yaml_value,
 )
 from .devices import best_device, set_seed
-from .lesson import expect_fail, method_of
+from .lesson import expect_fail, method_of, patch_to
 from merge_lab.run_folder import (
     atomic_path, begin_run, bundled_path, check_disk_space, check_outside, check_resumed, check_run, is_run, save_tensors,
     write_json, write_text,
@@ -24,6 +24,6 @@ from merge_lab.run_folder import (
 _all_ = [
     "best_device", "set_seed", "changed_options", "check_choice", "check_names", "check_options", "check_type", "config_from_dict", "config_from_yaml",
     "config_to_cli", "config_to_python", "config_to_yaml", "did_you_mean", "narrow", "option", "read_yaml", "yaml_value",
-    "expect_fail", "method_of", "atomic_path", "begin_run", "bundled_path", "check_disk_space", "check_outside", "check_resumed",
+    "expect_fail", "method_of", "patch_to", "atomic_path", "begin_run", "bundled_path", "check_disk_space", "check_outside", "check_resumed",
     "check_run", "is_run", "save_tensors", "write_json", "write_text",
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['svg_axes', 'svg_path', 'path_svg', 'scores_html', 'answers_html', 'explorer_dials', 'merge_html', 'ExplorerView',
-           'box', 'explorer_view']
+           'explorer_view']
 
 # %% ../nbs/36_explorer_view.ipynb #289d67ea
 import html
@@ -15,7 +15,7 @@ import pandas as pd
 from .drawing import STYLE, alpha_svg, bar, block, svg_text
 from .explorer import DEPTHS, FILTERS, Dials, MergeExplorer
 from .figures import colour_of
-from .lesson import method_of
+from .lesson import patch_to
 
 # %% ../nbs/36_explorer_view.ipynb #987e1360
 def svg_axes(frame: tuple[float, float, float, float], high: float) -> str:  # frame: left, top, right, bottom; high: of the losses
@@ -172,7 +172,7 @@ class ExplorerView:
             getattr(self, name).value = value
 
 # %% ../nbs/36_explorer_view.ipynb #146ef212
-@method_of(ExplorerView)
+@patch_to(ExplorerView)
 def _use(self):
     try:
         self.explorer.use()
@@ -181,7 +181,7 @@ def _use(self):
         self.status.value = block(f"✗ {error}", "trouble")
 
 # %% ../nbs/36_explorer_view.ipynb #8f7e30a0
-@method_of(ExplorerView)
+@patch_to(ExplorerView)
 def box(self):
     "Everything, laid out for 1,280 pixels."
     import ipywidgets as w

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'IMPLS', 'OWN', 'alpha_shape', 'blend', 'backward_route', 'masked_linear', 'even_alphas', 'MergeState',
-           'ComponentModule', 'MaskedModule', 'kept', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'MaskedOwner',
-           'masked_class', 'put_leaf', 'plain_name', 'parameter_name']
+           'ComponentModule', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm', 'MaskedOwner',
+           'masked_class', 'put_leaf', 'take_leaf', 'plain_name', 'parameter_name']
 
 # %% ../nbs/12_masks.ipynb #69ea6a08
 import functools
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .architecture import input_dim
+from .architecture import as_class, input_dim, put_module
 from .config import check_choice
 from .constraints import constrain, OF_DELTAS, unconstrain, weight_angle
 from .devices import bring, device_type, full, shard_like
 from .factored import component_linear, factored_blend, factored_linear
 from .factors import FactoredWeights, rows_of
-from .lesson import method_of
+from .lesson import patch_to
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb
 MODES = {
@@ -543,7 +543,7 @@ class MaskedModule(ComponentModule):
         return bring(weights[self.fallback if component is None else component], self.state.device)
 
 # %% ../nbs/12_masks.ipynb #4eec692f
-@method_of(MaskedModule)
+@patch_to(MaskedModule)
 def kept(self, name: str) -> Tensor | None:
     "The merged parameter if `state.keep_merged` holds it; built again when the masks have changed."
     if not self.state.keep_merged:
@@ -569,7 +569,7 @@ class MaskedLinear(MaskedModule):
         return _masked_linear(x, weights, alphas, bias, self.state.impl, self.kept("weight"))
 
 # %% ../nbs/12_masks.ipynb #c6def37a
-@method_of(MaskedLinear)
+@patch_to(MaskedLinear)
 def _unmasked(self, x: Tensor, bias: Tensor | None) -> Tensor:
     "The product with one component: the one that is asked for, or the fallback."
     held, component = self.weights["weight"], self.state.component
@@ -578,7 +578,7 @@ def _unmasked(self, x: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, self.tensor("weight"), bias)
 
 
-@method_of(MaskedLinear)
+@patch_to(MaskedLinear)
 def _factored(self, x: Tensor, bias: Tensor | None) -> Tensor:
     "The product with the blend of factors; with a whole weight where that is asked for, or kept and not trained."
     if self.state.impl == "accurate" or self.state.keep_merged and not torch.is_grad_enabled():
@@ -646,17 +646,17 @@ class MaskedOwner(MaskedModule):
     def _take_over(self, template: nn.Module):
         self.__dict__["template"] = template  # what is above is no child
 
-    def attach(self):
-        "Go below the module, whose parameters are read here from now on."
+    def attach(self) -> nn.Module:
+        "Go below the module. What comes back takes its place: the module, whose parameters are read here from now on."
         children = dict(self.template._modules)
         self.template._modules.clear()
         self.template._modules.update({OWN: self, **children})  # first, as its parameters come before those of children
-        self.template.__class__ = _reading_class(type(self.template), tuple(self.parameter_names))
+        return as_class(self.template, _reading_class(type(self.template), tuple(self.parameter_names)))
 
-    def detach(self):
-        "Leave the module as it was, without values for its parameters."
-        del self.template._modules[OWN]
-        self.template.__class__ = type(self.template).__mro__[1]
+    def detach(self, module: nn.Module) -> nn.Module:  # `module` is what reads here
+        "What takes the module's place when this leaf leaves it: the module as it was, without values for its parameters."
+        del module._modules[OWN]
+        return as_class(module, type(module).__mro__[1])
 
 # %% ../nbs/12_masks.ipynb #14c24199
 def masked_class(module: nn.Module) -> type[MaskedModule]:
@@ -672,9 +672,17 @@ def masked_class(module: nn.Module) -> type[MaskedModule]:
     return MaskedNorm if is_norm else MaskedModule
 
 # %% ../nbs/12_masks.ipynb #3d865298
-def put_leaf(root: nn.Module, name: str, leaf: MaskedModule):
+def put_leaf(root: nn.Module, name: str, leaf: MaskedModule) -> nn.Module:  # the root: another object if a leaf went below it
     "Put a leaf where the module of that name is: in its place, or below it if it has children."
-    leaf.attach() if isinstance(leaf, MaskedOwner) else root.set_submodule(name, leaf)
+    return put_module(root, name, leaf.attach() if isinstance(leaf, MaskedOwner) else leaf)
+
+
+def take_leaf(root: nn.Module, name: str, leaf: MaskedModule) -> nn.Module:  # the root
+    "Undo `put_leaf`: the module is back, without values for its parameters."
+    if not isinstance(leaf, MaskedOwner):
+        return put_module(root, name, leaf.template)
+    place = name.rpartition(".")[0]
+    return put_module(root, place, leaf.detach(root.get_submodule(place)))
 
 
 def plain_name(name: str) -> str:  # "mixer.own_parameters" -> "mixer"

@@ -20,14 +20,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .architecture import parameter_modules
+from .architecture import as_class, parameter_modules
 from .config import check_choice
 from .constraints import constrain, unconstrain
 from merge_lab.depth import (
     check_depth_free, check_merge_pairs, decoder_layers, depth_settings, PUBLISHED_ALPHA, published_alpha, set_depth, set_layer_index,
     shortened,
 )
-from .masks import masked_class, MaskedLinear, MaskedModule, MaskedOwner, MergeState, plain_name, put_leaf
+from .masks import masked_class, MaskedLinear, MaskedModule, MaskedOwner, MergeState, plain_name, put_leaf, take_leaf
 
 logger = logging.getLogger(__name__)
 
@@ -135,30 +135,30 @@ def leaf_shares(alpha: float | dict[str, float], leaves: dict) -> dict[str, floa
 
 # %% ../nbs/39_mergeable.ipynb #924a95f3
 def make_mergeable(
-    kept: nn.Module,  # decoder layer that stays; becomes mergeable in place
-    removed: nn.Module,  # decoder layer that goes; its tensors move into `kept`
+    kept: nn.Module,  # decoder layer that stays; its parts go into the new one
+    removed: nn.Module,  # decoder layer that goes; its tensors too
     alpha: float | dict[str, float],  # share of `kept`; a dict has one for each of its weights, and so does the layer
     state: MergeState,
     blend: str = "weights",  # a key of BLENDS
     per_module: bool = False,  # one alpha per weight, not per layer, for a single number too
-):
+) -> MergeableLayer:  # takes the place of `kept`
     "Turn two decoder layers into one `MergeableLayer`. Raises `ValueError` before it changes anything."
-    leaves, second = leaf_pairs(kept, removed), MergeState()
+    shares, second = leaf_shares(alpha, leaf_pairs(kept, removed)), MergeState()
     second.component = 1
-    shares, per_module = leaf_shares(alpha, leaves), per_module or isinstance(alpha, dict)
-    kept.__class__ = mergeable_class(type(kept))
-    kept.blend, kept.state, kept.per_module = blend, state, per_module
-    for name, modules in leaves.items():
+    layer, per_module = as_class(kept, mergeable_class(type(kept))), per_module or isinstance(alpha, dict)
+    layer.blend, layer.state, layer.per_module = blend, state, per_module
+    for name, modules in leaf_pairs(layer, removed).items():
         kind = masked_class(modules[0])
-        leaf = PAIRS.get(kind, PairLeaf)(modules, state, kept, shares[name] if per_module else None)
-        put_leaf(kept, name, leaf)
+        leaf = PAIRS.get(kind, PairLeaf)(modules, state, layer, shares[name] if per_module else None)
+        layer = put_leaf(layer, name, leaf)
         view_class = MaskedOwner if kind is MaskedOwner else MaskedModule
         view = view_class([modules[1]], second, mode=None)  # the removed layer as it was, on the same tensors
         view.weights = leaf.weights
-        put_leaf(removed, name, view)
+        removed = put_leaf(removed, name, view)
     if not per_module:
-        kept.alpha_logit = nn.Parameter(logit_of(alpha, next(kept.parameters()).device))
-    kept.removed = removed
+        layer.alpha_logit = nn.Parameter(logit_of(alpha, next(layer.parameters()).device))
+    layer.removed = removed
+    return layer
 
 # %% ../nbs/39_mergeable.ipynb #a267be8e
 class KeptLayers(nn.ModuleList):
@@ -239,7 +239,7 @@ def replace_layers_with_mergeable(
     "Shorten a model by its pairs, with a trainable share for each. Raises `ValueError` for pairs that cannot be merged."
     if hasattr(model, "merge_record"):
         raise ValueError("the model has mergeable layers already. Fuse them first (fuse_mergeable_layers).")
-    layers, settings = decoder_layers(model), depth_settings(model.config.get_text_config())
+    layers, settings = list(decoder_layers(model)), depth_settings(model.config.get_text_config())
     pairs = check_merge_pairs(merge_pairs, len(layers))
     check_depth_free(model, [removed for _, removed, _ in pairs])
     pairs = [(*pair[:2], initial_alpha(pair, alpha_init_strategy, similarity)) for pair in pairs]
@@ -249,7 +249,7 @@ def replace_layers_with_mergeable(
     trainable = any(p.requires_grad for p in model.parameters())
     record = MergeRecord(pairs, settings, blend, MergeState(), trainable)
     for into, removed, alpha in pairs:
-        make_mergeable(layers[into], layers[removed], alpha, record.state, blend, per_module)
+        layers[into] = make_mergeable(layers[into], layers[removed], alpha, record.state, blend, per_module)
     model.merge_record = record
     set_merged_depth(model, {i: layers[i] for i in record.kept})
     return model
@@ -343,15 +343,15 @@ def extract_learned_alphas(
 
 # %% ../nbs/39_mergeable.ipynb #64e77955
 @torch.no_grad()
-def fuse_layer(layer: MergeableLayer):
-    "Write the blend into the layer and make it what it was: a plain decoder layer."
+def fuse_layer(layer: MergeableLayer) -> nn.Module:  # takes the layer's place
+    "Write the blend into what the layer was made from: a plain decoder layer."
     for name, leaf in [(n, m) for n, m in layer.named_modules() if isinstance(m, PairLeaf)]:
-        leaf.detach() if isinstance(leaf, MaskedOwner) else layer.set_submodule(name, leaf.template)
+        layer = take_leaf(layer, name, leaf)
         for key in leaf.parameter_names:
             leaf.template._parameters[key] = nn.Parameter(leaf.tensor(key), requires_grad=False)
     layer._parameters.pop("alpha_logit", None)
     del layer.removed, layer.blend, layer.state, layer.per_module
-    layer.__class__ = type(layer).__mro__[2]
+    return as_class(layer, type(layer).__mro__[2])
 
 # %% ../nbs/39_mergeable.ipynb #0677bd20
 def fuse_mergeable_layers(
@@ -361,10 +361,7 @@ def fuse_mergeable_layers(
     record, (parent, name) = getattr(model, "merge_record", None), find_layers_of(model)
     if record.blend == "outputs":
         logger.warning("alphas were trained on blended outputs; the fused weights compute another function.")
-    layers = list(getattr(parent, name))
-    for layer in layers:
-        if isinstance(layer, MergeableLayer):
-            fuse_layer(layer)
+    layers = [fuse_layer(layer) if isinstance(layer, MergeableLayer) else layer for layer in getattr(parent, name)]
     setattr(parent, name, nn.ModuleList(layers))
     for key, value in shortened(record.settings, record.kept).items():
         setattr(model.config.get_text_config(), key, value)

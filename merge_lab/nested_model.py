@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHOD', 'decoder_layers', 'layer_linears', 'quantize_layer', 'layers_prefix', 'other_tensors', 'layer_file',
            'write_quantized', 'read_quantized', 'pick_precisions', 'load_nested', 'nest_layer', 'load_skeleton', 'Plan',
-           'check_finite', 'NestedModel', 'as_assignment', 'Restore', 'set_precision', 'memory_table', 'read_bytes']
+           'check_finite', 'NestedModel', 'as_assignment', 'Restore', 'memory_table', 'read_bytes']
 
 # %% ../nbs/26_nested_model.ipynb #b84ec5e1
 import json
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .anyprec import NestedLinear, NestedWeight, quantize_weight, WeightSlot
 from .checkpoints import LOAD_LOCK
 from .config import check_choice
+from .lesson import patch_to
 from .run_folder import save_tensors, write_text
 from .writer import write_generation_config, write_tokenizer
 
@@ -276,17 +277,15 @@ class Restore:
         self.model.assignment = self.before
 
 
+@patch_to(NestedModel)
 def set_precision(
-    self: NestedModel,
+    self,
     precision=None,  # int; one per layer; integers (batch, layers); None: by the routers
 ) -> Restore:
     "Fix the precision of each layer. Raises `ValueError` for one that the model does not have."
     before = self.assignment
     self.assignment = None if precision is None else as_assignment(precision, len(self._linears), self.precisions)
     return Restore(self, before)
-
-
-NestedModel.set_precision = set_precision
 
 # %% ../nbs/26_nested_model.ipynb #7c2c5888
 def memory_table(model: NestedModel) -> pd.DataFrame:

@@ -7,7 +7,7 @@ __all__ = ['ROW', 'LOG_FLOOR', 'LOG_STEP', 'FILE_ENDINGS', 'SMALL_DATA', 'FOLDER
            'control_kind', 'unpack_hint', 'control_of', 'controls_of', 'show_value', 'read_number', 'read_value',
            'read_quietly', 'log_start', 'tidy', 'moved', 'is_hub_name', 'hub_note', 'local_paths', 'components_note',
            'held_note', 'rows_note', 'data_note', 'places_note', 'folder_note', 'command_of', 'field_in', 'refused',
-           'ConfigPanel', 'set_option', 'faces']
+           'ConfigPanel']
 
 # %% ../nbs/34_panel.ipynb #d40ec46b
 import dataclasses
@@ -26,7 +26,7 @@ from .checkpoints import read_component
 from .commands import COMMANDS, Viewed
 from .components import preflight
 from .config import alias_names, check_choice, config_to_cli, config_to_python, config_to_yaml, yaml_value
-from .lesson import method_of
+from .lesson import patch_to
 from .run_folder import check_run
 
 # %% ../nbs/34_panel.ipynb #f551f30e
@@ -338,7 +338,7 @@ class ConfigPanel(Viewed):
         return self.config_class(**self.values)
 
 # %% ../nbs/34_panel.ipynb #0b5925dd
-@method_of(ConfigPanel, "set")
+@patch_to(ConfigPanel, "set")
 def set_option(self, name: str, value):  # a value, or the text of its control
     "Change one option. What is wrong with it goes to `errors`; raises `ValueError` only for an unknown name."
     name = alias_names(self.config_class).get(name, name)
@@ -353,7 +353,7 @@ def set_option(self, name: str, value):  # a value, or the text of its control
         listener(self)
 
 # %% ../nbs/34_panel.ipynb #7b76645a
-@method_of(ConfigPanel)
+@patch_to(ConfigPanel)
 def faces(self) -> dict[str, str]:
     "The config as Python, YAML and command line."
     config = self.config

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'pool_prompt', 'Routers', 'sparsemax', 'gate_probabilities', 'prompt_mask', 'RoutedOutput',
-           'LayerwiseQuantizeForCausalLM', 'route', 'decide', 'scored_labels', 'train_forward', 'hard_bits',
-           'start_plan', 'infer_forward', 'generate', 'choose', 'from_quantized', 'router_state', 'load_mask_state',
-           'load_state_dict']
+           'LayerwiseQuantizeForCausalLM', 'scored_labels']
 
 # %% ../nbs/27_routed_model.ipynb #bc2666cd
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import check_choice
-from .lesson import method_of
+from .lesson import patch_to
 from .nested_model import NestedModel, Plan, load_skeleton, pick_precisions, read_quantized
 
 # %% ../nbs/27_routed_model.ipynb #2dee220a
@@ -140,8 +138,8 @@ class LayerwiseQuantizeForCausalLM(NestedModel):
         return (self.train_forward if self.training else self.infer_forward)(*args, **kwargs)
 
 # %% ../nbs/27_routed_model.ipynb #e975d0aa
-@method_of(LayerwiseQuantizeForCausalLM)
-def route(self: LayerwiseQuantizeForCausalLM, n: int, pooled: Tensor) -> Tensor:  # bits (batch,) or probabilities (batch, precisions)
+@patch_to(LayerwiseQuantizeForCausalLM)
+def route(self, n: int, pooled: Tensor) -> Tensor:  # bits (batch,) or probabilities (batch, precisions)
     "The choice of layer `n`'s router. Raises `FloatingPointError` if it gives no numbers."
     logits = self.routers(n, pooled)
     if not torch.isfinite(logits).all():
@@ -151,8 +149,8 @@ def route(self: LayerwiseQuantizeForCausalLM, n: int, pooled: Tensor) -> Tensor:
     return gate_probabilities(logits, **self.plan.gate)
 
 
-@method_of(LayerwiseQuantizeForCausalLM)
-def decide(self: LayerwiseQuantizeForCausalLM, n: int, hidden_states: Tensor):
+@patch_to(LayerwiseQuantizeForCausalLM)
+def decide(self, n: int, hidden_states: Tensor):
     "The choice of layer `n`: fixed, remembered, or made now by its router."
     plan = self.plan
     if plan.record and n not in plan.pooled:
@@ -170,8 +168,9 @@ def scored_labels(labels: Tensor | None, attention_mask: Tensor) -> Tensor | Non
     return None if labels is None else labels.masked_fill(attention_mask == 0, -100)
 
 
+@patch_to(LayerwiseQuantizeForCausalLM)
 def train_forward(
-    self: LayerwiseQuantizeForCausalLM,
+    self,
     input_ids: Tensor,  # (batch, tokens)
     attention_mask: Tensor | None = None,  # (batch, tokens); None: all ones
     labels: Tensor | None = None,  # (batch, tokens); -100 on the prompt
@@ -190,19 +189,16 @@ def train_forward(
     probabilities = torch.stack(chosen, dim=1)
     return RoutedOutput(output.loss, output.logits, probabilities @ levels, probabilities)
 
-
-LayerwiseQuantizeForCausalLM.train_forward = train_forward
-
 # %% ../nbs/27_routed_model.ipynb #13be18bc
-@method_of(LayerwiseQuantizeForCausalLM)
-def hard_bits(self: LayerwiseQuantizeForCausalLM, batch: int) -> Tensor:  # (batch, layers)
+@patch_to(LayerwiseQuantizeForCausalLM)
+def hard_bits(self, batch: int) -> Tensor:  # (batch, layers)
     "What the last pass used."
     chosen = self.plan.fixed or [self.plan.decided[n] for n in range(len(self._linears))]
     return torch.stack([torch.as_tensor(column, device=self.device).expand(batch) for column in chosen], dim=1)
 
 
-@method_of(LayerwiseQuantizeForCausalLM)
-def start_plan(self: LayerwiseQuantizeForCausalLM, mask: Tensor, labels: Tensor | None, record: bool = False):
+@patch_to(LayerwiseQuantizeForCausalLM)
+def start_plan(self, mask: Tensor, labels: Tensor | None, record: bool = False):
     "A new plan for inference: what is fixed, or hard choices."
     if self.assignment is None:
         self.plan = Plan(prompt=prompt_mask(mask, labels))
@@ -210,10 +206,10 @@ def start_plan(self: LayerwiseQuantizeForCausalLM, mask: Tensor, labels: Tensor 
         self.plan = Plan(fixed=self.assignment, record=record, prompt=prompt_mask(mask, labels) if record else None)
 
 # %% ../nbs/27_routed_model.ipynb #9035d3b2
-@method_of(LayerwiseQuantizeForCausalLM)
+@patch_to(LayerwiseQuantizeForCausalLM)
 @torch.no_grad()
 def infer_forward(
-    self: LayerwiseQuantizeForCausalLM,
+    self,
     input_ids: Tensor,  # (batch, tokens)
     attention_mask: Tensor | None = None,  # (batch, tokens with the past); None: all ones
     labels: Tensor | None = None,  # (batch, tokens); -100 on the prompt
@@ -234,10 +230,10 @@ def infer_forward(
     return RoutedOutput(output.loss, output.logits, self.hard_bits(len(input_ids)), None, output.past_key_values)
 
 # %% ../nbs/27_routed_model.ipynb #dc8c8ecd
-@method_of(LayerwiseQuantizeForCausalLM)
+@patch_to(LayerwiseQuantizeForCausalLM)
 @torch.no_grad()
 def generate(
-    self: LayerwiseQuantizeForCausalLM,
+    self,
     input_ids: Tensor,  # (batch, tokens), padded on the left
     attention_mask: Tensor | None = None,  # None: all ones
     **options,  # of transformers' generate
@@ -248,10 +244,10 @@ def generate(
     return self.model.generate(input_ids=input_ids, attention_mask=mask, **options)
 
 
-@method_of(LayerwiseQuantizeForCausalLM)
+@patch_to(LayerwiseQuantizeForCausalLM)
 @torch.no_grad()
 def choose(
-    self: LayerwiseQuantizeForCausalLM,
+    self,
     input_ids: Tensor,  # (batch, tokens), prompts
     attention_mask: Tensor | None = None,  # None: all ones
 ) -> Tensor:  # (batch, layers)
@@ -262,6 +258,8 @@ def choose(
     return self.hard_bits(len(input_ids))
 
 # %% ../nbs/27_routed_model.ipynb #235acb78
+@patch_to(LayerwiseQuantizeForCausalLM)
+@classmethod
 def from_quantized(
     cls,
     path: str | Path,  # folder made by `merge-lab quantize`
@@ -275,26 +273,27 @@ def from_quantized(
     chosen = pick_precisions(read_quantized(folder), precisions)
     return cls(load_skeleton(folder, chosen, trust_remote_code), **routers).to(device or "cpu").eval()
 
-
-LayerwiseQuantizeForCausalLM.from_quantized = classmethod(from_quantized)
-
 # %% ../nbs/27_routed_model.ipynb #b827228a
-def router_state(self: LayerwiseQuantizeForCausalLM) -> dict[str, Tensor]:
+@patch_to(LayerwiseQuantizeForCausalLM)
+def router_state(self) -> dict[str, Tensor]:
     "The routers' tensors by their names in the model, on the CPU."
     return {f"routers.{name}": tensor.detach().cpu().clone() for name, tensor in self.routers.state_dict().items()}
 
 
-def load_mask_state(self: LayerwiseQuantizeForCausalLM, masks: dict[str, Tensor]):
+@patch_to(LayerwiseQuantizeForCausalLM)
+def mask_state(self) -> dict[str, Tensor]:
+    "What is trained of it: the state of the routers."
+    return self.router_state()
+
+
+@patch_to(LayerwiseQuantizeForCausalLM)
+def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the routers in place, so that an optimizer goes on with them."
     self.routers.load_state_dict({name.removeprefix("routers."): tensor for name, tensor in masks.items()})
 
-
-LayerwiseQuantizeForCausalLM.router_state = LayerwiseQuantizeForCausalLM.mask_state = router_state  # what is trained of it
-LayerwiseQuantizeForCausalLM.load_mask_state = load_mask_state
-
 # %% ../nbs/27_routed_model.ipynb #0748a83c
-@method_of(LayerwiseQuantizeForCausalLM)
-def load_state_dict(self: LayerwiseQuantizeForCausalLM, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
+@patch_to(LayerwiseQuantizeForCausalLM)
+def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
     "Load a router checkpoint, or everything. Raises `ValueError` for routers of another model."
     own = {name.removeprefix("routers."): tensor for name, tensor in state_dict.items() if name.startswith("routers.")}
     if len(own) < len(state_dict) or "precisions" not in own:

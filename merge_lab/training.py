@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'relative_spread', 'delta_unit', 'default_rate', 'objective_of',
            'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'MergerTrainer',
-           'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary', 'summary',
-           'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar', 'attach_watchers',
-           'train_from', 'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted', 'check_going_on',
+           'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary', 'set_learning_rate',
+           'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar', 'attach_watchers', 'train_from',
+           'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted', 'check_going_on',
            'checkpoint_to_resume', 'last_checkpoint', 'read_history', 'resume_command']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
@@ -39,7 +39,7 @@ from .config import check_choice
 from .devices import full, shard_like
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
-from .lesson import method_of
+from .lesson import patch_to
 from .loop_config import LoopConfig, TrainConfig
 from .memory import memory_in_use
 from .merger import Merger
@@ -231,7 +231,7 @@ class MergerTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
 # %% ../nbs/31_training.ipynb #8bd7f2a8
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def create_scheduler(self, num_training_steps, optimizer=None):
     "The schedule of transformers, whose warm-up begins with a step of no length; here with the first rise."
     scheduler, warm = Trainer.create_scheduler(self, num_training_steps, optimizer), self.args.get_warmup_steps(num_training_steps)
@@ -337,7 +337,7 @@ class KeepBest(TrainerCallback):
         self.put_back()
 
 # %% ../nbs/31_training.ipynb #05a3bd71
-@method_of(KeepBest)
+@patch_to(KeepBest)
 def recover(self, step: int):
     "Go back to the best masks with half the rate, and say so."
     best, rate = self.best, self.trainer.optimizer.param_groups[0]["initial_lr"]
@@ -353,7 +353,7 @@ def recover(self, step: int):
         note_adjusted(self.trainer)  # a resumed run goes on with this rate
 
 
-@method_of(KeepBest)
+@patch_to(KeepBest)
 def put_back(self):
     "Let the merger have the best masks, and write down what was seen."
     if self.best.masks:
@@ -386,7 +386,7 @@ def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
     return found[0] if found else NO_MODULE
 
 # %% ../nbs/31_training.ipynb #eb52f6eb
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _check_finite(self, loss: Tensor, inputs: dict):
     "Raise `FloatingPointError` that names the module, after putting the last good masks back."
     merger, losses = self.accelerator.unwrap_model(self.model), loss[None]
@@ -413,13 +413,13 @@ def _check_finite(self, loss: Tensor, inputs: dict):
     )
 
 # %% ../nbs/31_training.ipynb #1df8d4e5
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _move_model_to_device(self, model, device):
     if not is_sharded(model):  # shards are where they belong
         Trainer._move_model_to_device(self, model, device)
 
 
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _prepare_for_training(self, *arguments, **options):
     if is_sharded(self.model):
         self.model.drop_gathered()  # the optimizer gets this process's part of the masks
@@ -427,7 +427,7 @@ def _prepare_for_training(self, *arguments, **options):
     return Trainer._prepare_for_training(self, *arguments, **options)
 
 # %% ../nbs/31_training.ipynb #9616d14b
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _save(self, output_dir=None, state_dict=None):
     folder = Path(output_dir or self.args.output_dir)
     self.accelerator.unwrap_model(self.model).save_pretrained(folder, is_main_process=self.args.should_save)
@@ -437,14 +437,14 @@ def _save(self, output_dir=None, state_dict=None):
         self.keeper.best.save(folder)
 
 
-@method_of(MergerTrainer, "save_model")
+@patch_to(MergerTrainer, "save_model")
 def _save_model(self, output_dir: str | None = None, _internal_call: bool = False):
     "Write the masks; a sharded run must call it on every process."
     if is_sharded(self.model) or self.args.should_save:
         self._save(output_dir)
 
 
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
     self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
     self.keeper.best = Best.load(resume_from_checkpoint) or Best()
@@ -453,7 +453,7 @@ def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.objective.mask_reference = load_file(reference)
 
 # %% ../nbs/31_training.ipynb #0eb9a0f9
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _save_optimizer_and_scheduler(self, output_dir: str):
     if not is_sharded(self.model):
         return Trainer._save_optimizer_and_scheduler(self, output_dir)
@@ -463,7 +463,7 @@ def _save_optimizer_and_scheduler(self, output_dir: str):
         torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
 
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _load_optimizer_and_scheduler(self, checkpoint: str | None):
     Trainer._load_optimizer_and_scheduler(self, checkpoint)
     for parameter, state in self.optimizer.state.items() if checkpoint and is_sharded(self.model) else ():
@@ -472,7 +472,7 @@ def _load_optimizer_and_scheduler(self, checkpoint: str | None):
                 state[name] = shard_like(value, parameter)
 
 # %% ../nbs/31_training.ipynb #d07841ac
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def _remember(self, results: dict[str, Tensor], inputs: dict):
     "Add this micro-step to the sums of the optimizer step."
     results = {**results, "tokens": inputs["attention_mask"].sum()}
@@ -481,7 +481,7 @@ def _remember(self, results: dict[str, Tensor], inputs: dict):
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def take_sums(self) -> dict[str, float]:
     "Sums over all processes since they were last taken."
     sums = {name: float(value) for name, value in self.sums.items()}
@@ -505,7 +505,7 @@ def alpha_summary(merger: Merger) -> dict[str, float]:  # alpha_mean_0, alpha_mi
     return {f"alpha_{name}_{i}": value for i, row in enumerate(table) for name, value in zip(names, row)}
 
 
-@method_of(MergerTrainer)
+@patch_to(MergerTrainer)
 def summary(self) -> dict[str, float]:
     "What a row of the history says of what is trained, beside the losses."
     return alpha_summary(self.accelerator.unwrap_model(self.model))

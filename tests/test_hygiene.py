@@ -234,6 +234,67 @@ def test_no_module_is_too_long_to_read():
             assert not file.stem.endswith("_parts"), f"{file.name}: name it for what is in it"
 
 
+def is_class(node: ast.AST) -> bool:
+    "Whether an expression is a name in the form of a class's."
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return bool(re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", name))
+
+
+def changed_classes(source: str) -> list[str]:
+    "Where code gives an object another class, or a class something from outside without the one helper."
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        targets = node.targets if isinstance(node, (ast.Assign, ast.Delete)) else [node.target] if isinstance(node, (ast.AnnAssign, ast.AugAssign)) else []
+        parts = [part for target in targets for part in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        found += [part for part in parts if isinstance(part, ast.Attribute) and (part.attr == "__class__" or is_class(part.value))]
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("setattr", "__setattr__") and node.args:
+            named = any(isinstance(arg, ast.Constant) and arg.value == "__class__" for arg in node.args)
+            found += [node] if named or is_class(node.args[0]) else []
+    return [ast.unparse(node) for node in found]
+
+
+def leaked_methods(source: str) -> set[str]:
+    "Names in `__all__` that are methods, added to a class by a decorator."
+    tree, told = ast.parse(source), set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(getattr(target, "id", "") == "__all__" for target in node.targets):
+            told = {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
+    added = [node for node in tree.body if isinstance(node, ast.FunctionDef) for call in node.decorator_list if isinstance(call, ast.Call)
+             and call.args and is_class(call.args[0])]  # fmt: skip
+    return {node.name for node in added} & told
+
+
+MODULE_FILES = sorted(file for file in (ROOT / "merge_lab").rglob("*.py") if not file.name.startswith("_"))
+
+
+@pytest.mark.parametrize("file", MODULE_FILES, ids=lambda file: file.stem)
+def test_classes_are_changed_in_one_way(file):
+    "Methods stand in their class or are added by `patch_to`; nothing becomes of another class; a method is no name of its module."
+    source = file.read_text(encoding="utf-8")
+    assert not changed_classes(source)
+    assert not leaked_methods(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "layer.__class__ = Mergeable", "def f(layer):\n    layer.module.__class__ = type(layer).__mro__[1]", "a, layer.__class__ = 1, Plain",
+        "setattr(layer, '__class__', Plain)", "object.__setattr__(layer, '__class__', Plain)", "Merger.from_config = classmethod(_from_config)",
+        "NestedModel.set_precision = set_precision", "def late():\n    transformers.Trainer.log = log", "Model.state = Model.mask_state = state",
+        "setattr(Merger, 'alphas', alphas)", "Merger.steps += 1", "del Merger.alphas", "Merger.limit: int = 3",
+    ],
+)  # fmt: skip
+def test_a_planted_change_of_a_class_is_found(source):
+    assert changed_classes(f"from merge_lab.config import option\n{source}\n")
+
+
+def test_a_planted_method_among_a_modules_names_is_found():
+    source = "__all__ = ['Merger', 'alphas']\n@{}(Merger)\n@torch.no_grad()\ndef alphas(self):\n    pass\n"
+    assert all(leaked_methods(source.format(name)) == {"alphas"} for name in ("method_of", "patch_to"))
+    assert not changed_classes("self.state = None\nconfig.use_cache = False\nLOSSES.kl = row\nsetattr(config, key, value)\nreturn_class = type(x).__class__")
+    assert not leaked_methods(source.format("patch_to").replace(", 'alphas'", ""))
+
+
 def lines_of(cell: dict) -> list[str]:
     "Lines of a cell that are not blank, without its directive."
     return [line for line in "".join(cell["source"]).splitlines() if line.strip() and not line.startswith("#|")]

@@ -32,7 +32,7 @@ from ..config import check_choice, check_options, option, Options, recipe_option
 from ..devices import full, set_seed
 from ..evaluation import encode_task, evaluate_models, UNIFORM
 from ..held_out import HeldOut, told_held_out
-from ..lesson import method_of
+from ..lesson import patch_to
 from ..loop_config import LoopConfig
 from ..losses import LOSSES, PENALTIES, task_vector_angles
 from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
@@ -146,7 +146,9 @@ class DAMMerger(Merger):
 DAM_FILE = "dam.json"
 
 
-def _from_pretrained(
+@patch_to(DAMMerger)
+@classmethod
+def from_pretrained(
     cls,
     folder: str | Path,
     model_paths: Sequence[str] | None = None,  # models, then base, if they moved without the folder
@@ -161,11 +163,8 @@ def _from_pretrained(
     merger.model_ids = facts.get("model_ids")
     return merger
 
-
-DAMMerger.from_pretrained = classmethod(_from_pretrained)
-
 # %% ../../nbs/40_systems/02_dam.ipynb #49dd31ef
-@method_of(DAMMerger, "save_pretrained")
+@patch_to(DAMMerger, "save_pretrained")
 def _save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks, config and what only DAM knows; models are referred to, not copied."
     blended = self.merger_config
@@ -179,7 +178,7 @@ def _save_pretrained(self, folder: str | Path, is_main_process: bool = True):
         write_json(Path(folder) / DAM_FILE, {"use_base_model": self.use_base_model, "model_ids": self.model_ids})
 
 # %% ../../nbs/40_systems/02_dam.ipynb #e3544eca
-@method_of(DAMMerger, "save_merged")
+@patch_to(DAMMerger, "save_merged")
 def _save_merged(
     self, folder: str | Path, max_shard_size: str = "2GB", is_main_process: bool = True, recipe: dict | None = None
 ):

@@ -6,8 +6,8 @@
 __all__ = ['logger', 'FORWARD_BYTES', 'LAYOUT_FILE', 'check_ranks', 'LoRAPipelineConfig', 'check_lora_run', 'config_rows',
            'own_validation', 'lora_options', 'sft_options', 'rows_that_fit', 'with_validation', 'SmoLoRA',
            'check_change', 'validation_of', 'make_lora', 'recorded', 'recipe_of', 'write_card', 'save_adapter',
-           'model_to_train', 'check_same_adapter', 'settle', 'train', 'complete', 'save', 'load_model', 'inference',
-           'use_curriculum', 'was_stopped', 'train_with_ranks', 'pace_of', 'show_result', 'run']
+           'model_to_train', 'check_same_adapter', 'settle', 'complete', 'use_curriculum', 'was_stopped',
+           'train_with_ranks', 'pace_of', 'show_result', 'run']
 
 # %% ../../nbs/40_systems/04_lora.ipynb #b6e142fb
 import dataclasses
@@ -33,7 +33,7 @@ from ..checkpoints import load_tokenizer, read_component
 from ..config import check_options, did_you_mean, option, Options
 from ..devices import best_device, set_seed
 from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, training_curves, training_diagnostics
-from ..lesson import method_of
+from ..lesson import patch_to
 from ..packing import eager_attention, shared_lines, SHORT
 from merge_lab.run_folder import (
     begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
@@ -418,7 +418,7 @@ def _keep_trained(lora: SmoLoRA):
         share_files(folder)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #a1e654b0
-@method_of(SmoLoRA)
+@patch_to(SmoLoRA)
 def train(
     lora: SmoLoRA,
     resume: bool = False,  # from the last checkpoint in the output folder
@@ -466,7 +466,7 @@ def complete(
     return tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #510d4591
-@method_of(SmoLoRA)
+@patch_to(SmoLoRA)
 def save(lora: SmoLoRA) -> dict:
     "Write `final_merged/` from the adapter, here or from an earlier process; the report of `merge_adapter`."
     if lora.has_adapter:
@@ -481,7 +481,7 @@ def save(lora: SmoLoRA) -> dict:
     return report
 
 # %% ../../nbs/40_systems/04_lora.ipynb #db4465b3
-@method_of(SmoLoRA)
+@patch_to(SmoLoRA)
 def load_model(lora: SmoLoRA, path: str | Path | None = None) -> nn.Module:  # None for `final_merged/`
     "Load a merged model, or an adapter on this base, to ask it or to train it further. Raises `FileNotFoundError` without that folder."
     path = Path(path or lora.merged_dir)
@@ -495,7 +495,7 @@ def load_model(lora: SmoLoRA, path: str | Path | None = None) -> nn.Module:  # N
     return lora.model
 
 
-@method_of(SmoLoRA)
+@patch_to(SmoLoRA)
 def inference(lora: SmoLoRA, prompt: str | list[dict], max_new_tokens: int = 64, **generation) -> str:
     "Answer a prompt, put as in training, with the model in memory, else the merged model, else the adapter."
     if lora.model is None:

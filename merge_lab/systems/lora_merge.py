@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'SHARES', 'BASELINES', 'WHY', 'LoRAMergeConfig', 'base_path', 'AdapterLinear', 'blended_factors',
-           'AdapterMerger', 'init_masks', 'write_adapter', 'save_adapter', 'peft_baselines', 'explain_baselines',
-           'adapter_rows', 'train_adapter_masks', 'check_merge_run', 'rows_to_score', 'show_result', 'run']
+           'AdapterMerger', 'write_adapter', 'save_adapter', 'peft_baselines', 'explain_baselines', 'adapter_rows',
+           'train_adapter_masks', 'check_merge_run', 'rows_to_score', 'show_result', 'run']
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
@@ -34,7 +34,7 @@ from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
 from ..evaluation import encode_task, load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
-from ..lesson import method_of
+from ..lesson import patch_to
 from ..loop_config import TrainConfig
 from ..losses import LOSSES
 from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, MergeState, MODES
@@ -177,7 +177,7 @@ def blended_factors(leaf: AdapterLinear) -> tuple[Tensor, Tensor]:  # A (sum of 
     return torch.cat(downs), torch.cat(ups, dim=1)
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #edaf7d0d
-@method_of(AdapterLinear, "tensor")
+@patch_to(AdapterLinear, "tensor")
 def _dense_weight(self: AdapterLinear, name: str) -> Tensor:  # weight as the plain layer has it
     "The weight in force: base and delta of the component, or of the blend. Dense, for one module."
     weight, i = self.template.weight, self.state.component
@@ -228,7 +228,7 @@ class AdapterMerger(Merger):
             self.init_masks({"strategy": "uniform", "factors": [config.initial_alpha] * len(factors)})
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #0a3c4f60
-@method_of(AdapterMerger)
+@patch_to(AdapterMerger)
 def init_masks(self, mask_init: dict):
     "Start all masks from the same alphas."
     check_choice("mask_init strategy", mask_init["strategy"], ["uniform"])
@@ -237,7 +237,7 @@ def init_masks(self, mask_init: dict):
         leaf.set_alphas(key, mask_init.get("factors") or [1 / n] * n)
 
 
-@method_of(AdapterMerger, "from_config")
+@patch_to(AdapterMerger, "from_config")
 @classmethod
 def _load_parts(cls, config: LoRAMergeConfig) -> AdapterMerger:
     "Load base and adapters."
@@ -245,7 +245,7 @@ def _load_parts(cls, config: LoRAMergeConfig) -> AdapterMerger:
     return cls(*read_adapters(load_base(base_path(config), device, config.dtype), config.adapters), config)
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #89469559
-@method_of(AdapterMerger, "save_pretrained")
+@patch_to(AdapterMerger, "save_pretrained")
 def _save_masks(self: AdapterMerger, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; base and adapters are referred to, not copied."
     folder, masks = Path(folder), self.mask_state()
@@ -255,7 +255,7 @@ def _save_masks(self: AdapterMerger, folder: str | Path, is_main_process: bool =
         write_json(folder / CONFIG_FILE, dataclasses.asdict(self.adapter_config))
 
 
-@method_of(AdapterMerger, "from_pretrained")
+@patch_to(AdapterMerger, "from_pretrained")
 @classmethod
 def _load_masked(cls, folder: str | Path) -> AdapterMerger:
     "Load base, adapters and masks of a saved merger. Raises `FileNotFoundError` if there is none."
@@ -273,7 +273,7 @@ def _in_force(leaf: AdapterLinear) -> Tensor:
         return leaf.tensor("weight")
 
 
-@method_of(AdapterMerger, "merged_tensors")
+@patch_to(AdapterMerger, "merged_tensors")
 def _makers(self: AdapterMerger) -> Iterator[tuple[str, functools.partial]]:
     "Name and maker of each tensor of the merged checkpoint; tied tensors once."
     found = {plain_name(name): functools.partial(torch.clone, t) for name, t in self.model.state_dict().items() if ".weights." not in name and ".masks." not in name}
@@ -286,7 +286,7 @@ def _makers(self: AdapterMerger) -> Iterator[tuple[str, functools.partial]]:
     yield from found.items()
 
 
-@method_of(AdapterMerger, "merged_shapes")
+@patch_to(AdapterMerger, "merged_shapes")
 def _shapes(self: AdapterMerger) -> dict[str, Tensor]:  # on the device meta
     "Names, shapes and dtypes of the merged checkpoint."
     sources = {name: getattr(maker.args[0], "template", maker.args[0]) for name, maker in self.merged_tensors()}
@@ -333,7 +333,7 @@ def save_adapter(
     return write_adapter(pairs, folder, base_path(merger.adapter_config), any(is_conv1d(leaf.template) for leaf in leaves.values()))
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #a3e8028d
-@method_of(AdapterMerger, "save_merged")
+@patch_to(AdapterMerger, "save_merged")
 def _save_plain(self: AdapterMerger, folder: str | Path) -> dict:  # report of `merge_adapter`
     "Write the blend as a plain model: its adapter, merged into a fresh base, one layer after another."
     path, folder = base_path(self.adapter_config), Path(folder)

@@ -5,11 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'MEASURED', 'COSTS_FILE', 'ROUTERS_FILE', 'STEP_COLUMNS', 'precision_term', 'RouterObjective',
            'RouterConfig', 'is_flat', 'KeepRouters', 'WriteRouters', 'RouterBar', 'epoch_size', 'arguments_of',
-           'step_tensors', 'RouterTrainer', 'kept', 'losses_at_most_bits', 'epoch_order', 'all_steps', 'temperature_at',
-           'compute_loss', 'validate', 'summary', 'write_routers', 'write_best', 'warn_of_one_precision', 'end_epoch',
-           'objective_price', 'cost_windows', 'start_from_costs', 'work', 'measure_time', 'told_time', 'tell_time',
-           'prepare', 'fit', 'check_folder', 'check_budget', 'load_parts', 'run', 'show_result', 'quantized_note',
-           'LayerwiseQuantizeForCausalLM']
+           'step_tensors', 'RouterTrainer', 'kept', 'objective_price', 'told_time', 'check_folder', 'check_budget',
+           'load_parts', 'run', 'show_result', 'quantized_note', 'LayerwiseQuantizeForCausalLM']
 
 # %% ../../nbs/40_systems/05_router.ipynb #b6c76b04
 import bisect
@@ -37,7 +34,7 @@ from ..checkpoints import load_tokenizer
 from ..config import check_options, option, Options, resumable_options
 from ..devices import best_device, set_seed
 from ..held_out import Best
-from ..lesson import method_of
+from ..lesson import patch_to
 from ..loop_config import LoopConfig
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
@@ -254,7 +251,7 @@ def kept(
     return load_file(file)[file.stem]
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def losses_at_most_bits(self, windows: list[Window]) -> Tensor:  # (windows,) nats per scored token
     "Cross-entropy of windows at the highest precision."
     with self.model.set_precision(self.model.precisions[-1]):
@@ -262,7 +259,7 @@ def losses_at_most_bits(self, windows: list[Window]) -> Tensor:  # (windows,) na
     return torch.tensor(scores.ce.tolist(), dtype=torch.float64)
 
 # %% ../../nbs/40_systems/05_router.ipynb #0a41537a
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def epoch_order(self, epoch: int) -> list[Window]:
     "The windows of an epoch, counted from 0, in a seeded order."
     order, config = list(self.train_windows), self.config
@@ -274,26 +271,26 @@ def epoch_order(self, epoch: int) -> list[Window]:
     return order
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def all_steps(self) -> list[list[Window]]:
     "The windows of every step of the run."
     orders, size = map(self.epoch_order, range(self.config.num_train_epochs)), self.config.per_device_train_batch_size
     return [order[start : start + size] for order in orders for start in range(0, len(order), size)]
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def _get_train_sampler(self, train_dataset=None):
     return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
 # %% ../../nbs/40_systems/05_router.ipynb #b39b28cc
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def temperature_at(self, step: int) -> float:
     "Falls geometrically from start to end."
     start, end = self.config.temperature_start, self.config.temperature_end
     return start * (end / start) ** min(1.0, step / max(1, self.total))
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     config, step = self.config, self.state.global_step
     temperature = self.temperature_at(step)
@@ -309,7 +306,7 @@ def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=N
     return (loss, results) if return_outputs else loss
 
 # %% ../../nbs/40_systems/05_router.ipynb #9113c558
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def validate(self) -> dict[str, float]:  # loss, ce, precision, average_bits, read_bytes
     "Hard choices on the validation windows; with a target, at the price that meets it."
     model, config = self.model, self.config
@@ -322,45 +319,43 @@ def validate(self) -> dict[str, float]:  # loss, ce, precision, average_bits, re
     return {name: value.item() for name, value in found.items()} | dict(read_bytes=float(scores.read_bytes.mean()))
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def summary(self) -> dict[str, float]:
     "Nothing: all that a row of the history says comes from the step itself."
     return {}
 
 
+@patch_to(RouterTrainer, "is_flat")
 @property
-def _is_flat(self: RouterTrainer) -> bool:
+def _is_flat(self) -> bool:
     "Whether the run has got no better for as long as it is waited for."
     best = self.keeper.best
     epoch, best_epoch = (bisect.bisect_right(self.epoch_ends, step) - 1 for step in (best.looks[-1]["step"], best.step))
     return is_flat(self.config, epoch, best_epoch)
 
-
-RouterTrainer.is_flat = _is_flat
-
 # %% ../../nbs/40_systems/05_router.ipynb #3d4697e5
 ROUTERS_FILE = "routers.safetensors"  # of a checkpoint
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def _save(self, output_dir=None, state_dict=None):
     folder = Path(output_dir or self.args.output_dir)
     save_tensors(folder / ROUTERS_FILE, self.model.mask_state())
     self.keeper.best.save(folder)
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
     self.model.load_mask_state(load_file(Path(resume_from_checkpoint) / ROUTERS_FILE))
     self.keeper.best = Best.load(resume_from_checkpoint)
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def _move_model_to_device(self, model, device):
     "It is where it was put."
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def _prepare_for_training(self, *arguments, **options):
     self.accelerator.prepare_model = lambda model, **_: model
     return MergerTrainer._prepare_for_training(self, *arguments, **options)
@@ -369,19 +364,17 @@ def _prepare_for_training(self, *arguments, **options):
 STEP_COLUMNS = ("epoch", "loss", "ce", "precision", "average_bits", "temperature", "learning_rate")  # of training_history.json
 
 
+@patch_to(RouterTrainer)
 @property
-def _history(self: RouterTrainer) -> dict[str, list[dict]]:
+def history(self) -> dict[str, list[dict]]:
     "Rows of steps, counted from 0, and of epochs, 0 being the start."
     steps = [{"step": int(row["step"]) - 1} | {n: row[n] for n in STEP_COLUMNS} for row in self.steps.rows]
     steps = [row | dict(epoch=int(row["epoch"]), temperature=self.temperature_at(row["step"])) for row in steps]
     looks = [{name: value for name, value in look.items() if name != "step"} for look in self.keeper.best.looks]
     return {"steps": steps, "epochs": [look | dict(epoch=epoch) for epoch, look in enumerate(looks)]}
 
-
-RouterTrainer.history = _history
-
 # %% ../../nbs/40_systems/05_router.ipynb #122f5659
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def write_routers(self, name: str, routers: dict[str, Tensor], epoch: int):
     "Write routers and what validation says of them, as safetensors and as a file for `torch.load`."
     options = {key: value for key, value in asdict(self.config).items() if key not in resumable_options(RouterConfig)}
@@ -394,7 +387,7 @@ def write_routers(self, name: str, routers: dict[str, Tensor], epoch: int):
     save_tensors(self.folder / f"{name}.safetensors", routers)
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def write_best(self):
     "Write the best routers and the history."
     best = self.keeper.best
@@ -402,7 +395,7 @@ def write_best(self):
     write_json(self.folder / "training_history.json", self.history)
 
 # %% ../../nbs/40_systems/05_router.ipynb #fbaa1eaf
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def warn_of_one_precision(self, bits: float):  # average of the validation windows
     "Say it if the objective leaves nothing to choose."
     low, high = self.model.precisions[0], self.model.precisions[-1]
@@ -414,7 +407,7 @@ def warn_of_one_precision(self, bits: float):  # average of the validation windo
         )  # fmt: skip
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def end_epoch(self):
     "Write what the epoch that was just validated leaves, and tell of it."
     best, validation = self.keeper.best, self.history["epochs"][-1]
@@ -434,13 +427,13 @@ def objective_price(config: RouterConfig, ce: float, precisions: list[int], n_la
     return config.weight_precision * ce / (max(config.weight_ce, 1e-6) * n_layers * span)
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def cost_windows(self) -> list[Window]:
     "Training windows that costs are measured on."
     return random.Random(self.config.seed).sample(self.train_windows, min(self.config.num_costs, len(self.train_windows)))
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def start_from_costs(self):
     "Fit the routers to costs measured on some training windows, and set the objective's price."
     model, config, chosen = self.model, self.config, self.cost_windows()
@@ -454,7 +447,7 @@ def start_from_costs(self):
         model.routers.price.copy_(price / model.routers.unit)
 
 # %% ../../nbs/40_systems/05_router.ipynb #a71262f3
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def work(self) -> dict[str, int]:
     "Forward passes to measure costs and to validate, and steps, that are left before the first step."
     model, file, batches = self.model, self.folder / COSTS_FILE, lambda windows: math.ceil(len(windows) / self.at_once)
@@ -463,7 +456,7 @@ def work(self) -> dict[str, int]:
     return dict(costs=costs, steps=self.total, validation=len(self.epoch_ends) * batches(self.validation))
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def measure_time(self) -> tuple[float, float]:  # seconds of a pass without gradients and of a step
     "Do a unit of each kind of work, and forget it."
     model, now = self.model, time.perf_counter
@@ -488,7 +481,7 @@ def told_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def tell_time(self):
     "Say how long the run will take, and what makes it shorter."
     (of_pass, of_step), work = self.measure_time(), self.work()
@@ -499,7 +492,7 @@ def tell_time(self):
     logger.info("%sat most %s for %d steps%s. %s", measuring, told_time(steps), work["steps"], early, shorter)
 
 
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def prepare(self):
     "What comes before the first step: the time is told, and the routers start from costs."
     if not self.config.resume:
@@ -509,7 +502,7 @@ def prepare(self):
         self.start_from_costs()
 
 # %% ../../nbs/40_systems/05_router.ipynb #a1be2dd7
-@method_of(RouterTrainer)
+@patch_to(RouterTrainer)
 def fit(
     self,
     checkpoint: Path | None = None,  # to go on from
