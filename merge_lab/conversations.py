@@ -308,6 +308,19 @@ def with_system(values: dict, messages: list[dict], where: str) -> list[dict]:
         raise ValueError(f"{where}: the column {name!r} and the first message are two system prompts that differ. Keep one.")
     return messages if first["role"] == "system" else [{"role": "system", "content": text}, *messages]
 
+# %% ../nbs/01_conversations.ipynb #fadac104
+def _is_plain_turn(turn) -> bool:
+    "Whether a turn is who says it and a plain text, and nothing beside."
+    if type(turn) is not dict or turn.keys() != {"role", "content"} or turn["role"] not in ("user", "assistant"):
+        return False
+    return type(turn["content"]) is str and turn["content"].isascii() and bool(turn["content"].strip())
+
+
+def _is_plain(record: dict) -> bool:
+    "Whether a record stands as it will be read: turns of plain text, with an answer at the end. Most do, and reading them is then short."
+    turns = record["messages"] if record.keys() == {"messages"} else None
+    return type(turns) is list and bool(turns) and all(map(_is_plain_turn, turns)) and turns[-1]["role"] == "assistant"
+
 # %% ../nbs/01_conversations.ipynb #2f222a04
 def as_conversation(
     record: dict,  # of a file or of a dataset
@@ -316,6 +329,8 @@ def as_conversation(
     "A record of any layout as a conversation with an answer. Raises `ValueError` that begins with `where`."
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with a list 'messages', got {type(record).__name__}.")
+    if _is_plain(record):
+        return placed({"messages": [dict(turn) for turn in record["messages"]]}, where)
     values = filled(record, where)
     messages, used = chat_of(values, where)
     if not any(message["role"] == "assistant" for message in messages):

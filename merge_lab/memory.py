@@ -9,6 +9,7 @@ __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'M
 
 # %% ../nbs/30_memory.ipynb #2cbd7f16
 import dataclasses
+import json
 import functools
 import logging
 import os
@@ -566,6 +567,19 @@ def free_memory(device: str | None = None) -> int:  # "cuda" or "cpu"; None: CUD
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // shared
 
 # %% ../nbs/30_memory.ipynb #60d10264
+_ESTIMATES: dict[tuple[str, str], MemoryEstimate] = {}
+
+
+def _remembered(config, **options) -> MemoryEstimate:
+    "As `estimate_memory`; what was asked before is not pretended again, for a panel asks at every start."
+    if options.get("paths") or options.get("objective"):  # files and functions may have changed
+        return estimate_memory(config, **options)
+    key = config.to_json_string(use_diff=False), json.dumps(options, sort_keys=True, default=str)
+    if key not in _ESTIMATES:
+        _ESTIMATES[key] = estimate_memory(config, **options)
+    return dataclasses.replace(_ESTIMATES[key], parts=dict(_ESTIMATES[key].parts))
+
+
 def fit_report(
     config,  # a transformers config, a model's folder or a hub name
     budget_bytes: int | None = None,  # None: what is free here
@@ -574,13 +588,13 @@ def fit_report(
     "Whether training fits into a budget, and if not what makes it fit."
     config = load_config(config)
     device = options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-    report = FitReport(free_memory(device) if budget_bytes is None else budget_bytes, [({}, estimate_memory(config, **options))], options)
+    report = FitReport(free_memory(device) if budget_bytes is None else budget_bytes, [({}, _remembered(config, **options))], options)
     changes = {}
     for cure in _cures(options):
         if report.remedy is not None:
             break
         changes = {**changes, **cure}
-        report.tried.append((changes, estimate_memory(config, **{**options, **changes})))
+        report.tried.append((changes, _remembered(config, **{**options, **changes})))
     return report
 
 # %% ../nbs/30_memory.ipynb #31995a38
