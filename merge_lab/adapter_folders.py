@@ -9,13 +9,15 @@ __all__ = ['ADAPTER_CONFIG', 'ADAPTER_FILE', 'adapter_folder', 'is_adapter', 're
 import json
 from pathlib import Path
 
+from .run_folder import settle
+
 # %% ../nbs/02_adapter_folders.ipynb #538aa398
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def adapter_folder(path: str | Path) -> Path:
     "The adapter of a folder, which may be a whole run of the pipeline."
-    inner = Path(path) / "adapter_checkpoint"
+    inner = settle(path) / "adapter_checkpoint"
     return inner if inner.is_dir() else Path(path)
 
 

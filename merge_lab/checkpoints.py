@@ -31,7 +31,7 @@ import torch
 from .adapter_folders import adapter_folder, base_of_adapter, is_adapter, recorded_base
 from .config import check_choice
 from .quantized import METHODS, plain_makers, refused_method
-from .run_folder import check_disk_space, save_tensors, whole_folder, write_json
+from .run_folder import check_disk_space, save_tensors, settle, whole_folder, write_json
 from merge_lab.weight_files import (
     _no_weights, _read_index, component_name, component_names, COPY_AGAIN, PLACES, read_header, read_headers, REPORT_COLUMNS, RESERVED,
     TensorHeader, UnreadableComponent, unwrapped,
@@ -242,7 +242,7 @@ def find_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    folder = Path(path).expanduser()
+    folder = settle(Path(path).expanduser())
     if folder.is_dir() or folder.suffix == ".gguf" and folder.is_file():
         return plain_folder(path, _snapshot_of(folder))
     if folder.exists():

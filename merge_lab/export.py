@@ -22,7 +22,7 @@ from .gguf_export import KIND_OF, write_gguf
 from .hub_folder import named_places, recipe_of, write_recipe
 from .merger import model_card
 from .mergekit_export import write_mergekit
-from .run_folder import is_run, write_json
+from .run_folder import is_run, settle, write_json
 from .systems.dam import push
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,7 @@ def run_push(
     from huggingface_hub.errors import HfHubHTTPError
 
     _check_named(config)
+    settle(config.path)
     source = find_source(config.path, config.components) if not (Path(config.path) / EXPORT_FILE).is_file() else None
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "masks" if source else Path(config.path)

@@ -30,7 +30,7 @@ from filelock import FileLock
 from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
 from .config import check_choice, check_options, option, read_yaml
-from .run_folder import is_run
+from .run_folder import is_run, settle
 from .writer import stored_groups, stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -352,7 +352,7 @@ class VerifyConfig:
 
 def checkpoint_of(path: str | Path) -> tuple[Path, Path | None, str]:  # checkpoint, its masks, class that reads them
     "Where a run's checkpoint and masks are. Raises `FileNotFoundError` if there is no checkpoint."
-    path = Path(path)
+    path = settle(path)
     system = SYSTEMS.get(kind_of(read_yaml(path / "config.yaml"))) if is_run(path) else None
     folder = path if system is None else path / (system.merged or "merged")
     if not (folder / "config.json").exists():

@@ -16,21 +16,22 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from merge_lab import exports
 from merge_lab.adapters import load_adapter, load_base, make_lora_config, merge_layers, quiet_peft
 from merge_lab.adapter_export import factors_of
-from merge_lab.checkpoints import load_tokenizer
+from merge_lab.adapter_folders import recorded_base
+from merge_lab.checkpoints import load_tokenizer, read_component
 from merge_lab.cli import main
-from merge_lab.components import preflight
+from merge_lab.components import load_model, preflight
 from merge_lab.export import ExportConfig, PushConfig, run, run_push
 from merge_lab.exports import EXPORT_FILE, find_source, rewritten, whole_folder
 from merge_lab.hub_folder import hub_name, read_recipe
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.mergekit_export import setting
-from merge_lab.run_folder import begin_run, bundled_path
+from merge_lab.run_folder import begin_run, bundled_path, settle
 from merge_lab.systems.dam import DAMConfig, merge
 from merge_lab.systems.lora_merge import AdapterMerger, LoRAMergeConfig
 from merge_lab.systems.mask_merge import MaskMergeConfig
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.verify import check_against_masks, environment, GGUF_PACKAGES, stored_in
+from merge_lab.verify import check_against_masks, checkpoint_of, environment, GGUF_PACKAGES, stored_in
 from merge_lab.writer import save_plain
 
 EXPERTS = ("one", "two")
@@ -193,6 +194,82 @@ def test_a_killed_export_leaves_the_earlier_one():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert [file.read_text() for file in Path("out").iterdir()] == ["before"]
     assert not any(Path().glob("*/config.json"))
+
+
+def killed_between_renames(folder, text):
+    "Overwrite an export in a process that dies when the old one is away and the new one is not there yet."
+    if not (child := os.fork()):
+        rename = os.rename
+
+        def once(*places):
+            rename(*places)
+            os.kill(os.getpid(), 9)
+
+        os.rename = once
+        with whole_folder(folder, overwrite=True) as made:
+            shutil.copytree(text, made, dirs_exist_ok=True)
+            (made / EXPORT_FILE).write_text('"after"')
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9 and not Path(folder).exists()
+
+
+def start_export():
+    with pytest.raises(FileExistsError, match="already holds an export"):
+        run(ExportConfig("one", output_dir="out"))
+
+
+STARTS = {
+    "export": start_export,
+    "overwrite": lambda: run(ExportConfig("one", output_dir="out", overwrite=True)),
+    "export of it": lambda: run(ExportConfig("out", output_dir="further")),
+    "verify": lambda: checkpoint_of("out"),
+    "component": lambda: read_component("out"),
+    "model": lambda: load_model("out"),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_an_overwritten_export_that_is_killed_between_its_renames_is_put_right_by_the_next_start(start):
+    family()
+    run(ExportConfig("one", output_dir="out"))
+    killed_between_renames("out", "two")
+    STARTS[start]()
+    assert not list(Path().glob(".out.*"))
+    if start != "overwrite":
+        new, had = load_file("two/model.safetensors"), load_file("out/model.safetensors")
+        assert json.loads(Path("out", EXPORT_FILE).read_text()) == "after" and all(torch.equal(had[name], tensor) for name, tensor in new.items())
+    assert preflight(["out", "one"]).ok.all()
+
+
+def test_an_adapter_export_and_a_failed_replacement_are_put_right_too(monkeypatch):
+    Path("out").mkdir()
+    Path("out", EXPORT_FILE).write_text("before")
+    Path("new").mkdir()
+    Path("new", "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+    killed_between_renames("out", "new")
+    assert recorded_base("out") == "x"
+
+    replace = os.replace
+
+    def fails(*_):
+        monkeypatch.setattr(os, "replace", replace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(KeyboardInterrupt), whole_folder("out", overwrite=True) as made:
+        (made / "a").touch()
+    assert sorted(file.name for file in Path("out").iterdir()) == ["adapter_config.json", EXPORT_FILE] and not list(Path().glob(".out.*"))
+
+
+def test_a_replacement_of_a_living_process_is_its_own():
+    Path("out").mkdir()
+    Path("out", EXPORT_FILE).write_text("before")
+    with whole_folder("out", overwrite=True) as made:
+        (made / "a").touch()
+        shutil.rmtree("out")  # as if it was moved already
+        (made.parent / "replaced").mkdir()
+        (made.parent / "replaced" / EXPORT_FILE).touch()
+        assert not settle("out").exists() and made.exists()
+    assert [file.name for file in Path("out").iterdir()] == ["a"]
 
 
 def test_what_is_no_export_is_not_touched():
