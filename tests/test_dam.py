@@ -1,6 +1,7 @@
 "DAM across modules: what comes from where, teachers from disk, the run, and the published command lines."
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from merge_lab import merger as merger_module
 from merge_lab import objective, teacher_dataset
 from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
 from merge_lab.checkpoints import load_tokenizer
@@ -282,6 +284,24 @@ def test_random_init_is_a_share_of_the_named_kinds(lab, tmp_path):
         alphas = torch.stack(leaf.alphas(key))
         assert_close(alphas.sum(0), torch.ones_like(alphas[0]))
         assert (alphas.std() > 0.1) == ("norm" in name), name
+
+
+def test_saving_changes_no_config(lab, tmp_path, monkeypatch):
+    "What is written has the base among its paths, and the merger has not, not for a moment."
+    seen, save = [], merger_module.save_tensors
+    made = dam.DAMConfig(lab["base"], lab["experts"], str(tmp_path / "untrained"))
+    merger = dam.merge(made)
+    before = dataclasses.asdict(merger.merger_config)
+
+    def write(*args):
+        seen.append(dataclasses.asdict(merger.merger_config))
+        save(*args)
+
+    monkeypatch.setattr(merger_module, "save_tensors", write)
+    merger.save_pretrained(tmp_path / "again")
+    written = [json.loads((tmp_path / name / "merger_config.json").read_text()) for name in ("untrained", "again")]
+    assert seen == [before] and dataclasses.asdict(merger.merger_config) == before
+    assert all(each["model_paths"] == [*lab["experts"], lab["base"]] for each in written)
 
 
 def test_hub_is_only_used_when_asked(lab, tmp_path, monkeypatch):

@@ -954,17 +954,18 @@ def test_a_loss_that_is_no_number_stops_training_and_says_so():
 
 @pytest.mark.parametrize("held_out", [None, [0]])
 def test_a_model_is_given_back_as_it_was(held_out):
-    "Head, ties, modes and cache; only the alphas have moved."
+    "Head, ties and modes; the config is left alone, and only the alphas have moved."
     model = tiny_model("llama", num_hidden_layers=6, tie_word_embeddings=True).train()
     model = lm.replace_layers_with_mergeable(model, PAIRS, "given")
-    head, cache = model.get_output_embeddings(), model.config.use_cache
+    head, config, said = model.get_output_embeddings(), model.config.to_dict(), []
     held_out = held_out and [batch_of(seed) for seed in held_out]
     lm.train_alpha_parameters(
-        model, [batch_of()], num_steps=2, progress=False, held_out=held_out
-    )
+        model, [batch_of()], num_steps=2, progress=False, held_out=held_out,
+        on_step=lambda step, loss: said.append(model.config.to_dict()),
+    )  # fmt: skip
+    assert said == [config] * 2 and model.config.to_dict() == config
     assert model.get_output_embeddings() is head and model.training
     assert head.weight is model.get_input_embeddings().weight
-    assert model.config.use_cache == cache
     assert len(model.merge_record.history) == 2
     assert ("held_out_loss" in model.merge_record.history) == bool(held_out)
 

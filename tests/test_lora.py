@@ -326,13 +326,26 @@ def test_diagnostics_of_a_run_reach_memory_and_pace(base, monkeypatch):
     assert "more workers" in short.advice["slow training"]
 
 
+class Cache(TrainerCallback):
+    "Keeps what the config says of the cache at every step."
+
+    def __init__(self):
+        self.said = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.said.append(model.config.use_cache)
+
+
 def test_the_cache_stays_as_the_model_had_it(base):
+    "While it trains, too: nothing is switched off that would have to be switched on again."
     for use_cache in (True, False):
         model = tiny_model()
         model.config.use_cache = use_cache
         save_tiny(model, "cached")
-        lora = quick("cached", output_dir=f"run-{use_cache}", sft=dict(max_steps=1))
+        told = Cache()
+        lora = quick("cached", output_dir=f"run-{use_cache}", sft=dict(max_steps=1), callbacks=[told])
         lora.train()
+        assert told.said == [use_cache]
         assert lora.model.config.use_cache is use_cache
         lora.save()
         merged = AutoModelForCausalLM.from_pretrained(lora.merged_dir)

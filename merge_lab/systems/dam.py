@@ -164,16 +164,18 @@ def from_pretrained(
     return merger
 
 # %% ../../nbs/40_systems/02_dam.ipynb #49dd31ef
+@patch_to(DAMMerger, "saved_config")
+@property
+def _saved_config(self) -> MergerConfig:
+    "Paths that end with the base's, also where it is no component."
+    blended = self.merger_config
+    return blended if self.use_base_model else dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path], base_model=None)
+
+
 @patch_to(DAMMerger, "save_pretrained")
 def _save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks, config and what only DAM knows; models are referred to, not copied."
-    blended = self.merger_config
-    if not self.use_base_model:
-        self.merger_config = dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path], base_model=None)
-    try:
-        Merger.save_pretrained(self, folder, is_main_process)
-    finally:
-        self.merger_config = blended
+    Merger.save_pretrained(self, folder, is_main_process)
     if is_main_process:
         write_json(Path(folder) / DAM_FILE, {"use_base_model": self.use_base_model, "model_ids": self.model_ids})
 

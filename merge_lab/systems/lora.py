@@ -43,7 +43,7 @@ from merge_lab.sft_data import (
     split_batch, task_names, validation_budget, validation_sample,
 )
 from merge_lab.sft_trainer import (
-    build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults, validate_at, without_cache,
+    build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults, validate_at,
 )
 from ..training import StopCallback
 
@@ -405,7 +405,7 @@ def _training_aids(lora: SmoLoRA, model: nn.Module, args):  # args: SFTConfig
     "What holds while a pipeline's model is trained."
     short = args.use_cpu and args.bf16 and longest_row(lora.dataset, lora.tokenizer, args.max_length) <= SHORT
     share = shared_lines(model, not (args.torch_compile or args.fsdp or args.deepspeed))
-    with without_cache(model.config), eager_attention(model, short), share, learned_positions_only(), explain_memory_errors():
+    with eager_attention(model, short), share, learned_positions_only(), explain_memory_errors():
         yield
 
 
