@@ -492,7 +492,7 @@ def share_done(line: str) -> tuple[int, int] | None:  # (done, total) of a progr
 
 # %% ../nbs/36_runs.ipynb #2ed85d38
 HEAR = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-RUN_COMMAND = f"{HEAR}; from merge_lab.cli import main; sys.exit(main())"
+RUN_COMMAND = f"{HEAR}; from merge_lab.commands import find_object, PROGRAM; sys.exit(find_object(PROGRAM)())"
 
 
 class CommandRun:
