@@ -38,7 +38,7 @@ from .devices import best_device
 from .memory import free_memory
 from .run_folder import _umask
 from .scoring import positions_of, row_nats
-from .sft_data import encode_rows, layout_of
+from .sft_data import encode_dataset, layout_of
 from .weight_files import unwrapped
 from .writer import save_plain
 
@@ -360,7 +360,7 @@ def fixed_loss(
     max_length: int | None = 1024,
 ) -> float:  # nats per learned token; NaN if there is none
     "Loss on the first rows, as far as the model can hold them, without dropout."
-    encoded = encode_rows(rows.select(range(min(n, len(rows)))), tokenizer, max_length)
+    encoded = encode_dataset(rows.select(range(min(n, len(rows)))), tokenizer, max_length)
     most = min(positions_of(model), max(len(row["input_ids"]) for row in encoded))
     cut = [{name: ids[:most] for name, ids in row.items()} for row in encoded]
     nats, counts = row_nats(model, cut, ChatCollator(tokenizer), batch_size=4)

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
+from tqdm.auto import tqdm
 
 from .config import check_choice
 from merge_lab.conversations import (
@@ -426,14 +427,16 @@ def told_keys(tokenizer, rows: Sequence[dict]):
 def encode_rows(
     tokenizer,  # with a chat template
     rows: list[Row],
-    source: int,  # component that they belong to
+    source: int | None = None,  # component that they belong to; None: of no component
     max_length: int | None = None,  # tokens
-) -> list[dict]:  # input_ids, labels, source
-    "Encoded rows; what is cut is logged. Raises `ValueError` that names file and line."
-    encoded = [encode_row(tokenizer, row, max_length, f"row {number}") for number, row in enumerate(rows, 1)]
-    told_cuts([length for _, length in encoded], max_length)
+    remedy: str = "",  # against rows that are cut: a sentence for the log
+) -> list[dict]:  # input_ids, labels and, where there is one, source
+    "Encoded rows; what is cut is logged. Raises `ValueError` that names file and line, or the row's number, from 1."
+    bar = tqdm(rows, desc="encoding rows", unit="row", disable=len(rows) < 5000)
+    encoded = [encode_row(tokenizer, row, max_length, f"row {number}") for number, row in enumerate(bar, 1)]
+    told_cuts([length for _, length in encoded], max_length, remedy)
     told_keys(tokenizer, rows)
-    return [row | {"source": source} for row, _ in encoded]
+    return [row if source is None else row | {"source": source} for row, _ in encoded]
 
 # %% ../nbs/02_chat.ipynb #0ab8892e
 def build_dataset(

@@ -20,7 +20,7 @@ from .checkpoints import component_names, find_folder
 from .commands import OTHER, SYSTEMS
 from .config import check_choice, read_yaml
 from .merger import MASKS_FILE
-from .merger_config import MergerConfig
+from .merger_config import measured_from_base, MergerConfig
 from .run_folder import sha256_of, write_text
 
 # %% ../nbs/50_hub_folder.ipynb #802290ed
@@ -50,8 +50,7 @@ def _paths(values: dict) -> tuple[list[str], str | None]:  # components; base
     "The components that options of masks name, and their base."
     if "adapters" in values:
         return values["adapters"], values["base_model"] or recorded_base(values["adapters"][0])
-    anchored = values["constrain_mode"] == "delta" and values["base_model"] not in (None, "", "mean")
-    return values["model_paths"], values["base_model"] if anchored else None
+    return values["model_paths"], values["base_model"] if measured_from_base(values["constrain_mode"], values["base_model"]) else None
 
 
 def named_places(

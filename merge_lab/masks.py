@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from .architecture import as_class, input_dim, put_module
 from .config import check_choice
-from .constraints import constrain, OF_DELTAS, unconstrain, weight_angle
+from .constraints import constrain, OF_DELTAS, unconstrain, weight_angle, WITH_ANGLE
 from .devices import bring, device_type, full, shard_like
 from .factored import component_linear, factored_blend, factored_linear
 from .factors import FactoredWeights, rows_of
@@ -366,7 +366,7 @@ class MergeState:
         impl: str = "fused",
         keep_merged: bool = False,
         offload: bool = False,
-        anchor: int | None = None,  # component whose coefficient is what the others leave of 1 (constrain_mode 'delta'); None: the mean
+        anchor: int | None = None,  # component whose coefficient is what the others leave of 1 (constraints that take it, as 'delta'); None: the mean
     ):
         check_choice("impl", impl, IMPLS)
         self.anchor = anchor
@@ -504,6 +504,7 @@ class MaskedModule(ComponentModule):
     ):
         super().__init__(modules, state, template)
         self.mode, self.constrain_mode, self.fallback = mode, constrain_mode, fallback
+        self.anchor = state.anchor
         self.masks = nn.ParameterDict()
         self._merged: dict[str, tuple[int, Tensor]] = {}
         for name in self.parameter_names if mode is not None else ():
@@ -512,7 +513,7 @@ class MaskedModule(ComponentModule):
     def _add_mask(self, name: str):
         weights = list(self.weights[name])
         shape = alpha_shape(weights[0].shape, self.mode, input_dim(self.template))
-        if self.constrain_mode == "spherical":
+        if self.constrain_mode in WITH_ANGLE:
             self.register_buffer(f"angle_{name}", weight_angle(weights, shape), persistent=False)
         like = dict(dtype=torch.float32, device=weights[0].device)
         self.masks[name] = nn.Parameter(torch.zeros(len(weights), *shape, **like))
@@ -521,7 +522,7 @@ class MaskedModule(ComponentModule):
     def alphas(self, name: str = "weight") -> list[Tensor]:
         "The n coefficients of one masked parameter."
         angle = self._buffers.get(f"angle_{name}")
-        return constrain(full(self.masks[name]), self.constrain_mode, angle=angle, anchor=self.state.anchor)
+        return constrain(full(self.masks[name]), self.constrain_mode, angle=angle, anchor=self.anchor)
 
     @torch.no_grad()
     def set_alphas(self, name: str, alphas: Sequence):
@@ -530,7 +531,7 @@ class MaskedModule(ComponentModule):
         like = dict(dtype=mask.dtype, device=mask.device)
         wanted = torch.stack([torch.as_tensor(a, **like).expand(mask.shape[1:]) for a in alphas])
         angle = self._buffers.get(f"angle_{name}")
-        masks = unconstrain(wanted, self.constrain_mode, angle=angle, anchor=self.state.anchor)
+        masks = unconstrain(wanted, self.constrain_mode, angle=angle, anchor=self.anchor)
         mask.copy_(shard_like(torch.stack(masks), mask))
 
     def tensor(self, name: str) -> Tensor:

@@ -6,8 +6,8 @@
 __all__ = ['ROW', 'LOG_FLOOR', 'LOG_STEP', 'FILE_ENDINGS', 'SMALL_DATA', 'FOLDERS', 'CHECKS', 'RECHECKED', 'Control',
            'control_kind', 'unpack_hint', 'control_of', 'controls_of', 'show_value', 'read_number', 'read_value',
            'read_quietly', 'log_start', 'tidy', 'moved', 'is_hub_name', 'hub_note', 'local_paths', 'components_note',
-           'held_note', 'rows_note', 'data_note', 'places_note', 'folder_note', 'command_of', 'field_in', 'refused',
-           'ConfigPanel']
+           'held_note', 'data_bytes', 'rows_note', 'data_note', 'places_note', 'folder_note', 'command_of', 'field_in',
+           'refused', 'ConfigPanel']
 
 # %% ../nbs/34_panel.ipynb #d40ec46b
 import dataclasses
@@ -21,12 +21,13 @@ from pathlib import Path
 import yaml
 
 # %% ../nbs/34_panel.ipynb #b7eac8cf
-from .chat import load_task
+from .chat import folder_splits, load_task
 from .checkpoints import read_component
 from .commands import COMMANDS, Viewed
 from .components import preflight
 from .config import alias_names, check_choice, config_to_cli, config_to_python, config_to_yaml, yaml_value
 from .lesson import patch_to
+from .records import ending_of, is_table, split_named
 from .run_folder import check_run
 
 # %% ../nbs/34_panel.ipynb #f551f30e
@@ -165,13 +166,13 @@ def moved(value: float, shown: float) -> bool:  # value held, value that the sli
     return value <= 0 or abs(math.log10(shown / value)) > 0.52 * LOG_STEP
 
 # %% ../nbs/34_panel.ipynb #09ccd371
-FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".safetensors")
+FILE_ENDINGS = (".txt", ".safetensors")  # of files, beside those of records
 
 
 def is_hub_name(path: str) -> bool:  # "model" or "organisation/model"; "runs/model" is none where there is a folder "runs"
     "Whether a path can only be a name on the hub."
     place = Path(path).expanduser()
-    if place.exists() or (len(place.parts) > 1 and Path(place.parts[0]).exists()) or place.suffix in FILE_ENDINGS:
+    if place.exists() or (len(place.parts) > 1 and Path(place.parts[0]).exists()) or is_table(place) or ending_of(place) in FILE_ENDINGS:
         return False
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)))
 
@@ -212,17 +213,27 @@ def held_note(path: str, values: dict) -> str:
     return f", {held if asked is None else min(held, asked)} of {values['eval_split']} to score"
 
 # %% ../nbs/34_panel.ipynb #60baa38d
-SMALL_DATA = 32 * 2**20  # bytes: larger data files are not counted while typing
+SMALL_DATA = 32 * 2**20  # bytes: the rows of larger data are not counted while typing
+
+
+def data_bytes(
+    place: Path,  # a file of rows, or a folder of splits
+    splits: Sequence[str],  # that would be read
+) -> int:
+    "Size on disk of what a dataset holds of some splits. Raises `ValueError` for a split that is there twice."
+    held = folder_splits(place) if place.is_dir() else {}
+    parts = {part for split in splits for part in held.get(split_named(split, held), [])} if place.is_dir() else {place}
+    return sum(file.stat().st_size for part in parts for file in ([part] if part.is_file() else part.rglob("*")) if file.is_file())
 
 
 def rows_note(path: str, n: int | None, values: dict) -> str:  # n: rows that are asked for; None: all
     "How many rows of one dataset are trained on, and how many are held out. Raises `ValueError` if it is not there."
     place = Path(path).expanduser()
     if not place.exists():
-        raise ValueError(f"{path}: no such folder or file. Give a folder with train.jsonl, one .jsonl file, or a hub name.")
-    file = place / "train.jsonl" if place.is_dir() else place
-    if file.exists() and file.stat().st_size > SMALL_DATA:
-        return f"{place.name}: {file.stat().st_size / 2**20:.0f} MiB"
+        raise ValueError(f"{path}: no such folder or file. Give a folder with a file for each split, one file of rows, or a hub name.")
+    size = data_bytes(place, ["train", values.get("eval_split") or "train"])
+    if size > SMALL_DATA:
+        return f"{place.name}: {size / 2**20:.0f} MiB"
     return f"{place.name}: {len(load_task(path, 'train', n))} rows to train on{held_note(path, values)}"
 
 

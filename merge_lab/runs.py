@@ -33,7 +33,7 @@ from .architecture import layer_of
 from .checkpoints import component_names
 from .commands import COMMANDS, find_object, kind_of, OTHER, SYSTEMS
 from .config import check_choice, config_from_dict, config_to_yaml
-from .constraints import constrain
+from .constraints import constrain, WITH_ANGLE
 from .drawing import badge, block, frame_html, STYLE
 from .figures import add_colour_bar, add_legend, colour_of, colour_scale, figure_to_png, MUTED, name_of, new_figure
 from .lesson import patch_to
@@ -144,15 +144,14 @@ def read_alphas(folder: str | Path, load: Callable = Merger.from_pretrained) -> 
     if not (Path(folder) / CONFIG_FILE).exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
     saved = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-    anchor = saved.get("anchor")
-    constrain_mode = "identity" if "adapters" in saved and saved["constrain_mode"] == "delta" else saved["constrain_mode"]
-    if constrain_mode == "spherical":  # its angles come from the weights
+    if saved["constrain_mode"] in WITH_ANGLE:  # the angles come from the weights
         return load(folder).alphas()
     rows, tensors = [], load_file(Path(folder) / MASKS_FILE)
     for name in sorted(tensors, key=module_place):
         module, _, parameter = name.rpartition(".")
         facts = dict(module=module, layer=layer_of(name), kind=module.rsplit(".", 1)[-1], parameter=parameter)
-        alphas = constrain(tensors[name].float(), constrain_mode, anchor=anchor)[:anchor]  # the base's is what the others leave
+        anchor = len(tensors[name]) if "adapters" in saved else saved.get("anchor")  # the base, whose alpha is what the others leave
+        alphas = constrain(tensors[name].float(), saved["constrain_mode"], anchor=anchor)[:anchor]
         rows += [{**facts, "component": i, "mean": alpha.mean().item()} for i, alpha in enumerate(alphas)]
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
@@ -493,7 +492,7 @@ def share_done(line: str) -> tuple[int, int] | None:  # (done, total) of a progr
 
 # %% ../nbs/36_runs.ipynb #2ed85d38
 HEAR = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
-RUN_COMMAND = f"{HEAR}; from merge_lab.cli import main; sys.exit(main())"
+RUN_COMMAND = f"{HEAR}; from merge_lab.commands import find_object, PROGRAM; sys.exit(find_object(PROGRAM)())"
 
 
 class CommandRun:

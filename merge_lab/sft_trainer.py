@@ -20,7 +20,7 @@ from torch import nn
 
 from .adapters import device_settings, quiet_peft
 from .config import check_names, did_you_mean
-from .sft_data import encode_rows, evaluation_steps, quiet_datasets
+from .sft_data import encode_dataset, evaluation_steps, quiet_datasets
 from .training import cache_as_said, check_report_to
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def build_trainer(
     from trl import SFTTrainer
 
     with quiet_peft(), quiet_datasets(), cache_as_said(args, model.config):
-        learned, asked = (None if each is None else encode_rows(each, tokenizer, args.max_length) for each in (rows, eval_rows))
+        learned, asked = (None if each is None else encode_dataset(each, tokenizer, args.max_length) for each in (rows, eval_rows))
         trainer = SFTTrainer(
             model, args, train_dataset=learned, eval_dataset=asked, processing_class=tokenizer, callbacks=list(callbacks),
             peft_config=peft_config,

@@ -9,7 +9,9 @@ import logging
 import pandas as pd
 import pyarrow
 import pytest
+from datasets import Dataset
 
+from merge_lab import chat
 from merge_lab.calibration import calibration_split, text_paragraphs
 from merge_lab.chat import ChatCollator, build_dataset, encode_chat, has_split, hold_out, load_mmlu, load_task, template_ids
 from merge_lab.chat_templates import chat_tokenizer
@@ -81,6 +83,18 @@ def read_by_every_system(path, tokenizer):
         if path.is_dir() else encode_chat(tokenizer, next(iter(load_tests([path], "train").values()))[0])["input_ids"],
         "router": tokenizer(read_documents(str(path), "train", tokenizer)[0], add_special_tokens=False)["input_ids"],
     }
+
+
+def test_rows_are_encoded_and_numbered_by_one_function():
+    "Whoever encodes them: a run of merges, or one of fine-tuning."
+    tokenizer = tiny_tokenizer()
+    rows = [{"messages": [{"role": "user", "content": "who saw it?"}, {"role": "assistant", "content": "the cat."}]}] * 2
+    merged, tuned = chat.encode_rows(tokenizer, rows, 1), encode_rows(Dataset.from_list(rows), tokenizer)
+    assert [{**row, "source": 1} for row in tuned] == merged
+    rows[1] = {"messages": [{"role": "user", "content": "who saw it?" * 4}, rows[0]["messages"][1]]}
+    for encode in (lambda: chat.encode_rows(tokenizer, rows, 1, 9), lambda: encode_rows(Dataset.from_list(rows), tokenizer, 9)):
+        with pytest.raises(ValueError, match="^row 2: conversation"):
+            encode()
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import importlib.util
 import io
+import json
 import os
 import re
 import signal
@@ -27,16 +28,19 @@ from merge_lab.cli import help_of, main, parse, usage
 from merge_lab.commands import COMMANDS, SYSTEMS
 from merge_lab.config import config_from_yaml
 from merge_lab.constraints import constrain, CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, unconstrain
+from merge_lab.hub_folder import named_places
 from merge_lab.losses import LOSSES, PENALTIES
-from merge_lab.merger import Merger
+from merge_lab.masks import MergeState
+from merge_lab.merger import CONFIG_FILE, Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import coefficient_penalty, Objective
 from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.runs import find_runs, read_alphas, Run
 from merge_lab.session import adjustable, new_weights
-from merge_lab.systems import lora_merge
+from merge_lab.systems import lora_merge, mask_merge
+from merge_lab.systems.dam import DAMMerger
 from merge_lab.systems.mask_merge import demo_config, MaskMergeConfig, run
-from merge_lab.tinylm import architectures, tiny_experts
+from merge_lab.tinylm import architectures, save_tiny, tiny_experts
 from merge_lab.widgets import ConfigPanel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,8 +145,7 @@ def as_they_were(*registries: dict):
 def softplus():
     assert "softplus" not in CONSTRAINTS
     with as_they_were(CONSTRAINTS):
-        (code,) = recipe("A constraint")
-        execute(code, {})
+        execute(recipe("A constraint")[0], {})
         yield "softplus"
     with pytest.raises(ValueError, match="constrain_mode='softplus'"):
         MergerConfig(constrain_mode="softplus")
@@ -187,6 +190,75 @@ def test_views_of_the_registry_follow_it(softplus):
     CONSTRAINTS[softplus] = dataclasses.replace(row, components=2)
     with pytest.raises(ValueError, match="constrain_mode='softplus'"):
         lora_merge.LoRAMergeConfig(constrain_mode=softplus)
+
+
+@pytest.fixture
+def bounded_delta():
+    assert "bounded_delta" not in CONSTRAINTS
+    names = {}
+    with as_they_were(CONSTRAINTS):
+        for code in recipe("A constraint"):
+            execute(code, names)
+        yield "bounded_delta"
+
+
+@pytest.mark.parametrize("anchor", [None, 0, 2, 3])
+def test_recipe_of_a_constraint_with_an_anchor_has_an_inverse(bounded_delta, anchor):
+    "Also with an anchor that is held beside the components."
+    start = torch.tensor([[0.3, 0.5], [-0.4, 0.25], [1.1, 0.25]] if anchor in (None, 2) else [[1.1, 0.25], [-0.4, 0.5], [0.3, 0.25]])
+    start = start * 0.8 if anchor == 3 else start
+    masks = unconstrain(start, bounded_delta, anchor=anchor)
+    assert len(masks) == 3
+    assert_close(torch.stack(constrain(masks, bounded_delta, anchor=anchor)), start)
+
+
+def saved_models(folder: Path) -> list[str]:
+    "Two experts and their base, as folders."
+    paths = [str(folder / name) for name in ("one", "two", "base")]
+    for model, path in zip(tiny_experts(n=3), paths):
+        save_tiny(model, path)
+    return paths
+
+
+def test_recipe_of_a_constraint_with_an_anchor_loads_its_base(bounded_delta, tmp_path):
+    "And what is saved, read back, exported and drawn is measured from it."
+    *paths, base = saved_models(tmp_path)
+    merger = Merger.from_config(MergerConfig(paths, constrain_mode=bounded_delta, base_model=base, dtype="float32"))
+    assert merger.has_base and merger.n_components == 2 and merger.moves_deltas
+    with torch.no_grad():
+        for parameter in merger.parameters():
+            if parameter.requires_grad:
+                parameter += torch.linspace(-0.3, 0.4, parameter.numel()).view_as(parameter)
+    ones, twos, bases = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() for path in (*paths, base))
+    leaf, name = next((leaf, name) for name, leaf, key in merger.masked_parameters() if key == "weight")
+    alphas = leaf.masks["weight"].tanh()
+    wanted = bases[name] + alphas[0] * (ones[name] - bases[name]) + alphas[1] * (twos[name] - bases[name])
+    assert_close(merger.merged_state_dict()[name], wanted)
+    merger.save_pretrained(tmp_path / "masks")
+    again = Merger.from_pretrained(tmp_path / "masks")
+    assert_close(again.merged_state_dict(), merger.merged_state_dict())
+    assert_close(sorted(read_alphas(tmp_path / "masks")["mean"]), sorted(merger.alphas()["mean"]))
+    saved = json.loads((tmp_path / "masks" / CONFIG_FILE).read_text(encoding="utf-8"))
+    assert named_places(saved) == [*paths, base]
+
+
+def test_recipe_of_a_constraint_with_an_anchor_finds_the_base_of_a_run(bounded_delta, tmp_path):
+    "As the components name it; the mean where they name none."
+    *paths, base = saved_models(tmp_path)
+    config = MaskMergeConfig(model_paths=[*paths, base], base_model=base, constrain_mode=bounded_delta, dataset_configs={"a.jsonl": None, "b.jsonl": None})
+    assert mask_merge.with_base(config).model_paths == paths
+    assert mask_merge.with_base(dataclasses.replace(config, model_paths=paths, base_model=None)).base_model == "mean"
+    merger = DAMMerger(tiny_experts(n=2), MergerConfig([*paths, base], constrain_mode=bounded_delta), tiny_experts(n=1, seed=7)[0])
+    assert merger.has_base and not merger.use_base_model
+
+
+def test_recipe_of_a_constraint_with_an_anchor_measures_adapters_from_their_base(bounded_delta):
+    "Which has no mask there: an alpha is the adapter's own."
+    factors = [(torch.randn(2, 6), torch.randn(4, 2)) for _ in range(2)]
+    leaf = lora_merge.AdapterLinear(torch.nn.Linear(6, 4), factors, MergeState(), "vector_output", bounded_delta)
+    assert_close(torch.stack(leaf.alphas()), torch.full((2, 4, 1), 0.5))
+    leaf.set_alphas("weight", [0.9, -0.3])
+    assert_close(leaf.masks["weight"].tanh().mean((1, 2)), torch.tensor([0.9, -0.3]))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def exported_source(notebook: Path) -> str:
 
 
 def named(node: ast.AST) -> list[str]:
-    "Dotted names that a piece of code imports: by a statement, or by a string that `find_object` or `import_module` could be given."
+    "Dotted names that a piece of code imports: by a statement, or anywhere in a string, which may be a name to look up or code for another process."
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -54,16 +54,28 @@ def named(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Call) and len(node.args) > 1:  # import_module(".lora", "merge_lab.systems")
         texts = [arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
         return [texts[1] + texts[0]] if len(texts) == 2 and texts[0].startswith(".") else []
-    start = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else node.left if isinstance(node, ast.BinOp) else node
-    text = start.value if isinstance(start, ast.Constant) and isinstance(start.value, str) else ""
-    return [text if start is node else f"{text}{UNTOLD}"]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        found = re.findall(r"\bmerge_lab(?:\.\w+)+", node.value)
+        several = re.findall(r"\bfrom (merge_lab(?:\.\w+)*) import ([\w, ]+)", node.value)
+        return found + [f"{module}.{name}" for module, names in several for name in re.findall(r"\w+", names)]
+    parts = node.values[:-1] if isinstance(node, ast.JoinedStr) else [node.left, getattr(node.left, "right", None)] if isinstance(node, ast.BinOp) else []
+    texts = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return [f"{text}{UNTOLD}" for text in (re.search(r"(?:\bmerge_lab\.[\w.]*)?$", text)[0] for text in texts) if text]
+
+
+def docstrings(tree: ast.AST) -> list[ast.AST]:
+    "What describes modules, classes and functions: it names what it likes."
+    owners = [node for node in ast.walk(tree) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    first = [node.body[0].value for node in owners if node.body and isinstance(node.body[0], ast.Expr)]
+    return [node for node in first if isinstance(node, ast.Constant)]
 
 
 def imported_modules(source: str, strings: bool = True) -> set[str]:
     "Modules of the package that code imports, wherever in it; `UNTOLD` for a string that is only the beginning of a name."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if not strings and not isinstance(node, (ast.Import, ast.ImportFrom)):
+    tree, found = ast.parse(source), set()
+    aside = set(docstrings(tree))
+    for node in ast.walk(tree):
+        if node in aside or not strings and not isinstance(node, (ast.Import, ast.ImportFrom)):
             continue
         for name in named(node):
             if name.startswith("merge_lab."):
@@ -99,6 +111,12 @@ def test_imports_only_go_down(notebook):
         ("runs", "where = 'merge_lab.systems.lora.SmoLoRA'", "systems.lora"),
         ("runs", "find_object(f'merge_lab.systems.{name}.run')", UNTOLD),
         ("runs", "find_object('merge_lab.' + name)", UNTOLD),
+        ("runs", "RUN = f'{HEAR}; from merge_lab.cli import main; sys.exit(main())'", "cli"),
+        ("runs", "RUN = 'import sys\\nimport merge_lab.cli as face'", "cli"),
+        ("runs", "RUN = 'from merge_lab import core, cli'", "cli"),
+        ("runs", "RUN = f'from merge_lab.systems.{name} import run'", UNTOLD),
+        ("runs", "RUN = 'import merge_lab.' + name", UNTOLD),
+        ("runs", "RUN = HEAR + '; import merge_lab.' + name", UNTOLD),
         ("systems.lora_merge", "from merge_lab.systems.lora import run", "systems.lora"),
         ("systems.lora_merge", "from merge_lab.systems import lora", "systems.lora"),
         ("systems.lora_merge", "find_object('merge_lab.systems.lora.run')", "systems.lora"),
@@ -116,6 +134,8 @@ def test_layer_rule_fails_on_a_planted_import(name, source, wrong):
         ("systems.lora_merge", "from merge_lab.adapters import load_base"),
         (REGISTRY, "saved = 'merge_lab.systems.lora_merge.AdapterMerger'"),
         ("runs", "COMMANDS['lora'].find('SmoLoRA')  # what the registry names"),
+        ("runs", "RUN = f'{HEAR}; from merge_lab.commands import COMMANDS'"),
+        ("runs", "def drawn():\n    'As merge_lab.cli does.'\n    text = f'written by merge_lab. {name}'"),
     ],
 )
 def test_layer_rule_allows_what_is_below_and_the_registry(name, source):

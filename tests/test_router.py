@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 
 from merge_lab import nested_model, precision_costs, text_windows as windows_module
+from merge_lab.architecture import decoder_layers
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main
 from merge_lab.components import load_model
-from merge_lab.nested_model import decoder_layers, layer_linears
+from merge_lab.nested_model import layer_linears
 from merge_lab.precision_costs import explained, fit_costs, fit_price, greedy_assignments, measure_costs, set_static
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
 from merge_lab.run_folder import bundled_path, read_history, RunInterrupted
@@ -51,6 +52,18 @@ def conversations_are_rendered_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows_module, "chat_text", chat_text)
         yield
+
+
+def test_layers_are_found_by_one_rule_and_what_cannot_be_quantised_is_refused_first(tmp_path):
+    assert nested_model.decoder_layers is decoder_layers
+    model = tiny_model("gpt2")
+    assert len(decoder_layers(model)) == model.config.n_layer
+    save_tiny(model, tmp_path / "model", tiny_tokenizer())
+    with pytest.raises(ValueError, match="GPT2LMHeadModel: its decoder keeps no list 'layers'"):
+        run_quantize(QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "run"), **SMALL))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="keeps no list"):
+        nested_model.write_quantized(model, tiny_tokenizer(), tmp_path)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

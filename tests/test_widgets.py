@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from merge_lab import session as session_module, training
+from merge_lab import panel as panel_module, session as session_module, training
 from merge_lab.chat import load_task
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import parse, PreflightConfig
@@ -285,6 +285,24 @@ def test_the_note_of_data_says_what_is_trained_on_and_what_is_held_out():
     assert "nothing" in panel.errors["dataset_configs"]
     panel.set("eval_split", "validation")
     assert not panel.errors
+
+
+@pytest.mark.parametrize("held", ["train.parquet", "train-00001-of-00002.jsonl.gz", "data/train.tsv", "training.ndjson", "test.csv", "train/data.arrow"])
+def test_large_data_are_not_read_while_a_user_types(tmp_path, monkeypatch, held):
+    "Whatever the reader calls a file of the splits that would be read."
+    monkeypatch.setattr(panel_module, "load_task", lambda *_: pytest.fail("it was read"))
+    file = tmp_path / "chats" / held
+    file.parent.mkdir(parents=True)
+    with open(file, "wb") as empty:
+        empty.truncate(40 * 2**20)
+    if held.endswith(".arrow"):
+        (tmp_path / "chats" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    assert panel_module.data_note({str(file.parents[len(Path(held).parts) - 1]): None}, {"eval_split": "test"}) == "chats: 40 MiB"
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.ndjson", "chats/rows.jsonl.gz", "rows.csv.zst", "text.txt.gz", "weights.safetensors"])
+def test_what_ends_like_a_file_is_no_name_on_the_hub(name):
+    assert not panel_module.is_hub_name(name) and panel_module.is_hub_name(f"{name}-of-somebody")
 
 
 CHANGES = {  # a value other than the default, by the kind of control

@@ -29,6 +29,7 @@ from ..chat import load_task, take_rows
 from ..checkpoints import component_names, load_tokenizer
 from ..components import check_components, load_components, load_model
 from ..config import check_choice, check_options, option, Options, recipe_options
+from ..constraints import WITH_ANCHOR
 from ..devices import full, set_seed
 from ..evaluation import encode_task, evaluate_models, UNIFORM
 from ..held_out import HeldOut, told_held_out
@@ -119,7 +120,7 @@ class DAMMerger(Merger):
         config: MergerConfig,  # its paths end with the base's
         base: nn.Module | None = None,  # the base where it is no component
     ):
-        on_deltas, path = config.constrain_mode == "delta", (config.model_paths or ["base"])[-1]
+        on_deltas, path = config.constrain_mode in WITH_ANCHOR, (config.model_paths or ["base"])[-1]
         models = list(models) if base is None or not on_deltas else [*models, base]
         whole = base is None and not on_deltas  # the base is a component like the others
         blended = dataclasses.replace(

@@ -39,7 +39,7 @@ from merge_lab.run_folder import (
     begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
 )
 from merge_lab.sft_data import (
-    bytes_of_token, check_padding, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
+    bytes_of_token, check_padding, count_words, curriculum, encode_dataset, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
     split_batch, task_names, validation_budget, validation_sample,
 )
 from merge_lab.sft_trainer import (
@@ -610,7 +610,7 @@ def run(
     read_component(lora.base_model_name)
     for rows in (lora.dataset, lora.eval_dataset):
         if rows is not None:
-            encode_rows(rows, lora.tokenizer, config.max_length)
+            encode_dataset(rows, lora.tokenizer, config.max_length)
     folder = begin_run(config)
     stages = _train_until_stopped(lora, config, stopper)
     curves = training_curves(lora.log_history)

@@ -131,8 +131,8 @@ class AdapterLinear(MaskedModule):
     ):
         nn.Module.__init__(self)
         self.template, self.state, self.parameter_names = linear, state, ["weight"]
-        free = constrain_mode == "delta"  # what is blended here are deltas already
-        self.mode, self.constrain_mode, self.fallback = mode, "identity" if free else constrain_mode, 0
+        self.mode, self.constrain_mode, self.fallback = mode, constrain_mode, 0
+        self.anchor = len(factors)  # the base, which is beside the adapters and has no mask
         self.weights = _frozen_factors(factors)
         down, up = self.weights["down"][0], self.weights["up"][0]
         shape = alpha_shape((up.shape[0], down.shape[1]), mode)

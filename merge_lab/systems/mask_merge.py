@@ -23,6 +23,7 @@ from ..chat_templates import chat_tokenizer
 from ..checkpoints import component_bytes, component_names, read_chat_template, read_component
 from ..components import check_components, find_base, IncompatibleComponents
 from ..config import check_choice, check_type, config_to_python, config_to_yaml, option, recipe_options, yaml_value
+from ..constraints import WITH_ANCHOR
 from ..devices import set_seed
 from ..distributed import shard_merger
 from merge_lab.evaluation import (
@@ -220,7 +221,7 @@ def base_of(config: MaskMergeConfig) -> str | None:
 
 def with_base(config: MaskMergeConfig) -> MaskMergeConfig:
     "The config with its base: as given, as found beside the components, or none. A base among the components is none of them. Raises `ValueError` if it is asked for and is one of them."
-    base, on_deltas = config.base_model or None, config.constrain_mode == "delta"
+    base, on_deltas = config.base_model or None, config.constrain_mode in WITH_ANCHOR
     if base is None and on_deltas and len(config.model_paths) > 1:
         base = _found_base(config.model_paths)
     if base in (None, "mean"):
@@ -399,7 +400,7 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
 
     loss = LOSSES[config.loss_func_name]
     alphas, names, held = result.merger.alphas(), result.merger.names, f"{config.eval_split} rows"
-    of = "'s difference from the " + ("base" if result.merger.has_base else "mean of all") if config.constrain_mode == "delta" else ""
+    of = "'s difference from the " + ("base" if result.merger.has_base else "mean of all") if config.constrain_mode in WITH_ANCHOR else ""
     started = {"uniform": "They started at one value each; w", "odd_one_out": "They started at 0 or 1; w"}
     part = {"vector_input": "columns", "vector_output": "rows"}.get(config.mode)
     spread = f"here they spread, {part} of one weight chose differently." if part else "here they spread, modules chose differently."

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..anyprec import check_precisions
+from ..architecture import decoder_layers
 from ..checkpoints import load_tokenizer
 from ..components import load_model
 from ..config import check_options, option, Options
 from ..devices import best_device
-from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
+from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, write_quantized
 from ..run_folder import begin_run, check_disk_space, check_start, one_run
 from ..text_windows import text_windows, Window
 
@@ -108,18 +109,18 @@ def check_folder(config: QuantizeConfig):
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
 @one_run
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
-    "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model."
+    "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model, or for one that cannot be quantised."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
     check_folder(config)
     device = torch.device(config.device or best_device())
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(config.model_path, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
-    n_layers = len(decoder_layers(model))
+    check_quantizable(model)
     windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     folder, sensitivity = begin_run(config, config.output_dir), None
-    if not all(layer_file(folder, n).exists() for n in range(n_layers)):
+    if not all(layer_file(folder, n).exists() for n in range(len(decoder_layers(model)))):
         sensitivity = weight_sensitivity(model, windows, device)
     bits = dict(seed_precision=config.seed_precision, parent_precision=config.parent_precision)
     write_quantized(model, tokenizer, folder, sensitivity, **bits, progress=lambda layers: tqdm(layers, desc="quantise", unit="layer"))
