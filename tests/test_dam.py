@@ -26,7 +26,7 @@ from merge_lab.config import config_from_yaml, recipe_options, resumable_options
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import alone_in, bundled_path, is_run, last_checkpoint, read_history, RunInterrupted
+from merge_lab.run_folder import alone_in, begin_run, bundled_path, is_run, last_checkpoint, read_history, RunInterrupted
 from merge_lab.systems import dam
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.token_losses import shift_labels
@@ -556,6 +556,25 @@ def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
     with pytest.raises(ValueError, match="overwrite would clear"):
         dam.train(dataclasses.replace(config, **inside))
     assert (tmp_path / "run/masks.safetensors").exists()
+
+
+@pytest.mark.parametrize("held", ["model", "base", "dataset"])
+def test_training_never_clears_what_its_folders_name(lab, tmp_path, held):
+    "Models and base are named inside the folder of dam-merge, datasets inside that of dam-topk."
+    run = tmp_path / "run"
+    begin_run(train_config(lab, run))
+    paths = {"model": lab["experts"][1], "base": lab["base"], "dataset": lab["topk"].datasets[1]}
+    kept = run / Path(paths[held]).name
+    shutil.copytree(paths[held], kept) if held != "dataset" else shutil.copy(paths[held], kept)
+    paths[held] = str(kept)
+    models, data = [lab["experts"][0], paths["model"]], [lab["topk"].datasets[0], paths["dataset"]]
+    dam.merge(dam.DAMConfig(paths["base"], models, str(tmp_path / "untrained")))
+    topk = dict(datasets=data, model_paths=models, base_model=paths["base"], output_dir=str(tmp_path / "dataset"), compute_logits=False)
+    dam.create_dataset_topk_logits(dataclasses.replace(lab["topk"], **topk))
+    config = train_config({"folder": tmp_path}, run, overwrite=True, generate_logits_on_fly=True, max_steps=1)
+    with pytest.raises(ValueError, match=f"overwrite would clear .* which holds .*{kept.name}"):
+        dam.train(config)
+    assert kept.exists()
 
 
 def test_datasets_and_models_of_one_name_are_all_scored(lab, tmp_path):
