@@ -93,6 +93,7 @@ class System:
 SYSTEMS = {  # by their commands
     "mask-merge": System("dataset_configs", "merge_lab.merger.Merger", ("max_steps",), recipe="recipe_of"),
     "dam-merge": System("merge_layernorms", "merge_lab.systems.dam.DAMMerger"),
+    "dam-topk": System("compute_logits", merged=""),
     "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", ("max_steps",), recipe="recipe_of"),
     "lora": System("lora_dropout", steps=("max_steps",), merged="final_merged", adapter="SmoLoRA"),
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", ("max_steps",), components="adapters"),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'alone_in', 'settle',
            'whole_folder', 'save_tensors', 'whole_checkpoint', 'one_run', 'hold', 'check_free', 'check_writable',
-           'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'begin_run', 'check_resumed',
-           'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of',
-           'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_start',
-           'check_more_steps', 'check_going_on', 'bundled_path']
+           'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run', 'write_config',
+           'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped',
+           'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
+           'checkpoint_to_resume', 'check_start', 'check_more_steps', 'check_going_on', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -330,13 +330,19 @@ def check_outside(
 _ONCE = ("resume", "overwrite", "dry_run")  # switches of one start
 
 
-def _clear(folder: Path):
+def clear_run(folder: Path):
     "Remove what a run left, but for the lock that its successor holds."
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def write_config(config, folder: Path):
+    "Write a run's config.yaml, which `is_run` knows it by; switches of one start are off in it."
+    once = {name: False for name in _ONCE if hasattr(config, name)}
+    write_text(folder / "config.yaml", _MARK + config_to_yaml(dataclasses.replace(config, **once)))
 
 
 def begin_run(
@@ -345,14 +351,12 @@ def begin_run(
 ) -> Path:
     "Make the run's folder, cleared if it is overwritten, and write its config.yaml; inside `one_run` it is held. Raises what `check_run` raises."
     folder = Path(config.output_dir if folder is None else folder)
-    once = {name: getattr(config, name) for name in _ONCE if hasattr(config, name)}
-    resume, overwrite = once.get("resume", False), once.get("overwrite", False)
+    resume, overwrite = getattr(config, "resume", False), getattr(config, "overwrite", False)
     check_run(folder, resume, overwrite)
     hold(folder)
-    if overwrite and not resume and folder.is_dir():
-        _clear(folder)
-    again = dataclasses.replace(config, **dict.fromkeys(once, False))
-    write_text(folder / "config.yaml", _MARK + config_to_yaml(again))
+    if overwrite and not resume:
+        clear_run(folder)
+    write_config(config, folder)
     return folder
 
 # %% ../nbs/01_run_folder.ipynb #5489853c

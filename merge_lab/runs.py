@@ -219,7 +219,7 @@ def recipe(self) -> dict | None:  # None: the system has none, or the config is 
 def export(self) -> Path:
     "Write the plain checkpoint that transformers loads. Raises `ValueError` if there can be none."
     if not self.system.merged:
-        raise ValueError(f"{self.folder}: {self.kind} has no plain checkpoint, its weights follow the input. Load it with its own class.")
+        raise ValueError(f"{self.folder}: a run of {self.kind} leaves no plain checkpoint. Load what is there with its own class.")
     folder = self.folder / self.system.merged
     if self.masks is not None:
         recipe = {"recipe": found} if (found := self.recipe()) else {}

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DATASET_FILE', 'local_path', 'find_device', 'DAMTopkConfig', 'encoded_rows', 'tokenizer_of', 'load_teacher',
            'stored_types', 'stored_teacher', 'dataset_features', 'with_teacher', 'write_parts', 'file_stamps',
-           'row_stamps', 'dataset_facts', 'read_any_facts', 'changes', 'open_dataset', 'check_topk', 'check_k',
-           'create_dataset_topk_logits', 'show_dataset', 'TopkCollator', 'read_facts', 'check_stored', 'read_dataset']
+           'row_stamps', 'dataset_facts', 'read_any_facts', 'changes', 'state_of', 'open_dataset', 'check_topk',
+           'check_folder', 'check_k', 'create_dataset_topk_logits', 'show_dataset', 'TopkCollator', 'read_facts',
+           'check_stored', 'read_dataset']
 
 # %% ../nbs/37_teacher_dataset.ipynb #6388e4a7
 import dataclasses
@@ -30,7 +31,7 @@ from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
 from .records import split_named
-from .run_folder import write_json
+from .run_folder import check_outside, check_writable, clear_run, hold, is_run, LOCK, one_run, write_config, write_json
 from .teacher_cache import STORED_TOPK
 from .token_losses import shift_labels
 
@@ -62,8 +63,11 @@ class DAMTopkConfig(Options):
     base_model: str = option("", "Base model", group="Components", aliases=("base_model_name", "base_model_id"))
     cache_dir: str | None = option(None, "Where models and datasets from the hub are kept", group="Output", resumable=True, recipe=False)
     compute_logits: bool = option(True, "Store the teachers; otherwise only the tokens", group="Teachers")
-    hf_disk_dataset_dir: str = option("runs/dam/dataset", "Folder of the dataset that is made", group="Output", resumable=True, recipe=False, aliases=("output_dir",))
-    num_samples: int | None = option(None, "Rows of each dataset; none given: all", low=1, group="Data", aliases=("example_count", "n_samples"))
+    output_dir: str = option(
+        "runs/dam/dataset", "Folder of the dataset that is made; the same options again go on with it", group="Output", resumable=True, recipe=False,
+        aliases=("hf_disk_dataset_dir",),
+    )
+    num_samples: int | None = option(None, "Rows of each dataset; none: all", low=1, group="Data", aliases=("example_count", "n_samples"))
     max_length: int = option(2048, "Tokens of a row; what is longer is cut", low=2, group="Data")
     split: str = option("train", "Split of the datasets", group="Data")
     temperature: float = option(2.0, "Of the stored distributions; training must use the same", low=0.1, high=10, group="Teachers")
@@ -78,7 +82,8 @@ class DAMTopkConfig(Options):
         "auto", "Of the teachers; auto: as stored", group="Memory", choices=["auto", "float32", "bfloat16", "float16"]
     )
     seed: int = option(0, "Of the choice of rows", low=0, group="Data", aliases=("random_state",))
-    overwrite: bool = option(False, "Replace what hf_disk_dataset_dir holds", group="Output", resumable=True, recipe=False)
+    resume: bool = option(False, "Go on with the dataset in output_dir; the same options do so anyway", group="Output", resumable=True, recipe=False)
+    overwrite: bool = option(False, "Replace another dataset that output_dir holds", group="Output", resumable=True, recipe=False)
 
     def __post_init__(self):
         check_options(self)
@@ -220,22 +225,44 @@ def changes(held: dict, facts: dict) -> str:  # as a message says it; empty: non
     return ", ".join([*(f"other {name}" for name in options), *(f"an older {path}" for path in changed)])
 
 # %% ../nbs/37_teacher_dataset.ipynb #9be8ce8b
-def open_dataset(folder: Path, facts: dict, overwrite: bool) -> bool:  # whether it is complete
-    "Prepare the folder of a dataset. Raises `FileExistsError` if it holds anything else."
+def state_of(
+    folder: Path,
+    facts: dict,  # from `dataset_facts`
+    overwrite: bool,  # whether another dataset may be replaced
+) -> str:  # "complete"; "begun"; "": nothing is there, or what may be replaced
+    "How far the dataset in a folder is. Raises `FileExistsError` if the folder holds anything else."
     file = folder / DATASET_FILE
     held = read_any_facts(file) if file.exists() else None
     if held is not None and not changes(held, facts):
-        return held.get("complete", False)
-    if folder.exists() and any(folder.iterdir()):
-        differing = "no DAM dataset" if held is None else f"one with {changes(held, facts)}"
-        if held is None or not overwrite:
+        return "complete" if held.get("complete") else "begun"
+    if folder.is_file() or folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+        differing = f"one with {changes(held, facts)}" if held else "another run" if is_run(folder) else "no DAM dataset"
+        ours = held is not None or is_run(folder)
+        if not (ours and overwrite):
             raise FileExistsError(
-                f"{folder} already holds {differing}. Choose another hf_disk_dataset_dir"
-                + (", or replace it with overwrite=True (--overwrite)." if held is not None else ".")
+                f"{folder} already holds {differing}. Choose another output_dir" + (", or replace it with overwrite=True (--overwrite)." if ours else ".")
             )
-        shutil.rmtree(folder)
-    write_json(file, facts)
-    return False
+    return ""
+
+# %% ../nbs/37_teacher_dataset.ipynb #2bcf1c3c
+def open_dataset(
+    folder: Path,
+    facts: dict,  # from `dataset_facts`
+    overwrite: bool,  # whether another dataset may be replaced
+    config: DAMTopkConfig | None = None,  # written beside it
+) -> bool:  # whether it is complete
+    "Prepare the folder of a dataset, and inside `one_run` hold it. Raises `FileExistsError` if it holds anything else, or another process is at work in it."
+    if state_of(folder, facts, overwrite) == "complete":
+        return True
+    check_writable(folder)
+    hold(folder)
+    state = state_of(folder, facts, overwrite)  # another process may have ended meanwhile
+    if not state:
+        clear_run(folder)
+        write_json(folder / DATASET_FILE, facts)
+    if config is not None:
+        write_config(config, folder)
+    return state == "complete"
 
 # %% ../nbs/37_teacher_dataset.ipynb #bd5eef25
 def check_topk(config: DAMTopkConfig):
@@ -253,19 +280,29 @@ def check_topk(config: DAMTopkConfig):
         encoded_rows(config, source, tokenizer_of(config, source))
 
 
+def check_folder(config: DAMTopkConfig, facts: dict):
+    "Raise `FileExistsError` for a folder that holds anything else, `FileNotFoundError` on resuming nothing, `ValueError` if what is read would be cleared."
+    folder = Path(config.output_dir)
+    check_outside(folder, [*config.model_paths, config.base_model, *config.datasets, config.cache_dir], config.overwrite)
+    if not state_of(folder, facts, config.overwrite and not config.resume) and config.resume:
+        raise FileNotFoundError(f"{folder} holds no dataset that could be resumed. Leave out resume (--resume) to start one.")
+
+
 def check_k(k: int, vocab_size: int):
     "Raises `ValueError` if a vocabulary has no k tokens."
     if k > vocab_size:
         raise ValueError(f"k={k}: expected at most {vocab_size}, the vocabulary. Use k=50 unless storage is no concern.")
 
 # %% ../nbs/37_teacher_dataset.ipynb #88229ed9
+@one_run
 def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
     "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
     from datasets import concatenate_datasets, load_from_disk
 
+    folder, facts = Path(config.output_dir), dataset_facts(config)
+    check_folder(config, facts)
     check_topk(config)
-    folder, facts = Path(config.hf_disk_dataset_dir), dataset_facts(config)
-    if not open_dataset(folder, facts, config.overwrite):
+    if not open_dataset(folder, facts, config.overwrite, config):
         parts = [part for source in range(len(config.model_paths)) for part in write_parts(config, source, folder / "parts")]
         whole = concatenate_datasets([load_from_disk(str(part)) for part in parts])
         whole.save_to_disk(folder)

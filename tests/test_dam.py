@@ -24,11 +24,11 @@ from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, wri
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main, parse
 from merge_lab.commands import COMMANDS
-from merge_lab.config import recipe_options, resumable_options
+from merge_lab.config import config_from_yaml, recipe_options, resumable_options
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import bundled_path, last_checkpoint, read_history, RunInterrupted
+from merge_lab.run_folder import alone_in, begin_run, bundled_path, is_run, last_checkpoint, read_history, RunInterrupted
 from merge_lab.systems import dam
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.token_losses import shift_labels
@@ -578,6 +578,25 @@ def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
     assert (tmp_path / "run/masks.safetensors").exists()
 
 
+@pytest.mark.parametrize("held", ["model", "base", "dataset"])
+def test_training_never_clears_what_its_folders_name(lab, tmp_path, held):
+    "Models and base are named inside the folder of dam-merge, datasets inside that of dam-topk."
+    run = tmp_path / "run"
+    begin_run(train_config(lab, run))
+    paths = {"model": lab["experts"][1], "base": lab["base"], "dataset": lab["topk"].datasets[1]}
+    kept = run / Path(paths[held]).name
+    shutil.copytree(paths[held], kept) if held != "dataset" else shutil.copy(paths[held], kept)
+    paths[held] = str(kept)
+    models, data = [lab["experts"][0], paths["model"]], [lab["topk"].datasets[0], paths["dataset"]]
+    dam.merge(dam.DAMConfig(paths["base"], models, str(tmp_path / "untrained")))
+    topk = dict(datasets=data, model_paths=models, base_model=paths["base"], output_dir=str(tmp_path / "dataset"), compute_logits=False)
+    dam.create_dataset_topk_logits(dataclasses.replace(lab["topk"], **topk))
+    config = train_config({"folder": tmp_path}, run, overwrite=True, generate_logits_on_fly=True, max_steps=1)
+    with pytest.raises(ValueError, match=f"overwrite would clear .* which holds .*{kept.name}"):
+        dam.train(config)
+    assert kept.exists()
+
+
 def test_datasets_and_models_of_one_name_are_all_scored(lab, tmp_path):
     experts = [str(tmp_path / place / "merged") for place in "ab"]
     for expert, path in zip(lab["experts"], experts):
@@ -797,7 +816,7 @@ def test_a_dataset_depends_on_all_options_that_may_not_change(lab):
     config = lab["topk"]
     facts = teacher_dataset.dataset_facts(config)
     how = resumable_options(dam.DAMTopkConfig)
-    assert how == {"hf_disk_dataset_dir", "cache_dir", "batch_size", "part_size", "device", "overwrite"}
+    assert how == {"output_dir", "cache_dir", "batch_size", "part_size", "device", "resume", "overwrite"}
     assert set(facts) == {field.name for field in dataclasses.fields(config)} - how | {"files"}
     other = teacher_dataset.dataset_facts(dataclasses.replace(config, seed=1))
     assert teacher_dataset.changes(facts, other) == "other seed"
@@ -990,6 +1009,45 @@ def test_a_killed_process_goes_on(lab, tmp_path):
     assert "1/2" in said and "row" in said  # progress
     assert main(["dam-topk", *words]) == 0
     assert datasets.load_from_disk(str(folder))[:] == lab["dataset"][:]
+
+
+def test_a_dataset_is_a_run_like_any_other(lab, tmp_path):
+    "Its options stand beside it, one process works in it, and what was begun before runs had options goes on."
+    folder = tmp_path / "again"
+    config = dataclasses.replace(lab["topk"], output_dir=str(folder))
+    facts = teacher_dataset.dataset_facts(config)
+    assert config.hf_disk_dataset_dir == str(folder)
+    with pytest.raises(FileNotFoundError, match="no dataset that could be resumed"):
+        dam.create_dataset_topk_logits(dataclasses.replace(config, resume=True))
+    assert not folder.exists()
+    with alone_in(folder), pytest.raises(FileExistsError, match="another process is at work"):
+        dam.create_dataset_topk_logits(config)
+    teacher_dataset.open_dataset(folder, facts, False)  # as an older version began it
+    assert not is_run(folder)
+    dam.create_dataset_topk_logits(config)
+    assert is_run(folder) and config_from_yaml(dam.DAMTopkConfig, folder / "config.yaml") == config
+    assert main(["dam-topk", str(folder / "config.yaml"), "--resume"]) == 0
+    (folder / "config.yaml").unlink()
+    other = dataclasses.replace(config, k=7)
+    with pytest.raises(FileExistsError, match=r"one with other k\. Choose another output_dir, or replace it"):
+        dam.create_dataset_topk_logits(other)
+    found = dam.create_dataset_topk_logits(dataclasses.replace(other, overwrite=True))
+    assert len(found[0]["topk_log_probs"]) == 7 * len(found[0]["topk_tail"])
+
+
+@pytest.mark.parametrize("held", ["datasets", "model_paths", "base_model", "cache_dir"])
+def test_a_dataset_never_clears_what_it_is_made_of(lab, tmp_path, held):
+    folder = tmp_path / "dataset"
+    config = dataclasses.replace(lab["topk"], output_dir=str(folder), compute_logits=False)
+    dam.create_dataset_topk_logits(config)
+    inside = folder / "mine"
+    for source in {"datasets": [config.datasets[0]], "model_paths": [config.model_paths[1]], "base_model": [config.base_model], "cache_dir": []}[held]:
+        shutil.copytree(source, inside) if Path(source).is_dir() else shutil.copy(source, inside)
+    inside.mkdir(exist_ok=True) if held == "cache_dir" else None
+    given = {"datasets": [str(inside), config.datasets[1]], "model_paths": [config.model_paths[0], str(inside)]}.get(held, str(inside))
+    with pytest.raises(ValueError, match="overwrite would clear .* which holds .*mine"):
+        dam.create_dataset_topk_logits(dataclasses.replace(config, seed=1, overwrite=True, **{held: given}))
+    assert inside.exists() and datasets.load_from_disk(str(folder))[:]
 
 
 def test_parts_of_another_size_are_not_taken_for_these(lab, tmp_path):

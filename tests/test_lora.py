@@ -489,6 +489,7 @@ def quick_config(**options):
         (dict(max_length=8, datasets=["long.jsonl"]), "long.jsonl:.*no assistant token is left"),
         (dict(base_model="config_only"), "holds no weights"),
         (dict(datasets=["run/kept.jsonl"]), "overwrite would clear run"),
+        (dict(chat_template="run/kept.jsonl"), "overwrite would clear run"),
         (dict(n_samples=99), "n=99: expected 1 to 8"),
     ],
 )

@@ -266,6 +266,10 @@ def test_data_in_the_folder_that_would_be_cleared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="which holds"):
         run(small(tmp_path, dataset_configs=datasets, overwrite=True), progress=False)
     assert any(data.iterdir())
+    (folder / "mine.jinja").write_text("{{ messages }}")
+    with pytest.raises(ValueError, match="which holds .*mine.jinja"):
+        run(small(tmp_path, chat_template=str(folder / "mine.jinja"), overwrite=True), progress=False)
+    assert (folder / "mine.jinja").exists()
 
 
 def test_outputs_of_earlier_masks_are_not_shown_as_new(finished, tmp_path, capsys):

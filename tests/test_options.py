@@ -40,7 +40,7 @@ PUBLISHED = {
     "router": ["seq_len", "num_examples", "batch_size", "num_epochs", "save_dir", "random_state"],
     "quantize": ["seq_len", "num_examples", "random_state"],
     "dam-merge": ["base_model_id", "model_ids", "output_path"],
-    "dam-topk": ["dataset_names", "model_ids", "base_model_name", "example_count"],
+    "dam-topk": ["dataset_names", "model_ids", "base_model_name", "example_count", "hf_disk_dataset_dir"],
     "dam-train": ["base_model_name"],
     "layer-merge": ["num_steps", "batch_size"],
     "lora": ["n_samples", "batch_size", "merge"],

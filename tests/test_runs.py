@@ -171,7 +171,7 @@ def test_every_system_is_known_by_one_option():
     for kind, system in SYSTEMS.items():
         assert [name for name in fields if system.mark in fields[name]] == [kind]
         assert not system.steps or system.steps[0] in fields[kind]
-    assert set(SYSTEMS) == set(COMMANDS) - {"align", "dam-topk", "memory", "preflight", "verify", "export", "push", "demo", "real"}
+    assert set(SYSTEMS) == set(COMMANDS) - {"align", "memory", "preflight", "verify", "export", "push", "demo", "real"}
 
 
 def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_path):
@@ -215,6 +215,13 @@ def test_a_run_is_listed(browser, table, kind):
     assert row["alphas"] == (kind in (*MASKED, "layer-merge"))
     history = browser.run(kind).history()
     assert len(history) == STEPS[kind] and history["loss"].notna().all()
+
+
+def test_a_dataset_of_teachers_is_listed_as_what_it_is(browser, table):
+    row = table.loc["dam-data"]
+    assert row["system"] == "dam-topk" and not row["alphas"] and not row["merged"]
+    with pytest.raises(ValueError, match="a run of dam-topk leaves no plain checkpoint"):
+        browser.run("dam-data").export()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if STEPS[kind]])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'NON_LINEARITIES', 'INIT_KINDS', 'DAM_FILE', 'DAMConfig', 'take_unmerged', 'DAMMerger', 'kind_of',
            'randomise', 'merge', 'push', 'show_merge', 'check_loss', 'DAMLossConfig', 'task_angles', 'dam_objective',
-           'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'load_untrained', 'check_models',
-           'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer', 'rows_to_score', 'check_scored',
-           'score_export', 'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits',
-           'TopkCollator']
+           'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'inputs_of', 'load_untrained',
+           'check_models', 'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer', 'rows_to_score',
+           'check_scored', 'score_export', 'clear_export', 'DAMRun', 'train', 'show_run', 'DAMTopkConfig',
+           'create_dataset_topk_logits', 'TopkCollator']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
@@ -214,7 +214,7 @@ def merge(config: DAMConfig) -> DAMMerger:
             "to blend. Name another model, or blend the base too (use_base_model)."
         )
     folder, device = check_run(config.output_dir, overwrite=config.overwrite), find_device(config.device)
-    check_outside(folder, [config.base_model, *config.model_paths], config.overwrite)
+    check_outside(folder, [config.base_model, *config.model_paths, config.cache_dir], config.overwrite)
     kinds = ["linear"] + ["embedding"] * config.use_embedding_layers + ["norm"] * config.merge_layernorms
     paths = [local_path(path, config.cache_dir) for path in (*config.model_paths, config.base_model)]
     constrain_mode = NON_LINEARITIES[config.non_linearity]
@@ -424,6 +424,13 @@ def recipe_of(config: DAMTrainConfig) -> dict:
     return {"training": recipe_options(config)}
 
 # %% ../../nbs/40_systems/02_dam.ipynb #7b3d5f1f
+def inputs_of(config: DAMTrainConfig) -> list[str | None]:
+    "What training and its scores read: both folders, and the models and datasets that they name. Raises `FileNotFoundError` or `ValueError` without them."
+    merged = read_merger_config(config.untrained_merged_model_name)
+    named = [*merged.model_paths, merged.base_model, *read_facts(config.hf_disk_dataset_dir)["datasets"]]
+    return [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model, config.cache_dir, *named]
+
+
 def load_untrained(config: DAMTrainConfig) -> DAMMerger:
     "The model of dam-merge, with its models where they are now."
     paths = read_merger_config(config.untrained_merged_model_name).model_paths
@@ -541,8 +548,7 @@ class DAMRun(NamedTuple):
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge. Raises `RunInterrupted` if it was stopped."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
-    inputs = [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model]
-    check_outside(folder, inputs, config.overwrite)
+    check_outside(folder, inputs_of(config), config.overwrite)
     set_seed(config.seed)
     arguments = loop_arguments(config, folder)
     checkpoint = check_going_on(config, folder, arguments.world_size)

@@ -449,7 +449,7 @@ def train_adapter_masks(
 def check_merge_run(config: LoRAMergeConfig):
     "Raise for what would make a run fail, before anything of an older run is cleared."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
-    check_outside(folder, [config.base_model, *config.adapters, *config.datasets], config.overwrite)
+    check_outside(folder, [base_path(config), *config.adapters, *config.datasets, config.chat_template], config.overwrite)
     check_going_on(config, folder)
 
 

@@ -172,7 +172,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     config = with_base(config)
     _check_inputs(config)
     folder, models = check_run(config.output_dir, config.resume, config.overwrite), [*config.model_paths, base_of(config)]
-    check_outside(folder, [*models, *config.dataset_configs], config.overwrite)
+    check_outside(folder, [*models, *config.dataset_configs, config.chat_template], config.overwrite)
     arguments = training_arguments(config, folder)
     if config.shard and arguments.world_size == 1:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
