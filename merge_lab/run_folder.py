@@ -7,8 +7,8 @@ __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text'
            'whole_checkpoint', 'alone_in', 'one_run', 'hold', 'check_free', 'check_writable', 'readable',
            'check_disk_space', 'is_run', 'check_run', 'check_outside', 'begin_run', 'check_resumed', 'read_rows',
            'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of', 'seal',
-           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_start', 'check_more_steps',
-           'check_going_on', 'bundled_path']
+           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_more_steps',
+           'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -77,13 +77,12 @@ def whole_folder(
     "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    place = work / "unfinished"  # one level down: after a kill nothing beside `folder` loads
-    place.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as work:
+        place = Path(work) / "unfinished"  # one level down: after a kill nothing beside `folder` loads
+        place.mkdir()
         yield place
         if instead and folder.exists():
-            folder.rename(work / "replaced")
+            folder.rename(Path(work) / "replaced")
         if folder.exists() and any(folder.iterdir()):
             for part in place.iterdir():
                 if (folder / part.name).is_dir() and not any((folder / part.name).iterdir()):
@@ -93,8 +92,6 @@ def whole_folder(
             if folder.exists():
                 folder.rmdir()
             os.replace(place, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/01_run_folder.ipynb #4d6874c7
 def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"]):
@@ -129,18 +126,15 @@ def whole_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
-    try:
-        yield temporary
-        made = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        made = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
         if any(path.suffix == ".safetensors" for path in made):
             (folder / "config.json").unlink(missing_ok=True)
             for old in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
                 old.unlink()
         for path in made:
             _put(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../nbs/01_run_folder.ipynb #abfe2744
 LOCK = ".lock"  # in a folder that one process at a time works in
@@ -472,19 +466,6 @@ def checkpoint_to_resume(
     return checkpoint
 
 # %% ../nbs/01_run_folder.ipynb #de5b1719
-def check_start(
-    config,  # options of the run: `resume` and `overwrite` among them
-    folder: str | Path,  # of the run
-    inputs: typing.Iterable[str | Path | None],  # what it is going to read
-) -> Path:
-    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` raise."
-    folder = check_run(folder, config.resume, config.overwrite)
-    check_outside(folder, inputs, config.overwrite)
-    if config.resume:
-        check_resumed(config, folder)
-    return folder
-
-
 def check_more_steps(
     checkpoint: Path,
     asked: int,  # steps in all; not above 0: not said
@@ -510,6 +491,22 @@ def check_going_on(
         if (folder / name).exists():
             read_rows(folder / name)
     return checkpoint
+
+
+def check_start(
+    config,  # options of the run: `resume` and `overwrite` among them
+    folder: str | Path,  # of the run
+    inputs: typing.Iterable[str | Path | None],  # what it is going to read
+    n_processes: int | None = None,  # that train together in the loop that all systems share; None: the run has checkpoints of its own kind
+) -> Path | None:  # the checkpoint of that loop to go on from; None: there is none to go on from
+    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` or `check_going_on` raise."
+    folder = check_run(folder, config.resume, config.overwrite)
+    check_outside(folder, inputs, config.overwrite)
+    if n_processes is not None:
+        return check_going_on(config, folder, n_processes)
+    if config.resume:
+        check_resumed(config, folder)
+    return None
 
 # %% ../nbs/01_run_folder.ipynb #4aaa9c0d
 def bundled_path(
