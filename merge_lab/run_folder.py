@@ -8,7 +8,7 @@ __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text'
            'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run', 'write_config',
            'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped',
            'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
-           'checkpoint_to_resume', 'check_start', 'check_more_steps', 'check_going_on', 'bundled_path']
+           'checkpoint_to_resume', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -181,18 +181,15 @@ def whole_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
-    try:
-        yield temporary
-        made = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        made = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
         if any(path.suffix == ".safetensors" for path in made):
             (folder / "config.json").unlink(missing_ok=True)
             for old in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
                 old.unlink()
         for path in made:
             _put(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../nbs/01_run_folder.ipynb #31610b93
 _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders that the run at work holds
@@ -507,19 +504,6 @@ def checkpoint_to_resume(
     return checkpoint
 
 # %% ../nbs/01_run_folder.ipynb #de5b1719
-def check_start(
-    config,  # options of the run: `resume` and `overwrite` among them
-    folder: str | Path,  # of the run
-    inputs: typing.Iterable[str | Path | None],  # what it is going to read
-) -> Path:
-    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` raise."
-    folder = check_run(folder, config.resume, config.overwrite)
-    check_outside(folder, inputs, config.overwrite)
-    if config.resume:
-        check_resumed(config, folder)
-    return folder
-
-
 def check_more_steps(
     checkpoint: Path,
     asked: int,  # steps in all; not above 0: not said
@@ -545,6 +529,22 @@ def check_going_on(
         if (folder / name).exists():
             read_rows(folder / name)
     return checkpoint
+
+
+def check_start(
+    config,  # options of the run: `resume` and `overwrite` among them
+    folder: str | Path,  # of the run
+    inputs: typing.Iterable[str | Path | None],  # what it is going to read
+    n_processes: int | None = None,  # that train together in the loop that all systems share; None: the run has checkpoints of its own kind
+) -> Path | None:  # the checkpoint of that loop to go on from; None: there is none to go on from
+    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` or `check_going_on` raise."
+    folder = check_run(folder, config.resume, config.overwrite)
+    check_outside(folder, inputs, config.overwrite)
+    if n_processes is not None:
+        return check_going_on(config, folder, n_processes)
+    if config.resume:
+        check_resumed(config, folder)
+    return None
 
 # %% ../nbs/01_run_folder.ipynb #4aaa9c0d
 def bundled_path(

@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from .config import check_choice
-from .devices import full, shard_like
+from .devices import find_device, full, shard_like
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
 from .lesson import patch_to
@@ -128,10 +128,7 @@ def training_arguments(
     **others,  # further TrainingArguments
 ) -> MergerArguments:
     "The Trainer's arguments. Raises `ValueError` if a device is asked for that is not there."
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': no CUDA device is visible. Use device='cpu' or 'auto'.")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device='mps': not available on this machine. Use device='cpu' or 'auto'.")
+    find_device(config.device)
     _check_optimizer(config.optim)
     check_report_to(config.report_to)
     if config.max_steps == 0:

@@ -170,21 +170,16 @@ def test_notebook_is_tidy(notebook):
             assert output.get("name") != "stderr", "".join(cell["source"])
 
 
-def test_import_is_light():
-    code = (
-        "import sys, merge_lab, merge_lab.core, merge_lab.masks, merge_lab.anyprec\n"
-        "heavy = {'transformers', 'matplotlib', 'ipywidgets', 'IPython'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_training_needs_no_pictures():
-    code = (
-        "import sys, merge_lab.training, merge_lab.systems.mask_merge\n"
-        "heavy = {'matplotlib', 'ipywidgets'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+@pytest.mark.parametrize(
+    "modules, heavy",
+    [
+        ("merge_lab, merge_lab.core, merge_lab.masks, merge_lab.anyprec", {"transformers", "matplotlib", "ipywidgets", "IPython"}),
+        ("merge_lab.training, merge_lab.systems.mask_merge", {"matplotlib", "ipywidgets"}),
+    ],
+    ids=["import is light", "training needs no pictures"],
+)
+def test_imports_bring_nothing_heavy(modules, heavy):
+    code = f"import sys, {modules}\nfound = {heavy} & set(sys.modules)\nassert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -25,19 +25,12 @@ from merge_lab.run_folder import begin_run, bundled_path, read_history, RunInter
 from merge_lab.systems.mask_merge import demo_config, headline, LEARNED, MaskMergeConfig, run, show_result
 from merge_lab.tinylm import save_tiny, tiny_model
 
+import small_runs
 
-def small(tmp_path, **options):
-    tasks = ("rewrite", "summarize")
-    defaults = dict(
-        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
-        max_steps=6,
-        eval_samples=4,
-        per_device_train_batch_size=4,
-        report=False,
-        save_steps=2,
-        base_model=None,  # the demo has one
-    )
-    return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
+
+def small(folder, **options):
+    "The short run, with checkpoints and without the demo's base."
+    return small_runs.small(folder, **dict(save_steps=2, base_model=None) | options)
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from ..chat import load_task, take_rows
+from ..chat import take_rows
 from ..checkpoints import component_names, load_tokenizer
 from ..components import check_components, load_components, load_model
 from ..config import check_choice, check_options, option, Options, recipe_options
 from ..constraints import WITH_ANCHOR
-from ..devices import full, set_seed
-from ..evaluation import encode_task, evaluate_models, UNIFORM
+from ..devices import find_device, full, set_seed
+from ..evaluation import encode_task, evaluate_models, load_tests, UNIFORM
 from ..held_out import HeldOut, told_held_out
 from ..lesson import patch_to
 from ..loop_config import LoopConfig
@@ -40,9 +40,9 @@ from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_going_on, check_outside, check_run, one_run, resume_command, stopped, write_json
+from ..run_folder import begin_run, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json
 from merge_lab.teacher_dataset import (
-    chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, TopkCollator,
+    chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, local_path, read_dataset, read_facts, TopkCollator,
 )
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
@@ -496,11 +496,7 @@ def make_trainer(
 # %% ../../nbs/40_systems/02_dam.ipynb #84e46486
 def rows_to_score(config: DAMTrainConfig) -> dict[str, list[dict]]:  # dataset -> conversations; empty without eval_samples
     "Rows to score on. Raises `ValueError` for a dataset that has no test split."
-    if not config.eval_samples:
-        return {}
-    paths = read_facts(config.hf_disk_dataset_dir)["datasets"]
-    rows = [load_task(path, "test", cache_dir=config.cache_dir)[: config.eval_samples] for path in paths]
-    return dict(zip(component_names(paths), rows))
+    return load_tests(read_facts(config.hf_disk_dataset_dir)["datasets"], n=config.eval_samples, cache_dir=config.cache_dir)
 
 
 def check_scored(merger: DAMMerger, tests: dict[str, list[dict]]):
@@ -547,11 +543,10 @@ class DAMRun(NamedTuple):
 @one_run
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge. Raises `RunInterrupted` if it was stopped."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
-    check_outside(folder, inputs_of(config), config.overwrite)
     set_seed(config.seed)
+    folder = Path(config.output_dir)
     arguments = loop_arguments(config, folder)
-    checkpoint = check_going_on(config, folder, arguments.world_size)
+    checkpoint = check_start(config, folder, inputs_of(config), arguments.world_size)
     trainer, history, stopper = make_trainer(config, arguments)
     tests, scores = rows_to_score(config), None
     check_scored(trainer.model, tests)

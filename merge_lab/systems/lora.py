@@ -36,7 +36,7 @@ from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, traini
 from ..lesson import patch_to
 from ..packing import eager_attention, shared_lines, SHORT
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
+    begin_run, bundled_path, check_start, one_run, resume_command, RunInterrupted, write_json, write_text,
 )
 from merge_lab.sft_data import (
     bytes_of_token, check_padding, count_words, curriculum, encode_dataset, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
@@ -120,10 +120,8 @@ class LoRAPipelineConfig(Options):
 # %% ../../nbs/40_systems/04_lora.ipynb #fb7c1631
 def check_lora_run(config: LoRAPipelineConfig):
     "Raise for what would make a run fail, before anything of an older run is cleared."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
     given = [config.base_model, *config.datasets, "" if config.eval_dataset == "none" else config.eval_dataset, config.chat_template]
-    check_outside(folder, given, config.overwrite)
-    check_going_on(config, folder)
+    check_start(config, config.output_dir, given, 1)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #d309e9f4
 def config_rows(

@@ -41,7 +41,7 @@ from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, Merg
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
 from ..merger_config import MergerConfig
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
+    begin_run, bundled_path, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
     write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
@@ -448,15 +448,13 @@ def train_adapter_masks(
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #5727d797
 def check_merge_run(config: LoRAMergeConfig):
     "Raise for what would make a run fail, before anything of an older run is cleared."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
-    check_outside(folder, [base_path(config), *config.adapters, *config.datasets, config.chat_template], config.overwrite)
-    check_going_on(config, folder)
+    check_start(config, config.output_dir, [base_path(config), *config.adapters, *config.datasets, config.chat_template], 1)
 
 
 def rows_to_score(config: LoRAMergeConfig) -> dict:  # task -> rows; empty: nothing is scored
     "Test rows of each dataset; why there are none is logged."
     try:
-        return {} if config.eval_samples == 0 else load_tests(config.datasets, config.eval_split, config.eval_samples)
+        return load_tests(config.datasets, config.eval_split, config.eval_samples)
     except ValueError as error:
         logger.warning("no scores: %s", error)
         return {}

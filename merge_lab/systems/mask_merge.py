@@ -35,7 +35,7 @@ from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
-from ..run_folder import bundled_path, check_disk_space, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, stopped
+from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped
 from ..scoring import positions_of
 from ..writer import write_tokenizer
 from merge_lab.training import (
@@ -171,12 +171,11 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
     config = with_base(config)
     _check_inputs(config)
-    folder, models = check_run(config.output_dir, config.resume, config.overwrite), [*config.model_paths, base_of(config)]
-    check_outside(folder, [*models, *config.dataset_configs, config.chat_template], config.overwrite)
+    folder, models = Path(config.output_dir), [*config.model_paths, base_of(config)]
     arguments = training_arguments(config, folder)
     if config.shard and arguments.world_size == 1:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
-    checkpoint = check_going_on(config, folder, arguments.world_size)
+    checkpoint = check_start(config, folder, [*models, *config.dataset_configs, config.chat_template], arguments.world_size)
     check_components([path for path in models if path])
     tokenizer = chat_tokenizer(config.model_paths[0], [path for path in models if path], config.chat_template)
     shortest = min((read_component(path) for path in models if path), key=positions_of)
