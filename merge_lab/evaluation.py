@@ -272,9 +272,11 @@ def evaluate_models(
 def load_tests(
     paths: Sequence[str | Path],  # datasets, as in `load_task`
     split: str = "test",
-    n: int | None = None,  # rows of each, the first ones; None: all
-) -> dict[str, list[dict]]:  # name of the dataset -> conversations
+    n: int | None = None,  # rows of each, the first ones; None: all; 0: nothing is scored
+) -> dict[str, list[dict]]:  # name of the dataset -> conversations; empty: nothing is scored
     "Rows to score on. Raises `ValueError` for a dataset that has no such split."
+    if n == 0:
+        return {}
     return {name: load_task(path, split)[:n] for name, path in zip(component_names(paths), paths)}
 
 

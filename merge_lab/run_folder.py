@@ -522,11 +522,11 @@ def check_start(
 
 def check_more_steps(
     checkpoint: Path,
-    asked: int,  # steps in all; not above 0: not said
+    asked: int,  # steps in all; below 0: not said
 ):
     "Raise `ValueError` if a run that is resumed has made more steps than are asked for."
     done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if 0 < asked < done:
+    if 0 <= asked < done:
         raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
 
 # %% ../nbs/01_run_folder.ipynb #a951a087

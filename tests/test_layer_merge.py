@@ -895,6 +895,30 @@ def test_a_run_that_ran_out_of_patience_does_so_again(tmp_path):
         lm.run(dataclasses.replace(config, learning_rate=0.5), progress=False)
 
 
+def test_a_run_that_goes_on_for_longer_ends_as_one_that_was_asked_for_all(tmp_path):
+    "Also what was healed is healed anew, from the shares that there are in the end; fewer steps than were made are refused."
+    options = dict(learning_rate=0.05, eval_steps=2, save_steps=1, batch_size=2, heal_steps=3, patience=2)
+    whole = lm.run(run_config(tmp_path, num_steps=6, **options | {"patience": None}), progress=False)
+    options |= dict(output_dir=str(tmp_path / "cut"))
+    lm.run(run_config(tmp_path, num_steps=2, **options), progress=False)
+    before = (tmp_path / "cut/config.yaml").read_text()
+    for fewer in (0, 1):
+        with pytest.raises(ValueError, match=f"max_steps={fewer}: the run in .* has made 2 steps"):
+            lm.run(run_config(tmp_path, num_steps=fewer, resume=True, **options), progress=False)
+    assert (tmp_path / "cut/config.yaml").read_text() == before
+    again = lm.run(run_config(tmp_path, num_steps=6, resume=True, **options | {"patience": None}), progress=False)
+    same_run(whole.folder, again.folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_learns_shares_that_it_writes(tmp_path, dtype):
+    options = dict(num_steps=4, learning_rate=0.1, batch_size=2, dtype=dtype, heal_steps=1)
+    result = lm.run(run_config(tmp_path, **options), progress=False)
+    assert result.history["loss"].notna().all() and result.alphas["change"].abs().max() > 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(result.folder / "merged")
+    assert merged.dtype == getattr(torch, dtype) and all(p.isfinite().all() for p in merged.parameters())
+
+
 def test_no_run_ends_worse_on_held_out_rows_than_it_began(tmp_path):
     "Even with a rate that throws the shares about."
     options = dict(num_steps=6, learning_rate=1.0, eval_steps=1, batch_size=2)

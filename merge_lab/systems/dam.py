@@ -403,8 +403,8 @@ class DAMTrainConfig(DAMLossConfig):
     cache_dir: str | None = option(None, "Where models from the hub are kept", group="Output", resumable=True, recipe=False)
     output_dir: str = option("runs/dam/trained", "Folder for coefficients, history and merged checkpoint", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write the merged checkpoint to output_dir/merged", group="Output", resumable=True, recipe=False, aliases=("export",))
-    eval_samples: int = option(
-        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; 0: no scores", low=0, group="Output",
+    eval_samples: int | None = option(
+        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; none: all; 0: no scores", low=0, group="Output",
         resumable=True, recipe=False, aliases=("score_rows",),
     )
     resume: bool = option(False, "Go on with the run in output_dir", group="Output", resumable=True, recipe=False)
@@ -412,7 +412,7 @@ class DAMTrainConfig(DAMLossConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_samples and not self.save_merged:
+        if self.eval_samples != 0 and not self.save_merged:
             raise ValueError(f"eval_samples={self.eval_samples}, save_merged=False: it is the exported checkpoint that is scored. Set save_merged.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #78cd95cf
@@ -493,7 +493,7 @@ def make_trainer(
 # %% ../../nbs/40_systems/02_dam.ipynb #84e46486
 def rows_to_score(config: DAMTrainConfig) -> dict[str, list[dict]]:  # dataset -> conversations; empty without eval_samples
     "Rows to score on. Raises `ValueError` for a dataset that has no test split."
-    if not config.eval_samples:
+    if config.eval_samples == 0:
         return {}
     paths = read_facts(config.hf_disk_dataset_dir)["datasets"]
     rows = [load_task(path, "test", cache_dir=config.cache_dir)[: config.eval_samples] for path in paths]

@@ -77,7 +77,11 @@ class LoRAMergeConfig(TrainConfig):
         "auto", "Of the base in memory and of merged/; auto: as stored", group="Components",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
-    eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none given: all; 0: no scores", low=0, group="Output", resumable=True, recipe=False)
+    gradient_checkpointing: bool | None = option(
+        False, "Recompute activations in backward: less memory, a third more time; nothing is estimated here: ask for it where a run does not fit",
+        group="Memory", resumable=True,
+    )
+    eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none: all; 0: no scores", low=0, group="Output", resumable=True, recipe=False)
     eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write merged/, a plain model, beside the adapter", group="Output", resumable=True, recipe=False, aliases=("merged",))
     output_dir: str = option("runs/lora_merge", "Folder of the run", group="Output", resumable=True, recipe=False)
