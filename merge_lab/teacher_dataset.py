@@ -31,7 +31,7 @@ from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
 from .records import split_named
-from .run_folder import check_outside, check_writable, clear_run, hold, is_run, LOCK, one_run, write_config, write_json
+from .run_folder import check_one_process, check_outside, check_writable, clear_run, hold, is_run, LOCK, one_run, write_config, write_json
 from .teacher_cache import STORED_TOPK
 from .token_losses import shift_labels
 
@@ -296,9 +296,10 @@ def check_k(k: int, vocab_size: int):
 # %% ../nbs/37_teacher_dataset.ipynb #88229ed9
 @one_run
 def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
-    "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
+    "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is, `ValueError` for several processes."
     from datasets import concatenate_datasets, load_from_disk
 
+    check_one_process("dam-topk")
     folder, facts = Path(config.output_dir), dataset_facts(config)
     check_folder(config, facts)
     check_topk(config)

@@ -144,6 +144,22 @@ def test_an_option_means_the_same_in_every_command():
     assert CONFIGS["lora-merge"]().gradient_checkpointing is False and CONFIGS["lora-merge"](gradient_checkpointing=None).adapters == []
 
 
+ALONE = {"dam-merge": {"base_model": "b", "model_paths": ["x", "y"]}, "quantize": {"model_path": "x"}, "router": {"model_path": "x"}} | dict.fromkeys(
+    ["dam-topk", "layer-merge", "lora", "lora-merge"], {}
+)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_runs_in_one_process_says_so_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = COMMANDS[name]
+    with pytest.raises(ValueError, match=f"{name}: torchrun started 2 processes, and this command runs in one"):
+        command.find(command.function)(CONFIGS[name](**ALONE[name]))
+    assert not list(tmp_path.iterdir())
+    assert {*ALONE, "mask-merge", "dam-train"} == SYSTEMS.keys()
+
+
 OLD = {
     "dam-merge": "base_model_id: base\nmodel_ids: [a, b]\noutput_path: out\nmerge_layernorms: false\n",
     "dam-train": "untrained_merged_model_name: x\nbase_model_name: null\nexport: true\nscore_rows: 0\nmax_steps: 7\n",

@@ -39,7 +39,7 @@ from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_going_on, check_outside, check_run, one_run, resume_command, stopped, write_json
+from ..run_folder import begin_run, check_going_on, check_one_process, check_outside, check_run, one_run, resume_command, stopped, write_json
 from merge_lab.teacher_dataset import (
     chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, TopkCollator,
 )
@@ -210,6 +210,7 @@ def merge(config: DAMConfig) -> DAMMerger:
             f"base_model={config.base_model!r}, model_paths={config.model_paths}: expected a base and at least two models "
             "to blend. Name another model, or blend the base too (use_base_model)."
         )
+    check_one_process("dam-merge")
     folder, device = check_run(config.output_dir, overwrite=config.overwrite), find_device(config.device)
     check_outside(folder, [config.base_model, *config.model_paths, config.cache_dir], config.overwrite)
     kinds = ["linear"] + ["embedding"] * config.use_embedding_layers + ["norm"] * config.merge_layernorms

@@ -50,7 +50,7 @@ from merge_lab.mergeable import (
 )
 from ..merger import checkpoint_activations
 from ..objective import Objective
-from ..run_folder import begin_run, bundled_path, check_more_steps, check_start, last_checkpoint, one_run, write_json, write_text
+from ..run_folder import begin_run, bundled_path, check_more_steps, check_one_process, check_start, last_checkpoint, one_run, write_json, write_text
 from ..similarity import METHODS
 from merge_lab.student import (
     constant_rate, EMPTY, heal, held_batches, keep_activations, say_interrupted, Student, student_trainer, studying, train_student,
@@ -630,7 +630,8 @@ def run(
     on_step: Callable | None = None,  # (step, loss) after every update; True stops
     progress: bool = True,
 ) -> LayerMergeResult:
-    "Measure similarity, choose pairs, learn alphas, fuse, heal, evaluate, draw, save. Raises `RunInterrupted` if it was stopped."
+    "Measure similarity, choose pairs, learn alphas, fuse, heal, evaluate, draw, save. Raises `RunInterrupted` if it was stopped, `ValueError` for several processes."
+    check_one_process("layer-merge")
     set_seed(config.seed)
     check_config(config)
     if config.data_dir is None:

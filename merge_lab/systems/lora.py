@@ -36,7 +36,7 @@ from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, traini
 from ..lesson import patch_to
 from ..packing import eager_attention, shared_lines, SHORT
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
+    begin_run, bundled_path, check_going_on, check_one_process, check_outside, check_run, one_run, resume_command, stopped, write_json, write_text,
 )
 from merge_lab.sft_data import (
     bytes_of_token, check_padding, count_words, curriculum, encode_rows, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
@@ -562,9 +562,8 @@ def _train_until_stopped(lora: SmoLoRA, config: LoRAPipelineConfig, stopper: Sto
     finally:
         stopper.close()
     if stopper.requested.is_set():
-        go_on = "Growing ranks start anew" if config.ranks else f"Go on with: {resume_command('lora', lora.output_dir)}"
-        state = lora.trainer.state
-        raise RunInterrupted(f"stopped after step {state.global_step} of {state.max_steps}; the adapter so far is in {lora.adapter_dir}. {go_on}.")
+        anew, go_on = (". Growing ranks start anew", "") if config.ranks else ("", resume_command("lora", lora.output_dir))
+        raise stopped(lora.trainer.state, f"the adapter so far is in {lora.adapter_dir}{anew}", go_on)
     return stages if config.ranks else None
 
 # %% ../../nbs/40_systems/04_lora.ipynb #7a6cc5e1
@@ -600,9 +599,10 @@ def run(
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
     **sft,  # options of SFTConfig beyond those of the config
 ) -> dict:  # lora, curves, diagnostics, pace, report of the merge, stages of growing ranks
-    "Train, diagnose, merge; everything is written to `config.output_dir`. Raises `RunInterrupted` if it was stopped."
+    "Train, diagnose, merge; everything is written to `config.output_dir`. Raises `RunInterrupted` if it was stopped, `ValueError` for several processes."
     from merge_lab.figures import save_figure
 
+    check_one_process("lora")
     set_seed(config.seed)
     check_lora_run(config)
     stopper = StopCallback()

@@ -41,7 +41,7 @@ from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, Merg
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
 from ..merger_config import MergerConfig
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
+    begin_run, bundled_path, check_going_on, check_one_process, check_outside, check_run, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
     write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
@@ -501,7 +501,8 @@ def run(
     config: LoRAMergeConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
 ) -> dict:  # merger, history, alphas, report of the merge
-    "Blend the adapters of a config; write masks, adapter and merged model to `config.output_dir`."
+    "Blend the adapters of a config; write masks, adapter and merged model to `config.output_dir`. Raises `RunInterrupted` if it was stopped, `ValueError` for several processes."
+    check_one_process("lora-merge")
     set_seed(config.seed)
     check_merge_run(config)
     arguments = training_arguments(config, config.output_dir)

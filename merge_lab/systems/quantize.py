@@ -22,7 +22,7 @@ from ..components import load_model
 from ..config import check_options, option, Options
 from ..devices import best_device
 from ..nested_model import check_finite, decoder_layers, layer_file, layer_linears, write_quantized
-from ..run_folder import begin_run, check_disk_space, check_start, one_run
+from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run
 from ..text_windows import text_windows, Window
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
+    check_one_process("quantize")
     check_folder(config)
     device = torch.device(config.device or best_device())
     tokenizer = load_tokenizer(config.model_path)

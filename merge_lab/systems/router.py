@@ -39,7 +39,7 @@ from ..loop_config import LoopConfig
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
-from ..run_folder import atomic_path, begin_run, check_start, last_checkpoint, one_run, resume_command, RunInterrupted, save_tensors, write_json
+from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
 from ..text_windows import collate, score_windows, text_windows, Window, windows_at_once
 from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
@@ -188,6 +188,7 @@ def arguments_of(
     steps: int,  # of the run
 ):
     "What the shared loop is told. Raises `ValueError` if several processes were started."
+    check_one_process("router")
     device = torch.device(config.device or best_device()).type
     loop = LoopConfig(
         learning_rate=config.learning_rate, max_steps=max(1, steps), per_device_train_batch_size=1, lr_scheduler_type=config.lr_scheduler_type,
@@ -195,8 +196,6 @@ def arguments_of(
         save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, device=device if device in ("cpu", "cuda", "mps") else "auto",
     )  # fmt: skip
     arguments = training_arguments(loop, config.output_dir)
-    if arguments.world_size > 1:
-        raise ValueError(f"router: torchrun started {arguments.world_size} processes, and routers train in one. Start it without torchrun.")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a sample is a whole step: it cannot be divided
     return arguments
 
@@ -558,19 +557,20 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     "Train routers for a quantised model; returns the model with the best ones, and the epochs. Raises `ValueError` without a model, `RunInterrupted` if it was stopped."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder made by `merge-lab quantize`. Say which model gets routers.")
+    check_one_process("router")
     read_quantized(Path(config.model_path))
     check_folder(config)
     set_seed(config.seed)
     model, train, validation = load_parts(config)
     trainer = RouterTrainer(model, config, train, validation)
     folder = begin_run(config, config.output_dir)
-    go_on = f"Go on with: {resume_command('router', folder)}"
+    go_on = resume_command("router", folder)
     try:
         epochs = trainer.fit(last_checkpoint(folder) if config.resume else None)
     except KeyboardInterrupt as error:
-        raise RunInterrupted(f"stopped before the first step or a second time; what was measured is in {folder}. {go_on}") from error
+        raise stopped(None, f"what was measured is in {folder}", go_on) from error
     if trainer.stopper.requested.is_set():
-        raise RunInterrupted(f"stopped after step {trainer.state.global_step} of {trainer.total}; the best routers so far are in {folder}. {go_on}")
+        raise stopped(trainer.state, f"the best routers so far are in {folder}", go_on)
     epochs.attrs["folder"], epochs.attrs["model_path"] = str(folder), config.model_path
     return model, epochs
 
