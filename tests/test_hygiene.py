@@ -333,6 +333,8 @@ def test_options_say_themselves_what_a_resumed_run_may_change():
             free = resumable_options(config)
             assert {"resume", "overwrite"} & fields <= free, name
             assert {"output_dir", "device", "report_to", "save_steps"} & fields <= free, name
+            told = {field.name for field in config.__dataclass_fields__.values() if field.metadata.get("recipe", True)}
+            assert not {"output_dir", "device", "resume", "overwrite", "report_to", "save_steps", "save_total_limit"} & told, name
             assert not {"seed", "learning_rate", "model_paths", "adapters", "datasets"} & free, name
             if issubclass(config, LoopConfig):
                 assert resumable_options(LoopConfig) <= free, name

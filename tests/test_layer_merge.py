@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+import yaml
 
 from merge_lab import calibration, depth, student
 from merge_lab.chat import format_choice, load_mmlu
@@ -598,6 +599,10 @@ def test_a_run_draws_its_figures(tmp_path):
         picture = (tmp_path / f"run/plots/{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 2000
     assert list(result.table.index)[-1] == "this run" and len(result.table) == 6
+    _, data, text = (tmp_path / "run/merged/README.md").read_text().split("---\n", 2)
+    told = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert yaml.safe_load(data)["library_name"] == "transformers" and "# model, 2 layers shorter" in text and str(tmp_path) not in text
+    assert told["model_path"] == "model" and told["max_steps"] == 3 and not {"output_dir", "device", "resume", "eval_text"} & told.keys()
     assert set(result.alphas["before"]) <= set(lm.START_ALPHAS)
     tried = pd.read_csv(tmp_path / "run/search.csv")
     assert len(tried) == 3 * len(lm.START_ALPHAS)  # all together, then each of two

@@ -144,9 +144,10 @@ def test_an_option_means_the_same_in_every_command():
     assert CONFIGS["lora-merge"]().gradient_checkpointing is False and CONFIGS["lora-merge"](gradient_checkpointing=None).adapters == []
 
 
-ALONE = {"dam-merge": {"base_model": "b", "model_paths": ["x", "y"]}, "quantize": {"model_path": "x"}, "router": {"model_path": "x"}} | dict.fromkeys(
-    ["dam-topk", "layer-merge", "lora", "lora-merge"], {}
-)
+ALONE = {  # command -> options that it cannot do without
+    "dam-merge": {"base_model": "b", "model_paths": ["x", "y"]}, "dam-topk": {}, "layer-merge": {}, "lora": {}, "lora-merge": {},
+    "quantize": {"model_path": "x"}, "router": {"model_path": "x"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -8,7 +8,7 @@ __all__ = ['logger', 'ALPHA_LOSSES', 'START_ALPHAS', 'VARIANTS', 'THIS_RUN', 'ME
            'Shares', 'only_alphas', 'train_alpha_parameters', 'Variant', 'shorten', 'compare_variants', 'parse_pair',
            'PairOptions', 'LayerMergeConfig', 'Prepared', 'read_data', 'check_mergeable', 'prepare', 'LayerMergeResult',
            'share_table', 'searched', 'find_start', 'learn', 'loop_options', 'first_rows', 'check_config',
-           'alpha_points', 'score_bars', 'make_plots', 'save_result', 'heals_these', 'run', 'MergeableLayer',
+           'alpha_points', 'score_bars', 'make_plots', 'card_of', 'save_result', 'heals_these', 'run', 'MergeableLayer',
            'layer_similarity', 'find_merge_pairs', 'replace_layers_with_mergeable', 'prepare_calibration_data',
            'extract_learned_alphas', 'fuse_mergeable_layers', 'heal']
 
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+import yaml
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
@@ -36,7 +37,7 @@ from ..calibration import calibration_loader, calibration_split, prepare_calibra
 from ..chat import ChatCollator
 from ..checkpoints import load_tokenizer
 from ..components import load_model
-from ..config import check_choice, check_options, option, Options
+from ..config import card_options, check_choice, check_options, option, Options
 from merge_lab.depth import (
     check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
     PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
@@ -596,12 +597,29 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
         plots["loss"].suptitle(title, x=0.012, ha="left", font=TITLE_FONT, color=INK)
     return {name: figure for name, figure in plots.items() if figure is not None}
 
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #ca0cd9fa
+def card_of(result: LayerMergeResult) -> str:
+    "Markdown with the metadata that the hub reads, the shares and the recipe."
+    recipe = card_options(result.config, ["model_path", "data_dir"])
+    path = result.config.model_path or "models/deep"
+    name = Path(path).name
+    front = ({} if Path(path).exists() or not result.config.model_path else {"base_model": path}) | {"library_name": "transformers", "tags": ["merge", "merge_lab"]}
+    pairs = result.alphas.groupby(["into", "removed"], sort=False)["after"].agg(["mean", "min", "max"])
+    lines = [f"| {into} + {gone} | {row['mean']:.3f} | {row['min']:.3f} | {row['max']:.3f} |" for (into, gone), row in pairs.iterrows()]
+    return "\n".join([
+        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}, {len(lines)} {'layer' if len(lines) == 1 else 'layers'} shorter", "",
+        "Each pair of layers is one: a blend of their frozen weights with trained shares" + (", healed by LoRA." if result.config.heal_steps else "."), "",
+        "| layers | mean share of the first | smallest | largest |", "|---|---|---|---|", *lines, "",
+        "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "```", "",
+    ])  # fmt: skip
+
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #dd3ef583
 def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
     from merge_lab.figures import save_figure
 
     save_plain(result.model, result.folder / "merged", tokenizer)
+    write_text(result.folder / "merged" / "README.md", card_of(result))
     write_text(result.folder / "similarity.csv", result.similarity.to_csv())
     write_text(result.folder / "alphas.csv", result.alphas.to_csv(index=False))
     write_json(result.folder / "results.json", json.loads(result.table.to_json(orient="index")))

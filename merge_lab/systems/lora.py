@@ -30,7 +30,7 @@ from merge_lab.adapters import (
 )
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import load_tokenizer, read_component
-from ..config import check_options, did_you_mean, option, Options
+from ..config import card_options, check_options, did_you_mean, option, Options
 from ..devices import best_device, set_seed
 from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, training_curves, training_diagnostics
 from ..lesson import patch_to
@@ -234,7 +234,7 @@ class SmoLoRA:
         self.sft_config = make_sft_config(self.output_dir, sft, self.device, self.base_model_name)
         self._eval_given, self._asked = self.eval_dataset, self.output_dir
         self._known = dict(vars(self.peft_config)), dict(vars(self.sft_config))
-        self.model, self.trainer = None, None
+        self.model, self.trainer, self.options = None, None, {}  # the last: of a config, for the card
         self.log_history, self._earlier = [], []  # all that was logged; of it, what was before the last call of train()
         self._sealed = True
 
@@ -312,6 +312,7 @@ def make_lora(
         device=None if config.device == "auto" else config.device,
     )
     lora.tokenizer = tokenizer
+    lora.options = card_options(config, ["base_model", "datasets", "eval_dataset", "chat_template"])
     if config.curriculum:
         use_curriculum(lora)
     return lora
@@ -327,7 +328,8 @@ def recorded(folder: str | Path) -> dict:
 
 
 def recipe_of(lora: SmoLoRA) -> dict:
-    "How an adapter was trained, in a few lines."
+    "How an adapter was trained, in a few lines; of a pipeline's run also its options."
+    options = {"options": lora.options} if lora.options else {}
     adapter, sft, state = lora.model.peft_config["default"], lora.trainer.args, lora.trainer.state
     return {
         "rows": f"{len(lora.dataset)} ({layout_of(lora.dataset)})",
@@ -336,7 +338,7 @@ def recipe_of(lora: SmoLoRA) -> dict:
         "learning rate": f"{sft.learning_rate:g}, {sft.lr_scheduler_type.value}, {sft.warmup_steps} steps of warm-up",
         "arithmetic": "bf16" if sft.bf16 else "fp16" if sft.fp16 else "fp32",
         "seed": str(sft.seed),
-    }
+    } | options
 
 # %% ../../nbs/40_systems/04_lora.ipynb #84641931
 def write_card(
@@ -353,7 +355,9 @@ def write_card(
         data["base_model"] = [base]
     elif not Path(base).is_absolute():
         data["base_model"] = base
-    lines = [f"- {name}: {value}" for name, value in recipe.items()] or ["- not recorded"]
+    lines = [f"- {name}: {value}" for name, value in recipe.items() if name != "options"] or ["- not recorded"]
+    if recipe.get("options"):
+        lines += ["", "```yaml", yaml.safe_dump(recipe["options"], sort_keys=False, allow_unicode=True).strip(), "```"]
     said = f"\n{verdict[0].upper()}{verdict[1:]}\n" if verdict else ""
     text = f"# LoRA {kind} of {Path(base).name if is_here else base}\n{said}\n## Training\n\n" + "\n".join(lines)
     write_text(Path(folder) / "README.md", f"---\n{yaml.safe_dump(data, sort_keys=True)}---\n\n{text}\n")

@@ -22,7 +22,7 @@ from ..chat import answer_of, build_dataset, ChatCollator, hold_out, prompt_of
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import component_bytes, component_names, read_chat_template, read_component
 from ..components import check_components, find_base, IncompatibleComponents
-from ..config import check_choice, check_type, config_to_python, config_to_yaml, option, recipe_options, yaml_value
+from ..config import card_options, check_choice, check_type, config_to_python, config_to_yaml, option, yaml_value
 from ..devices import set_seed
 from ..distributed import shard_merger
 from merge_lab.evaluation import (
@@ -361,7 +361,7 @@ class MaskMergeResult:
 
 def recipe_of(config: MaskMergeConfig) -> dict:
     "What a model card should tell: every option that says what was merged, on what and how it was trained."
-    return recipe_options(config) | {"dataset_configs": {Path(path).name: n for path, n in config.dataset_configs.items()}}
+    return card_options(config, ["chat_template"]) | {"dataset_configs": {Path(path).name: n for path, n in config.dataset_configs.items()}}
 
 
 def _write_scores(ready: Prepared, scores: pd.DataFrame):

@@ -83,18 +83,18 @@ class QuantizeConfig(Options):
     "Options of `merge-lab quantize`."
 
     model_path: str = option("", "Model to quantise: a folder or a hub name", group="Model and text")
-    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run", resumable=True)
+    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run", resumable=True, recipe=False)
     seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
     parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
     dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
     max_length: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
     num_samples: int = option(128, "Calibration windows in all", low=1, high=1_000_000, group="Model and text", aliases=("num_examples",))
     dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
-    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True)
+    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
     seed: int = option(42, "Seed of the calibration windows", group="Run", aliases=("random_state",))
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
-    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True)
-    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True)
+    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True, recipe=False)
+    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True, recipe=False)
 
     def __post_init__(self):
         check_options(self)
