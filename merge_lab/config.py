@@ -211,7 +211,7 @@ class OnceLoader(yaml.SafeLoader):
     "Reads YAML in which a name stands once; PyYAML (6) keeps the last of two in silence."
 
     def construct_mapping(self, node, deep=False):
-        "A mapping. Raises `yaml.YAMLError` for a name that stands there twice."
+        "A mapping. Raises `ConstructorError`, a `yaml.YAMLError`, for a name that stands there twice."
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, name in enumerate(names):
             if name in names[:place]:

@@ -266,7 +266,7 @@ def open_dataset(
 
 # %% ../nbs/37_teacher_dataset.ipynb #bd5eef25
 def check_topk(config: DAMTopkConfig):
-    "Raise what would be raised hours later: for a model, a dataset, a device or a k that does not fit."
+    "Raise `ValueError`, which would come hours later, for a model, a dataset, a device or a k that does not fit; what is not there may be an `OSError`."
     if not config.base_model or len(config.datasets) != len(config.model_paths) or not config.model_paths:
         raise ValueError(
             f"{len(config.datasets)} datasets, {len(config.model_paths)} model_paths, base_model="

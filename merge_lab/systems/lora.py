@@ -119,7 +119,7 @@ class LoRAPipelineConfig(Options):
 
 # %% ../../nbs/40_systems/04_lora.ipynb #fb7c1631
 def check_lora_run(config: LoRAPipelineConfig):
-    "Raise for what would make a run fail, before anything of an older run is cleared."
+    "Raise `ValueError`, or `OSError` for the folder, before anything of an older run is cleared."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     given = [config.base_model, *config.datasets, "" if config.eval_dataset == "none" else config.eval_dataset, config.chat_template]
     check_outside(folder, given, config.overwrite)

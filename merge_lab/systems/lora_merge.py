@@ -234,7 +234,7 @@ class AdapterMerger(Merger):
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #0a3c4f60
 @patch_to(AdapterMerger)
 def init_masks(self, mask_init: dict):
-    "Start all masks from the same alphas."
+    "Start all masks from the same alphas. Raises `ValueError` for another strategy than uniform."
     check_choice("mask_init strategy", mask_init["strategy"], ["uniform"])
     n = self.n_components
     for _, leaf, key in self.masked_parameters():
@@ -451,7 +451,7 @@ def train_adapter_masks(
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #5727d797
 def check_merge_run(config: LoRAMergeConfig):
-    "Raise for what would make a run fail, before anything of an older run is cleared."
+    "Raise `ValueError`, or `OSError` for the folder, before anything of an older run is cleared."
     folder = check_run(config.output_dir, config.resume, config.overwrite)
     check_outside(folder, [base_path(config), *config.adapters, *config.datasets, config.chat_template], config.overwrite)
     check_going_on(config, folder)

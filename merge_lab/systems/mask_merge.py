@@ -167,7 +167,7 @@ class Prepared:
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #0011bbba
 def prepare(config: MaskMergeConfig) -> Prepared:
-    "Check components, data, folder and disk, and touch nothing. Raises an error that says what to do."
+    "Check components, data, folder and disk, and touch nothing. Raises `ValueError` for options, components or data that do not fit, `OSError` for folder or disk."
     config = with_base(config)
     _check_inputs(config)
     folder, models = check_run(config.output_dir, config.resume, config.overwrite), [*config.model_paths, base_of(config)]

@@ -102,7 +102,7 @@ class QuantizeConfig(Options):
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #4093cfa0
 def check_folder(config: QuantizeConfig):
-    "Raise for what is wrong with the folder of the run, without touching it."
+    "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
     check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac

@@ -526,7 +526,7 @@ def fit(
 
 # %% ../../nbs/40_systems/05_router.ipynb #43f6d689
 def check_folder(config: RouterConfig):
-    "Raise for what is wrong with the folder of the run, without touching it."
+    "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
     check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 
