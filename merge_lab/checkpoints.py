@@ -632,7 +632,7 @@ def _check_generation_config(path, folder: Path):
 def read_component(
     path: str | Path,  # folder or hub name
 ) -> ComponentFiles:
-    "Read config and headers of a component, no weight. Raises `UnreadableComponent`."
+    "Read config and headers of a component, no weight. Raises `UnreadableComponent`, or `TypeError` for what is no path."
     if not isinstance(path, (str, Path)) or not str(path):
         raise TypeError(f"path={path!r}: expected a folder or a hub name, as str or Path.")
     folder = find_folder(path)

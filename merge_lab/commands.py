@@ -87,6 +87,7 @@ class System:
     recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's alone
     components: str = ""  # option that names the components; empty: those of the merger
     pairs: str = ""  # file of alphas of layers merged in pairs; the history then holds one alpha for each module of a pair
+    place: str = ""  # folder, beside runs/, that its runs have where none is named; empty: they are in runs/
     adapter: str = ""  # class of the command's module that makes the plain checkpoint from the base and the run's adapter
 
 
@@ -99,7 +100,7 @@ SYSTEMS = {  # by their commands
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", ("max_steps",), components="adapters"),
     "layer-merge": System("n_pairs", steps=("max_steps", "num_steps"), pairs="alphas.csv"),
     "quantize": System("parent_precision", merged=""),
-    "router": System("router_hidden", history="training_history.json", merged=""),
+    "router": System("router_hidden", history="training_history.json", merged="", place="router_checkpoints"),
 }
 OTHER = System("", "merge_lab.merger.Merger", ("max_steps",))  # of a run whose system is not known
 

@@ -607,7 +607,7 @@ def align_vocabulary(
     out_dir: str | Path,  # folder for the copies, one subfolder per component
     policy: str,  # 'intersection', 'pad' or 'union'
 ) -> list[Path]:  # folders of the copies, in the order of `paths`
-    "Write copies of components that share one vocabulary, all or none. Raises `ValueError` if `policy` cannot be followed."
+    "Write copies of components that share one vocabulary, all or none. Raises `ValueError` if `policy` cannot be followed, `UnreadableComponent` for one without a tokenizer, `FileExistsError` if the copies are there."
     paths, out_dir = _check_paths(paths), Path(out_dir)
     check_choice("policy", policy, list(POLICIES), "Use 'union' to keep all tokens, 'intersection' to drop some, 'pad' to add rows.")
     files = [read_component(path) for path in paths]

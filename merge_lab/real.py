@@ -48,7 +48,7 @@ class RealConfig(Options):
     expert_steps: int = option(120, "Optimizer steps of an expert, of 8 rows each", low=1, group="Experts")
     expert_rate: float = option(1e-3, "Highest learning rate of an expert", low=0, high=1, log=True, group="Experts")
     together: bool = option(True, "Also train one model on all data at once, for as many tokens", group="Experts")
-    eval_samples: int = option(150, "Test rows of each task that are scored", low=1, group="Scores", aliases=("test_rows",))
+    eval_samples: int | None = option(150, "Test rows of each task that are scored; none: all", low=1, group="Scores", aliases=("test_rows",))
     answered: int = option(40, "Test rows of each task that are also answered, for chrF", low=1, group="Scores")
     seed: int = option(0, "Of the experts and the merges", low=0, group="Merges")
     output_dir: str = option("runs/real", "Folder of the demo; what is there already is kept and used", group="Output")

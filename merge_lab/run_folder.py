@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'alone_in', 'settle',
            'whole_folder', 'save_tensors', 'whole_checkpoint', 'one_run', 'hold', 'check_free', 'check_writable',
-           'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run', 'write_config',
-           'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped',
-           'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
+           'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run',
+           'write_config', 'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted',
+           'stopped', 'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
            'checkpoint_to_resume', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
@@ -240,6 +240,15 @@ def check_writable(folder: str | Path):
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: nothing may be written into {place}. Choose another output_dir, or change its rights.")
 
+# %% ../nbs/01_run_folder.ipynb #1d43c040
+def check_one_process(
+    command: str,  # of merge-lab
+):
+    "Raise `ValueError` if torchrun started several processes."
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise ValueError(f"{command}: torchrun started {started} processes, and this command runs in one. Start it without torchrun.")
+
 # %% ../nbs/01_run_folder.ipynb #0ce5082e
 def readable(n_bytes: float) -> str:  # "12.60 GiB"
     "A number of bytes in binary units."
@@ -408,12 +417,13 @@ class RunInterrupted(RuntimeError):
 
 
 def stopped(
-    state,  # of a transformers Trainer: how far it came
+    state,  # of a transformers Trainer: how far it came; None: it was stopped outside of a step, or for the second time
     kept: str,  # what is there now, and where
-    command: str,  # that goes on
+    command: str = "",  # that goes on; empty: none does
 ) -> RunInterrupted:
     "What a run that was stopped says."
-    return RunInterrupted(f"stopped after step {state.global_step} of {state.max_steps}; {kept}. Go on with: {command}")
+    when = "before the first step or a second time" if state is None else f"after step {state.global_step} of {state.max_steps}"
+    return RunInterrupted(f"stopped {when}; {kept}." + (f" Go on with: {command}" if command else ""))
 
 
 def resume_command(
@@ -506,11 +516,11 @@ def checkpoint_to_resume(
 # %% ../nbs/01_run_folder.ipynb #de5b1719
 def check_more_steps(
     checkpoint: Path,
-    asked: int,  # steps in all; not above 0: not said
+    asked: int,  # steps in all; below 0: not said
 ):
     "Raise `ValueError` if a run that is resumed has made more steps than are asked for."
     done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if 0 < asked < done:
+    if 0 <= asked < done:
         raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
 
 # %% ../nbs/01_run_folder.ipynb #a951a087

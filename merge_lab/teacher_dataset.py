@@ -31,7 +31,7 @@ from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
 from .records import split_named
-from .run_folder import check_outside, check_writable, clear_run, hold, is_run, LOCK, one_run, write_config, write_json
+from .run_folder import check_one_process, check_outside, check_writable, clear_run, hold, is_run, LOCK, one_run, write_config, write_json
 from .teacher_cache import STORED_TOPK
 from .token_losses import shift_labels
 
@@ -258,7 +258,7 @@ def open_dataset(
 
 # %% ../nbs/37_teacher_dataset.ipynb #bd5eef25
 def check_topk(config: DAMTopkConfig):
-    "Raise what would be raised hours later: for a model, a dataset, a device or a k that does not fit."
+    "Raise `ValueError`, which would come hours later, for a model, a dataset, a device or a k that does not fit; what is not there may be an `OSError`."
     if not config.base_model or len(config.datasets) != len(config.model_paths) or not config.model_paths:
         raise ValueError(
             f"{len(config.datasets)} datasets, {len(config.model_paths)} model_paths, base_model="
@@ -288,9 +288,10 @@ def check_k(k: int, vocab_size: int):
 # %% ../nbs/37_teacher_dataset.ipynb #88229ed9
 @one_run
 def create_dataset_topk_logits(config: DAMTopkConfig) -> "datasets.Dataset":  # noqa: F821
-    "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is."
+    "Make the dataset, or go on with it, or give it if it is there. Raises `FileExistsError` if another one is, `ValueError` for several processes."
     from datasets import concatenate_datasets, load_from_disk
 
+    check_one_process("dam-topk")
     folder, facts = Path(config.output_dir), dataset_facts(config)
     check_folder(config, facts)
     check_topk(config)

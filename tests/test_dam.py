@@ -578,6 +578,16 @@ def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
     assert (tmp_path / "run/masks.safetensors").exists()
 
 
+def test_all_test_rows_are_scored_if_none_is_asked_for_by_number(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(dam, "read_facts", lambda folder: {"datasets": [str(bundled_path("tasks/rewrite"))]})
+    held = load_task(bundled_path("tasks/rewrite"), "test")
+    for asked, n in ((None, len(held)), (3, 3)):
+        assert dam.rows_to_score(train_config(lab, tmp_path, eval_samples=asked)) == {"rewrite": held[:n]}
+    assert dam.rows_to_score(train_config(lab, tmp_path, eval_samples=0)) == {}
+    with pytest.raises(ValueError, match="eval_samples=None, save_merged=False"):
+        train_config(lab, tmp_path, eval_samples=None, save_merged=False)
+
+
 @pytest.mark.parametrize("held", ["model", "base", "dataset"])
 def test_training_never_clears_what_its_folders_name(lab, tmp_path, held):
     "Models and base are named inside the folder of dam-merge, datasets inside that of dam-topk."

@@ -241,6 +241,52 @@ def test_public_functions_say_what_they_do_and_what_they_raise():
     assert not untold and sum(raises_itself(node) for _, node, _ in documented) > 100
 
 
+MAKERS = {"stopped": "RunInterrupted"}  # functions that make an exception, and what they make
+
+
+def raised_by(node: ast.AST) -> set[str]:
+    "Names of the exception classes that a body raises new, without those of functions inside it."
+    found = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        if isinstance(child, ast.Raise) and child.exc is not None:
+            made = child.exc.func if isinstance(child.exc, ast.Call) else child.exc
+            name = made.attr if isinstance(made, ast.Attribute) else getattr(made, "id", "")
+            found |= {MAKERS.get(name, name)} if name in MAKERS or name[:1].isupper() else set()
+        found |= raised_by(child)
+    return found
+
+
+def untold_exceptions(node: ast.FunctionDef) -> set[str]:
+    "What a function raises itself and its docstring does not name; where it says that it raises, it names something."
+    text = ast.get_docstring(node) or ""
+    vague = re.search(r"\bRaises? ", text) and not re.search(r"\bRaises? (what|as) |`[\w.]*[A-Z]\w+`", text)
+    return {name for name in raised_by(node) if f"`{name}`" not in text} | ({"a name"} if vague else set())
+
+
+def test_public_functions_name_what_they_raise():
+    found = {name: untold_exceptions(node) for name, node in public_functions() if not INHERITED.fullmatch(node.name)}
+    assert not {name: missing for name, missing in found.items() if missing}
+
+
+@pytest.mark.parametrize(
+    "text, body, missing",
+    [
+        ("Raises `ValueError` for x.", "raise TypeError('x')", {"TypeError"}),
+        ("Raises `ValueError` for x.", "if x:\n        raise yaml.constructor.ConstructorError(None)", {"ConstructorError"}),
+        ("Stop.", "raise stopped(state, 'x', 'y')", {"RunInterrupted"}),
+        ("Raises for x.", "pass", {"a name"}),
+        ("Raises `ValueError` for x.", "raise ValueError('x')", set()),
+        ("Raises what `check_run` raises.", "def inner():\n        raise ValueError", set()),
+        ("Raises what the thread raised.", "raise error", set()),
+    ],
+)
+def test_an_exception_that_is_not_named_is_found(text, body, missing):
+    (node,) = ast.parse(f'def f(x):\n    "{text}"\n    {body}\n').body
+    assert untold_exceptions(node) == missing
+
+
 def test_no_module_is_too_long_to_read():
     for file in sorted((ROOT / "merge_lab").rglob("*.py")):
         if not file.name.startswith("_"):
@@ -348,6 +394,8 @@ def test_options_say_themselves_what_a_resumed_run_may_change():
             free = resumable_options(config)
             assert {"resume", "overwrite"} & fields <= free, name
             assert {"output_dir", "device", "report_to", "save_steps"} & fields <= free, name
+            told = {field.name for field in config.__dataclass_fields__.values() if field.metadata.get("recipe", True)}
+            assert not {"output_dir", "device", "resume", "overwrite", "report_to", "save_steps", "save_total_limit"} & told, name
             assert not {"seed", "learning_rate", "model_paths", "adapters", "datasets"} & free, name
             if issubclass(config, LoopConfig):
                 assert resumable_options(LoopConfig) <= free, name

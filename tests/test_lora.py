@@ -797,9 +797,12 @@ def test_cards_say_what_was_trained(base):
     data, text = card_of("run/final_merged")
     assert data["base_model"] == [here] and data["library_name"] == "transformers"
     assert "4 of 8 x 1 rows" in text and "Merging changed the loss" in text
+    told = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert told["max_steps"] == 4 and told["base_model"] == "base" and told["datasets"] == ["rows.jsonl"]
+    assert not {"output_dir", "device", "resume", "overwrite", "save_steps"} & told.keys()
     later = SmoLoRA(here, output_dir="run", device="cpu")
     later.save()
-    assert "4 of 8 x 1 rows" in card_of("run/final_merged")[1]
+    assert "4 of 8 x 1 rows" in card_of("run/final_merged")[1] and "max_steps: 4" in card_of("run/final_merged")[1]
 
 
 def test_the_card_of_an_adapter_names_a_base_that_others_can_find(base):

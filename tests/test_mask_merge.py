@@ -280,6 +280,27 @@ def test_outputs_of_earlier_masks_are_not_shown_as_new(finished, tmp_path, capsy
         run(config_from_yaml(MaskMergeConfig, tmp_path / "run/config.yaml"))
 
 
+def test_a_run_without_scores_is_whole(tmp_path, capsys):
+    "It needs no test rows, and its report has no tables of scores."
+    data = {}
+    for task in ("rewrite", "summarize"):
+        (tmp_path / task).mkdir()
+        shutil.copy(bundled_path(f"tasks/{task}") / "train.jsonl", tmp_path / task)
+        data[str(tmp_path / task)] = 48
+    config = small(tmp_path, dataset_configs=data, max_steps=2, eval_samples=0, report=True)
+    result = run(config, progress=False)
+    assert result.scores is None and result.written == ("masks", "merged", "report.html")
+    assert all((result.folder / name).exists() for name in result.written) and not (result.folder / "scores.csv").exists()
+    html = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "One model for rewrite and summarize" in html and "No test rows were scored" in html and "exact match" not in html
+    assert {file.stem for file in (result.folder / "plots").iterdir()} >= {"loss", "held_out", "alphas"}
+    show_result(result)
+    told = capsys.readouterr().out
+    assert "No test rows were scored (eval_samples=0)." in told and "Written: " in told
+    show_result(run(small(tmp_path, dataset_configs=data, eval_samples=0, overwrite=True, dry_run=True), progress=False))
+    assert "scores on nothing" in capsys.readouterr().out
+
+
 def test_resume_without_a_checkpoint_keeps_the_history(without_checkpoint):
     config, result = without_checkpoint
     with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):

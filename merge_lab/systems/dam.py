@@ -40,7 +40,7 @@ from ..masks import MaskedEmbedding, MaskedModule, MaskedNorm
 from ..merger import Merger, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json
+from ..run_folder import begin_run, check_one_process, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json
 from merge_lab.teacher_dataset import (
     chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, local_path, read_dataset, read_facts, TopkCollator,
 )
@@ -213,6 +213,7 @@ def merge(config: DAMConfig) -> DAMMerger:
             f"base_model={config.base_model!r}, model_paths={config.model_paths}: expected a base and at least two models "
             "to blend. Name another model, or blend the base too (use_base_model)."
         )
+    check_one_process("dam-merge")
     folder, device = check_run(config.output_dir, overwrite=config.overwrite), find_device(config.device)
     check_outside(folder, [config.base_model, *config.model_paths, config.cache_dir], config.overwrite)
     kinds = ["linear"] + ["embedding"] * config.use_embedding_layers + ["norm"] * config.merge_layernorms
@@ -406,8 +407,8 @@ class DAMTrainConfig(DAMLossConfig):
     cache_dir: str | None = option(None, "Where models from the hub are kept", group="Output", resumable=True, recipe=False)
     output_dir: str = option("runs/dam/trained", "Folder for coefficients, history and merged checkpoint", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write the merged checkpoint to output_dir/merged", group="Output", resumable=True, recipe=False, aliases=("export",))
-    eval_samples: int = option(
-        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; 0: no scores", low=0, group="Output",
+    eval_samples: int | None = option(
+        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; none: all; 0: no scores", low=0, group="Output",
         resumable=True, recipe=False, aliases=("score_rows",),
     )
     resume: bool = option(False, "Go on with the run in output_dir", group="Output", resumable=True, recipe=False)
@@ -415,7 +416,7 @@ class DAMTrainConfig(DAMLossConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_samples and not self.save_merged:
+        if self.eval_samples != 0 and not self.save_merged:
             raise ValueError(f"eval_samples={self.eval_samples}, save_merged=False: it is the exported checkpoint that is scored. Set save_merged.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #78cd95cf
