@@ -99,6 +99,7 @@ class System:
     saved: str = ""  # class whose `from_pretrained` reads the run's masks
     steps: tuple[str, ...] = ()  # option that says how many steps were asked for, and its older names
     history: str = "history.jsonl"
+    older_history: str = ""  # what runs of older versions have in its place
     merged: str = "merged"  # folder of the plain checkpoint; empty: there is none
     recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's alone
     components: str = ""  # option that names the components; empty: those of the merger
@@ -114,7 +115,7 @@ SYSTEMS = {  # by their commands
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", ("max_steps",), components="adapters"),
     "layer-merge": System("n_pairs", steps=("max_steps", "num_steps"), pairs="alphas.csv"),
     "quantize": System("parent_precision", merged=""),
-    "router": System("router_hidden", history="training_history.json", merged=""),
+    "router": System("router_hidden", older_history="training_history.json", merged=""),
 }
 OTHER = System("", "merge_lab.merger.Merger", ("max_steps",))  # of a run whose system is not known
 
