@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from pathlib import Path
 
 
-from .commands import COMMANDS, Command, choose_thread_waiting
+from .commands import COMMANDS, Command, choose_thread_waiting, RegistryAt
 from .config import alias_names, check_names, choices_of, config_from_dict, did_you_mean, main_names, option, read_yaml, yaml_value
 from .run_folder import write_text
 
@@ -67,7 +67,7 @@ class AlignConfig:
     "Copies of components that share one vocabulary."
 
     model_paths: list[str] = option([], "Components: folders or hub names, at least two", group="Components")
-    policy: str = option("union", "Which tokens they share: all (union), those that all know (intersection), or those of the one that knows all (pad)", choices=["union", "intersection", "pad"], group="Components")
+    policy: str = option("union", "Which tokens they share: all (union), those that all know (intersection), or those of the one that knows all (pad)", choices=RegistryAt("merge_lab.vocabulary.POLICIES"), group="Components")
     output_dir: str = option("runs/aligned", "Folder for the copies, one subfolder each", group="Output")
 
 

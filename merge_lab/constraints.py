@@ -10,13 +10,13 @@ __all__ = ['CONSTRAINTS', 'OF_DELTAS', 'OF_ANY_NUMBER', 'WITH_ANCHOR', 'WITH_ANG
 
 # %% ../nbs/10_constraints.ipynb #458f0435
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .config import check_choice
+from .config import check_choice, RowsWhere
 
 # %% ../nbs/10_constraints.ipynb #a32d889b
 def _refuse(alphas: Tensor, wrong: Tensor, mode: str, allowed: str):
@@ -209,28 +209,10 @@ CONSTRAINTS: dict[str, Constraint] = {
 }
 
 # %% ../nbs/10_constraints.ipynb #40b1f6a3
-class _Where(Mapping):
-    "Rows of a registry for which something holds, as they are when they are asked for."
-
-    def __init__(self, rows: Mapping, holds: Callable):
-        self.rows, self.holds = rows, holds
-
-    def __getitem__(self, name):
-        if not self.holds(self.rows[name]):
-            raise KeyError(name)
-        return self.rows[name]
-
-    def __iter__(self):
-        return (name for name, row in self.rows.items() if self.holds(row))
-
-    def __len__(self):
-        return sum(1 for _ in self)
-
-
-OF_DELTAS = _Where(CONSTRAINTS, lambda row: row.keeps_shared)  # masks leave alone what the components share
-OF_ANY_NUMBER = _Where(CONSTRAINTS, lambda row: row.components is None)  # for any number of components
-WITH_ANCHOR = _Where(CONSTRAINTS, lambda row: row.takes == "anchor")  # measured from one component, or from the mean of all
-WITH_ANGLE = _Where(CONSTRAINTS, lambda row: row.takes == "angle")  # for which the weights must be there
+OF_DELTAS = RowsWhere(CONSTRAINTS, lambda row: row.keeps_shared)  # masks leave alone what the components share
+OF_ANY_NUMBER = RowsWhere(CONSTRAINTS, lambda row: row.components is None)  # for any number of components
+WITH_ANCHOR = RowsWhere(CONSTRAINTS, lambda row: row.takes == "anchor")  # measured from one component, or from the mean of all
+WITH_ANGLE = RowsWhere(CONSTRAINTS, lambda row: row.takes == "angle")  # for which the weights must be there
 
 # %% ../nbs/10_constraints.ipynb #9828f167
 def _given(mode: str, stacked: Tensor, weights, angle, anchor) -> tuple:

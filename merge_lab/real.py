@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .config import check_choice, check_options, config_to_cli, option, Options
 from .evaluation import load_tests, recovered_share, score_baselines, score_model, UNIFORM
 from .real_data import check_real, make_real_base, make_real_task, REAL_TASKS
-from .run_folder import alone_in, write_json, write_text
+from .run_folder import alone_in, last_checkpoint, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +138,12 @@ def run_command(
 
 # %% ../nbs/61_real.ipynb #00c5e480
 def do_step(step: Step, folder: Path):
-    "Do a step unless it is done, from its checkpoint if there is one."
+    "Do a step unless it is done, from its newest whole checkpoint if there is one."
     if is_done(step, folder):
         return
     begun = (step.folder / "config.yaml").exists()
-    whole = any(step.folder.glob("checkpoint-*/trainer_state.json"))
-    goes_on = begun and whole and step.resumes and read_steps(folder).get(step.name, {}).get("told") in (None, step.told)
+    same = step.resumes and read_steps(folder).get(step.name, {}).get("told") in (None, step.told)
+    goes_on = begun and same and last_checkpoint(step.folder) is not None
     more = ["--resume"] if goes_on else ["--overwrite"] if begun else []
     logger.info("%s: merge-lab %s", step.name, " ".join([*step.words, *more]))
     note_step(step, folder, *run_command([*step.words, *more]))

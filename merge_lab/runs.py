@@ -96,9 +96,15 @@ class Run:
         return steps if steps >= 0 else None
 
     @property
+    def curves(self) -> Path:
+        "File of its history, which is written step by step; an older version's where there is only that."
+        now, then = (self.folder / name for name in (self.system.history, self.system.older_history or self.system.history))
+        return now if now.exists() or not then.exists() else then
+
+    @property
     def changed(self) -> float:  # seconds since 1970
         "When it last wrote something."
-        files = [self.folder / name for name in ("config.yaml", self.system.history)]
+        files = [self.folder / "config.yaml", self.curves]
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 # %% ../nbs/36_runs.ipynb #011ba3f2
@@ -118,7 +124,7 @@ def read_steps(file: Path) -> pd.DataFrame:  # columns step, loss, and what else
 @patch_to(Run)
 def history(self) -> pd.DataFrame:
     "Curves of the run; no rows if it has none yet."
-    rows = read_steps(self.folder / self.system.history)
+    rows = read_steps(self.curves)
     if self.system.pairs and len(rows) and "alpha_mean_0" not in rows:
         kept = rows.drop(columns=["step", "loss"]).mean(axis=1)
         rows = rows[["step", "loss"]].assign(alpha_mean_0=kept, alpha_mean_1=1 - kept)
@@ -189,7 +195,7 @@ def names(self) -> list[str]:
 # %% ../nbs/36_runs.ipynb #b430a88a
 def find_runs(folder: str | Path = "runs") -> pd.DataFrame:  # index run; columns system, steps, wanted, loss, alphas, merged
     "Runs below a folder, and beside it those of systems that have a place of their own, newest first."
-    files = {"config.yaml", *(system.history for system in SYSTEMS.values())}
+    files = {"config.yaml", *(name for system in SYSTEMS.values() for name in (system.history, system.older_history) if name)}
     roots = [Path(folder), *(Path(folder).parent / system.place for system in SYSTEMS.values() if system.place)]
     places = {file.parent for name in files for root in roots for file in root.rglob(name)}
     rows = []

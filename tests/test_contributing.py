@@ -24,7 +24,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from merge_lab import merger as merger_module
-from merge_lab.cli import help_of, main, parse, usage
+from merge_lab.cli import AlignConfig, help_of, main, parse, usage
 from merge_lab.commands import COMMANDS, SYSTEMS
 from merge_lab.config import config_from_yaml
 from merge_lab.constraints import constrain, CONSTRAINTS, OF_ANY_NUMBER, OF_DELTAS, unconstrain
@@ -38,9 +38,12 @@ from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.runs import find_runs, read_alphas, Run
 from merge_lab.session import adjustable, new_weights
 from merge_lab.systems import lora_merge, mask_merge
-from merge_lab.systems.dam import DAMMerger
+from merge_lab.systems.dam import DAMConfig, DAMMerger, NON_LINEARITIES
+from merge_lab.systems.layer_merge import ALPHA_LOSSES, LayerMergeConfig
 from merge_lab.systems.mask_merge import demo_config, MaskMergeConfig, run
+from merge_lab.systems.router import GATES, RouterConfig
 from merge_lab.tinylm import architectures, save_tiny, tiny_experts
+from merge_lab.vocabulary import POLICIES
 from merge_lab.widgets import ConfigPanel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +193,28 @@ def test_views_of_the_registry_follow_it(softplus):
     CONSTRAINTS[softplus] = dataclasses.replace(row, components=2)
     with pytest.raises(ValueError, match="constrain_mode='softplus'"):
         lora_merge.LoRAMergeConfig(constrain_mode=softplus)
+
+
+def test_registries_are_asked_when_an_option_is_checked(softplus, reverse_kl, monkeypatch):
+    "Also by options with names or captions of their own."
+    assert DAMConfig(non_linearity=softplus).non_linearity == softplus and NON_LINEARITIES[softplus] == softplus
+    assert LayerMergeConfig(loss_func_name=reverse_kl).loss_func_name == reverse_kl
+    assert ALPHA_LOSSES[reverse_kl] is LOSSES[reverse_kl]
+    monkeypatch.setitem(GATES, "hardmax", lambda logits: logits)
+    assert RouterConfig(gate="hardmax").gate == "hardmax"
+    monkeypatch.setitem(POLICIES, "first", "the first component's tokens")
+    assert parse("align", ["a", "b", "--policy", "first"]).policy == "first"
+    assert ConfigPanel(AlignConfig, checks={}).controls["policy"].choices == tuple(POLICIES)
+
+
+def test_dam_knows_each_constraint_by_one_name():
+    assert [name for name in NON_LINEARITIES if NON_LINEARITIES[name] == "01"] == ["sigmoid"]
+    assert sorted(NON_LINEARITIES.values()) == sorted(OF_ANY_NUMBER)
+    for name in ("sum1", "cosine"):
+        merger = DAMMerger(tiny_experts(n=2), MergerConfig(["a", "b", "base"], constrain_mode=NON_LINEARITIES[name]), tiny_experts(n=1, seed=7)[0])
+        assert ((merger.alphas()["mean"] - 0.5).abs() < 1e-6).all() and not merger.has_base
+    with pytest.raises(ValueError, match="non_linearity='01'"):
+        DAMConfig(non_linearity="01")
 
 
 @pytest.fixture

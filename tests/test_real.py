@@ -1,5 +1,6 @@
 """The main job on a real pretrained model, and the demo around it."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 from merge_lab import real
 from merge_lab.chat import load_task, write_jsonl
 from merge_lab.real_data import make_real_base, make_real_task, missing_packages, REAL_TASKS, split_of
+from merge_lab.run_folder import seal
 
 needs_real = pytest.mark.skipif(
     bool(missing_packages()),
@@ -130,11 +132,31 @@ def test_a_step_that_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert len(ran) == 4  # what it reads was made anew, so it is
     (step.folder / "config.yaml").write_text("x: 2")
     (step.folder / "checkpoint-5").mkdir()
-    (step.folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        (step.folder / "checkpoint-5" / name).write_text("{}")
     real.do_step(real.Step("two", ("lora",), step.folder), tmp_path)
     assert ran[-1] == ["lora", "--resume"]
     real.do_step(real.Step("three", ("lora",), step.folder, resumes=False), tmp_path)
     assert ran[-1] == ["lora", "--overwrite"]
+
+
+def test_a_step_whose_only_checkpoint_is_damaged_begins_anew(tmp_path, monkeypatch):
+    "With --resume it would be refused at every start; an older whole one is gone on from."
+    ran = []
+    monkeypatch.setattr(real, "run_command", lambda words: ran.append(words) or (1.0, 2**30))
+    step = real.Step("one", ("lora",), tmp_path / "one")
+    cut, older = step.folder / "checkpoint-10", step.folder / "checkpoint-5"
+    for checkpoint in (cut, older):
+        checkpoint.mkdir(parents=True)
+        for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+            (checkpoint / name).write_text("{}")
+    (step.folder / "config.yaml").write_text("x: 2")
+    seal(cut)
+    (cut / "optimizer.pt").write_text("{")
+    real.do_step(step, tmp_path)
+    (older / "scheduler.pt").unlink()
+    real.do_step(dataclasses.replace(step, name="two"), tmp_path)
+    assert ran == [["lora", "--resume"], ["lora", "--overwrite"]]
 
 
 def test_a_second_demo_in_the_same_folder_is_refused(tmp_path, monkeypatch):

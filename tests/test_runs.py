@@ -420,6 +420,19 @@ def test_a_damaged_run_does_not_hide_the_others(tmp_path):
     }
 
 
+def test_a_router_is_followed_step_by_step(tmp_path):
+    "Its other file is written once an epoch. Runs of older versions have only that."
+    for name, lines in (("new", '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n'), ("old", "")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("router_hidden: 8\n")
+        (tmp_path / name / "training_history.json").write_text('{"steps": [{"step": 0, "loss": 3.0}]}')
+        if lines:
+            (tmp_path / name / "history.jsonl").write_text(lines)
+    assert Run(tmp_path / "new").history()["loss"].tolist() == [3.0, 2.5] and Run(tmp_path / "old").history()["loss"].tolist() == [3.0]
+    table = RunBrowser(tmp_path).table()
+    assert table["steps"].to_dict() == {"new": 2, "old": 1} and set(table["system"]) == {"router"}
+
+
 DAMAGED = {  # name -> option that says its system, file of its history, and what is in it
     "cut": ("router_hidden: 8", "training_history.json", '{"steps": [{"step": 0, "lo'),
     "list": ("router_hidden: 8", "training_history.json", "[1, 2]"),

@@ -37,7 +37,7 @@ from ..calibration import calibration_loader, calibration_split, prepare_calibra
 from ..chat import ChatCollator
 from ..checkpoints import load_tokenizer
 from ..components import load_model
-from ..config import card_options, check_choice, check_options, option, Options
+from ..config import card_options, check_choice, check_options, option, Options, RowsWhere
 from merge_lab.depth import (
     check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
     PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
@@ -45,6 +45,7 @@ from merge_lab.depth import (
 from ..devices import best_device, set_seed
 from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
+from ..losses import LOSSES
 from merge_lab.mergeable import (
     alpha_parameters, alpha_table, alpha_values, as_original, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
     INIT_STRATEGIES, initial_alpha, leaf_pairs, leaf_shares, logit_of, mergeable_layers, MergeableLayer, replace_layers_with_mergeable,
@@ -67,7 +68,7 @@ _all_ = [
 logger = logging.getLogger(__name__)
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #0dfa5f5e
-ALPHA_LOSSES = {"ce": "cross-entropy on the next token", "kl": "KL to the original model"}
+ALPHA_LOSSES = RowsWhere(LOSSES, lambda row: row.teachers in ("own", "labels"))  # there is one teacher: the original
 
 
 class PairMerger(Student):
@@ -592,7 +593,7 @@ def make_plots(result: LayerMergeResult) -> dict:  # name -> figure
     }
     if len(result.history):
         once = math.ceil(config.num_samples / config.per_device_train_batch_size / config.gradient_accumulation_steps)
-        plots["loss"] = loss_curves(result.history[["step", "loss"]], span=once)
+        plots["loss"] = loss_curves(result.history[["step", "loss"]], span=once, unit=LOSSES[config.loss_func_name].unit)
         title = "Loss on the calibration data, smoothed over one pass: it should fall"
         plots["loss"].suptitle(title, x=0.012, ha="left", font=TITLE_FONT, color=INK)
     return {name: figure for name, figure in plots.items() if figure is not None}

@@ -32,7 +32,7 @@ from ..checkpoints import component_names, load_tokenizer
 from ..config import check_choice, check_options, option
 from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
-from ..evaluation import encode_task, load_tests, score_baselines, score_model
+from ..evaluation import encode_task, LEARNED, load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
 from ..lesson import patch_to
 from ..loop_config import TrainConfig
@@ -515,5 +515,5 @@ def run(
     folder = begin_run(config)
     scores = [score_baselines(merger, tokenizer, tests)] if tests else []
     history = train_adapter_masks(merger, rows, tokenizer, config, callbacks, held_out)
-    scores += [score_model(merger.eval(), tokenizer, tests, "learned masks")] if tests else []
+    scores += [score_model(merger.eval(), tokenizer, tests, LEARNED)] if tests else []
     return dict(merger=merger, history=history, **_write_out(merger, config, scores), held_out=held_out_facts(folder))

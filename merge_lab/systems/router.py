@@ -98,7 +98,7 @@ class RouterConfig(Options):
     weight_precision: float = option(0.3, "Weight of the precision term", low=0, group="Objective")
     target_bits: float | None = option(None, "Average bits to spend; none: a price on bits instead", low=1, high=8, group="Objective")
     precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has", group="Model and text")
-    gate: str = option("softmax", "How logits become probabilities", choices=list(GATES), group="Router")
+    gate: str = option("softmax", "How logits become probabilities", choices=GATES, group="Router")
     straight_through: bool = option(True, "Hard choices in each forward pass, soft gradients; false: a blend, which need not end as a choice", group="Router")
     temperature_start: float = option(1.0, "Temperature at the beginning", low=1e-3, group="Router")
     temperature_end: float = option(0.05, "Temperature at the end", low=1e-3, group="Router")
