@@ -144,7 +144,7 @@ def share_against_seconds(
             axis.errorbar(x[mask], y[mask].clip(floor), yerr=spread[mask], fmt="o", color=colour, markersize=5, elinewidth=1, label=label)
     for name, px, py in zip(rows.index[front | learned], x[front | learned], y[front | learned]):
         axis.annotate(name, (px, max(py, floor)), (6, -10), textcoords="offset points", fontsize=8, color=INK)
-    axis.set(xlabel="seconds", ylabel="recovered share (0: base, 1: expert)", xscale="log", ylim=(floor - 0.03, None))
+    axis.set(xlabel="seconds", ylabel="recovered share (0: base, 1: expert)", xscale="log", ylim=(floor - 0.03, max(1.0, y.max()) + 0.04))
     plain_log_ticks(axis.xaxis)
     axis.margins(x=0.16)
     add_legend(axis, loc="lower right")

@@ -80,6 +80,7 @@ def line_up(
     dtype: str = "auto",  # of the tensors, and of what is made of them; auto: as stored
     rows: int = 64,  # of each dataset
     seed: int = 0,  # of their choice
+    device: str | torch.device = "cpu",  # of the model that merges are scored in; the tensors stay in host memory
 ) -> Lineup:
     "Check and load what is merged. Raises `IncompatibleComponents`, or `ValueError` if components differ in their tensors."
     everything = [str(path) for path in [*paths, *([base] if base else [])]]
@@ -92,7 +93,7 @@ def line_up(
             raise ValueError(f"{path} and {everything[0]} differ in {len(apart)} tensors, {apart[0]} for one, so that no static method merges them all.")
     states[0] = {name: tensor.clone() for name, tensor in states[0].items()}  # the model's own are overwritten
     drawn = training_rows(datasets, tokenizer, rows, seed=seed)
-    return Lineup(everything[: len(paths)], str(base) if base else None, component_names(paths), states[: len(paths)], states[len(paths)] if base else None, models[0], tokenizer, drawn)
+    return Lineup(everything[: len(paths)], str(base) if base else None, component_names(paths), states[: len(paths)], states[len(paths)] if base else None, models[0].to(device), tokenizer, drawn)
 
 # %% ../nbs/39_opponents/01_lineup.ipynb #b3e228b0
 def average(lineup: Lineup) -> dict[str, Tensor]:  # float32

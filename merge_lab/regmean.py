@@ -76,7 +76,7 @@ def collect_grams(
     finally:
         for hook in hooks:
             hook.remove()
-    return grams
+    return {name: gram.cpu() for name, gram in grams.items()}
 
 # %% ../nbs/39_opponents/02_regmean.ipynb #3ef3d21f
 def _solved(lineup: Lineup, grams: Sequence[dict[str, Tensor]], scale: float, ridge: float = 1e-8) -> dict[str, Tensor]:
