@@ -386,7 +386,7 @@ def test_what_mergekit_cannot_say_is_refused_by_name():
 def test_a_result_of_mergekit_that_is_another_is_refused(monkeypatch):
     family()
     masks()
-    monkeypatch.setattr("merge_lab.mergekit_export.run_mergekit", lambda recipe, folder: rewritten("one", folder))
+    monkeypatch.setattr("merge_lab.mergekit_export.run_mergekit", lambda recipe, folder, remedy: rewritten("one", folder))
     with pytest.raises(ValueError, match="differ from ours by"):
         run(ExportConfig("masks", "mergekit", "out"))
     assert not Path("out").exists()
