@@ -439,7 +439,11 @@ def load_masks(self, folder: str | Path):
 # %% ../nbs/20_merger.ipynb #7f3a5482
 @patch_to(Merger)
 @classmethod
-def from_pretrained(cls, folder, model_paths=None) -> Merger:
+def from_pretrained(
+    cls,
+    folder: str | Path,  # written by `save_pretrained`
+    model_paths: Sequence[str] | None = None,  # of the components, then the base, if they moved without the folder
+) -> Merger:
     "Load components and masks of a saved merger."
     merger = cls.from_config(read_merger_config(folder, model_paths))
     merger.load_masks(folder)
