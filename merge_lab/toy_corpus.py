@@ -22,12 +22,10 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from .chat import ChatCollator, chat_row, encode_chat, encode_text, format_choice, letters, write_jsonl
 from .config import check_choice
 from .run_folder import write_text
-from .tinylm import save_tiny, tiny_model, tiny_tokenizer
 
 # %% ../nbs/16_toy_corpus.ipynb #288ef551
 synonyms = {
@@ -303,6 +301,8 @@ def vocabulary() -> list[str]:
 
 def task_tokenizer():
     "The tokenizer of the bundled models."
+    from merge_lab.tinylm import tiny_tokenizer
+
     return tiny_tokenizer(vocabulary())
 
 # %% ../nbs/16_toy_corpus.ipynb #7935975f
@@ -346,6 +346,8 @@ def fit(
     progress: str | None = None,  # label of a progress bar; None for none
 ) -> list[float]:  # loss of every step
     "Plain language-model training of all parameters."
+    from transformers import get_cosine_schedule_with_warmup
+
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, n_steps // 10, n_steps)
     losses = []
@@ -387,6 +389,8 @@ def held_out_text() -> set:
 
 def make_base(tokenizer, seed: int = 0, n_steps: int = base_steps, batch_size: int = 32):
     "Pre-train the base model."
+    from merge_lab.tinylm import tiny_model
+
     model = tiny_model("llama", len(tokenizer), seed=seed, **base_shape)
     generator, collate, held_out = random.Random(seed), ChatCollator(tokenizer), held_out_text()
     batches = (collate([base_row(tokenizer, generator, held_out) for _ in range(batch_size)]) for _ in range(n_steps))
@@ -409,6 +413,8 @@ def make_experts(
     expert_steps: dict[str, int] = expert_steps,  # task -> steps; rewriting has the most to learn
 ):
     "Make the base and the experts and save them in bfloat16 with their tokenizer. Experts start from the saved base."
+    from merge_lab.tinylm import save_tiny
+
     tokenizer, rows = task_tokenizer(), generate_tasks()
     base = make_base(tokenizer, seed, base_steps).to(torch.bfloat16)
     save_tiny(base, Path(out_dir) / "base", tokenizer)

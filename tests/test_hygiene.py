@@ -142,6 +142,29 @@ def test_layer_rule_allows_what_is_below_and_the_registry(name, source):
     assert not wrong_imports(name, source)
 
 
+def dead_links(notebook: Path) -> list[str]:
+    "Links in a notebook's text that lead to no file of the tree."
+    dead = []
+    for cell in cells(notebook):
+        for target in re.findall(r"\]\(([^)\s]+)\)", "".join(cell["source"]) if cell["cell_type"] == "markdown" else ""):
+            if not re.match(r"\w+:", target):
+                place = (notebook.parent / target.partition("#")[0]).resolve()
+                dead += [] if place.exists() and place.is_relative_to(ROOT) else [target]
+    return dead
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_lead_to_files_that_there_are(notebook):
+    assert not dead_links(notebook)
+
+
+def test_a_planted_dead_link_is_found(tmp_path):
+    text = "[a](nowhere.ipynb), [b](https://example.com/x), [c](../README.md), [d](../nbs/index.ipynb#goal), ![e](images/none.png)"
+    planted = tmp_path / "planted.ipynb"
+    planted.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": [text]}, {"cell_type": "code", "source": ["table[0](x)"]}]}))
+    assert dead_links(planted) == ["nowhere.ipynb", "../README.md", "../nbs/index.ipynb#goal", "images/none.png"]
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_formulas_are_written_with_one_backslash(notebook):
     "A doubled backslash in markdown is a line break, not a command: the formula would not render."
@@ -170,16 +193,22 @@ def test_notebook_is_tidy(notebook):
             assert output.get("name") != "stderr", "".join(cell["source"])
 
 
+MATHEMATICS = [name for name, place in MODULES.items() if 10 <= place[0] < 20]
+
+
 @pytest.mark.parametrize(
     "modules, heavy",
     [
-        ("merge_lab, merge_lab.core, merge_lab.masks, merge_lab.anyprec", {"transformers", "matplotlib", "ipywidgets", "IPython"}),
-        ("merge_lab.training, merge_lab.systems.mask_merge", {"matplotlib", "ipywidgets"}),
+        (["core"], {"transformers", "matplotlib", "ipywidgets", "IPython"}),
+        (MATHEMATICS, {"transformers", "matplotlib", "ipywidgets", "IPython"}),
+        (["training", "systems.mask_merge"], {"matplotlib", "ipywidgets"}),
     ],
-    ids=["import is light", "training needs no pictures"],
+    ids=["the package", "the floor of mathematics", "training needs no pictures"],
 )
 def test_imports_bring_nothing_heavy(modules, heavy):
-    code = f"import sys, {modules}\nfound = {heavy} & set(sys.modules)\nassert not found, found"
+    assert modules
+    names = ", ".join(f"merge_lab.{name}" for name in modules)
+    code = f"import sys, merge_lab, {names}\nfound = {heavy} & set(sys.modules)\nassert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -384,50 +384,86 @@ def test_faces_of_every_system_read_back_equal(system):
 # --- the worker -----------------------------------------------------------------------
 
 
-TEMPO = 0.2  # of the explorer's times: a drag of twenty seconds takes four
+class Hand:
+    "Positions of a dial at given times, and a clock that goes on only while somebody waits: the same on any machine."
+
+    def __init__(self, worker: LatestWorker, pauses: list[float]):
+        self.worker, self.now = worker, 0.0
+        self.coming = [(sum(pauses[:position]), position) for position in range(len(pauses))]
+        worker._turn, worker._thread = self, self  # the loop runs in the test's thread
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def notify_all(self):
+        pass
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, timeout: float):
+        "Until something is moved, or the time is over."
+        end = self.now + timeout
+        if self.coming and self.coming[0][0] <= end:
+            at, position = self.coming.pop(0)
+            self.now = max(self.now, at)
+            self.worker.submit(position)
+        else:
+            self.now = end
+
+    def wait_for(self, holds, timeout: float) -> bool:
+        end = self.now + timeout
+        while not holds() and self.now < end:
+            self.wait(end - self.now)
+        return holds()
+
+    def spend(self, seconds: float):
+        "Time that the work takes, while the hand goes on."
+        end = self.now + seconds
+        while self.now < end:
+            self.wait(end - self.now)
 
 
-def drag(pauses, cost=0.0):
-    "Values that were worked on while positions came after these pauses."
+def drag(monkeypatch, pauses, cost=0.0, **times) -> list[tuple[float, int]]:
+    "When what was worked on while positions came with these pauses, in seconds; the explorer's times."
     seen = []
-    worker = LatestWorker(
-        lambda value: (time.sleep(cost), seen.append(value)),
-        settle=0.15 * TEMPO,
-        longest=0.7 * TEMPO,
-        rest=2.0 * TEMPO,
-    )
-    for position, pause in enumerate(pauses):
-        worker.submit(position)
-        time.sleep(pause)
-    assert worker.wait(20)
+    worker = LatestWorker(lambda value: (seen.append((hand.now, value)), hand.spend(cost)), **{"settle": 0.15, "longest": 0.7, "rest": 2.0, "idle": 10} | times)
+    hand = Hand(worker, pauses)
+    monkeypatch.setattr("merge_lab.worker.time", hand)
+    worker._loop()
+    assert not hand.coming and worker.error is None
     return seen
 
 
-@pytest.mark.parametrize(
-    "pause, cost", [(0.0, 0.0), (0.01, 0.05), (0.04, 0.0), (0.1, 0.05)]
-)
-def test_forty_positions_make_at_most_fifteen_calls_and_end_on_the_last(pause, cost):
-    seen = drag(
-        [pause] * 40, cost
-    )  # 0.1 stands for half a second, longer than a value must stand
+@pytest.mark.parametrize("pause, cost", [(0.0, 0.0), (0.05, 0.25), (0.2, 0.0), (0.5, 0.25)])
+def test_forty_positions_make_at_most_fifteen_calls_and_end_on_the_last(monkeypatch, pause, cost):
+    seen = [value for _, value in drag(monkeypatch, [pause] * 40, cost)]  # half a second is longer than a value must stand
     assert seen[-1] == 39 and len(seen) <= 15 and seen == sorted(seen)
-    assert len(seen) >= 4 or pause < 0.04  # a slow hand sees something on the way
+    assert len(seen) >= 4 or pause < 0.2  # a slow hand sees something on the way
 
 
-def test_an_uneven_drag_is_bounded_too():
-    pauses = [0.001 if i % 7 else 0.15 for i in range(40)]
-    seen = drag(pauses)
+def test_an_uneven_drag_is_bounded_too(monkeypatch):
+    seen = [value for _, value in drag(monkeypatch, [0.005 if i % 7 else 0.75 for i in range(40)])]
     assert seen[-1] == 39 and len(seen) <= 15
 
 
-def test_single_moves_are_worked_on_at_once_and_a_rest_gives_new_budget():
-    seen = drag([0.45] * 5)  # longer than a drag's rest: each is meant
-    assert seen == list(range(5))
-    times = []
-    worker = LatestWorker(lambda value: times.append(time.monotonic()), rest=5.0)
-    begun = time.monotonic()
-    worker.submit(1)
-    assert worker.wait(4) and times[0] - begun < 2
+def test_single_moves_are_worked_on_at_once_and_a_rest_gives_new_budget(monkeypatch):
+    seen = drag(monkeypatch, [2.25] * 5)  # longer than a drag's rest: each is meant
+    assert [value for _, value in seen] == list(range(5))
+    assert [when for when, _ in seen] == pytest.approx([0.15 + 2.25 * i for i in range(5)])
+    assert drag(monkeypatch, [0.0], rest=5.0) == [(pytest.approx(0.15), 0)]
+
+
+def test_positions_reach_a_worker_in_its_own_thread():
+    "The same without the clock of the tests: the last one is worked on, whatever else is."
+    seen = []
+    worker = LatestWorker(seen.append, settle=0.01, longest=0.02, rest=0.1)
+    for position in range(20):
+        worker.submit(position)
+    assert worker.wait(30) and seen[-1] == 19 and seen == sorted(set(seen))
 
 
 def test_a_worker_survives_an_error():

@@ -10,7 +10,6 @@ pytest.importorskip("ipywidgets", reason="ipywidgets is not installed")
 pytest.importorskip("nbclient", reason="nbclient is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 180  # seconds, on two cores
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,6 @@ def executed(tmp_path_factory):
 def outputs(notebook, kind):
     found = [o.get("data", {}) for c in notebook.cells for o in c.get("outputs", [])]
     return [data[kind] for data in found if kind in data]
-
-
-def test_it_takes_less_than_three_minutes(executed):
-    assert executed[1] < LIMIT
 
 
 def test_every_panel_is_there_and_no_cell_complains(executed):
