@@ -753,8 +753,8 @@ def test_commands_of_the_readme(readme_commands, tmp_path, monkeypatch, capsys):
     "As printed there, from the root of a clone, on fewer rows and steps."
     few = {
         "dam-merge": [],
-        "dam-topk": ["--example_count", "8"],
-        "dam-train": ["--max_steps", "3", "--score_rows", "4"],
+        "dam-topk": ["--num_samples", "8"],
+        "dam-train": ["--max_steps", "3", "--eval_samples", "4"],
     }
     commands = readme_commands("dam-")
     assert [words[0] for words in commands] == list(few)

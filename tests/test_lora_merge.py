@@ -437,7 +437,7 @@ def test_commands_of_the_readme(readme_commands, tmp_path):
     assert [words[0] for words in commands] == ["lora", "lora", "lora-merge"]
     (tmp_path / "data").symlink_to(bundled_path())
     for words in commands:
-        assert main([*words, "--max_steps", "2", "--n_samples", "64"]) == 0, words
+        assert main([*words, "--max_steps", "2", "--num_samples", "64"]) == 0, words
     folder = tmp_path / "runs" / "lora"
     base = load_base(bundled_path("models/base"), "cpu")
     plain = probe_logits(AutoModelForCausalLM.from_pretrained(folder / "both/merged"))

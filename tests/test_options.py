@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +310,21 @@ def test_values_are_not_cast_in_silence(tmp_path):
         with pytest.raises(ValueError, match="the number of samples must be a whole number"):
             CONFIGS["mask-merge"](dataset_configs={"a.jsonl": samples})
     assert CONFIGS["mask-merge"](dataset_configs={"a": "all", "b": None, "c": "3", "d": 4}).dataset_configs == {"a": None, "b": None, "c": 3, "d": 4}
+
+
+def test_what_is_printed_for_copying_uses_the_main_names():
+    "Commands in README and notebooks, and what `merge-lab real` runs."
+    from merge_lab.real import all_steps, RealConfig
+
+    steps = [list(step.words) for step in all_steps(RealConfig(), Path("root"))]
+    root = Path(__file__).resolve().parent.parent
+    texts = [root / "README.md", root / "CONTRIBUTING.md", *root.glob("nbs/**/*.ipynb")]
+    for file in texts:
+        cells = json.loads(file.read_text())["cells"] if file.suffix == ".ipynb" else [{"cell_type": "markdown", "source": [file.read_text()]}]
+        for text in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"):
+            steps += [line.split("merge-lab ", 1)[1].split() for line in text.replace("\\\n", " ").splitlines() if "merge-lab " in line]
+    found = [words for words in steps if words and words[0] in CONFIGS]
+    assert len(found) > 20
+    for name, *words in found:
+        flags = {re.match(r"[\w-]*", word[2:])[0] for word in words if word.startswith("--")}
+        assert not flags & alias_names(CONFIGS[name]).keys(), (name, words)
