@@ -468,7 +468,7 @@ def test_hardly_a_parameter_is_without_type_and_word():
     files = [file for file in (ROOT / "merge_lab").rglob("[a-z]*.py")]
     told = [found for file in files for found in told_parameters(file)]
     silent = [f"{name}({parameter})" for name, parameter, typed, said in told if not (typed or said or parameter in KNOWN)]
-    assert len(told) > 1500 and len(silent) <= 40, silent
+    assert len(told) > 1500 and len(silent) <= 39, silent
 
 
 def test_every_parameter_of_a_constraint_is_described():
