@@ -153,7 +153,7 @@ def plain(text: str) -> str:
 
 
 def option_facts(field: dataclasses.Field) -> str:
-    "What `merge_lab.core.option` knows of a field."
+    "What `merge_lab.config.option` knows of a field."
     facts = [plain(field.metadata.get("help") or "")]
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if choices := field.metadata.get("choices"):

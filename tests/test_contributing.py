@@ -34,7 +34,7 @@ from merge_lab.masks import MergeState
 from merge_lab.merger import CONFIG_FILE, Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import coefficient_penalty, Objective
-from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
+from merge_lab.run_folder import alone_in, begin_run, bundled_path, RunInterrupted
 from merge_lab.runs import find_runs, read_alphas, Run
 from merge_lab.session import adjustable, new_weights
 from merge_lab.systems import lora_merge, mask_merge
@@ -82,9 +82,18 @@ def test_hooks_run_what_a_change_must_pass():
     for hook in hooks():
         assert hook["language"] == "system" and not hook["pass_filenames"], hook["id"]
         assert " ".join([hook["entry"], *hook.get("args", ())]) in lines
-        program = Path(sys.executable).parent / Path(hook["entry"].split()[0]).name
-        assert program.exists(), f"{program}: not among the requirements of 'dev'?"
+        program = Path(hook["entry"].split()[0])
+        if program.parent.name:  # of .venv; make is everybody's
+            program = Path(sys.executable).parent / program.name
+            assert program.exists(), f"{program}: not among the requirements of 'dev'?"
     assert [hook["id"] for hook in hooks()] == ["nbdev-clean", "nbdev-export", "ruff"]
+
+
+def test_the_hook_of_the_export_writes_all_that_is_exported():
+    "The modules, and what the command line's help was written down as."
+    (hook,) = (hook for hook in hooks() if hook["id"] == "nbdev-export")
+    assert hook["entry"] == "make export"
+    assert all(re.search(hook["files"], f"merge_lab/{name}") for name in ("options.json", "cli.py", "systems/dam.py"))
 
 
 def test_hooks_look_at_every_notebook_and_module():
@@ -391,7 +400,7 @@ def average(monkeypatch):
     assert "average" not in usage()
 
 
-def test_recipe_of_a_system_is_a_command_a_panel_and_a_run(average, tmp_path, capsys):
+def test_recipe_of_a_system_is_a_command_a_panel_and_a_run(average, tmp_path, capsys, monkeypatch):
     assert "average several models" in usage() and "--average_of" in help_of("average")
     panel = ConfigPanel(average.AverageConfig, checks={})
     assert panel.command == "merge-lab average" and not panel.errors
@@ -403,7 +412,13 @@ def test_recipe_of_a_system_is_a_command_a_panel_and_a_run(average, tmp_path, ca
     for name, weight in both.items():
         assert_close(weight, (first[name] + second[name]) / 2)
 
-    assert main(words) == 2 and "already holds a run" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(average.Merger, "from_config", lambda config: pytest.fail("weights were loaded for what is refused"))
+        assert main(words) == 2 and "already holds a run" in capsys.readouterr().err
+        inside = ["average", *paths, str(tmp_path / "both" / "merged"), "--output_dir", str(tmp_path / "both"), "--overwrite"]
+        assert main(inside) == 2 and "overwrite would clear" in capsys.readouterr().err
+        with alone_in(tmp_path / "both"):
+            assert main([*words, "--overwrite"]) == 2 and "at work" in capsys.readouterr().err
     assert main([*words, "--overwrite"]) == 0
     run = Run(tmp_path / "both")
     assert run.kind == "average" and run.merged == tmp_path / "both" / "merged"

@@ -380,7 +380,10 @@ def model_to_train(lora: SmoLoRA) -> nn.Module:
     return base
 
 
-def check_same_adapter(present, wanted):
+def check_same_adapter(
+    present,  # peft's LoraConfig of the adapter that is there
+    wanted,  # and that of the options
+):
     "Raise `ValueError` if an adapter that exists would have to change its shape."
     for name in ("r", "lora_alpha", "target_modules"):
         got, has = getattr(wanted, name), getattr(present, name)

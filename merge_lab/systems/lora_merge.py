@@ -82,7 +82,7 @@ class LoRAMergeConfig(TrainConfig):
         group="Memory", resumable=True,
     )
     eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none: all; 0: no scores", low=0, group="Output", resumable=True, recipe=False)
-    eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Output", resumable=True, recipe=False)
+    eval_split: str = option("test", "Split that the scores are taken on; a single file of rows is split 8:1:1", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write merged/, a plain model, beside the adapter", group="Output", resumable=True, recipe=False, aliases=("merged",))
     output_dir: str = option("runs/lora_merge", "Folder of the run", group="Output", resumable=True, recipe=False)
     resume: bool = option(False, "Go on from the last checkpoint of the run", group="Output", resumable=True, recipe=False)

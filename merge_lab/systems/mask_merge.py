@@ -86,7 +86,7 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
     max_length: int = option(2048, "Tokens per sample; longer ones are cut", low=8, high=131072, log=True, group="Data")
     chat_template: str = option("", "Chat template: one of trl's by name, a .jinja file, or a model that has it; empty: the component's own, or another component's", group="Data")
     eval_samples: int | None = option(200, "Test samples of each task that are scored; none: all; 0: no scores", low=0, group="Data", resumable=True, recipe=False)
-    eval_split: str = option("test", "Split that the scores are taken on; a single .jsonl file is split 8:1:1", group="Data", resumable=True, recipe=False)
+    eval_split: str = option("test", "Split that the scores are taken on; a single file of rows is split 8:1:1", group="Data", resumable=True, recipe=False)
 
     output_dir: str = option("runs/mask_merge", "Folder of the run", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write the merged checkpoint", group="Output", resumable=True, recipe=False)
