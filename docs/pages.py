@@ -68,8 +68,7 @@ def gather(root: Path, folder: Path):
 
 def contents(root: Path) -> str:
     "The table of contents, in the words of Sphinx: what to do, what to read, what to look up."
-    top = {path.name.split("_")[0]: path for path in (root / "nbs").iterdir() if path.is_dir() and path.name[:1].isdigit()}
-    systems = [f"nbs/{path.name}/*" for path in top.values()]
+    systems = [f"nbs/{path.name}/*" for path in sorted((root / "nbs").iterdir()) if path.is_dir() and path.name[:1].isdigit()]
     sections = {
         "Start": ["nbs/workbench"],
         "Systems": systems,

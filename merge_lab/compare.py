@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'RUNGS', 'VERSIONS', 'CompareConfig', 'suite_file', 'read_suite',
-           'with_suite', 'opponents_of', 'check_compare', 'measured', 'Record', 'Bench', 'reference_rows', 'spent',
-           'leaders', 'climb', 'opponent_rows', 'recipe_rows', 'peft_rows', 'StopInTime', 'trained_config',
-           'trained_rows', 'one_seed', 'Comparison', 'run', 'facts_of', 'read_facts', 'settings_of',
+           'with_suite', 'opponents_of', 'check_compare', 'measured', 'scores_of', 'costs_of', 'Record', 'Bench',
+           'reference_rows', 'spent', 'leaders', 'climb', 'opponent_rows', 'recipe_rows', 'peft_rows', 'StopInTime',
+           'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run', 'facts_of', 'read_facts', 'settings_of',
            'write_compare_report', 'finish', 'show_result']
 
 # %% ../nbs/62_compare.ipynb #2a99e335
@@ -189,8 +189,18 @@ def measured():  # yields a dict that gets seconds and peak_bytes
     yield use  # what is raised inside leaves it empty
     use |= {"seconds": time.perf_counter() - began, "peak_bytes": _peak(start=False)}
 
-# %% ../nbs/62_compare.ipynb #5e01bcbf
+# %% ../nbs/62_compare.ipynb #ed446e0d
 ROWS = "rows.jsonl"
+
+
+def scores_of(rows: Sequence[dict]) -> pd.DataFrame:  # columns seed, model, task, split, loss, ...
+    "All scores in long form."
+    return pd.DataFrame([dict(seed=row["seed"], model=row["model"], **score) for row in rows for score in row["scores"]])
+
+
+def costs_of(rows: Sequence[dict]) -> pd.DataFrame:  # columns seed, model, seconds, peak_bytes, trained, trials
+    "What every merge took."
+    return pd.DataFrame([{key: row[key] for key in ("seed", "model", "seconds", "peak_bytes", "trained", "trials")} for row in rows if row["seconds"] is not None])
 
 
 class Record:
@@ -211,16 +221,6 @@ class Record:
         self.rows.append(row)
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
-
-    @property
-    def scores(self) -> pd.DataFrame:  # columns seed, model, task, split, loss, ...
-        "All scores in long form."
-        return pd.DataFrame([dict(seed=row["seed"], model=row["model"], **score) for row in self.rows for score in row["scores"]])
-
-    @property
-    def costs(self) -> pd.DataFrame:  # columns seed, model, seconds, peak_bytes, trained, trials
-        "What every merge took."
-        return pd.DataFrame([{key: row[key] for key in ("seed", "model", "seconds", "peak_bytes", "trained", "trials")} for row in self.rows if row["seconds"] is not None])
 
 # %% ../nbs/62_compare.ipynb #290cdf5e
 @dataclasses.dataclass
@@ -450,9 +450,7 @@ def facts_of(bench: Bench, record: Record, deltas: pd.DataFrame) -> dict:
 def read_facts(file: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # table, deltas, all facts
     "A comparison from its raw data."
     facts = json.loads(Path(file).read_text(encoding="utf-8"))
-    record = Record.__new__(Record)
-    record.rows = facts["rows"]
-    return comparison_table(record.scores, record.costs, facts["experts"]), pd.DataFrame(facts["deltas"]), facts
+    return comparison_table(scores_of(facts["rows"]), costs_of(facts["rows"]), facts["experts"]), pd.DataFrame(facts["deltas"]), facts
 
 # %% ../nbs/62_compare.ipynb #4b3ef975
 def settings_of(record: Record) -> pd.DataFrame:  # columns method, seed, setting
@@ -484,7 +482,7 @@ def write_compare_report(bench: Bench, record: Record, root: Path, table: pd.Dat
 
 def finish(bench: Bench, record: Record, root: Path) -> Comparison:
     "Write table, report and raw data."
-    table, deltas = comparison_table(record.scores, record.costs, bench.experts), pd.read_csv(root / "deltas.csv")
+    table, deltas = comparison_table(scores_of(record.rows), costs_of(record.rows), bench.experts), pd.read_csv(root / "deltas.csv")
     said = verdict(table, deltas)
     write_text(root / "table.csv", table.to_csv())
     write_text(root / "verdict.txt", said + "\n")
