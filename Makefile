@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-real demo real test lab bench readme docs export clean
+.PHONY: help install install-real demo compare real test lab bench readme docs export clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,10 @@ install: $(STAMP)  ## Make .venv and install everything with the tested versions
 
 demo: $(STAMP)  ## Merge the bundled experts: tables, plots, a report and a checkpoint in runs/demo
 	$(BIN)/merge-lab demo
+
+compare: $(STAMP)  ## Tune what a user would pick instead of learned masks, on the bundled pair and triple: tables in runs/compare
+	$(BIN)/merge-lab compare --suite toy-pair --trials 8 --output_dir runs/compare/toy-pair $(if $(wildcard runs/compare/toy-pair/config.yaml),--resume)
+	$(BIN)/merge-lab compare --suite toy-triple --trials 8 --output_dir runs/compare/toy-triple $(if $(wildcard runs/compare/toy-triple/config.yaml),--resume)
 
 install-real: $(REAL)  ## Add a real model and real text, for `make real` and the tests that use them
 

@@ -23,7 +23,7 @@ class BuildWithData(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            for part in ("models", "tasks", "mmlu"):
+            for part in ("models", "tasks", "mmlu", "suites"):
                 target = Path(self.build_lib, "merge_lab", "data", part)
                 shutil.copytree(Path("data", part), target, dirs_exist_ok=True)
 

@@ -105,15 +105,15 @@ class Lab:
         if not Path(path).exists():
             call(
                 "dam-merge",
-                [BASE, *EXPERTS, "--output_path", path, "--dtype", "float32", *VARIANTS[variant]],
+                [BASE, *EXPERTS, "--output_dir", path, "--dtype", "float32", *VARIANTS[variant]],
             )
         return path
 
     def dataset(self) -> str:
         "The data with stored teachers, made once, in a process of its own."
         path = str(self.folder / "dataset")
-        words = ["--k", "50", "--dataset_names", *DATA, "--model_ids", *EXPERTS]
-        words += ["--base_model_name", BASE, "--hf_disk_dataset_dir", path, "--dtype", "float32"]
+        words = ["--k", "50", "--datasets", *DATA, "--model_paths", *EXPERTS]
+        words += ["--base_model", BASE, "--output_dir", path, "--dtype", "float32"]
         if not (self.folder / "dataset.json").exists():
             words += ["--device", "cpu", "--batch_size", "64", "--overwrite"]
             write_json(self.folder / "dataset.json", alone("dam-topk", words))

@@ -21,25 +21,25 @@ from merge_lab.text_windows import bits_by_kind, score_windows, text_windows
 
 def main():
     model_path = str(bundled_path("models/deep"))
-    text = dict(dataset=["prose", "code", "tasks"], seq_len=96)
+    text = dict(dataset=["prose", "code", "tasks"], max_length=96)
     quantized = run_quantize(
         QuantizeConfig(
             model_path=model_path,
             output_dir="runs/example-quantized",
             dtype="float32",
-            num_examples=24,
+            num_samples=24,
             overwrite=True,
             **text,
         )
     )
     config = RouterConfig(
         model_path=str(quantized),
-        save_dir="runs/example-router",
+        output_dir="runs/example-router",
         target_bits=3.5,
         prefix_length=24,
-        num_examples=60,
+        num_samples=60,
         num_validation=24,
-        num_epochs=1,
+        num_train_epochs=1,
         learning_rate=1e-3,
         overwrite=True,
         **text,

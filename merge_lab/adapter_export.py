@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
+from .adapter_folders import is_adapter
 from .adapters import check_adapter, Factors, load_adapter, load_base, recorded_base
 from .architecture import is_conv1d, is_linear
+from .checkpoints import find_folder
 from .components import common_dtype, find_base, load_model
 from .exports import load_merger, Source, words_for
 from .merger import Merger
@@ -121,6 +123,12 @@ def check_adapted(
     return compare_readings(told_of(reference, words), told_of(adapted, words), 1e-3)
 
 # %% ../nbs/53_adapter_export.ipynb #7d035c41
+def _rounded_to(merger: Merger) -> torch.dtype:
+    "What the differences between a merger's components are rounded to: adapters are thin factors or merged in float32, whatever their base is stored in."
+    paths = merger.merger_config.model_paths
+    return torch.float32 if all(is_adapter(find_folder(path)) for path in paths) else common_dtype(held_paths(merger.merger_config))
+
+
 def _factored(source: Source, folder: Path, rank: int | None, base_model: str, tokens: int) -> tuple[list[str], str, nn.Module, bool]:
     "Write the factors of a merge or a checkpoint; what to tell, the base, the reference, and whether all is in the adapter."
     merger = load_merger(source, "float32") if source.blended else None
@@ -129,7 +137,7 @@ def _factored(source: Source, folder: Path, rank: int | None, base_model: str, t
     if merger is None:
         merged, dtype = load_model(source.plain, "float32"), common_dtype([source.plain, path])
     else:
-        merged, dtype = load_base(path, "cpu", torch.float32), common_dtype(held_paths(merger.merger_config))
+        merged, dtype = load_base(path, "cpu", torch.float32), _rounded_to(merger)
         merged.load_state_dict(merger.merged_state_dict(), strict=False)
         merged.tie_weights()
     factors, lost, left = factors_of(merged.eval(), base, dtype, rank)

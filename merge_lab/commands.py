@@ -86,6 +86,7 @@ COMMANDS = {
     "export": Command("export", "ExportConfig", "run", "a finished merge as hf, gguf, mergekit recipe, adapter or masks", ("path",), show="show_exported"),
     "push": Command("export", "PushConfig", "run_push", "send masks with their recipe, or an export, to a hub", ("path",)),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
+    "compare": Command("compare", "CompareConfig", "run", "opponents, tuned, beside learned masks: what to use for these models", ("model_paths",), show="show_result"),
     "real": Command("real", "RealConfig", "run", "make experts of a real model and merge them by every system", show="show_result"),
 }
 PROGRAM = "merge_lab.cli.main"  # what `merge-lab` calls, for whoever starts a command in a process of its own
@@ -104,18 +105,20 @@ class System:
     recipe: str = ""  # function of the command's module that makes a model card's options from the config; empty: the merger's alone
     components: str = ""  # option that names the components; empty: those of the merger
     pairs: str = ""  # file of alphas of layers merged in pairs; the history then holds one alpha for each module of a pair
+    place: str = ""  # folder, beside runs/, that its runs have where none is named; empty: they are in runs/
     adapter: str = ""  # class of the command's module that makes the plain checkpoint from the base and the run's adapter
 
 
 SYSTEMS = {  # by their commands
     "mask-merge": System("dataset_configs", "merge_lab.merger.Merger", ("max_steps",), recipe="recipe_of"),
     "dam-merge": System("merge_layernorms", "merge_lab.systems.dam.DAMMerger"),
+    "dam-topk": System("compute_logits", merged=""),
     "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", ("max_steps",), recipe="recipe_of"),
     "lora": System("lora_dropout", steps=("max_steps",), merged="final_merged", adapter="SmoLoRA"),
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", ("max_steps",), components="adapters"),
     "layer-merge": System("n_pairs", steps=("max_steps", "num_steps"), pairs="alphas.csv"),
     "quantize": System("parent_precision", merged=""),
-    "router": System("router_hidden", older_history="training_history.json", merged=""),
+    "router": System("router_hidden", older_history="training_history.json", merged="", place="router_checkpoints"),
 }
 OTHER = System("", "merge_lab.merger.Merger", ("max_steps",))  # of a run whose system is not known
 

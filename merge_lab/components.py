@@ -203,8 +203,11 @@ def _token_difference(name: str, first: dict, other_name: str, other: dict) -> s
 # %% ../nbs/08_components.ipynb #47f62018
 def padded_size(files: Sequence[ComponentFiles]) -> int | None:
     "Rows that all components get while loading, where they differ in the padding behind the same tokens; None: they do not."
-    sizes, tokens = [f.text_config.vocab_size for f in files], [f.tokenizer and f.tokenizer["tokens"] for f in files]
-    same = len(set(sizes)) > 1 and tokens[0] and all(own == tokens[0] for own in tokens)
+    sizes = [f.text_config.vocab_size for f in files]
+    if len(set(sizes)) == 1:
+        return None
+    tokens = [f.tokenizer and f.tokenizer["tokens"] for f in files]
+    same = tokens[0] and all(own == tokens[0] for own in tokens)
     return max(sizes) if same and max(tokens[0].values()) < min(sizes) else None
 
 # %% ../nbs/08_components.ipynb #0bcb8242
@@ -214,8 +217,8 @@ def _vocabulary_rows(files: list[ComponentFiles], names: list[str]) -> list[dict
     align = "Make aligned copies: merge-lab align PATHS --policy union --output_dir DIR (or intersection, or pad)."
     padded = padded_size(files) is not None
     tokenizers = [f.tokenizer for f in files]
-    shown = [f"{len(t['tokens']):,} tokens #{_hash(t['tokens'])}" if t else "none" for t in tokenizers]
-    rules = [f"{t['rules']['model']['type']} #{_hash(t['rules'])}" if t else "none" for t in tokenizers]
+    told = {id(t): (f"{len(t['tokens']):,} tokens #{_hash(t['tokens'])}", f"{t['rules']['model']['type']} #{_hash(t['rules'])}") for t in tokenizers if t}
+    shown, rules = ([told[id(t)][i] if t else "none" for t in tokenizers] for i in (0, 1))
     filled = "Nothing to do: the tokens are the same, and rows of padding are added while loading."
     rows = [_row("vocabulary size", names, sizes, filled if padded else align, "note" if padded else "error")]
     if all(tokenizers):
@@ -604,7 +607,7 @@ def align_vocabulary(
     out_dir: str | Path,  # folder for the copies, one subfolder per component
     policy: str,  # 'intersection', 'pad' or 'union'
 ) -> list[Path]:  # folders of the copies, in the order of `paths`
-    "Write copies of components that share one vocabulary, all or none. Raises `ValueError` if `policy` cannot be followed."
+    "Write copies of components that share one vocabulary, all or none. Raises `ValueError` if `policy` cannot be followed, `UnreadableComponent` for one without a tokenizer, `FileExistsError` if the copies are there."
     paths, out_dir = _check_paths(paths), Path(out_dir)
     check_choice("policy", policy, list(POLICIES), "Use 'union' to keep all tokens, 'intersection' to drop some, 'pad' to add rows.")
     files = [read_component(path) for path in paths]

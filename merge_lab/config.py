@@ -6,7 +6,7 @@
 __all__ = ['check_choice', 'did_you_mean', 'option', 'choices_of', 'RowsWhere', 'check_type', 'check_options', 'alias_names',
            'main_names', 'changed_options', 'config_to_yaml', 'config_to_python', 'check_names', 'config_from_dict',
            'OnceLoader', 'read_yaml', 'yaml_value', 'config_from_yaml', 'config_to_cli', 'narrow', 'OptionsType',
-           'Options', 'resumable_options', 'recipe_options']
+           'Options', 'resumable_options', 'recipe_options', 'card_options']
 
 # %% ../nbs/00_config.ipynb #b335335b
 import dataclasses
@@ -233,7 +233,7 @@ class OnceLoader(yaml.SafeLoader):
     "Reads YAML in which a name stands once; PyYAML (6) keeps the last of two in silence."
 
     def construct_mapping(self, node, deep=False):
-        "A mapping. Raises `yaml.YAMLError` for a name that stands there twice."
+        "A mapping. Raises `ConstructorError`, a `yaml.YAMLError`, for a name that stands there twice."
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, name in enumerate(names):
             if name in names[:place]:
@@ -329,3 +329,19 @@ def recipe_options(config) -> dict:
     "The options that say how a result was made, with their values."
     values = dataclasses.asdict(config)
     return {field.name: values[field.name] for field in dataclasses.fields(config) if field.metadata.get("recipe", True)}
+
+
+def _by_name(value):
+    "Files and folders of this machine by their names, which is all that they mean elsewhere."
+    if isinstance(value, list):
+        return [_by_name(one) for one in value]
+    return Path(value).name if isinstance(value, str) and value and Path(value).exists() else value
+
+
+def card_options(
+    config,
+    places: typing.Iterable[str],  # options that may name files or folders
+) -> dict:
+    "`recipe_options` as a card tells them: without places of this machine."
+    told = recipe_options(config)
+    return told | {name: _by_name(told[name]) for name in places}

@@ -22,7 +22,7 @@ def shard_merger(
     mesh=None,  # torch DeviceMesh of one dimension; None: all ranks
     **options,  # of `fully_shard`: reshard_after_forward, mp_policy, offload_policy
 ) -> Merger:  # the same, with sharded parameters
-    "Shard components and masks over the ranks, layer by layer (FSDP2). Raises `RuntimeError` without a process group."
+    "Shard components and masks over the ranks, layer by layer (FSDP2). Raises `RuntimeError` without a process group, `ValueError` with `keep_merged`."
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if merger.state.keep_merged:

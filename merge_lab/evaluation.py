@@ -273,10 +273,12 @@ def evaluate_models(
 def load_tests(
     paths: Sequence[str | Path],  # datasets, as in `load_task`
     split: str = "test",
-    n: int | None = None,  # rows of each, the first ones; None: all
+    n: int | None = None,  # rows of each, the first ones; None: all; 0: no dataset is read
+    cache_dir: str | None = None,  # where datasets from the hub are kept; None: the usual cache
 ) -> dict[str, list[dict]]:  # name of the dataset -> conversations
     "Rows to score on. Raises `ValueError` for a dataset that has no such split."
-    return {name: load_task(path, split)[:n] for name, path in zip(component_names(paths), paths)}
+    named = zip(component_names(paths), paths) if n != 0 else ()
+    return {name: load_task(path, split, cache_dir=cache_dir)[:n] for name, path in named}
 
 
 def score_model(

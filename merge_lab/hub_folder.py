@@ -21,6 +21,7 @@ from .commands import OTHER, SYSTEMS
 from .config import check_choice, read_yaml
 from .merger import MASKS_FILE
 from .merger_config import measured_from_base, MergerConfig
+from .provenance import weights_in
 from .run_folder import sha256_of, write_text
 
 # %% ../nbs/50_hub_folder.ipynb #802290ed
@@ -36,9 +37,8 @@ def hub_name(path: str | Path) -> tuple[str | None, str | None]:  # name, revisi
 def weights_hash(
     path: str | Path,  # component or adapter: a folder or a hub name
 ) -> str | None:  # None: the weights are not on this machine
-    "SHA-256 of a component's safetensors files, in the order of their names."
-    folder = adapter_folder(find_folder(path))
-    files = sorted(folder.glob("*.safetensors"))
+    "SHA-256 of a component's files of weights, in the order of their names."
+    files = sorted(weights_in(adapter_folder(find_folder(path))))
     return sha256_of(*files) if files else None
 
 # %% ../nbs/50_hub_folder.ipynb #95902124

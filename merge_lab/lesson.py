@@ -14,7 +14,7 @@ def expect_fail(
     error: type[Exception],  # class that must be raised
     contains: str = "",  # text that its message must hold
 ):
-    "Pass if the block raises `error` with `contains` in its message, and print the message for the reader."
+    "Pass if the block raises `error` with `contains` in its message, and print the message for the reader. Raises `AssertionError` if not."
     try:
         yield
     except error as caught:

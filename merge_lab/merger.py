@@ -160,7 +160,7 @@ class Merger(nn.Module):
         for model in models:
             silence_dropout(model)
         check_mask_init(config.mask_init, n)
-        self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; trainers switch it off in the config of what they train
+        self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; a Trainer of one's own may switch it off in the config
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.idle = _drop_idle(self.model)
@@ -371,17 +371,24 @@ def load_mask_state(self, masks: dict[str, Tensor]):
 
 # %% ../nbs/20_merger.ipynb #c3a7269a
 @patch_to(Merger)
+@property
+def saved_config(self) -> MergerConfig:
+    "What `save_pretrained` writes of how the merger is made."
+    return self.merger_config
+
+
+@patch_to(Merger)
 def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; components are referred to, not copied."
     folder, masks = Path(folder), self.mask_state()  # every rank gathers, one writes
     if not is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(self.merger_config)
-    paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held_paths(self.merger_config)]
+    values, held = dataclasses.asdict(self.saved_config), held_paths(self.saved_config)
+    paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held]
     save_tensors(folder / MASKS_FILE, masks)
     known = vars(self).setdefault("_weights_digests", {})  # the weights are frozen: a checkpoint looks at no file, and asks no hub, again
-    digests = [known[path] if path in known else known.setdefault(path, weights_digest(path)) for path in held_paths(self.merger_config)]
+    digests = [known[path] if path in known else known.setdefault(path, weights_digest(path)) for path in held]
     write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "weights": digests, "anchor": self.state.anchor})
 
 # %% ../nbs/20_merger.ipynb #56fdd09b
@@ -432,7 +439,11 @@ def load_masks(self, folder: str | Path):
 # %% ../nbs/20_merger.ipynb #7f3a5482
 @patch_to(Merger)
 @classmethod
-def from_pretrained(cls, folder, model_paths=None) -> Merger:
+def from_pretrained(
+    cls,
+    folder: str | Path,  # written by `save_pretrained`
+    model_paths: Sequence[str] | None = None,  # of the components, then the base, if they moved without the folder
+) -> Merger:
     "Load components and masks of a saved merger."
     merger = cls.from_config(read_merger_config(folder, model_paths))
     merger.load_masks(folder)
@@ -576,4 +587,4 @@ def fused_head_agrees(self) -> bool:
         return False
     ids = torch.arange(4, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
     with self.as_component(0):
-        return head_agrees(self.hidden(ids), self.model.get_output_embeddings(), self.logit_options(), self.model(input_ids=ids).logits)
+        return head_agrees(self.hidden(ids), self.model.get_output_embeddings(), self.logit_options(), self.model(input_ids=ids, use_cache=False).logits)

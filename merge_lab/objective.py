@@ -159,7 +159,7 @@ def _teacher_logits(merger: Merger, batch: Batch, i: int, source: int) -> Tensor
     rows = batch.rows(source)
     attention = None if batch.attention_mask is None else batch.attention_mask[rows]
     with torch.no_grad(), merger.as_component(i):
-        return merger.model(input_ids=batch.input_ids[rows], attention_mask=attention).logits[batch.at(source)[rows]]
+        return merger.model(input_ids=batch.input_ids[rows], attention_mask=attention, use_cache=False).logits[batch.at(source)[rows]]
 
 # %% ../nbs/22_objective.ipynb #905c0356
 def sample_keys(
@@ -287,7 +287,7 @@ def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tenso
 
 def _plain_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "The same losses from full logits."
-    logits = merger.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = merger.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     found = {i: _plain_source_losses(merger, batch, objective, logits, i) for i in _turns(merger, batch, objective)}
     return _collect(found, batch, objective)
 

@@ -167,12 +167,15 @@ def plain_makers(
     names, makers = list(names), {}
     groups = [group.get("weights") or {} for group in (section.get("config_groups") or {}).values()]
     bits = section.get("bits") or (groups[0].get("num_bits") if len(groups) == 1 else None)
+    below: dict[str, list[str]] = {}  # module -> what its tensors are called
+    for name in names:
+        for dot in re.finditer(r"\.", name):
+            below.setdefault(name[: dot.start()], []).append(name.rpartition(".")[2])
     for mark, (own, function) in _MARKS.items():
         for name in names:
             if not (found := re.search(mark, name)) or (base := name[: found.start()]) + own in makers:
                 continue
-            held = [other.rpartition(".")[2] for other in names if other.startswith(f"{base}.")]
-            facts = {**section, "bits": bits, "kind": found.group(1) if found.groups() else "", "held": held}
+            facts = {**section, "bits": bits, "kind": found.group(1) if found.groups() else "", "held": below.get(base, [])}
             maker = function or (_awq if section["quant_method"] == "awq" else _gptq)
             makers[base + own] = lambda maker=maker, base=base, facts=facts: maker(get, base, facts)
     if not makers:

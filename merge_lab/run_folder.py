@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'alone_in', 'settle',
            'whole_folder', 'save_tensors', 'whole_checkpoint', 'one_run', 'hold', 'check_free', 'check_writable',
-           'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'begin_run', 'check_resumed',
-           'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of',
-           'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_start',
-           'check_more_steps', 'check_going_on', 'bundled_path']
+           'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run',
+           'write_config', 'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted',
+           'stopped', 'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
+           'checkpoint_to_resume', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -181,18 +181,15 @@ def whole_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
-    try:
-        yield temporary
-        made = sorted(temporary.iterdir(), key=lambda path: path.name == "config.json")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=_UNFINISHED, ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
+        made = sorted(Path(temporary).iterdir(), key=lambda path: path.name == "config.json")
         if any(path.suffix == ".safetensors" for path in made):
             (folder / "config.json").unlink(missing_ok=True)
             for old in [*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
                 old.unlink()
         for path in made:
             _put(path, folder / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../nbs/01_run_folder.ipynb #31610b93
 _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders that the run at work holds
@@ -242,6 +239,15 @@ def check_writable(folder: str | Path):
     place = _existing(folder)
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder}: nothing may be written into {place}. Choose another output_dir, or change its rights.")
+
+# %% ../nbs/01_run_folder.ipynb #1d43c040
+def check_one_process(
+    command: str,  # of merge-lab
+):
+    "Raise `ValueError` if torchrun started several processes."
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise ValueError(f"{command}: torchrun started {started} processes, and this command runs in one. Start it without torchrun.")
 
 # %% ../nbs/01_run_folder.ipynb #0ce5082e
 def readable(n_bytes: float) -> str:  # "12.60 GiB"
@@ -330,13 +336,19 @@ def check_outside(
 _ONCE = ("resume", "overwrite", "dry_run")  # switches of one start
 
 
-def _clear(folder: Path):
+def clear_run(folder: Path):
     "Remove what a run left, but for the lock that its successor holds."
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def write_config(config, folder: Path):
+    "Write a run's config.yaml, which `is_run` knows it by; switches of one start are off in it."
+    once = {name: False for name in _ONCE if hasattr(config, name)}
+    write_text(folder / "config.yaml", _MARK + config_to_yaml(dataclasses.replace(config, **once)))
 
 
 def begin_run(
@@ -345,14 +357,12 @@ def begin_run(
 ) -> Path:
     "Make the run's folder, cleared if it is overwritten, and write its config.yaml; inside `one_run` it is held. Raises what `check_run` raises."
     folder = Path(config.output_dir if folder is None else folder)
-    once = {name: getattr(config, name) for name in _ONCE if hasattr(config, name)}
-    resume, overwrite = once.get("resume", False), once.get("overwrite", False)
+    resume, overwrite = getattr(config, "resume", False), getattr(config, "overwrite", False)
     check_run(folder, resume, overwrite)
     hold(folder)
-    if overwrite and not resume and folder.is_dir():
-        _clear(folder)
-    again = dataclasses.replace(config, **dict.fromkeys(once, False))
-    write_text(folder / "config.yaml", _MARK + config_to_yaml(again))
+    if overwrite and not resume:
+        clear_run(folder)
+    write_config(config, folder)
     return folder
 
 # %% ../nbs/01_run_folder.ipynb #5489853c
@@ -407,12 +417,13 @@ class RunInterrupted(RuntimeError):
 
 
 def stopped(
-    state,  # of a transformers Trainer: how far it came
+    state,  # of a transformers Trainer: how far it came; None: it was stopped outside of a step, or for the second time
     kept: str,  # what is there now, and where
-    command: str,  # that goes on
+    command: str = "",  # that goes on; empty: none does
 ) -> RunInterrupted:
     "What a run that was stopped says."
-    return RunInterrupted(f"stopped after step {state.global_step} of {state.max_steps}; {kept}. Go on with: {command}")
+    when = "before the first step or a second time" if state is None else f"after step {state.global_step} of {state.max_steps}"
+    return RunInterrupted(f"stopped {when}; {kept}." + (f" Go on with: {command}" if command else ""))
 
 
 def resume_command(
@@ -503,26 +514,13 @@ def checkpoint_to_resume(
     return checkpoint
 
 # %% ../nbs/01_run_folder.ipynb #de5b1719
-def check_start(
-    config,  # options of the run: `resume` and `overwrite` among them
-    folder: str | Path,  # of the run
-    inputs: typing.Iterable[str | Path | None],  # what it is going to read
-) -> Path:
-    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` raise."
-    folder = check_run(folder, config.resume, config.overwrite)
-    check_outside(folder, inputs, config.overwrite)
-    if config.resume:
-        check_resumed(config, folder)
-    return folder
-
-
 def check_more_steps(
     checkpoint: Path,
-    asked: int,  # steps in all; not above 0: not said
+    asked: int,  # steps in all; below 0: not said
 ):
     "Raise `ValueError` if a run that is resumed has made more steps than are asked for."
     done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if 0 < asked < done:
+    if 0 <= asked < done:
         raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
 
 # %% ../nbs/01_run_folder.ipynb #a951a087
@@ -541,6 +539,22 @@ def check_going_on(
         if (folder / name).exists():
             read_rows(folder / name)
     return checkpoint
+
+
+def check_start(
+    config,  # options of the run: `resume` and `overwrite` among them
+    folder: str | Path,  # of the run
+    inputs: typing.Iterable[str | Path | None],  # what it is going to read
+    n_processes: int | None = None,  # that train together in the loop that all systems share; None: the run has checkpoints of its own kind
+) -> Path | None:  # the checkpoint of that loop to go on from; None: there is none to go on from
+    "What is refused of a run's folder, without touching it. Raises what `check_run`, `check_outside` and, of a run that is resumed, `check_resumed` or `check_going_on` raise."
+    folder = check_run(folder, config.resume, config.overwrite)
+    check_outside(folder, inputs, config.overwrite)
+    if n_processes is not None:
+        return check_going_on(config, folder, n_processes)
+    if config.resume:
+        check_resumed(config, folder)
+    return None
 
 # %% ../nbs/01_run_folder.ipynb #4aaa9c0d
 def bundled_path(

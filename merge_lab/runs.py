@@ -194,13 +194,14 @@ def names(self) -> list[str]:
 
 # %% ../nbs/36_runs.ipynb #b430a88a
 def find_runs(folder: str | Path = "runs") -> pd.DataFrame:  # index run; columns system, steps, wanted, loss, alphas, merged
-    "Runs below a folder, newest first."
+    "Runs below a folder, and beside it those of systems that have a place of their own, newest first."
     files = {"config.yaml", *(name for system in SYSTEMS.values() for name in (system.history, system.older_history) if name)}
-    places = {file.parent for name in files for file in Path(folder).rglob(name)}
+    roots = [Path(folder), *(Path(folder).parent / system.place for system in SYSTEMS.values() if system.place)]
+    places = {file.parent for name in files for root in roots for file in root.rglob(name)}
     rows = []
     for run in sorted(map(Run, places), key=lambda run: (run.changed, run.folder), reverse=True):
         history = run.history()
-        row = {"run": run.folder.relative_to(folder).as_posix(), "system": run.kind, "steps": 0, "wanted": run.wanted, "loss": math.nan}
+        row = {"run": Path(os.path.relpath(run.folder, folder)).as_posix(), "system": run.kind, "steps": 0, "wanted": run.wanted, "loss": math.nan}
         if len(history):
             row |= {"steps": int(history["step"].max()), "loss": history["loss"].iloc[-1]}
         rows.append(row | {"alphas": run.has_alphas, "merged": run.merged is not None})
@@ -225,7 +226,7 @@ def recipe(self) -> dict | None:  # None: the system has none, or the config is 
 def export(self) -> Path:
     "Write the plain checkpoint that transformers loads. Raises `ValueError` if there can be none."
     if not self.system.merged:
-        raise ValueError(f"{self.folder}: {self.kind} has no plain checkpoint, its weights follow the input. Load it with its own class.")
+        raise ValueError(f"{self.folder}: a run of {self.kind} leaves no plain checkpoint. Load what is there with its own class.")
     folder = self.folder / self.system.merged
     if self.masks is not None:
         recipe = {"recipe": found} if (found := self.recipe()) else {}
@@ -354,7 +355,7 @@ class RunBrowser:
 
     def run(self, name: str) -> Run:
         "One of the runs. Raises `ValueError` if it is not there."
-        return Run(self.folder / check_choice("run", name, self.table().index))
+        return Run(os.path.normpath(self.folder / check_choice("run", name, self.table().index)))
 
     def compare(self, *runs: str) -> Figure:
         "Curves of these runs."

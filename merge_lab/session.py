@@ -344,7 +344,7 @@ def start(self):
 
 @patch_to(TrainingSession)
 def join(self, timeout: float | None = None) -> str:  # the state
-    "Wait for the end. Raises the thread's exception."
+    "Wait for the end. Raises what the thread raised."
     self._thread.join(timeout)
     if self.error is not None:
         raise self.error

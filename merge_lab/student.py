@@ -116,9 +116,9 @@ class Student(Merger):
 def studying(student: Student) -> Iterator[Student]:
     "Inside the block the model's head is as losses expect it; the model is given back as it was."
     model = student.model
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head = model.get_output_embeddings()
     modes = {module: module.training for module in model.modules()}
-    use_cache, held = getattr(config, "use_cache", None), dict(head._parameters) if head is not None else {}
+    held = dict(head._parameters) if head is not None else {}
     try:
         if head is not None:
             heads = student.heads()
@@ -128,7 +128,6 @@ def studying(student: Student) -> Iterator[Student]:
         if head is not None:
             head._parameters.update(held)
             model.set_output_embeddings(head)
-        config.use_cache = use_cache
         for module, mode in modes.items():
             module.training = mode
 

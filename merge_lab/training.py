@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'relative_spread', 'delta_unit', 'default_rate', 'objective_of',
-           'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'MergerTrainer',
-           'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary', 'set_learning_rate',
-           'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar', 'attach_watchers', 'train_from',
-           'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted', 'check_going_on',
+           'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'cache_as_said',
+           'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
+           'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar', 'attach_watchers',
+           'train_from', 'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted', 'check_going_on',
            'checkpoint_to_resume', 'last_checkpoint', 'read_history', 'resume_command']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
@@ -36,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
 from .config import check_choice
-from .devices import full, shard_like
+from .devices import find_device, full, shard_like
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
 from .lesson import patch_to
@@ -128,10 +128,7 @@ def training_arguments(
     **others,  # further TrainingArguments
 ) -> MergerArguments:
     "The Trainer's arguments. Raises `ValueError` if a device is asked for that is not there."
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda': no CUDA device is visible. Use device='cpu' or 'auto'.")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device='mps': not available on this machine. Use device='cpu' or 'auto'.")
+    find_device(config.device)
     _check_optimizer(config.optim)
     check_report_to(config.report_to)
     if config.max_steps == 0:
@@ -178,6 +175,20 @@ def compiled_layers(
         for layer in layers:
             del layer.forward
 
+# %% ../nbs/31_training.ipynb #64ec7602
+@contextmanager
+def cache_as_said(
+    args: TrainingArguments,  # of the Trainer
+    config,  # of the model that it is to train
+):
+    "Context to make a transformers Trainer in, so that it leaves `use_cache` in the model's config as it is."
+    stands, args.use_cache = hasattr(config, "use_cache"), getattr(config, "use_cache", None)
+    try:
+        yield
+    finally:
+        if not stands:
+            vars(config).pop("use_cache", None)
+
 # %% ../nbs/31_training.ipynb #1e3102e1
 _REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
 
@@ -203,7 +214,8 @@ class MergerTrainer(Trainer):
             model.checkpoint_activations()
         if getattr(args, "unit_rate", False):
             args.learning_rate = default_rate(model)
-        super().__init__(model=model, args=args, **kwargs)
+        with cache_as_said(args, model.config):
+            super().__init__(model=model, args=args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.keeper = KeepBest(self, held_out)
         self.add_callback(self.keeper)
@@ -379,7 +391,7 @@ def first_nonfinite(merger: Merger, **inputs) -> str:  # module name
 
     handles = [leaf.register_forward_hook(watch(name)) for name, leaf in merger.leaves().items()]
     try:
-        merger(**inputs)
+        merger(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/02_weight_files.ipynb #bd4e3b95
@@ -72,6 +72,7 @@ class TensorHeader:
     dtype: str  # safetensors' name: "F32", "BF16", ...
     shape: tuple[int, ...]
     n_bytes: int  # as stored
+    place: tuple[str, int] | None = field(default=None, compare=False, repr=False)  # file, and where in it the bytes begin; None: not here
 
 # %% ../nbs/02_weight_files.ipynb #da87e36f
 COPY_AGAIN = "Download or copy the file again."
@@ -93,7 +94,7 @@ def read_header(
             entries.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in entries.values()]
             tensors = {
-                name: TensorHeader(e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
+                name: TensorHeader(e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], (str(file), 8 + length + e["data_offsets"][0]))
                 for name, e in entries.items()
             }
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:

@@ -8,17 +8,19 @@ import subprocess
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from merge_lab.components import preflight
+from merge_lab.loop_config import LoopConfig
 from merge_lab.masks import MaskedOwner
 from merge_lab.mergeable import extract_learned_alphas, fuse_mergeable_layers, replace_layers_with_mergeable
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.tinylm import perturb, tiny_tokenizer
+from merge_lab.training import MergerTrainer, training_arguments
 from merge_lab.verify import python_of, READERS, readers_folder
 
 IDS = torch.tensor([[1, 5, 9, 13, 7, 21, 3, 4], [1, 8, 3, 40, 2, 11, 6, 5]])
@@ -187,6 +189,34 @@ def as_before(model):
 
     with as_original(model):
         return logits_of(model, use_cache=False)
+
+
+class Told(TrainerCallback):
+    "Keeps what a config says at every step."
+
+    def __init__(self, config):
+        self.config, self.said = config, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.said.append(self.config.to_dict())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mamba2", "openai-gpt", "xlm", "xlnet"])
+def test_training_makes_no_cache_and_leaves_the_config_as_it_is(kind, fused, tmp_path):
+    "Also where a config of several parts has no `use_cache` of its own, so that exports say what components say."
+    models = family(kind)
+    before, caches = models[0].config.to_dict(), []
+    merger, told = Merger(models, MergerConfig()), Told(models[0].config)
+    for module in merger.model.modules():
+        module.register_forward_hook(lambda module, args, output: caches.append(getattr(output, "past_key_values", getattr(output, "cache_params", None))))
+    rows = [dict(input_ids=row, labels=row, attention_mask=torch.ones_like(row), source=torch.tensor(i)) for i, row in enumerate(IDS)]
+    arguments = training_arguments(LoopConfig(max_steps=2, device="cpu", save_steps=0), tmp_path)
+    trainer = MergerTrainer(merger, arguments, Objective(fused=fused), train_dataset=rows)
+    trainer.add_callback(told)
+    trainer.train()
+    assert told.said == [before, before] and merger.config.to_dict() == before
+    assert caches and all(cache is None for cache in caches)
 
 
 # the matrix

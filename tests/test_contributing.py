@@ -474,3 +474,22 @@ def test_hardly_a_parameter_is_without_type_and_word():
 def test_every_parameter_of_a_constraint_is_described():
     silent = [(name, parameter) for name, parameter, _, said in told_parameters(ROOT / "merge_lab" / "constraints.py") if not said]
     assert not silent
+
+
+def test_recipe_of_an_opponent_is_tried_and_searched(tmp_path):
+    pytest.importorskip("optuna")
+    from merge_lab.evaluation import load_tests
+    from merge_lab.lineup import line_up
+    from merge_lab.opponents import OPPONENTS
+    from merge_lab.search import judge_of, search
+
+    tasks = ("rewrite", "summarize")
+    with as_they_were(OPPONENTS):
+        for code in recipe("An opponent"):
+            execute(code, {})
+        lineup = line_up([bundled_path(f"models/{task}") for task in tasks], bundled_path("models/base"))
+        judge = judge_of(lineup, load_tests([bundled_path(f"tasks/{task}") for task in tasks], "validation", 4))
+        trials = search(lineup, judge, "pulled_to_base", tmp_path / "trials.jsonl", trials=3)
+        assert trials[0]["setting"]["share"] == 0.1 and len({trial["worst"] for trial in trials}) == 3
+        lineup.base_path = None
+        assert_close(OPPONENTS["pulled_to_base"].merge(lineup, {"share": 1.0})["model.norm.weight"], lineup.base["model.norm.weight"].float())

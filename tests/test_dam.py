@@ -1,6 +1,7 @@
 "DAM across modules: what comes from where, teachers from disk, the run, and the published command lines."
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -17,16 +18,17 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from merge_lab import merger as merger_module
 from merge_lab import objective, teacher_dataset
 from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main, parse
 from merge_lab.commands import COMMANDS
-from merge_lab.config import recipe_options, resumable_options
+from merge_lab.config import config_from_yaml, recipe_options, resumable_options
 from merge_lab.evaluation import evaluate_tasks
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import bundled_path, last_checkpoint, read_history, RunInterrupted
+from merge_lab.run_folder import alone_in, begin_run, bundled_path, is_run, last_checkpoint, read_history, RunInterrupted
 from merge_lab.systems import dam
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model, tiny_tokenizer
 from merge_lab.token_losses import shift_labels
@@ -282,6 +284,24 @@ def test_random_init_is_a_share_of_the_named_kinds(lab, tmp_path):
         alphas = torch.stack(leaf.alphas(key))
         assert_close(alphas.sum(0), torch.ones_like(alphas[0]))
         assert (alphas.std() > 0.1) == ("norm" in name), name
+
+
+def test_saving_changes_no_config(lab, tmp_path, monkeypatch):
+    "What is written has the base among its paths, and the merger has not, not for a moment."
+    seen, save = [], merger_module.save_tensors
+    made = dam.DAMConfig(lab["base"], lab["experts"], str(tmp_path / "untrained"))
+    merger = dam.merge(made)
+    before = dataclasses.asdict(merger.merger_config)
+
+    def write(*args):
+        seen.append(dataclasses.asdict(merger.merger_config))
+        save(*args)
+
+    monkeypatch.setattr(merger_module, "save_tensors", write)
+    merger.save_pretrained(tmp_path / "again")
+    written = [json.loads((tmp_path / name / "merger_config.json").read_text()) for name in ("untrained", "again")]
+    assert seen == [before] and dataclasses.asdict(merger.merger_config) == before
+    assert all(each["model_paths"] == [*lab["experts"], lab["base"]] for each in written)
 
 
 def test_hub_is_only_used_when_asked(lab, tmp_path, monkeypatch):
@@ -558,6 +578,35 @@ def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
     assert (tmp_path / "run/masks.safetensors").exists()
 
 
+def test_all_test_rows_are_scored_if_none_is_asked_for_by_number(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(dam, "read_facts", lambda folder: {"datasets": [str(bundled_path("tasks/rewrite"))]})
+    held = load_task(bundled_path("tasks/rewrite"), "test")
+    for asked, n in ((None, len(held)), (3, 3)):
+        assert dam.rows_to_score(train_config(lab, tmp_path, eval_samples=asked)) == {"rewrite": held[:n]}
+    assert dam.rows_to_score(train_config(lab, tmp_path, eval_samples=0)) == {}
+    with pytest.raises(ValueError, match="eval_samples=None, save_merged=False"):
+        train_config(lab, tmp_path, eval_samples=None, save_merged=False)
+
+
+@pytest.mark.parametrize("held", ["model", "base", "dataset"])
+def test_training_never_clears_what_its_folders_name(lab, tmp_path, held):
+    "Models and base are named inside the folder of dam-merge, datasets inside that of dam-topk."
+    run = tmp_path / "run"
+    begin_run(train_config(lab, run))
+    paths = {"model": lab["experts"][1], "base": lab["base"], "dataset": lab["topk"].datasets[1]}
+    kept = run / Path(paths[held]).name
+    shutil.copytree(paths[held], kept) if held != "dataset" else shutil.copy(paths[held], kept)
+    paths[held] = str(kept)
+    models, data = [lab["experts"][0], paths["model"]], [lab["topk"].datasets[0], paths["dataset"]]
+    dam.merge(dam.DAMConfig(paths["base"], models, str(tmp_path / "untrained")))
+    topk = dict(datasets=data, model_paths=models, base_model=paths["base"], output_dir=str(tmp_path / "dataset"), compute_logits=False)
+    dam.create_dataset_topk_logits(dataclasses.replace(lab["topk"], **topk))
+    config = train_config({"folder": tmp_path}, run, overwrite=True, generate_logits_on_fly=True, max_steps=1)
+    with pytest.raises(ValueError, match=f"overwrite would clear .* which holds .*{kept.name}"):
+        dam.train(config)
+    assert kept.exists()
+
+
 def test_datasets_and_models_of_one_name_are_all_scored(lab, tmp_path):
     experts = [str(tmp_path / place / "merged") for place in "ab"]
     for expert, path in zip(lab["experts"], experts):
@@ -704,8 +753,8 @@ def test_commands_of_the_readme(readme_commands, tmp_path, monkeypatch, capsys):
     "As printed there, from the root of a clone, on fewer rows and steps."
     few = {
         "dam-merge": [],
-        "dam-topk": ["--example_count", "8"],
-        "dam-train": ["--max_steps", "3", "--score_rows", "4"],
+        "dam-topk": ["--num_samples", "8"],
+        "dam-train": ["--max_steps", "3", "--eval_samples", "4"],
     }
     commands = readme_commands("dam-")
     assert [words[0] for words in commands] == list(few)
@@ -777,7 +826,7 @@ def test_a_dataset_depends_on_all_options_that_may_not_change(lab):
     config = lab["topk"]
     facts = teacher_dataset.dataset_facts(config)
     how = resumable_options(dam.DAMTopkConfig)
-    assert how == {"hf_disk_dataset_dir", "cache_dir", "batch_size", "part_size", "device", "overwrite"}
+    assert how == {"output_dir", "cache_dir", "batch_size", "part_size", "device", "resume", "overwrite"}
     assert set(facts) == {field.name for field in dataclasses.fields(config)} - how | {"files"}
     other = teacher_dataset.dataset_facts(dataclasses.replace(config, seed=1))
     assert teacher_dataset.changes(facts, other) == "other seed"
@@ -970,6 +1019,45 @@ def test_a_killed_process_goes_on(lab, tmp_path):
     assert "1/2" in said and "row" in said  # progress
     assert main(["dam-topk", *words]) == 0
     assert datasets.load_from_disk(str(folder))[:] == lab["dataset"][:]
+
+
+def test_a_dataset_is_a_run_like_any_other(lab, tmp_path):
+    "Its options stand beside it, one process works in it, and what was begun before runs had options goes on."
+    folder = tmp_path / "again"
+    config = dataclasses.replace(lab["topk"], output_dir=str(folder))
+    facts = teacher_dataset.dataset_facts(config)
+    assert config.hf_disk_dataset_dir == str(folder)
+    with pytest.raises(FileNotFoundError, match="no dataset that could be resumed"):
+        dam.create_dataset_topk_logits(dataclasses.replace(config, resume=True))
+    assert not folder.exists()
+    with alone_in(folder), pytest.raises(FileExistsError, match="another process is at work"):
+        dam.create_dataset_topk_logits(config)
+    teacher_dataset.open_dataset(folder, facts, False)  # as an older version began it
+    assert not is_run(folder)
+    dam.create_dataset_topk_logits(config)
+    assert is_run(folder) and config_from_yaml(dam.DAMTopkConfig, folder / "config.yaml") == config
+    assert main(["dam-topk", str(folder / "config.yaml"), "--resume"]) == 0
+    (folder / "config.yaml").unlink()
+    other = dataclasses.replace(config, k=7)
+    with pytest.raises(FileExistsError, match=r"one with other k\. Choose another output_dir, or replace it"):
+        dam.create_dataset_topk_logits(other)
+    found = dam.create_dataset_topk_logits(dataclasses.replace(other, overwrite=True))
+    assert len(found[0]["topk_log_probs"]) == 7 * len(found[0]["topk_tail"])
+
+
+@pytest.mark.parametrize("held", ["datasets", "model_paths", "base_model", "cache_dir"])
+def test_a_dataset_never_clears_what_it_is_made_of(lab, tmp_path, held):
+    folder = tmp_path / "dataset"
+    config = dataclasses.replace(lab["topk"], output_dir=str(folder), compute_logits=False)
+    dam.create_dataset_topk_logits(config)
+    inside = folder / "mine"
+    for source in {"datasets": [config.datasets[0]], "model_paths": [config.model_paths[1]], "base_model": [config.base_model], "cache_dir": []}[held]:
+        shutil.copytree(source, inside) if Path(source).is_dir() else shutil.copy(source, inside)
+    inside.mkdir(exist_ok=True) if held == "cache_dir" else None
+    given = {"datasets": [str(inside), config.datasets[1]], "model_paths": [config.model_paths[0], str(inside)]}.get(held, str(inside))
+    with pytest.raises(ValueError, match="overwrite would clear .* which holds .*mine"):
+        dam.create_dataset_topk_logits(dataclasses.replace(config, seed=1, overwrite=True, **{held: given}))
+    assert inside.exists() and datasets.load_from_disk(str(folder))[:]
 
 
 def test_parts_of_another_size_are_not_taken_for_these(lab, tmp_path):

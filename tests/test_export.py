@@ -386,7 +386,7 @@ def test_what_mergekit_cannot_say_is_refused_by_name():
 def test_a_result_of_mergekit_that_is_another_is_refused(monkeypatch):
     family()
     masks()
-    monkeypatch.setattr("merge_lab.mergekit_export.run_mergekit", lambda recipe, folder: rewritten("one", folder))
+    monkeypatch.setattr("merge_lab.mergekit_export.run_mergekit", lambda recipe, folder, remedy: rewritten("one", folder))
     with pytest.raises(ValueError, match="differ from ours by"):
         run(ExportConfig("masks", "mergekit", "out"))
     assert not Path("out").exists()
@@ -402,7 +402,7 @@ def test_filters_catch_no_other_tensor():
 # ---- adapters ----
 
 
-def adapters(dtype=torch.float32, kind="llama"):
+def adapters(dtype=torch.float32, kind="llama", std=0.1):
     "A base, two adapters, and the models that these make."
     save_tiny(tiny_model(kind).to(dtype), "base")
     for name, seed, rank in (("a", 1, 4), ("b", 2, 2)):
@@ -414,7 +414,7 @@ def adapters(dtype=torch.float32, kind="llama"):
             model = peft.get_peft_model(base, make_lora_config(base, dict(r=rank, lora_alpha=rank, target_modules="aggressive")))
         for path, parameter in model.named_parameters():
             if "lora_B" in path:
-                torch.nn.init.normal_(parameter, std=0.1)
+                torch.nn.init.normal_(parameter, std=std)
         model.save_pretrained(name)
         save_plain(merge_layers(model), "one" if name == "a" else "two", load_tokenizer("base"))
 
@@ -438,6 +438,15 @@ def test_a_merge_of_adapters_models_is_an_adapter_of_the_sum_of_ranks(dtype, mod
     run(ExportConfig("masks", "hf", "whole", dtype="float32"))
     there = logits(AutoModelForCausalLM.from_pretrained("whole", dtype=torch.float32))
     assert_close(logits(load_adapter(load_base("base", "cpu", torch.float32), "out")), there, atol=1e-4 if dtype == torch.float32 else 3e-2, rtol=0)
+
+
+def test_adapters_that_are_components_are_exact_whatever_their_base_is_stored_in():
+    adapters(torch.bfloat16, std=2e-3)
+    masks(model_paths=["a", "b"], base_model="base", dtype="auto")
+    done = run(ExportConfig("masks", "adapter", "out"))
+    assert json.loads(Path("out/adapter_config.json").read_text())["r"] == 6 and "what is cut has 0.00%" in done.proven[0]
+    with pytest.raises(ValueError, match="a is an adapter, and a recipe of mergekit names whole models"):
+        run(ExportConfig("masks", "mergekit", "recipe"))
 
 
 def test_full_rank_is_refused_and_cut_only_when_asked():

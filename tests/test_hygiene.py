@@ -196,24 +196,19 @@ def test_notebook_is_tidy(notebook):
 MATHEMATICS = [name for name, place in MODULES.items() if 10 <= place[0] < 20]
 
 
-@pytest.mark.parametrize("modules", [["core"], MATHEMATICS], ids=["core", "1x"])
-def test_import_is_light(modules):
-    "Nothing on the floor of mathematics imports transformers, and importing the package asks for no pictures."
-    code = (
-        f"import sys, merge_lab, {', '.join(f'merge_lab.{name}' for name in modules)}\n"
-        "heavy = {'transformers', 'matplotlib', 'ipywidgets', 'IPython'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+@pytest.mark.parametrize(
+    "modules, heavy",
+    [
+        (["core"], {"transformers", "matplotlib", "ipywidgets", "IPython"}),
+        (MATHEMATICS, {"transformers", "matplotlib", "ipywidgets", "IPython"}),
+        (["training", "systems.mask_merge"], {"matplotlib", "ipywidgets"}),
+    ],
+    ids=["the package", "the floor of mathematics", "training needs no pictures"],
+)
+def test_imports_bring_nothing_heavy(modules, heavy):
     assert modules
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_training_needs_no_pictures():
-    code = (
-        "import sys, merge_lab.training, merge_lab.systems.mask_merge\n"
-        "heavy = {'matplotlib', 'ipywidgets'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+    names = ", ".join(f"merge_lab.{name}" for name in modules)
+    code = f"import sys, merge_lab, {names}\nfound = {heavy} & set(sys.modules)\nassert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -273,6 +268,52 @@ def test_public_functions_say_what_they_do_and_what_they_raise():
     documented = [(name, node, ast.get_docstring(node)) for name, node in public_functions() if ast.get_docstring(node)]
     untold = [name for name, node, text in documented if raises_itself(node) and not re.search(r"[Rr]aise|[Rr]efuse", text)]
     assert not untold and sum(raises_itself(node) for _, node, _ in documented) > 100
+
+
+MAKERS = {"stopped": "RunInterrupted"}  # functions that make an exception, and what they make
+
+
+def raised_by(node: ast.AST) -> set[str]:
+    "Names of the exception classes that a body raises new, without those of functions inside it."
+    found = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        if isinstance(child, ast.Raise) and child.exc is not None:
+            made = child.exc.func if isinstance(child.exc, ast.Call) else child.exc
+            name = made.attr if isinstance(made, ast.Attribute) else getattr(made, "id", "")
+            found |= {MAKERS.get(name, name)} if name in MAKERS or name[:1].isupper() else set()
+        found |= raised_by(child)
+    return found
+
+
+def untold_exceptions(node: ast.FunctionDef) -> set[str]:
+    "What a function raises itself and its docstring does not name; where it says that it raises, it names something."
+    text = ast.get_docstring(node) or ""
+    vague = re.search(r"\bRaises? ", text) and not re.search(r"\bRaises? (what|as) |`[\w.]*[A-Z]\w+`", text)
+    return {name for name in raised_by(node) if f"`{name}`" not in text} | ({"a name"} if vague else set())
+
+
+def test_public_functions_name_what_they_raise():
+    found = {name: untold_exceptions(node) for name, node in public_functions() if not INHERITED.fullmatch(node.name)}
+    assert not {name: missing for name, missing in found.items() if missing}
+
+
+@pytest.mark.parametrize(
+    "text, body, missing",
+    [
+        ("Raises `ValueError` for x.", "raise TypeError('x')", {"TypeError"}),
+        ("Raises `ValueError` for x.", "if x:\n        raise yaml.constructor.ConstructorError(None)", {"ConstructorError"}),
+        ("Stop.", "raise stopped(state, 'x', 'y')", {"RunInterrupted"}),
+        ("Raises for x.", "pass", {"a name"}),
+        ("Raises `ValueError` for x.", "raise ValueError('x')", set()),
+        ("Raises what `check_run` raises.", "def inner():\n        raise ValueError", set()),
+        ("Raises what the thread raised.", "raise error", set()),
+    ],
+)
+def test_an_exception_that_is_not_named_is_found(text, body, missing):
+    (node,) = ast.parse(f'def f(x):\n    "{text}"\n    {body}\n').body
+    assert untold_exceptions(node) == missing
 
 
 def test_no_module_is_too_long_to_read():
@@ -382,6 +423,8 @@ def test_options_say_themselves_what_a_resumed_run_may_change():
             free = resumable_options(config)
             assert {"resume", "overwrite"} & fields <= free, name
             assert {"output_dir", "device", "report_to", "save_steps"} & fields <= free, name
+            told = {field.name for field in config.__dataclass_fields__.values() if field.metadata.get("recipe", True)}
+            assert not {"output_dir", "device", "resume", "overwrite", "report_to", "save_steps", "save_total_limit"} & told, name
             assert not {"seed", "learning_rate", "model_paths", "adapters", "datasets"} & free, name
             if issubclass(config, LoopConfig):
                 assert resumable_options(LoopConfig) <= free, name

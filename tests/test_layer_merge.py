@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+import yaml
 
 from merge_lab import calibration, depth, student
 from merge_lab.chat import format_choice, load_mmlu
@@ -598,6 +599,10 @@ def test_a_run_draws_its_figures(tmp_path):
         picture = (tmp_path / f"run/plots/{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 2000
     assert list(result.table.index)[-1] == "this run" and len(result.table) == 6
+    _, data, text = (tmp_path / "run/merged/README.md").read_text().split("---\n", 2)
+    told = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert yaml.safe_load(data)["library_name"] == "transformers" and "# model, 2 layers shorter" in text and str(tmp_path) not in text
+    assert told["model_path"] == "model" and told["max_steps"] == 3 and not {"output_dir", "device", "resume", "eval_text"} & told.keys()
     assert set(result.alphas["before"]) <= set(lm.START_ALPHAS)
     tried = pd.read_csv(tmp_path / "run/search.csv")
     assert len(tried) == 3 * len(lm.START_ALPHAS)  # all together, then each of two
@@ -895,6 +900,30 @@ def test_a_run_that_ran_out_of_patience_does_so_again(tmp_path):
         lm.run(dataclasses.replace(config, learning_rate=0.5), progress=False)
 
 
+def test_a_run_that_goes_on_for_longer_ends_as_one_that_was_asked_for_all(tmp_path):
+    "Also what was healed is healed anew, from the shares that there are in the end; fewer steps than were made are refused."
+    options = dict(learning_rate=0.05, eval_steps=2, save_steps=1, batch_size=2, heal_steps=3, patience=2)
+    whole = lm.run(run_config(tmp_path, num_steps=6, **options | {"patience": None}), progress=False)
+    options |= dict(output_dir=str(tmp_path / "cut"))
+    lm.run(run_config(tmp_path, num_steps=2, **options), progress=False)
+    before = (tmp_path / "cut/config.yaml").read_text()
+    for fewer in (0, 1):
+        with pytest.raises(ValueError, match=f"max_steps={fewer}: the run in .* has made 2 steps"):
+            lm.run(run_config(tmp_path, num_steps=fewer, resume=True, **options), progress=False)
+    assert (tmp_path / "cut/config.yaml").read_text() == before
+    again = lm.run(run_config(tmp_path, num_steps=6, resume=True, **options | {"patience": None}), progress=False)
+    same_run(whole.folder, again.folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_learns_shares_that_it_writes(tmp_path, dtype):
+    options = dict(num_steps=4, learning_rate=0.1, batch_size=2, dtype=dtype, heal_steps=1)
+    result = lm.run(run_config(tmp_path, **options), progress=False)
+    assert result.history["loss"].notna().all() and result.alphas["change"].abs().max() > 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(result.folder / "merged")
+    assert merged.dtype == getattr(torch, dtype) and all(p.isfinite().all() for p in merged.parameters())
+
+
 def test_no_run_ends_worse_on_held_out_rows_than_it_began(tmp_path):
     "Even with a rate that throws the shares about."
     options = dict(num_steps=6, learning_rate=1.0, eval_steps=1, batch_size=2)
@@ -954,17 +983,18 @@ def test_a_loss_that_is_no_number_stops_training_and_says_so():
 
 @pytest.mark.parametrize("held_out", [None, [0]])
 def test_a_model_is_given_back_as_it_was(held_out):
-    "Head, ties, modes and cache; only the alphas have moved."
+    "Head, ties and modes; the config is left alone, and only the alphas have moved."
     model = tiny_model("llama", num_hidden_layers=6, tie_word_embeddings=True).train()
     model = lm.replace_layers_with_mergeable(model, PAIRS, "given")
-    head, cache = model.get_output_embeddings(), model.config.use_cache
+    head, config, said = model.get_output_embeddings(), model.config.to_dict(), []
     held_out = held_out and [batch_of(seed) for seed in held_out]
     lm.train_alpha_parameters(
-        model, [batch_of()], num_steps=2, progress=False, held_out=held_out
-    )
+        model, [batch_of()], num_steps=2, progress=False, held_out=held_out,
+        on_step=lambda step, loss: said.append(model.config.to_dict()),
+    )  # fmt: skip
+    assert said == [config] * 2 and model.config.to_dict() == config
     assert model.get_output_embeddings() is head and model.training
     assert head.weight is model.get_input_embeddings().weight
-    assert model.config.use_cache == cache
     assert len(model.merge_record.history) == 2
     assert ("held_out_loss" in model.merge_record.history) == bool(held_out)
 

@@ -326,13 +326,26 @@ def test_diagnostics_of_a_run_reach_memory_and_pace(base, monkeypatch):
     assert "more workers" in short.advice["slow training"]
 
 
+class Cache(TrainerCallback):
+    "Keeps what the config says of the cache at every step."
+
+    def __init__(self):
+        self.said = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.said.append(model.config.use_cache)
+
+
 def test_the_cache_stays_as_the_model_had_it(base):
+    "While it trains, too: nothing is switched off that would have to be switched on again."
     for use_cache in (True, False):
         model = tiny_model()
         model.config.use_cache = use_cache
         save_tiny(model, "cached")
-        lora = quick("cached", output_dir=f"run-{use_cache}", sft=dict(max_steps=1))
+        told = Cache()
+        lora = quick("cached", output_dir=f"run-{use_cache}", sft=dict(max_steps=1), callbacks=[told])
         lora.train()
+        assert told.said == [use_cache]
         assert lora.model.config.use_cache is use_cache
         lora.save()
         merged = AutoModelForCausalLM.from_pretrained(lora.merged_dir)
@@ -476,6 +489,7 @@ def quick_config(**options):
         (dict(max_length=8, datasets=["long.jsonl"]), "long.jsonl:.*no assistant token is left"),
         (dict(base_model="config_only"), "holds no weights"),
         (dict(datasets=["run/kept.jsonl"]), "overwrite would clear run"),
+        (dict(chat_template="run/kept.jsonl"), "overwrite would clear run"),
         (dict(n_samples=99), "n=99: expected 1 to 8"),
     ],
 )
@@ -783,9 +797,12 @@ def test_cards_say_what_was_trained(base):
     data, text = card_of("run/final_merged")
     assert data["base_model"] == [here] and data["library_name"] == "transformers"
     assert "4 of 8 x 1 rows" in text and "Merging changed the loss" in text
+    told = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert told["max_steps"] == 4 and told["base_model"] == "base" and told["datasets"] == ["rows.jsonl"]
+    assert not {"output_dir", "device", "resume", "overwrite", "save_steps"} & told.keys()
     later = SmoLoRA(here, output_dir="run", device="cpu")
     later.save()
-    assert "4 of 8 x 1 rows" in card_of("run/final_merged")[1]
+    assert "4 of 8 x 1 rows" in card_of("run/final_merged")[1] and "max_steps: 4" in card_of("run/final_merged")[1]
 
 
 def test_the_card_of_an_adapter_names_a_base_that_others_can_find(base):

@@ -327,6 +327,26 @@ def test_what_cannot_run_clears_nothing(options, says):
     assert {p.name for p in Path("run").iterdir()} == held
 
 
+@pytest.mark.parametrize("held", ["base", "template"])
+def test_base_and_template_in_the_folder_are_not_cleared(held):
+    "The base that the first adapter names, and a chat template that is a file."
+    config = ready(overwrite=True, output_dir="run")
+    begin_run(config)
+    if held == "base":
+        Path("base").rename("run/base")
+        for folder in ("one", "two"):
+            file = Path(folder, "adapter_config.json")
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "run/base"}))
+        options, kept = dict(base_model=""), Path("run/base/config.json")
+    else:
+        kept = Path("run/mine.jinja")
+        kept.write_text("{{ messages }}")
+        options = dict(chat_template=str(kept))
+    with pytest.raises(ValueError, match="overwrite would clear run, which holds run/"):
+        run(dataclasses.replace(config, **options))
+    assert kept.exists()
+
+
 def test_a_run_of_the_pipeline_stands_for_its_adapter_and_names_its_base():
     random_merger()
     adapter("lora/adapter_checkpoint", 3, r=2)
@@ -417,7 +437,7 @@ def test_commands_of_the_readme(readme_commands, tmp_path):
     assert [words[0] for words in commands] == ["lora", "lora", "lora-merge"]
     (tmp_path / "data").symlink_to(bundled_path())
     for words in commands:
-        assert main([*words, "--max_steps", "2", "--n_samples", "64"]) == 0, words
+        assert main([*words, "--max_steps", "2", "--num_samples", "64"]) == 0, words
     folder = tmp_path / "runs" / "lora"
     base = load_base(bundled_path("models/base"), "cpu")
     plain = probe_logits(AutoModelForCausalLM.from_pretrained(folder / "both/merged"))

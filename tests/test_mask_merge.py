@@ -25,19 +25,12 @@ from merge_lab.run_folder import begin_run, bundled_path, read_history, RunInter
 from merge_lab.systems.mask_merge import demo_config, headline, LEARNED, MaskMergeConfig, run, show_result
 from merge_lab.tinylm import save_tiny, tiny_model
 
+import small_runs
 
-def small(tmp_path, **options):
-    tasks = ("rewrite", "summarize")
-    defaults = dict(
-        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
-        max_steps=6,
-        eval_samples=4,
-        per_device_train_batch_size=4,
-        report=False,
-        save_steps=2,
-        base_model=None,  # the demo has one
-    )
-    return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
+
+def small(folder, **options):
+    "The short run, with checkpoints and without the demo's base."
+    return small_runs.small(folder, **dict(save_steps=2, base_model=None) | options)
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +259,10 @@ def test_data_in_the_folder_that_would_be_cleared_is_refused(tmp_path):
     with pytest.raises(ValueError, match="which holds"):
         run(small(tmp_path, dataset_configs=datasets, overwrite=True), progress=False)
     assert any(data.iterdir())
+    (folder / "mine.jinja").write_text("{{ messages }}")
+    with pytest.raises(ValueError, match="which holds .*mine.jinja"):
+        run(small(tmp_path, chat_template=str(folder / "mine.jinja"), overwrite=True), progress=False)
+    assert (folder / "mine.jinja").exists()
 
 
 def test_outputs_of_earlier_masks_are_not_shown_as_new(finished, tmp_path, capsys):
@@ -281,6 +278,27 @@ def test_outputs_of_earlier_masks_are_not_shown_as_new(finished, tmp_path, capsy
         FileExistsError, match="already holds a run"
     ):  # no switch of one start is kept
         run(config_from_yaml(MaskMergeConfig, tmp_path / "run/config.yaml"))
+
+
+def test_a_run_without_scores_is_whole(tmp_path, capsys):
+    "It needs no test rows, and its report has no tables of scores."
+    data = {}
+    for task in ("rewrite", "summarize"):
+        (tmp_path / task).mkdir()
+        shutil.copy(bundled_path(f"tasks/{task}") / "train.jsonl", tmp_path / task)
+        data[str(tmp_path / task)] = 48
+    config = small(tmp_path, dataset_configs=data, max_steps=2, eval_samples=0, report=True)
+    result = run(config, progress=False)
+    assert result.scores is None and result.written == ("masks", "merged", "report.html")
+    assert all((result.folder / name).exists() for name in result.written) and not (result.folder / "scores.csv").exists()
+    html = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "One model for rewrite and summarize" in html and "No test rows were scored" in html and "exact match" not in html
+    assert {file.stem for file in (result.folder / "plots").iterdir()} >= {"loss", "held_out", "alphas"}
+    show_result(result)
+    told = capsys.readouterr().out
+    assert "No test rows were scored (eval_samples=0)." in told and "Written: " in told
+    show_result(run(small(tmp_path, dataset_configs=data, eval_samples=0, overwrite=True, dry_run=True), progress=False))
+    assert "scores on nothing" in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint_keeps_the_history(without_checkpoint):

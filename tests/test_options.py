@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 import torch
 
 from merge_lab.cli import help_of, parse, parser_of, told_options
 from merge_lab.commands import COMMANDS, find_object, kind_of, SYSTEMS, Viewed, VIEWS
-from merge_lab.config import alias_names, config_from_yaml, config_to_cli, config_to_python, config_to_yaml, recipe_options
+from merge_lab.config import alias_names, config_from_yaml, config_to_cli, config_to_python, config_to_yaml, recipe_options, resumable_options
 from merge_lab.losses import LOSSES, loss_of_rows
 from merge_lab.merger_config import MergerConfig
 from merge_lab.panel import ConfigPanel
@@ -40,7 +41,7 @@ PUBLISHED = {
     "router": ["seq_len", "num_examples", "batch_size", "num_epochs", "save_dir", "random_state"],
     "quantize": ["seq_len", "num_examples", "random_state"],
     "dam-merge": ["base_model_id", "model_ids", "output_path"],
-    "dam-topk": ["dataset_names", "model_ids", "base_model_name", "example_count"],
+    "dam-topk": ["dataset_names", "model_ids", "base_model_name", "example_count", "hf_disk_dataset_dir"],
     "dam-train": ["base_model_name"],
     "layer-merge": ["num_steps", "batch_size"],
     "lora": ["n_samples", "batch_size", "merge"],
@@ -128,6 +129,39 @@ def test_no_quantity_has_two_names():
         assert set(PUBLISHED.get(name, ())) <= alias_names(cls).keys(), name
 
 
+def test_an_option_means_the_same_in_every_command():
+    "What is left open is what the help says, rows to score are a number, all or none, and steps and patience may grow."
+    for name, cls in CONFIGS.items():
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        told = {field.name: field.metadata.get("help", "") for field in fields.values()}
+        assert not [option for option, text in told.items() if "none given" in text and fields[option].default is not None], name
+        if "eval_samples" in fields:
+            assert cls(eval_samples="none").eval_samples is None and "none: all" in told["eval_samples"], name
+            assert name == "real" or cls(eval_samples=0).eval_samples == 0 and "0: no scores" in told["eval_samples"], name  # that gives nothing else
+        if "resume" in fields:
+            assert {"max_steps", "patience", "gradient_checkpointing", "eval_samples"} & fields.keys() <= resumable_options(cls), name
+    assert "Epochs" in CONFIGS["router"].__dataclass_fields__["patience"].metadata["help"]
+    assert "Updates" in CONFIGS["layer-merge"].__dataclass_fields__["patience"].metadata["help"]
+    assert CONFIGS["lora-merge"]().gradient_checkpointing is False and CONFIGS["lora-merge"](gradient_checkpointing=None).adapters == []
+
+
+ALONE = {  # command -> options that it cannot do without
+    "dam-merge": {"base_model": "b", "model_paths": ["x", "y"]}, "dam-topk": {}, "layer-merge": {}, "lora": {}, "lora-merge": {},
+    "quantize": {"model_path": "x"}, "router": {"model_path": "x"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_runs_in_one_process_says_so_at_once(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = COMMANDS[name]
+    with pytest.raises(ValueError, match=f"{name}: torchrun started 2 processes, and this command runs in one"):
+        command.find(command.function)(CONFIGS[name](**ALONE[name]))
+    assert not list(tmp_path.iterdir())
+    assert {*ALONE, "mask-merge", "dam-train"} == SYSTEMS.keys()
+
+
 OLD = {
     "dam-merge": "base_model_id: base\nmodel_ids: [a, b]\noutput_path: out\nmerge_layernorms: false\n",
     "dam-train": "untrained_merged_model_name: x\nbase_model_name: null\nexport: true\nscore_rows: 0\nmax_steps: 7\n",
@@ -155,8 +189,8 @@ def test_a_run_from_before_is_known_and_can_be_gone_on_with(name, tmp_path):
 def test_a_changed_option_of_a_run_from_before_is_still_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("num_steps: 100\nseed: 3\n")
     check_resumed(LayerMergeConfig(max_steps=100, seed=3), tmp_path)
-    with pytest.raises(ValueError, match="max_steps=200, but the run in .* was begun with 100"):
-        check_resumed(LayerMergeConfig(num_steps=200, seed=3), tmp_path)
+    with pytest.raises(ValueError, match="seed=4, but the run in .* was begun with 3"):
+        check_resumed(LayerMergeConfig(num_steps=200, random_state=4), tmp_path)
 
 
 def test_a_dataset_from_before_is_not_made_again(tmp_path):
@@ -276,3 +310,21 @@ def test_values_are_not_cast_in_silence(tmp_path):
         with pytest.raises(ValueError, match="the number of samples must be a whole number"):
             CONFIGS["mask-merge"](dataset_configs={"a.jsonl": samples})
     assert CONFIGS["mask-merge"](dataset_configs={"a": "all", "b": None, "c": "3", "d": 4}).dataset_configs == {"a": None, "b": None, "c": 3, "d": 4}
+
+
+def test_what_is_printed_for_copying_uses_the_main_names():
+    "Commands in README and notebooks, and what `merge-lab real` runs."
+    from merge_lab.real import all_steps, RealConfig
+
+    steps = [list(step.words) for step in all_steps(RealConfig(), Path("root"))]
+    root = Path(__file__).resolve().parent.parent
+    texts = [root / "README.md", root / "CONTRIBUTING.md", *root.glob("nbs/**/*.ipynb")]
+    for file in texts:
+        cells = json.loads(file.read_text())["cells"] if file.suffix == ".ipynb" else [{"cell_type": "markdown", "source": [file.read_text()]}]
+        for text in ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"):
+            steps += [line.split("merge-lab ", 1)[1].split() for line in text.replace("\\\n", " ").splitlines() if "merge-lab " in line]
+    found = [words for words in steps if words and words[0] in CONFIGS]
+    assert len(found) > 20
+    for name, *words in found:
+        flags = {re.match(r"[\w-]*", word[2:])[0] for word in words if word.startswith("--")}
+        assert not flags & alias_names(CONFIGS[name]).keys(), (name, words)

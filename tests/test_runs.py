@@ -17,7 +17,7 @@ from merge_lab.checkpoints import load_tokenizer
 from merge_lab.commands import COMMANDS, find_object, System, SYSTEMS
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import bundled_path
+from merge_lab.run_folder import begin_run, bundled_path
 from merge_lab.runs import BrowserView, compare_runs, read_alphas, Run, RunBrowser
 from merge_lab.systems import dam, layer_merge, lora, lora_merge, mask_merge, quantize, router
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_tokenizer
@@ -171,7 +171,7 @@ def test_every_system_is_known_by_one_option():
     for kind, system in SYSTEMS.items():
         assert [name for name in fields if system.mark in fields[name]] == [kind]
         assert not system.steps or system.steps[0] in fields[kind]
-    assert set(SYSTEMS) == set(COMMANDS) - {"align", "dam-topk", "memory", "preflight", "verify", "export", "push", "demo", "real"}
+    assert set(SYSTEMS) == set(COMMANDS) - {"align", "memory", "preflight", "verify", "export", "push", "demo", "compare", "real"}
 
 
 def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_path):
@@ -215,6 +215,13 @@ def test_a_run_is_listed(browser, table, kind):
     assert row["alphas"] == (kind in (*MASKED, "layer-merge"))
     history = browser.run(kind).history()
     assert len(history) == STEPS[kind] and history["loss"].notna().all()
+
+
+def test_a_dataset_of_teachers_is_listed_as_what_it_is(browser, table):
+    row = table.loc["dam-data"]
+    assert row["system"] == "dam-topk" and not row["alphas"] and not row["merged"]
+    with pytest.raises(ValueError, match="a run of dam-topk leaves no plain checkpoint"):
+        browser.run("dam-data").export()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if STEPS[kind]])
@@ -377,6 +384,24 @@ def test_a_run_that_has_just_begun_is_listed(tmp_path):
     assert row["steps"] == 0 and row["loss"] != row["loss"] and row["wanted"] is None
     with pytest.raises(ValueError, match="no run with a history"):
         compare_runs({"new": Run(tmp_path / "new").history()})
+
+
+@pytest.mark.parametrize("home", [Path("."), Path("home")])
+def test_runs_of_a_router_are_listed_where_they_are_by_default(tmp_path, monkeypatch, home):
+    "Beside runs/, whether that is there or not."
+    from merge_lab.systems.router import RouterConfig
+
+    monkeypatch.chdir(tmp_path)
+    config = RouterConfig(model_path="quantized")
+    begin_run(config, home / config.output_dir)
+    begin_run(config, home / config.output_dir / "second")
+    for there in (False, True):
+        browser = RunBrowser(home / "runs")
+        assert set(browser.table().index) - {"mine"} == {"../router_checkpoints", "../router_checkpoints/second"}
+        assert (browser.table()["system"] == "router").all()
+        assert browser.run("../router_checkpoints").config["model_path"] == "quantized"
+        begin_run(config, home / "runs/mine") if not there else None
+    assert set(RunBrowser(home).table().index) == {"router_checkpoints", "router_checkpoints/second", "runs/mine"}
 
 
 def test_a_damaged_run_does_not_hide_the_others(tmp_path):

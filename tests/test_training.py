@@ -17,22 +17,12 @@ from merge_lab.config import config_to_yaml
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import bundled_path, RunInterrupted
-from merge_lab.systems.mask_merge import demo_config, make_trainer, prepare, run, train
+from merge_lab.systems.mask_merge import make_trainer, prepare, run, train
 from merge_lab.teacher_cache import TeacherCache
 from merge_lab.tinylm import tiny_experts
 from merge_lab.training import StopCallback
 
-
-def small(tmp_path, **options):
-    tasks = ("rewrite", "summarize")
-    defaults = dict(
-        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
-        max_steps=6,
-        eval_samples=4,
-        per_device_train_batch_size=4,
-        report=False,
-    )
-    return demo_config(output_dir=str(tmp_path / "run"), **{**defaults, **options})
+from small_runs import small
 
 
 class Poison(TrainerCallback):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'PUBLISHED', 'INIT_KINDS', 'NON_LINEARITIES', 'DAM_FILE', 'DAMConfig', 'take_unmerged', 'DAMMerger',
            'kind_of', 'randomise', 'merge', 'push', 'show_merge', 'check_loss', 'DAMLossConfig', 'task_angles',
-           'dam_objective', 'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of',
+           'dam_objective', 'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'inputs_of',
            'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer',
            'rows_to_score', 'check_scored', 'score_export', 'clear_export', 'DAMRun', 'train', 'show_run',
            'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
-from ..chat import load_task, take_rows
+from ..chat import take_rows
 from ..checkpoints import component_names, load_tokenizer
 from ..components import check_components, load_components, load_model
 from ..config import check_choice, check_options, option, Options, recipe_options
 from ..constraints import OF_ANY_NUMBER, WITH_ANCHOR
-from ..devices import full, set_seed
-from ..evaluation import encode_task, evaluate_models, UNIFORM
+from ..devices import find_device, full, set_seed
+from ..evaluation import encode_task, evaluate_models, load_tests, UNIFORM
 from ..held_out import HeldOut, told_held_out
 from ..lesson import patch_to
 from ..loop_config import LoopConfig
@@ -40,9 +40,9 @@ from ..masks import MaskedModule
 from ..merger import Merger, module_kind, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_going_on, check_outside, check_run, one_run, resume_command, stopped, write_json
+from ..run_folder import begin_run, check_one_process, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json
 from merge_lab.teacher_dataset import (
-    chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, find_device, local_path, read_dataset, read_facts, TopkCollator,
+    chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, local_path, read_dataset, read_facts, TopkCollator,
 )
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
@@ -186,16 +186,18 @@ def from_pretrained(
     return merger
 
 # %% ../../nbs/40_systems/02_dam.ipynb #49dd31ef
+@patch_to(DAMMerger, "saved_config")
+@property
+def _saved_config(self) -> MergerConfig:
+    "Paths that end with the base's, also where it is no component."
+    blended = self.merger_config
+    return blended if self.use_base_model else dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path], base_model=None)
+
+
 @patch_to(DAMMerger, "save_pretrained")
 def _save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks, config and what only DAM knows; models are referred to, not copied."
-    blended = self.merger_config
-    if not self.use_base_model:
-        self.merger_config = dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path], base_model=None)
-    try:
-        Merger.save_pretrained(self, folder, is_main_process)
-    finally:
-        self.merger_config = blended
+    Merger.save_pretrained(self, folder, is_main_process)
     if is_main_process:
         write_json(Path(folder) / DAM_FILE, {"use_base_model": self.use_base_model, "model_ids": self.model_ids})
 
@@ -232,8 +234,9 @@ def merge(config: DAMConfig) -> DAMMerger:
             f"base_model={config.base_model!r}, model_paths={config.model_paths}: expected a base and at least two models "
             "to blend. Name another model, or blend the base too (use_base_model)."
         )
+    check_one_process("dam-merge")
     folder, device = check_run(config.output_dir, overwrite=config.overwrite), find_device(config.device)
-    check_outside(folder, [config.base_model, *config.model_paths], config.overwrite)
+    check_outside(folder, [config.base_model, *config.model_paths, config.cache_dir], config.overwrite)
     kinds = ["linear"] + ["embedding"] * config.use_embedding_layers + ["norm"] * config.merge_layernorms
     paths = [local_path(path, config.cache_dir) for path in (*config.model_paths, config.base_model)]
     constrain_mode = NON_LINEARITIES[config.non_linearity]
@@ -425,8 +428,8 @@ class DAMTrainConfig(DAMLossConfig):
     cache_dir: str | None = option(None, "Where models from the hub are kept", group="Output", resumable=True, recipe=False)
     output_dir: str = option("runs/dam/trained", "Folder for coefficients, history and merged checkpoint", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write the merged checkpoint to output_dir/merged", group="Output", resumable=True, recipe=False, aliases=("export",))
-    eval_samples: int = option(
-        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; 0: no scores", low=0, group="Output",
+    eval_samples: int | None = option(
+        0, "Test rows of each dataset on which the models and the merged checkpoint are scored; none: all; 0: no scores", low=0, group="Output",
         resumable=True, recipe=False, aliases=("score_rows",),
     )
     resume: bool = option(False, "Go on with the run in output_dir", group="Output", resumable=True, recipe=False)
@@ -434,7 +437,7 @@ class DAMTrainConfig(DAMLossConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.eval_samples and not self.save_merged:
+        if self.eval_samples != 0 and not self.save_merged:
             raise ValueError(f"eval_samples={self.eval_samples}, save_merged=False: it is the exported checkpoint that is scored. Set save_merged.")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #78cd95cf
@@ -443,6 +446,13 @@ def recipe_of(config: DAMTrainConfig) -> dict:
     return {"training": recipe_options(config)}
 
 # %% ../../nbs/40_systems/02_dam.ipynb #7b3d5f1f
+def inputs_of(config: DAMTrainConfig) -> list[str | None]:
+    "What training and its scores read: both folders, and the models and datasets that they name. Raises `FileNotFoundError` or `ValueError` without them."
+    merged = read_merger_config(config.untrained_merged_model_name)
+    named = [*merged.model_paths, merged.base_model, *read_facts(config.hf_disk_dataset_dir)["datasets"]]
+    return [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model, config.cache_dir, *named]
+
+
 def load_untrained(config: DAMTrainConfig) -> DAMMerger:
     "The model of dam-merge, with its models where they are now."
     paths = read_merger_config(config.untrained_merged_model_name).model_paths
@@ -508,11 +518,7 @@ def make_trainer(
 # %% ../../nbs/40_systems/02_dam.ipynb #84e46486
 def rows_to_score(config: DAMTrainConfig) -> dict[str, list[dict]]:  # dataset -> conversations; empty without eval_samples
     "Rows to score on. Raises `ValueError` for a dataset that has no test split."
-    if not config.eval_samples:
-        return {}
-    paths = read_facts(config.hf_disk_dataset_dir)["datasets"]
-    rows = [load_task(path, "test", cache_dir=config.cache_dir)[: config.eval_samples] for path in paths]
-    return dict(zip(component_names(paths), rows))
+    return load_tests(read_facts(config.hf_disk_dataset_dir)["datasets"], n=config.eval_samples, cache_dir=config.cache_dir)
 
 
 def check_scored(merger: DAMMerger, tests: dict[str, list[dict]]):
@@ -559,12 +565,10 @@ class DAMRun(NamedTuple):
 @one_run
 def train(config: DAMTrainConfig) -> DAMRun:
     "Train the coefficients of a merged model, save them and export the merge. Raises `RunInterrupted` if it was stopped."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
-    inputs = [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model]
-    check_outside(folder, inputs, config.overwrite)
     set_seed(config.seed)
+    folder = Path(config.output_dir)
     arguments = loop_arguments(config, folder)
-    checkpoint = check_going_on(config, folder, arguments.world_size)
+    checkpoint = check_start(config, folder, inputs_of(config), arguments.world_size)
     trainer, history, stopper = make_trainer(config, arguments)
     tests, scores = rows_to_score(config), None
     check_scored(trainer.model, tests)

@@ -30,20 +30,20 @@ from merge_lab.adapters import (
 )
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import load_tokenizer, read_component
-from ..config import check_options, did_you_mean, option, Options
+from ..config import card_options, check_options, did_you_mean, option, Options
 from ..devices import best_device, set_seed
 from ..diagnosis import curves_figure, explain_memory_errors, HistoryLog, training_curves, training_diagnostics
 from ..lesson import patch_to
 from ..packing import eager_attention, shared_lines, SHORT
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, one_run, resume_command, RunInterrupted, write_json, write_text,
+    begin_run, bundled_path, check_one_process, check_start, one_run, resume_command, stopped, write_json, write_text,
 )
 from merge_lab.sft_data import (
     bytes_of_token, check_padding, count_words, curriculum, encode_dataset, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
     split_batch, task_names, validation_budget, validation_sample,
 )
 from merge_lab.sft_trainer import (
-    build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults, validate_at, without_cache,
+    build_trainer, learned_positions_only, make_sft_config, release_memory, remake, sft_defaults, validate_at,
 )
 from ..training import StopCallback
 
@@ -119,11 +119,9 @@ class LoRAPipelineConfig(Options):
 
 # %% ../../nbs/40_systems/04_lora.ipynb #fb7c1631
 def check_lora_run(config: LoRAPipelineConfig):
-    "Raise for what would make a run fail, before anything of an older run is cleared."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
-    given = [config.base_model, *config.datasets, "" if config.eval_dataset == "none" else config.eval_dataset]
-    check_outside(folder, given, config.overwrite)
-    check_going_on(config, folder)
+    "Raise `ValueError`, or `OSError` for the folder, before anything of an older run is cleared."
+    given = [config.base_model, *config.datasets, "" if config.eval_dataset == "none" else config.eval_dataset, config.chat_template]
+    check_start(config, config.output_dir, given, 1)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #d309e9f4
 def config_rows(
@@ -234,7 +232,7 @@ class SmoLoRA:
         self.sft_config = make_sft_config(self.output_dir, sft, self.device, self.base_model_name)
         self._eval_given, self._asked = self.eval_dataset, self.output_dir
         self._known = dict(vars(self.peft_config)), dict(vars(self.sft_config))
-        self.model, self.trainer = None, None
+        self.model, self.trainer, self.options = None, None, {}  # the last: of a config, for the card
         self.log_history, self._earlier = [], []  # all that was logged; of it, what was before the last call of train()
         self._sealed = True
 
@@ -312,6 +310,7 @@ def make_lora(
         device=None if config.device == "auto" else config.device,
     )
     lora.tokenizer = tokenizer
+    lora.options = card_options(config, ["base_model", "datasets", "eval_dataset", "chat_template"])
     if config.curriculum:
         use_curriculum(lora)
     return lora
@@ -327,7 +326,8 @@ def recorded(folder: str | Path) -> dict:
 
 
 def recipe_of(lora: SmoLoRA) -> dict:
-    "How an adapter was trained, in a few lines."
+    "How an adapter was trained, in a few lines; of a pipeline's run also its options."
+    options = {"options": lora.options} if lora.options else {}
     adapter, sft, state = lora.model.peft_config["default"], lora.trainer.args, lora.trainer.state
     return {
         "rows": f"{len(lora.dataset)} ({layout_of(lora.dataset)})",
@@ -336,7 +336,7 @@ def recipe_of(lora: SmoLoRA) -> dict:
         "learning rate": f"{sft.learning_rate:g}, {sft.lr_scheduler_type.value}, {sft.warmup_steps} steps of warm-up",
         "arithmetic": "bf16" if sft.bf16 else "fp16" if sft.fp16 else "fp32",
         "seed": str(sft.seed),
-    }
+    } | options
 
 # %% ../../nbs/40_systems/04_lora.ipynb #84641931
 def write_card(
@@ -353,7 +353,9 @@ def write_card(
         data["base_model"] = [base]
     elif not Path(base).is_absolute():
         data["base_model"] = base
-    lines = [f"- {name}: {value}" for name, value in recipe.items()] or ["- not recorded"]
+    lines = [f"- {name}: {value}" for name, value in recipe.items() if name != "options"] or ["- not recorded"]
+    if recipe.get("options"):
+        lines += ["", "```yaml", yaml.safe_dump(recipe["options"], sort_keys=False, allow_unicode=True).strip(), "```"]
     said = f"\n{verdict[0].upper()}{verdict[1:]}\n" if verdict else ""
     text = f"# LoRA {kind} of {Path(base).name if is_here else base}\n{said}\n## Training\n\n" + "\n".join(lines)
     write_text(Path(folder) / "README.md", f"---\n{yaml.safe_dump(data, sort_keys=True)}---\n\n{text}\n")
@@ -408,7 +410,7 @@ def _training_aids(lora: SmoLoRA, model: nn.Module, args):  # args: SFTConfig
     "What holds while a pipeline's model is trained."
     short = args.use_cpu and args.bf16 and longest_row(lora.dataset, lora.tokenizer, args.max_length) <= SHORT
     share = shared_lines(model, not (args.torch_compile or args.fsdp or args.deepspeed))
-    with without_cache(model.config), eager_attention(model, short), share, learned_positions_only(), explain_memory_errors():
+    with eager_attention(model, short), share, learned_positions_only(), explain_memory_errors():
         yield
 
 
@@ -565,9 +567,8 @@ def _train_until_stopped(lora: SmoLoRA, config: LoRAPipelineConfig, stopper: Sto
     finally:
         stopper.close()
     if stopper.requested.is_set():
-        go_on = "Growing ranks start anew" if config.ranks else f"Go on with: {resume_command('lora', lora.output_dir)}"
-        state = lora.trainer.state
-        raise RunInterrupted(f"stopped after step {state.global_step} of {state.max_steps}; the adapter so far is in {lora.adapter_dir}. {go_on}.")
+        anew, go_on = (". Growing ranks start anew", "") if config.ranks else ("", resume_command("lora", lora.output_dir))
+        raise stopped(lora.trainer.state, f"the adapter so far is in {lora.adapter_dir}{anew}", go_on)
     return stages if config.ranks else None
 
 # %% ../../nbs/40_systems/04_lora.ipynb #7a6cc5e1
@@ -603,9 +604,10 @@ def run(
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
     **sft,  # options of SFTConfig beyond those of the config
 ) -> dict:  # lora, curves, diagnostics, pace, report of the merge, stages of growing ranks
-    "Train, diagnose, merge; everything is written to `config.output_dir`. Raises `RunInterrupted` if it was stopped."
+    "Train, diagnose, merge; everything is written to `config.output_dir`. Raises `RunInterrupted` if it was stopped, `ValueError` for several processes."
     from merge_lab.figures import save_figure
 
+    check_one_process("lora")
     set_seed(config.seed)
     check_lora_run(config)
     stopper = StopCallback()

@@ -41,7 +41,7 @@ from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, Merg
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
 from ..merger_config import MergerConfig
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_going_on, check_outside, check_run, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
+    begin_run, bundled_path, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
     write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
@@ -77,7 +77,11 @@ class LoRAMergeConfig(TrainConfig):
         "auto", "Of the base in memory and of merged/; auto: as stored", group="Components",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
-    eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none given: all; 0: no scores", low=0, group="Output", resumable=True, recipe=False)
+    gradient_checkpointing: bool | None = option(
+        False, "Recompute activations in backward: less memory, a third more time; nothing is estimated here: ask for it where a run does not fit",
+        group="Memory", resumable=True,
+    )
+    eval_samples: int | None = option(200, "Test rows of each dataset that are scored; none: all; 0: no scores", low=0, group="Output", resumable=True, recipe=False)
     eval_split: str = option("test", "Split that the scores are taken on; a single file of rows is split 8:1:1", group="Output", resumable=True, recipe=False)
     save_merged: bool = option(True, "Write merged/, a plain model, beside the adapter", group="Output", resumable=True, recipe=False, aliases=("merged",))
     output_dir: str = option("runs/lora_merge", "Folder of the run", group="Output", resumable=True, recipe=False)
@@ -230,7 +234,7 @@ class AdapterMerger(Merger):
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #0a3c4f60
 @patch_to(AdapterMerger)
 def init_masks(self, mask_init: dict):
-    "Start all masks from the same alphas."
+    "Start all masks from the same alphas. Raises `ValueError` for another strategy than uniform."
     check_choice("mask_init strategy", mask_init["strategy"], ["uniform"])
     n = self.n_components
     for _, leaf, key in self.masked_parameters():
@@ -447,16 +451,14 @@ def train_adapter_masks(
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #5727d797
 def check_merge_run(config: LoRAMergeConfig):
-    "Raise for what would make a run fail, before anything of an older run is cleared."
-    folder = check_run(config.output_dir, config.resume, config.overwrite)
-    check_outside(folder, [config.base_model, *config.adapters, *config.datasets], config.overwrite)
-    check_going_on(config, folder)
+    "Raise `ValueError`, or `OSError` for the folder, before anything of an older run is cleared."
+    check_start(config, config.output_dir, [base_path(config), *config.adapters, *config.datasets, config.chat_template], 1)
 
 
 def rows_to_score(config: LoRAMergeConfig) -> dict:  # task -> rows; empty: nothing is scored
     "Test rows of each dataset; why there are none is logged."
     try:
-        return {} if config.eval_samples == 0 else load_tests(config.datasets, config.eval_split, config.eval_samples)
+        return load_tests(config.datasets, config.eval_split, config.eval_samples)
     except ValueError as error:
         logger.warning("no scores: %s", error)
         return {}
@@ -497,7 +499,8 @@ def run(
     config: LoRAMergeConfig,
     callbacks: Sequence = (),  # transformers.TrainerCallback objects: live curves, memory, a stop button
 ) -> dict:  # merger, history, alphas, report of the merge
-    "Blend the adapters of a config; write masks, adapter and merged model to `config.output_dir`."
+    "Blend the adapters of a config; write masks, adapter and merged model to `config.output_dir`. Raises `RunInterrupted` if it was stopped, `ValueError` for several processes."
+    check_one_process("lora-merge")
     set_seed(config.seed)
     check_merge_run(config)
     arguments = training_arguments(config, config.output_dir)

@@ -23,7 +23,7 @@ from ..components import load_model
 from ..config import check_options, option, Options
 from ..devices import best_device
 from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, write_quantized
-from ..run_folder import begin_run, check_disk_space, check_start, one_run
+from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run
 from ..text_windows import text_windows, Window
 
 logger = logging.getLogger(__name__)
@@ -84,18 +84,18 @@ class QuantizeConfig(Options):
     "Options of `merge-lab quantize`."
 
     model_path: str = option("", "Model to quantise: a folder or a hub name", group="Model and text")
-    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run", resumable=True)
+    output_dir: str = option("runs/quantized", "Folder of the quantised model", group="Run", resumable=True, recipe=False)
     seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
     parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
     dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
     max_length: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
     num_samples: int = option(128, "Calibration windows in all", low=1, high=1_000_000, group="Model and text", aliases=("num_examples",))
     dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
-    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True)
+    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
     seed: int = option(42, "Seed of the calibration windows", group="Run", aliases=("random_state",))
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
-    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True)
-    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True)
+    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True, recipe=False)
+    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True, recipe=False)
 
     def __post_init__(self):
         check_options(self)
@@ -103,7 +103,7 @@ class QuantizeConfig(Options):
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #4093cfa0
 def check_folder(config: QuantizeConfig):
-    "Raise for what is wrong with the folder of the run, without touching it."
+    "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
     check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
@@ -112,6 +112,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model, or for one that cannot be quantised."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
+    check_one_process("quantize")
     check_folder(config)
     device = torch.device(config.device or best_device())
     tokenizer = load_tokenizer(config.model_path)

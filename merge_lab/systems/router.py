@@ -39,7 +39,7 @@ from ..loop_config import LoopConfig
 from ..nested_model import read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
-from ..run_folder import atomic_path, begin_run, check_start, last_checkpoint, one_run, resume_command, RunInterrupted, save_tensors, write_json
+from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
 from ..text_windows import collate, score_windows, text_windows, Window, windows_at_once
 from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
@@ -107,16 +107,16 @@ class RouterConfig(Options):
     curriculum: bool = option(False, "Begin with the windows that are easy at full precision", group="Training")
     router_hidden: int = option(64, "Width of the routers", low=1, group="Router")
     dropout: float = option(0.0, "Dropout in the routers", low=0, high=0.9, group="Router")
-    eval_batch_size: int | None = option(None, "Windows of a pass without gradients; none: as many as keep their logits below 1 GiB, at most 32", low=1, group="Run", resumable=True)
-    keep_weights: bool = option(False, "Keep all layers dequantised: faster, more memory", group="Run", resumable=True)
-    output_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run", resumable=True, aliases=("save_dir",))
-    save_steps: int = option(20, "Steps between checkpoints to go on from; 0: none, unless the run is stopped", low=0, group="Run", resumable=True)
-    save_total_limit: int = option(2, "Checkpoints to go on from that are kept", low=1, group="Run", resumable=True)
+    eval_batch_size: int | None = option(None, "Windows of a pass without gradients; none: as many as keep their logits below 1 GiB, at most 32", low=1, group="Run", resumable=True, recipe=False)
+    keep_weights: bool = option(False, "Keep all layers dequantised: faster, more memory", group="Run", resumable=True, recipe=False)
+    output_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run", resumable=True, recipe=False, aliases=("save_dir",))
+    save_steps: int = option(20, "Steps between checkpoints to go on from; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
+    save_total_limit: int = option(2, "Checkpoints to go on from that are kept", low=1, group="Run", resumable=True, recipe=False)
     seed: int = option(42, "Seed of windows, routers and order", group="Run", aliases=("random_state",))
-    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True)
+    device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
-    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True)
-    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True)
+    resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True, recipe=False)
+    overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True, recipe=False)
 
     def __post_init__(self):
         check_options(self)
@@ -188,6 +188,7 @@ def arguments_of(
     steps: int,  # of the run
 ):
     "What the shared loop is told. Raises `ValueError` if several processes were started."
+    check_one_process("router")
     device = torch.device(config.device or best_device()).type
     loop = LoopConfig(
         learning_rate=config.learning_rate, max_steps=max(1, steps), per_device_train_batch_size=1, lr_scheduler_type=config.lr_scheduler_type,
@@ -195,8 +196,6 @@ def arguments_of(
         save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, device=device if device in ("cpu", "cuda", "mps") else "auto",
     )  # fmt: skip
     arguments = training_arguments(loop, config.output_dir)
-    if arguments.world_size > 1:
-        raise ValueError(f"router: torchrun started {arguments.world_size} processes, and routers train in one. Start it without torchrun.")
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a sample is a whole step: it cannot be divided
     return arguments
 
@@ -527,7 +526,7 @@ def fit(
 
 # %% ../../nbs/40_systems/05_router.ipynb #43f6d689
 def check_folder(config: RouterConfig):
-    "Raise for what is wrong with the folder of the run, without touching it."
+    "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
     check_start(config, config.output_dir, [config.model_path, *config.dataset])
 
 
@@ -558,19 +557,20 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     "Train routers for a quantised model; returns the model with the best ones, and the epochs. Raises `ValueError` without a model, `RunInterrupted` if it was stopped."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder made by `merge-lab quantize`. Say which model gets routers.")
+    check_one_process("router")
     read_quantized(Path(config.model_path))
     check_folder(config)
     set_seed(config.seed)
     model, train, validation = load_parts(config)
     trainer = RouterTrainer(model, config, train, validation)
     folder = begin_run(config, config.output_dir)
-    go_on = f"Go on with: {resume_command('router', folder)}"
+    go_on = resume_command("router", folder)
     try:
         epochs = trainer.fit(last_checkpoint(folder) if config.resume else None)
     except KeyboardInterrupt as error:
-        raise RunInterrupted(f"stopped before the first step or a second time; what was measured is in {folder}. {go_on}") from error
+        raise stopped(None, f"what was measured is in {folder}", go_on) from error
     if trainer.stopper.requested.is_set():
-        raise RunInterrupted(f"stopped after step {trainer.state.global_step} of {trainer.total}; the best routers so far are in {folder}. {go_on}")
+        raise stopped(trainer.state, f"the best routers so far are in {folder}", go_on)
     epochs.attrs["folder"], epochs.attrs["model_path"] = str(folder), config.model_path
     return model, epochs
 

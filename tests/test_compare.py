@@ -1,0 +1,279 @@
+"Opponents are what they are called, and a comparison that was stopped is the comparison it would have been."
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from merge_lab import compare, search
+from merge_lab.chat import load_task, write_jsonl
+from merge_lab.cli import main
+from merge_lab.compare import CompareConfig, read_suite, run
+from merge_lab.components import load_model
+from merge_lab.lineup import average, Lineup
+from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
+from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, write_recipe
+from merge_lab.regmean import regmean, regmean_plus
+from merge_lab.run_folder import bundled_path, read_rows, RunInterrupted
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
+
+pytest.importorskip("optuna")
+pytest.importorskip("mergekit.merge_methods.api")
+RANDOM = {"dare_linear", "dare_ties", "della", "della_linear"}  # what is dropped depends on the order of tensors
+
+
+def lined_up(experts, base=None, paths=("a", "b"), rows=()):
+    "A line-up of models in memory."
+    states = [{name: p.detach().clone() for name, p in model.named_parameters()} for model in experts]
+    ancestor = None if base is None else {name: p.detach().clone() for name, p in base.named_parameters()}
+    return Lineup([str(path) for path in paths], None if base is None else "base", list("abc"[: len(states)]), states, ancestor, experts[0], None, list(rows))
+
+
+def read_rows_of(n_tokens, vocab=64, seed=0):
+    "Random token rows."
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(4, vocab, (16,), generator=generator).tolist()} for _ in range(n_tokens // 16)]
+
+
+# ---- mergekit ----
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_untrained_masks_are_mergekit_s_merge(method, tied):
+    "float32, to 1e-6: one coefficient for each component, and the arc between two."
+    lineup = lined_up(tiny_experts(n=2, tie_word_embeddings=tied))
+    if method == "linear":
+        config, setting = MergerConfig(mode="scalar", constrain_mode="identity", mask_init={"strategy": "uniform", "factors": [0.3, 0.7]}), {"weight 1": 0.3, "weight 2": 0.7}
+    else:
+        config, setting = MergerConfig(mode="scalar", constrain_mode="spherical", mask_init={"strategy": "spherical", "parameters": 0.3}), {"t": 0.3}
+    ours = Merger(tiny_experts(n=2, tie_word_embeddings=tied), config).merged_state_dict()
+    theirs = merge_by_mergekit(lineup, method, setting)
+    assert set(theirs) == set(ours) and ("lm_head.weight" in ours) != tied
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    alone = average(lineup)
+    assert any((theirs[name] - alone[name]).abs().max() > 1e-2 for name in alone)
+
+
+def test_what_is_merged_in_memory_is_what_the_yaml_makes(tmp_path):
+    "Every method of mergekit that drops nothing at random, by its own run_merge."
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    experts, base = tiny_experts(n=2), tiny_model(seed=0)
+    lineup = lined_up(experts, base, [save_tiny(model, tmp_path / name) for name, model in zip("ab", experts)])
+    lineup.base_path = str(save_tiny(base, tmp_path / "base"))
+    for method in set(METHODS) - RANDOM:
+        settings = [start_of(OPPONENTS[method].space(2))]
+        settings += [{name: dial.choices[-1] for name, dial in OPPONENTS[method].space(2).items() if dial.choices}] if any(d.choices for d in OPPONENTS[method].space(2).values()) else []
+        for k, setting in enumerate(settings):
+            setting = settings[0] | setting | ({"weight 1": 0.9, "weight 2": 0.4} if "weight 1" in settings[0] else {})
+            out = tmp_path / f"{method}-{k}"
+            recipe = as_recipe(method, setting, lineup.paths, lineup.base_path)
+            run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(copy_tokenizer=True, quiet=True))
+            ours, theirs = merge_by_mergekit(lineup, method, setting), dict(load_model(out).named_parameters())
+            assert set(ours) == set(theirs), method
+            for name, tensor in theirs.items():
+                torch.testing.assert_close(ours[name], tensor.detach(), rtol=1e-6, atol=1e-6, msg=f"{method} {setting} {name}")
+
+
+def test_a_recipe_without_base_has_the_first_model_s_settings(tmp_path):
+    "mergekit takes them from any of its models, by chance."
+    for name, model, end in zip("ab", tiny_experts(n=2), (2, 9)):
+        model.config.eos_token_id = model.generation_config.eos_token_id = end
+        save_tiny(model, tmp_path / name)
+    models = "".join(f"  - model: {tmp_path / name}\n    parameters: {{weight: 0.5}}\n" for name in "ba")
+    (tmp_path / "linear.yml").write_text(f"merge_method: linear\nmodels:\n{models}dtype: float32\n")
+    merge_recipe(tmp_path / "linear.yml", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 9
+    merged, a, b = (dict(load_model(tmp_path / name).named_parameters()) for name in ("out", "a", "b"))
+    for name in a:
+        torch.testing.assert_close(merged[name], (a[name] + b[name]) / 2)
+
+
+def test_weights_are_normalised_or_not_as_the_yaml_says(tmp_path):
+    lineup = lined_up(tiny_experts(n=2), tiny_model(seed=0))
+    lineup.base_path = "base"
+    for method, opponent in OPPONENTS.items():
+        if opponent.mergekit and "weight 1" in opponent.space(2):
+            write_recipe(lineup, method, start_of(opponent.space(2)), tmp_path / "it.yml")
+            said = (tmp_path / "it.yml").read_text()
+            assert "normalize" in said or method == "nuslerp", method  # whose weights are a ratio
+    for method in ("linear", "ties"):
+        once, twice = (merge_by_mergekit(lineup, method, {"weight 1": w, "weight 2": w} | ({"density": 1.0} if method == "ties" else {})) for w in (0.4, 0.8))
+        same = all(torch.allclose(once[name], twice[name], atol=1e-6) for name in once)
+        assert same == (method == "linear")
+
+
+# ---- closed forms ----
+
+
+def inputs_of(model, rows, names):
+    "What goes into linears, by a full forward of each row: numpy, one row for each token."
+    caught = {name: [] for name in names}
+    hooks = [model.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: caught[name].append(args[0][0].double().numpy())) for name in names]
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row["input_ids"]]))
+    for hook in hooks:
+        hook.remove()
+    return {name: np.concatenate(x) for name, x in caught.items()}
+
+
+def nearest(inputs, weights):
+    "Least squares over all components' tokens, each component's counted as one: (in, out)."
+    scaled = [x / math.sqrt(len(x)) for x in inputs]
+    return np.linalg.lstsq(np.concatenate(scaled), np.concatenate([x @ w for x, w in zip(scaled, weights)]), rcond=None)[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_regmean_is_least_squares_on_the_experts_own_inputs(architecture):
+    experts = tiny_experts(architecture, n=2)
+    rows = [read_rows_of(320, seed=1), read_rows_of(480, seed=2)]
+    turned = architecture == "gpt2"  # stores (in, out)
+    found, mean = regmean(lined_up(tiny_experts(architecture, n=2), rows=rows), scale=1.0), average(lined_up(experts))
+    names = [name for name, module in experts[0].named_modules() if type(module).__name__ in ("Linear", "Conv1D") and f"{name}.weight" in found]
+    assert len(names) > 7 or turned
+    inputs = [inputs_of(model, some, names) for model, some in zip(experts, rows)]
+    for name in names:
+        weights = [model.get_submodule(name).weight.detach().double().numpy() for model in experts]
+        expected = nearest([x[name] for x in inputs], [w if turned else w.T for w in weights])
+        torch.testing.assert_close(found[f"{name}.weight"].double(), torch.tensor(expected if turned else expected.T), rtol=1e-3, atol=1e-3, msg=name)
+    rest = set(found) - {f"{name}.weight" for name in names}
+    assert rest and all(torch.equal(found[name], mean[name]) for name in rest)
+
+
+def test_regmean_plus_takes_inputs_from_the_merged_layers_before():
+    experts, rows = tiny_experts(n=2), [read_rows_of(320, seed=1), read_rows_of(320, seed=2)]
+    found = regmean_plus(lined_up(tiny_experts(n=2), rows=rows), scale=1.0)
+    merged = tiny_model()
+    merged.load_state_dict(average(lined_up(experts)), strict=False)
+    for layer in range(2):
+        names = [name for name, module in merged.named_modules() if isinstance(module, torch.nn.Linear) and f"layers.{layer}." in name]
+        whole, inputs = {name: p.detach().clone() for name, p in merged.named_parameters()}, []
+        for expert, some in zip(experts, rows):
+            own = {name: p.detach() for name, p in expert.named_parameters() if f"layers.{layer}." in name}
+            merged.load_state_dict(whole | own, strict=False)
+            inputs.append(inputs_of(merged, some, names))
+        for name in names:
+            weights = [expert.get_submodule(name).weight.detach().double().numpy().T for expert in experts]
+            whole[f"{name}.weight"] = torch.tensor(nearest([x[name] for x in inputs], weights).T, dtype=torch.float32)
+            torch.testing.assert_close(found[f"{name}.weight"], whole[f"{name}.weight"], rtol=2e-3, atol=2e-3, msg=name)
+        merged.load_state_dict(whole, strict=False)
+
+
+# ---- a comparison ----
+
+SMALL = dict(suite="toy-pair", methods=["linear", "ties", "karcher"], trials=4, max_steps=2, train_rows=8, val_rows=8, eval_samples=8, metric="loss", minutes=60.0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "Options of a small comparison, on a few rows of the bundled tasks."
+    root, datasets = tmp_path_factory.mktemp("compare"), []
+    for task in ("rewrite", "summarize"):
+        for split in ("train", "validation", "test"):
+            write_jsonl(root / task / f"{split}.jsonl", load_task(bundled_path(f"tasks/{task}"), split)[:16])
+        datasets.append(str(root / task))
+    return SMALL | {"datasets": datasets}
+TOOK = ("seconds", "peak GiB")
+
+
+def what_was_found(result):
+    "The table without what the clock says."
+    return result.table.drop(columns=[("cost", name) for name in TOOK])
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    return run(CompareConfig(**small, output_dir=str(tmp_path_factory.mktemp("compare") / "whole")))
+
+
+def test_a_comparison_that_is_stopped_goes_on_to_the_same_table(small, whole, tmp_path, monkeypatch):
+    "Stopped in the search, and again in training; a line that was cut off is made again."
+    config = CompareConfig(**small, output_dir=str(tmp_path / "cut"))
+    usual, calls = search.try_setting, []
+
+    def third_time_is_a_stop(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return usual(*arguments)
+
+    monkeypatch.setattr(search, "try_setting", third_time_is_a_stop)
+    with pytest.raises(RunInterrupted, match="merge-lab compare .*config.yaml --resume"):
+        run(config)
+    with open(tmp_path / "cut" / "seed-0" / "trials" / "linear.jsonl", "a") as out:
+        out.write('{"trial": 1, "set')
+    resumed = dataclasses.replace(config, resume=True)
+    monkeypatch.setattr(search, "try_setting", usual)
+    monkeypatch.setattr(compare, "merge_masks", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(RunInterrupted):
+        run(resumed)
+    monkeypatch.undo()
+    monkeypatch.setattr(compare, "write_compare_report", lambda *_: None)
+    assert what_was_found(run(resumed)).equals(what_was_found(whole))
+    assert [len(read_rows(file)) for file in sorted((tmp_path / "cut" / "seed-0" / "trials").iterdir())] == [len(read_rows(file)) for file in sorted((whole.folder / "seed-0" / "trials").iterdir())]
+
+
+def test_a_comparison_leaves_what_it_promises(small, whole):
+    for name in ("config.yaml", "rows.jsonl", "table.csv", "verdict.txt", "results.json", "report.html", "deltas.csv", "plots/share_against_seconds.png", "plots/deltas.png", "seed-0/best/linear.yml"):
+        assert (whole.folder / name).is_file(), name
+    assert whole.verdict.startswith("Use ") and whole.verdict.split(";")[0] in (whole.folder / "report.html").read_text()
+    assert whole.table.loc["base", ("worst task", "recovered")] == 0
+    trained = whole.table.loc["learned masks", ("cost", "trained numbers")]
+    assert trained == sum(np.prod(shape) for shape in mask_shapes(whole.folder / "seed-0" / "learned-masks" / "masks"))
+    with pytest.raises(ValueError, match="resume: trials=9"):
+        run(CompareConfig(**small | {"trials": 9}, output_dir=str(whole.folder), resume=True))
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        run(CompareConfig(**small, output_dir=str(whole.folder)))
+
+
+def mask_shapes(folder):
+    "Shapes of a merger's masks, without the base's own."
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "masks.safetensors"), "pt") as file:
+        return [(2, *file.get_slice(name).get_shape()[1:]) for name in file.keys()]  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--suite", "toy-par"], "none of the bundled suites: real-pair, real-triple, toy-pair, toy-triple"),
+        (["a", "b"], "expected one for each of 2 models"),
+        (["only"], "at least two models"),
+        (["--suite", "toy-pair", "--recipes", "recipe.yml"], "recipe.yml: not a YAML file"),
+        (["--suite", "toy-pair", "--recipes", "other.yml"], "it needs merge_method and models"),
+        (["--suite", "suite.yaml"], "unknown option 'model_pats'"),
+        (["--suite", "toy-triple", "--methods", "slerp"], "it merges two components, and there are 3"),
+        (["--suite", "toy-pair", "--base", "nowhere", "--methods", "ties"], "nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yml").write_text("merge_method: [ties\n")
+    Path("other.yml").write_text("models: 3\n")
+    Path("suite.yaml").write_text("model_pats: [a, b]\n")
+    assert main(["compare", *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert said in told and told.startswith("merge-lab compare:") and "Traceback" not in told
+    assert not Path("runs").exists()
+
+
+def test_paths_of_a_suite_stand_beside_it_or_where_the_command_starts(tmp_path, monkeypatch):
+    (tmp_path / "suites").mkdir()
+    for name in ("suites/a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "suites" / "mine.yaml").write_text("about: two of mine\nmodels: [a, b]\ndata: [a, nowhere]\nminutes: 3\n")
+    monkeypatch.chdir(tmp_path)
+    read = read_suite("suites/mine.yaml")
+    assert read == {"model_paths": [str(tmp_path / "suites" / "a"), "b"], "datasets": [str(tmp_path / "suites" / "a"), "nowhere"], "minutes": 3}
+    asked = compare.with_suite(CompareConfig(suite="suites/mine.yaml", trials=2))
+    assert (asked.minutes, asked.trials) == (3.0, 2)
