@@ -115,13 +115,18 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_parallel, params.warmup = folder, len(tokens) + 8, 1, False
 params.cpuparams.n_threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())  # more than cores wait for each other
 server = xllamacpp.Server(params)
-found = []
-for end in range(1, len(tokens)):
-    asked = {"prompt": tokens[:end], "n_predict": 1, "temperature": 0.0, "n_probs": 64, "cache_prompt": True, "samplers": []}
+
+def ask(prompt, said):
+    asked = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "n_probs": 64, "cache_prompt": True, "samplers": [], "logit_bias": [[said, 1e3]]}
     answer = server.handle_completions(asked)
     answer = json.loads(answer) if isinstance(answer, str) else answer
-    first = answer["choices"][0]["logprobs"]["content"][0] if "choices" in answer else answer["completion_probabilities"][0]
-    near = {each["id"]: each["logprob"] for each in first["top_logprobs"]}
+    told = (answer["choices"][0].get("logprobs") or {}).get("content") if "choices" in answer else answer.get("completion_probabilities")
+    return told and {each["id"]: each["logprob"] for each in told[0]["top_logprobs"]}
+
+said = next(token for token in tokens if ask(tokens[:1], token))  # a bias moves no probability that is told; half a character would be told without any
+found = []
+for end in range(1, len(tokens)):
+    near = ask(tokens[:end], said)
     found.append([max(near, key=near.get), near.get(tokens[end]), max(near.values())])
 """
 

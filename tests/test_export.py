@@ -31,7 +31,7 @@ from merge_lab.systems.dam import DAMConfig, merge
 from merge_lab.systems.lora_merge import AdapterMerger, LoRAMergeConfig
 from merge_lab.systems.mask_merge import MaskMergeConfig
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.verify import check_against_masks, checkpoint_of, environment, GGUF_PACKAGES, stored_in
+from merge_lab.verify import check_against_masks, checkpoint_of, compare_readers, environment, GGUF_PACKAGES, stored_in, told_by
 from merge_lab.writer import save_plain
 
 EXPERTS = ("one", "two")
@@ -334,6 +334,21 @@ def test_llama_cpp_says_what_was_trained(llama_cpp):
         assert set(done.files) == {file.name, EXPORT_FILE} and "in llama.cpp" in done.proven[-1]
     sizes = [Path(f"out-{kind}", f"masks-{kind}.gguf").stat().st_size for kind in ("f32", "f16", "q8_0")]
     assert sizes[0] > 1.5 * sizes[1] > 2 * sizes[2] * 0.9
+
+
+def test_llama_cpp_tells_of_tokens_that_are_half_a_character(llama_cpp):
+    "Its server leaves out the log-probabilities of a completion whose text is not whole yet."
+    half = llama_cpp.convert_tokens_to_ids("\u00d7")  # of one byte, as byte-level tokenizers write it
+    assert llama_cpp.decode([half]) == "\ufffd"
+    model = tiny_model("llama", vocab_size=len(llama_cpp), hidden_size=32, tie_word_embeddings=False).eval()
+    words = [504, 476, 3391, 18]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = model.model.embed_tokens.weight[0]  # so that all positions are alike
+        state = model.model(torch.tensor([words])).last_hidden_state[0, -1]
+        model.lm_head.weight[half] = 30 * state / state.norm()  # nothing else is ever drawn
+    save_plain(model, "half", llama_cpp)
+    told = told_by("gguf", "half", words)
+    assert (told.top == half).all() and compare_readers("half", ["gguf"], words).same.all()
 
 
 def test_tokenizers_that_llama_cpp_has_not_are_refused_before_the_work(capsys):
