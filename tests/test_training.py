@@ -87,6 +87,7 @@ def test_an_architecture_that_cannot_be_traced_is_merged_all_the_same(
         raise NotImplementedError("no fake kernel")
 
     monkeypatch.setattr(memory, "estimate_memory", fail)
+    monkeypatch.setattr(memory, "_ESTIMATES", {})  # of runs before
     config = small(tmp_path, save_merged=False, max_steps=1)
     assert len(run(config, progress=False).history) == 1
     assert "could not be estimated: no fake kernel" in caplog.text

@@ -518,8 +518,8 @@ def first_rows(config: LayerMergeConfig, made: Prepared) -> pd.DataFrame:
 
 def check_config(config: LayerMergeConfig):
     "Raise `FileExistsError`, `FileNotFoundError` or `ValueError` where the folder of a run is not as its options need it."
-    folder = check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text])
-    if config.resume and (checkpoint := last_checkpoint(folder)) is not None:
+    check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text])
+    if config.resume and (checkpoint := last_checkpoint(config.output_dir)) is not None:
         check_more_steps(checkpoint, config.max_steps)
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #ceab631c

@@ -452,7 +452,8 @@ def train_adapter_masks(
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #5727d797
 def check_merge_run(config: LoRAMergeConfig):
     "Raise `ValueError`, or `OSError` for the folder, before anything of an older run is cleared."
-    check_start(config, config.output_dir, [base_path(config), *config.adapters, *config.datasets, config.chat_template], 1)
+    base = base_path(config) if config.overwrite else config.base_model  # what could be cleared
+    check_start(config, config.output_dir, [base, *config.adapters, *config.datasets, config.chat_template], 1)
 
 
 def rows_to_score(config: LoRAMergeConfig) -> dict:  # task -> rows; empty: nothing is scored
