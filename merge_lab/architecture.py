@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'WITHOUT_EFFECT', 'parameter_modules', 'layer_of', 'as_class', 'put_module', 'is_conv1d', 'is_linear',
-           'input_dim', 'find_layers', 'decoder_layers', 'decoder_of', 'silence_dropout', 'logit_options',
-           'logits_head', 'head_agrees']
+           'input_dim', 'find_layers', 'decoder_layers', 'decoder_of', 'silence_dropout', 'forget_states',
+           'logit_options', 'logits_head', 'head_agrees']
 
 # %% ../nbs/06_architecture.ipynb #0e0a1a35
 import re
@@ -119,6 +119,20 @@ def silence_dropout(model: nn.Module):
         for name, value in vars(module).items():
             if "drop" in name.lower() and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+# %% ../nbs/06_architecture.ipynb #b914d752
+def _forget_state(module: nn.Module, inputs: tuple):
+    "Begin anew where several tokens come: what a module remembers is of the rows before."
+    if inputs and inputs[0].shape[1] > 1:
+        module.recurrent_states = None
+
+
+def forget_states(model: nn.Module) -> nn.Module:  # the same
+    "Let recurrent modules begin each text anew. Those of transformers 5.23's RecurrentGemma keep the states of the last batch where no cache is used, and stumble over one of fewer rows."
+    for module in model.modules():
+        if hasattr(module, "recurrent_states") and _forget_state not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_forget_state)
+    return model
 
 # %% ../nbs/06_architecture.ipynb #c7d21d5c
 def logit_options(

@@ -31,7 +31,7 @@ from merge_lab.adapter_files import (
     AdapterFile, check_adapter_fits, merge_into, plain_adapter, put_adapter, quiet_peft, read_adapter, share_tensors, with_names_of,
 )
 from .adapter_folders import ADAPTER_FILE, is_adapter, local_folder as _local_folder, recorded_base
-from .architecture import SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
+from .architecture import forget_states, SETTINGS, WITHOUT_EFFECT, silence_dropout  # noqa: F401
 from merge_lab.checkpoints import (  # noqa: F401
     check_whole, COPY_AGAIN, ComponentFiles, config_value, LOAD_LOCK, PLACES, REPORT_COLUMNS, RESERVED, SMALL_FILES, TOKENIZER_FILES,
     TensorHeader, UnreadableComponent, as_dtype, component_bytes, component_name, component_names, find_folder,
@@ -473,7 +473,7 @@ def load_model(
         logger.warning("%s: %d tensors of the checkpoint are not used", path, len(info["unexpected_keys"]))
     for name, tensor in model.named_parameters():
         check_finite(path, name, tensor, f"the checkpoint, held in {str(tensor.dtype).removeprefix('torch.')},")
-    return model.eval().requires_grad_(False)
+    return forget_states(model.eval().requires_grad_(False))
 
 # %% ../nbs/08_components.ipynb #ca7c0f67
 def _merged_adapter(path: str | Path, base: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .architecture import decoder_of, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
+from .architecture import decoder_of, forget_states, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow
@@ -158,7 +158,7 @@ class Merger(nn.Module):
         n = len(models) - anchored(config)
         self.names = component_names(config.model_paths) or [f"component {i}" for i in range(n)]
         for model in models:
-            silence_dropout(model)
+            silence_dropout(forget_states(model))
         check_mask_init(config.mask_init, n)
         self.use_cache = getattr(models[0].config, "use_cache", None)  # as stored; a Trainer of one's own may switch it off in the config
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)

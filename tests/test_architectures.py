@@ -231,10 +231,7 @@ REFUSED = {  # what preflight says, for a reason that transformers gives
     "emu3": "not a causal language model",
     "mllama": "not a causal language model",
 }
-BROKEN = {  # what is known to be wrong
-    "recurrent_gemma": "it keeps the states of the last batch in its modules, so a teacher of fewer rows stumbles",
-    "roc_bert": "it adds to a linear's output in place, which the fused blend does not allow",
-}
+BROKEN: dict[str, str] = {}  # what is known to be wrong, and why
 LEFT_OUT = {  # none is made here, and why
     "blt": "its tables of hashed bytes are large whatever its widths are",
     "cohere_compass_text": "transformers makes none from its config's defaults",
