@@ -235,11 +235,6 @@ def _weight_route(dy, x, weights, alphas, needs_dx, merged):
     return dx, _reduce_products(gradient, weights, alphas, [True] * len(weights))
 
 # %% ../nbs/12_masks.ipynb #b0be5162
-def _owned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    "`F.linear` as a tensor of its own: torch lets nobody add in place to a view that a function of ours returns, as RoCBert does."
-    return torch.ops.aten._unsafe_view(F.linear(x.reshape(-1, x.shape[-1]), weight, bias), [*x.shape[:-1], len(weight)])
-
-
 class _FusedLinear(torch.autograd.Function):
     "Accurate forward, efficient backward; saves the input, the alphas and references to the weights."
 
@@ -248,7 +243,8 @@ class _FusedLinear(torch.autograd.Function):
         weight = _blend(tensors[n:], tensors[:n]) if merged is None else merged
         ctx.n, ctx.merged = n, merged
         ctx.save_for_backward(x, *tensors)
-        return _owned(x, weight, bias)
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])  # no view: in place nobody may add to one that is returned here, as RoCBert does
 
     @staticmethod
     @once_differentiable
