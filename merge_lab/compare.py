@@ -11,16 +11,14 @@ __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'RUNGS', 'VERSIONS', '
 
 # %% ../nbs/62_compare.ipynb #2a99e335
 import dataclasses
-import gc
 import json
 import logging
 import math
 import os
 import platform
-import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -38,8 +36,9 @@ from .evaluation import evaluate_tasks, load_tests, UNIFORM
 from .lineup import average, delta_facts, line_up, Lineup
 from .opponents import merge_recipe, OPPONENTS, read_recipe, why_not, write_recipe
 from .real import trained_numbers
-from .run_folder import begin_run, bundled_path, check_start, is_run, last_checkpoint, one_run, read_rows, RunInterrupted, write_json, write_text
+from .run_folder import add_row, begin_run, bundled_path, check_start, is_run, kept_rows, last_checkpoint, one_run, RunInterrupted, write_json, write_rows, write_text
 from .search import best_of, check_optuna, Judge, judge_of, search
+from .session import tidy_memory
 from .systems.mask_merge import LEARNED, MaskMergeConfig
 from .systems.mask_merge import run as merge_masks
 
@@ -161,15 +160,11 @@ def check_compare(config: CompareConfig) -> CompareConfig:  # with its base
     return config
 
 # %% ../nbs/62_compare.ipynb #f74ff8ff
-def _peak(start: bool) -> int:  # bytes; 0 where the system does not tell
-    "Forget the peak of memory, or read it."
+def _peak() -> int:  # bytes; 0 where the system does not tell
+    "Peak of memory since `measured` began."
     if torch.cuda.is_available():
-        if start:
-            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     try:
-        if start:
-            Path("/proc/self/clear_refs").write_text("5")
         told = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
         return int(told[0]) * 1024 if told else 0
     except OSError:
@@ -179,15 +174,12 @@ def _peak(start: bool) -> int:  # bytes; 0 where the system does not tell
 @contextmanager
 def measured():  # yields a dict that gets seconds and peak_bytes
     "Time and peak memory of the block."
-    gc.collect()
-    if sys.platform == "linux":
-        import ctypes
-
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)  # what was freed is given back before the peak counts
-    _peak(start=True)
+    tidy_memory()  # what was freed is given back before the peak counts
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets its peak
     use, began = {}, time.perf_counter()
     yield use  # what is raised inside leaves it empty
-    use |= {"seconds": time.perf_counter() - began, "peak_bytes": _peak(start=False)}
+    use |= {"seconds": time.perf_counter() - began, "peak_bytes": _peak()}
 
 # %% ../nbs/62_compare.ipynb #ed446e0d
 ROWS = "rows.jsonl"
@@ -208,19 +200,23 @@ class Record:
 
     def __init__(self, folder: Path):
         self.file = folder / ROWS
-        self.rows = read_rows(self.file) if self.file.exists() else []
-        write_text(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))  # without a line that was cut off
+        self.rows = kept_rows(self.file)
+        write_rows(self.file, self.rows)  # without a line that was cut off
 
     def has(self, seed: int, model: str) -> bool:
         "Whether a row is there."
         return any((row["seed"], row["model"]) == (seed, model) for row in self.rows)
 
+    def on_validation(self, seed: int, model: str) -> dict[str, float]:  # task -> nats per answer token
+        "Losses of a row that is there, on validation rows."
+        row = next(row for row in self.rows if (row["seed"], row["model"]) == (seed, model))
+        return {score["task"]: score["loss"] for score in row["scores"] if score["split"] == "validation"}
+
     def add(self, seed: int, model: str, scores: list[dict], seconds: float | None = None, peak_bytes: int | None = None, trained: int = 0, trials: int | None = None, setting: dict | None = None):
         "Write down a row: its scores on both splits, and what it took."
         row = dict(seed=seed, model=model, scores=scores, seconds=None if seconds is None else round(seconds, 1), peak_bytes=peak_bytes, trained=trained, trials=trials, setting=setting)
         self.rows.append(row)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+        add_row(self.file, row)
 
 # %% ../nbs/62_compare.ipynb #290cdf5e
 @dataclasses.dataclass
@@ -280,12 +276,12 @@ RUNGS = ((1.0, 0.0), (0.5, 0.25), (0.25, 1.0))  # share of the opponents that go
 
 def spent(files: dict[str, Path]) -> float:  # method -> its trials
     "Seconds of all trials."
-    return sum(row["seconds"] for file in files.values() if file.exists() for row in read_rows(file))
+    return sum(row["seconds"] for file in files.values() for row in kept_rows(file))
 
 
 def leaders(files: dict[str, Path], methods: Sequence[str], n: int) -> list[str]:
     "The n best of some opponents, in their own order; those without a score are none."
-    best = {method: best_of(read_rows(files[method])) for method in methods if files[method].exists()}
+    best = {method: best_of(kept_rows(files[method])) for method in methods}
     ranked = sorted((method for method in best if best[method]), key=lambda method: -best[method]["worst"])
     return [method for method in methods if method in ranked[:n]]
 
@@ -298,7 +294,7 @@ def climb(lineup: Lineup, judge: Judge, files: dict[str, Path], trials: int, sec
             alive = leaders(files, alive, math.ceil(share * len(files)))
         quota, left = max(1, round(part * trials)), max(0.0, seconds - spent(files))
         logger.info("seed %d, rung %d of %d: up to %d settings of %s; %.1f minutes of the search are left", seed, rung, len(RUNGS), quota, ", ".join(alive), left / 60)
-        done = sum(len(read_rows(files[method])) for method in alive if files[method].exists())
+        done = sum(len(kept_rows(files[method])) for method in alive)
         with tqdm(total=quota * len(alive), initial=min(done, quota * len(alive)), desc=f"seed {seed}, rung {rung}", unit="trial", leave=False) as bar:
             for method in alive:
                 bar.set_postfix_str(method)
@@ -312,9 +308,10 @@ def opponent_rows(bench: Bench, record: Record, lineup: Lineup, folder: Path, se
     if all(record.has(seed, method) for method in methods):
         return
     files = {method: folder / "trials" / f"{method}.jsonl" for method in methods}
-    climb(lineup, judge_of(lineup, bench.validation), files, bench.config.trials, seconds, seed)
+    known = [record.on_validation(seed, name) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
+    climb(lineup, judge_of(lineup, bench.validation, known), files, bench.config.trials, seconds, seed)
     for method in tqdm(methods, desc=f"seed {seed}, test rows", unit="method", leave=False):
-        trials = read_rows(files[method]) if files[method].exists() else []
+        trials = kept_rows(files[method])
         if record.has(seed, method) or not (best := best_of(trials)):
             continue
         with measured() as use:
@@ -372,7 +369,7 @@ def trained_config(config: CompareConfig, name: str, folder: Path, seed: int) ->
     start = {"mask_init": {"strategy": "uniform", "factors": [0.3] * len(config.model_paths)}} if name == "adamerging" and config.base_model else {}
     return MaskMergeConfig(
         model_paths=config.model_paths, dataset_configs=dict.fromkeys(config.datasets), base_model=config.base_model, dtype=config.dtype, device=config.device, seed=seed,
-        output_dir=str(folder), report=False, eval_samples=2, resume=going_on, overwrite=is_run(folder) and not going_on, **TRAINED[name], **steps, **start,
+        output_dir=str(folder), report=False, eval_samples=0, resume=going_on, overwrite=is_run(folder) and not going_on, **TRAINED[name], **steps, **start,
     )  # fmt: skip
 
 

@@ -6,9 +6,10 @@
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'alone_in', 'settle',
            'whole_folder', 'save_tensors', 'whole_checkpoint', 'one_run', 'hold', 'check_free', 'check_writable',
            'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run',
-           'write_config', 'begin_run', 'check_resumed', 'read_rows', 'read_history', 'read_adjusted', 'RunInterrupted',
-           'stopped', 'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
-           'checkpoint_to_resume', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
+           'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows', 'write_rows', 'add_row',
+           'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of', 'seal',
+           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_more_steps',
+           'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -395,6 +396,22 @@ def read_rows(path: str | Path) -> list[dict]:
     return rows
 
 
+def kept_rows(path: str | Path) -> list[dict]:
+    "What `read_rows` gives; nothing where there is no file yet."
+    return read_rows(path) if Path(path).exists() else []
+
+
+def write_rows(path: str | Path, rows: typing.Iterable[dict]):
+    "Rows as a file of its own, whole or not at all; further ones go on with `add_row`."
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def add_row(path: str | Path, row: dict):
+    "One more row at the end of a file."
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def read_history(path: str | Path) -> "pd.DataFrame":
     "History of a run as a table. Raises what `read_rows` raises."
     import pandas as pd
@@ -407,9 +424,7 @@ ADJUSTED = "adjusted.jsonl"  # in a run's folder
 
 def read_adjusted(folder: str | Path, step: float = math.inf) -> list[dict]:  # rows: step, learning_rate, losses, penalties
     "What was adjusted in a run's pauses, up to a step."
-    file = Path(folder) / ADJUSTED
-    rows = read_rows(file) if file.exists() else []
-    return [row for row in rows if row["step"] <= step]
+    return [row for row in kept_rows(Path(folder) / ADJUSTED) if row["step"] <= step]
 
 # %% ../nbs/01_run_folder.ipynb #67961fe2
 class RunInterrupted(RuntimeError):

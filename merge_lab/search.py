@@ -9,7 +9,6 @@ __all__ = ['logger', 'Judge', 'judge_of', 'check_optuna', 'all_settings', 'propo
 import dataclasses
 import importlib.util
 import itertools
-import json
 import logging
 import math
 import time
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from .evaluation import evaluate_tasks
 from .lineup import Lineup
 from .opponents import Dial, OPPONENTS, start_of
-from .run_folder import read_rows
+from .run_folder import add_row, kept_rows, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +52,13 @@ class Judge:
 def judge_of(
     lineup: Lineup,
     tests: dict[str, Sequence[dict]],  # task -> conversations, in the order of the components
+    known: Sequence[dict[str, float]] | None = None,  # losses of each component on them, then of the base; None: measured here
 ) -> Judge:
     "A judge that knows the losses of base and experts. Raises `ValueError` for an expert that is no better on its task than where it began."
     judge = Judge(tests, {task: i for i, task in enumerate(tests)})
-    known = [judge.losses(lineup, state) for state in lineup.states]
+    known = known or [judge.losses(lineup, state) for state in [*lineup.states, *([lineup.base] if lineup.base else [])]]
     judge.own = {task: known[i][task] for task, i in judge.experts.items()}
-    judge.start = judge.losses(lineup, lineup.base) if lineup.base else {task: max(losses[task] for losses in known) for task in tests}
+    judge.start = known[-1] if lineup.base else {task: max(losses[task] for losses in known) for task in tests}
     for task, i in judge.experts.items():
         if judge.own[task] >= judge.start[task]:
             raise ValueError(
@@ -135,9 +135,9 @@ def search(
     "Search the settings of one opponent. Raises `ImportError` without optuna, `ValueError` for a file that holds no trials."
     check_optuna()
     file, space = Path(file), OPPONENTS[method].space(len(lineup.states))
-    done = read_rows(file) if file.exists() else []
+    done = kept_rows(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in done), encoding="utf-8")  # without a line that was cut off
+    write_rows(file, done)  # without a line that was cut off
     while len(done) < trials and sum(row["seconds"] for row in done) < seconds:
         if (setting := propose(space, done, seed)) is None:
             break
@@ -145,8 +145,7 @@ def search(
         if row["error"]:
             logger.info("%s %s: %s", method, setting, row["error"])
         done.append(row)
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
+        add_row(file, row)
         if bar is not None:
             bar.update()
     return done

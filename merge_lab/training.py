@@ -45,8 +45,8 @@ from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
 from merge_lab.run_folder import (
-    ADJUSTED, begin_run, check_going_on, check_more_steps, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
-    RunInterrupted, save_tensors, write_json, write_text,
+    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
+    RunInterrupted, save_tensors, write_json, write_rows,
 )
 from .stopping import StopCallback
 from .teacher_cache import TeacherCache
@@ -538,7 +538,7 @@ def note_adjusted(trainer: MergerTrainer):
     objective, step = trainer.objective, trainer.state.global_step
     row = {"step": step, "learning_rate": trainer.optimizer.param_groups[0]["initial_lr"]}
     rows = [*read_adjusted(trainer.args.output_dir, step - 1), row | {"losses": objective.losses, "penalties": objective.penalties}]
-    write_text(Path(trainer.args.output_dir) / ADJUSTED, "".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(Path(trainer.args.output_dir) / ADJUSTED, rows)
 
 
 def adjust_again(trainer: MergerTrainer):
@@ -546,7 +546,7 @@ def adjust_again(trainer: MergerTrainer):
     folder, step = Path(trainer.args.output_dir), trainer.state.global_step
     rows = read_adjusted(folder, step)
     if (folder / ADJUSTED).exists() and trainer.args.should_save:
-        write_text(folder / ADJUSTED, "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / ADJUSTED, rows)
     if rows:
         trainer.objective.losses, trainer.objective.penalties = rows[-1]["losses"], rows[-1]["penalties"]
         if trainer.optimizer.param_groups[0]["initial_lr"] != rows[-1]["learning_rate"]:
@@ -573,7 +573,7 @@ class HistoryCallback(TrainerCallback):
         if self.path and state.global_step and self.path.exists():
             self.rows = [row for row in read_rows(self.path) if row["step"] <= state.global_step]
         if self.path and state.is_world_process_zero:
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_rows(self.path, self.rows)
         if self.path and state.global_step:
             adjust_again(self.trainer)
         self.trainer.take_sums()
@@ -596,8 +596,7 @@ class HistoryCallback(TrainerCallback):
         row |= self.trainer.keeper.look_at(state.global_step)
         self.rows.append(row)
         if self.path and state.is_world_process_zero:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(self.path, row)
 
 # %% ../nbs/31_training.ipynb #7602e462
 class ProgressBar(TrainerCallback):

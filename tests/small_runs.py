@@ -11,3 +11,17 @@ def small(folder, **options) -> MaskMergeConfig:
         max_steps=6, eval_samples=4, per_device_train_batch_size=4, report=False,
     )  # fmt: skip
     return demo_config(output_dir=str(folder / "run"), **defaults | options)
+
+
+def stopping_at(call: int, function):
+    "The function, which is stopped as by Ctrl-C at one of its calls; `calls` counts them."
+    calls = []
+
+    def stops(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    stops.calls = calls
+    return stops

@@ -20,6 +20,7 @@ from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METH
 from merge_lab.regmean import regmean, regmean_plus
 from merge_lab.run_folder import bundled_path, read_rows, RunInterrupted
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
+from small_runs import stopping_at
 
 pytest.importorskip("optuna")
 pytest.importorskip("mergekit.merge_methods.api")
@@ -198,15 +199,8 @@ def whole(small, tmp_path_factory):
 def test_a_comparison_that_is_stopped_goes_on_to_the_same_table(small, whole, tmp_path, monkeypatch):
     "Stopped in the search, and again in training; a line that was cut off is made again."
     config = CompareConfig(**small, output_dir=str(tmp_path / "cut"))
-    usual, calls = search.try_setting, []
-
-    def third_time_is_a_stop(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return usual(*arguments)
-
-    monkeypatch.setattr(search, "try_setting", third_time_is_a_stop)
+    usual = search.try_setting
+    monkeypatch.setattr(search, "try_setting", stopping_at(3, usual))
     with pytest.raises(RunInterrupted, match="merge-lab compare .*config.yaml --resume"):
         run(config)
     with open(tmp_path / "cut" / "seed-0" / "trials" / "linear.jsonl", "a") as out:

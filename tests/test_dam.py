@@ -18,6 +18,8 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from small_runs import stopping_at
+
 from merge_lab import merger as merger_module
 from merge_lab import objective, teacher_dataset
 from merge_lab.chat import build_dataset, chat_row, ChatCollator, load_task, write_jsonl
@@ -362,24 +364,17 @@ def test_killed_dataset_goes_on_and_ends_the_same(lab, tmp_path, monkeypatch):
     config = dataclasses.replace(
         lab["topk"], hf_disk_dataset_dir=str(tmp_path / "again")
     )
-    run, calls = teacher_dataset.stored_teacher, []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return run(*arguments)
-
-    monkeypatch.setattr(teacher_dataset, "stored_teacher", killed)
+    run = stopping_at(4, teacher_dataset.stored_teacher)
+    monkeypatch.setattr(teacher_dataset, "stored_teacher", run)
     with pytest.raises(KeyboardInterrupt):
         dam.create_dataset_topk_logits(config)
     assert len(list((tmp_path / "again" / "parts").iterdir())) >= 1
     with pytest.raises(ValueError, match="not complete"):
         options = dict(hf_disk_dataset_dir=str(tmp_path / "again"))
         dam.train(train_config(lab, tmp_path / "run", **options))
-    before = len(calls)
+    before = len(run.calls)
     again = dam.create_dataset_topk_logits(config)
-    assert len(calls) - before < 6  # 8 + 8 rows are 4 + 4 batches of 3 in parts of 5
+    assert len(run.calls) - before < 6  # 8 + 8 rows are 4 + 4 batches of 3 in parts of 5
     assert again[:] == lab["dataset"][:]
 
 
