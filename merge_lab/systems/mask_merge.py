@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'DEMO_TASKS', 'UNSCORED', 'LOADING', 'divide_count', 'parse_datasets', 'MaskMergeConfig', 'demo_config',
-           'Prepared', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers', 'manners', 'score_learned',
-           'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots', 'shares_of',
-           'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
+           'Prepared', 'whole_steps', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers', 'manners',
+           'score_learned', 'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots',
+           'shares_of', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
@@ -30,6 +30,7 @@ from merge_lab.evaluation import (
     confusion, encode_task, generate_answers, LEARNED, load_tests, recovered_share, score_baselines, score_model, UNIFORM, uniform_name,
 )
 from ..held_out import HeldOut, told_held_out
+from ..layerwise import fit_layers, LAYERS, train_layers
 from ..loop_config import TrainConfig
 from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
@@ -39,7 +40,7 @@ from ..run_folder import bundled_path, check_disk_space, check_start, last_check
 from ..scoring import positions_of
 from ..writer import write_tokenizer
 from merge_lab.training import (
-    attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, StopCallback, train_from,
+    attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, ProgressBar, StopCallback, train_from,
     training_arguments,
 )
 
@@ -75,6 +76,13 @@ def parse_datasets(
         raise ValueError(f"dataset_configs={value!r}: the number of samples must be a whole number, or 'all'.") from error
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #ee5034bc
+def _check_layerwise(config: "MaskMergeConfig"):
+    "Raise `ValueError` for options that mean nothing layer by layer."
+    for name in ("shard", "torch_compile", *(() if config.finish_steps else ("mask_decay",))):
+        if getattr(config, name):
+            raise ValueError(f"train_mode='layerwise' with {name}={getattr(config, name)!r}: they do not go together. Leave one out.")
+
+
 @dataclasses.dataclass
 class MaskMergeConfig(TrainConfig, MergerConfig):
     "Everything a mask merge needs."
@@ -84,6 +92,9 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
     )
     source_keys: list[int] | None = option(None, "Component that each dataset belongs to; none given: in order", group="Data")
     max_length: int = option(2048, "Tokens per sample; longer ones are cut", low=8, high=131072, log=True, group="Data")
+    train_mode: str = option("end_to_end", "Through the whole model at once, or one decoder layer after another: less memory and time", choices=["end_to_end", "layerwise"], group="Training")
+    layer_steps: int = option(16, "Steps on each layer with train_mode layerwise", low=1, high=100_000, group="Training")
+    finish_steps: int = option(0, "Steps through the whole model after train_mode layerwise", low=0, high=100_000, group="Training", resumable=True)
     chat_template: str = option("", "Chat template: one of trl's by name, a .jinja file, or a model that has it; empty: the component's own, or another component's", group="Data")
     eval_samples: int | None = option(200, "Test samples of each task that are scored; none: all; 0: no scores", low=0, group="Data", resumable=True, recipe=False)
     eval_split: str = option("test", "Split that the scores are taken on; a single file of rows is split 8:1:1", group="Data", resumable=True, recipe=False)
@@ -104,6 +115,8 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
         for name in ("offload", "mask_decay", "keep_merged", "torch_compile"):
             if self.shard and getattr(self, name):
                 raise ValueError(f"shard=True with {name}={getattr(self, name)!r}: they do not go together. Leave one out.")
+        if self.train_mode == "layerwise":
+            _check_layerwise(self)
         if self.shard:
             check_choice("optim", self.optim, ["adamw_torch", "adamw_torch_fused", "sgd"], "Others cannot be sharded here.")
         n, data = len(self.model_paths), len(self.dataset_configs)
@@ -167,15 +180,29 @@ class Prepared:
         return self.arguments.process_index == 0
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #0011bbba
+def whole_steps(config: MaskMergeConfig) -> MaskMergeConfig:
+    "The config whose max_steps are the steps through the whole model."
+    return dataclasses.replace(config, max_steps=max(config.finish_steps, 1)) if config.train_mode == "layerwise" else config
+
+
+def _check_folder(config: MaskMergeConfig, folder: Path, inputs: list, n_processes: int) -> Path | None:
+    "The checkpoint to go on from; layer by layer a run goes on without one, too."
+    layerwise = config.train_mode == "layerwise"
+    checkpoint = check_start(config, folder, inputs, None if layerwise else n_processes)
+    return last_checkpoint(folder) if layerwise and config.resume else checkpoint
+
+
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises `ValueError` for options, components or data that do not fit, `OSError` for folder or disk."
     config = with_base(config)
     _check_inputs(config)
     folder, models = Path(config.output_dir), [*config.model_paths, base_of(config)]
-    arguments = training_arguments(config, folder)
+    arguments = training_arguments(whole_steps(config), folder)
+    if config.train_mode == "layerwise" and arguments.world_size > 1:
+        raise ValueError(f"train_mode='layerwise': {arguments.world_size} processes were started, and layers are trained by one. Start one.")
     if config.shard and arguments.world_size == 1:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
-    checkpoint = check_start(config, folder, [*models, *config.dataset_configs, config.chat_template], arguments.world_size)
+    checkpoint = _check_folder(config, folder, [*models, *config.dataset_configs, config.chat_template], arguments.world_size)
     check_components([path for path in models if path])
     tokenizer = chat_tokenizer(config.model_paths[0], [path for path in models if path], config.chat_template)
     shortest = min((read_component(path) for path in models if path), key=positions_of)
@@ -199,7 +226,8 @@ def _estimate(config: MaskMergeConfig, longest: int, n_processes: int) -> FitRep
     "Will it fit? Says so before anything is loaded, and warns if not."
     device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     try:
-        report = fit_run(config, longest, device, ranks=n_processes if config.shard else 1)
+        layerwise = config.train_mode == "layerwise" and not config.finish_steps
+        report = fit_layers(config, longest, device) if layerwise else fit_run(config, longest, device, ranks=n_processes if config.shard else 1)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # cannot be traced
         logger.warning("the memory that training takes could not be estimated: %s", error)
         return None
@@ -331,9 +359,22 @@ def make_trainer(
     return trainer, history, stopper
 
 
+def _train_layers(trainer: MergerTrainer, ready: Prepared):
+    "One layer after another; the trainer's history has these steps, unless there are others."
+    config, own = ready.config, ready.folder / "history.jsonl"
+    file = ready.folder / LAYERS / "history.jsonl" if config.finish_steps else own
+    history = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, HistoryCallback))
+    progress = any(isinstance(callback, ProgressBar) for callback in trainer.callback_handler.callbacks)
+    rows = train_layers(trainer.model, list(ready.dataset), trainer.data_collator, config, ready.folder, trainer.keeper.held_out, file, progress=progress)
+    history.rows = history.rows if config.finish_steps else rows
+
+
 def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     "Train, from the last checkpoint if resuming. Raises `RunInterrupted` if it was stopped."
-    train_from(trainer, ready.checkpoint)
+    if ready.config.train_mode == "layerwise":
+        _train_layers(trainer, ready)
+    if ready.config.train_mode != "layerwise" or ready.config.finish_steps:
+        train_from(trainer, ready.checkpoint)
     trainer.model.save_pretrained(ready.folder / "masks", is_main_process=trainer.args.should_save)
     if stopper.requested.is_set():
         go_on = resume_command("mask-merge", ready.folder, ready.arguments.world_size)
@@ -412,6 +453,8 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
     from merge_lab import viz
 
     loss = LOSSES[config.loss_func_name]
+    by_layer = config.train_mode == "layerwise" and not config.finish_steps
+    unit, caption = ("relative squared gap", "gap of each layer's hidden states to those of each task's expert, layer after layer") if by_layer else (loss.unit, loss.caption)
     alphas, names, held = result.merger.alphas(), result.merger.names, f"{config.eval_split} rows"
     of = "'s difference from the " + ("base" if result.merger.has_base else "mean of all") if config.constrain_mode in WITH_ANCHOR else ""
     started = {"uniform": "They started at one value each; w", "odd_one_out": "They started at 0 or 1; w"}
@@ -426,8 +469,8 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
     }  # fmt: skip
     return scored | {
         "loss": (
-            viz.loss_curves(result.history, names=names, unit=loss.unit),
-            f"{loss.caption[:1].upper()}{loss.caption[1:]}. Every curve should fall: no component is sacrificed for another.",
+            viz.loss_curves(result.history, names=names, unit=unit),
+            f"{caption[:1].upper()}{caption[1:]}. {'It falls within a layer, and grows from layer to layer.' if by_layer else 'Every curve should fall: no component is sacrificed for another.'}",
         ),
         **(
             {"held_out": (viz.held_out_curve(result.held_out, names), "Rows that were not trained on choose the masks that are kept.")}
