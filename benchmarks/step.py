@@ -175,8 +175,8 @@ def start(who, folder, args, old):
     environment = os.environ | {"PYTHONPATH": str(code), "OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, __file__, "--worker", who, "--folder", str(folder), "--rows", str(args.rows), "--micro", str(args.micro)]
     command += ["--lengths", str(args.lengths), "--dtype", args.dtype]
-    log = open(folder / f"{who}.log", "w")
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+    with open(folder / f"{who}.log", "w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     if process.stdout.readline().strip() != "ready":
         raise SystemExit(f"{who} did not start:\n{(folder / f'{who}.log').read_text()[-3000:]}")
     return process
