@@ -126,7 +126,7 @@ def test_interrupt_then_resume_equals_an_uninterrupted_run(tmp_path):
     assert resumed.history.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path, forked):
     config = small(tmp_path, max_steps=400, save_steps=2, save_merged=False)
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config), encoding="utf-8")

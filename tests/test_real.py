@@ -159,7 +159,7 @@ def test_a_step_whose_only_checkpoint_is_damaged_begins_anew(tmp_path, monkeypat
     assert ran == [["lora", "--resume"], ["lora", "--overwrite"]]
 
 
-def test_a_second_demo_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path, monkeypatch, forked):
     "Held by another process, and free again once that was killed."
     monkeypatch.setattr(real, "check_real", lambda: None)
     monkeypatch.setattr(real, "_run_alone", lambda config, root: {"done": root})
