@@ -19,7 +19,7 @@ import forks
 torch.set_num_threads(1)
 
 # a worker takes whole files; what takes long begins first, or one core idles at the end
-LONG = ["test_dam", "test_mask_merge", "test_widgets", "test_browser", "test_distributed"]
+LONG = [f"test_{name}" for name in ["real", "widgets", "dam", "browser", "mask_merge", "lora_merge", "export", "distributed", "layer_merge", "router"]]
 
 
 def pytest_configure(config):

@@ -190,12 +190,8 @@ def small(folder, **options):
     from merge_lab.systems.mask_merge import demo_config
 
     tasks = ("rewrite", "summarize")
-    return demo_config(
-        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
-        output_dir=str(folder),
-        eval_samples=2,
-        **options,
-    )
+    data = {str(bundled_path(f"tasks/{task}")): 48 for task in tasks}
+    return demo_config(output_dir=str(folder), **dict(dataset_configs=data, eval_samples=2) | options)
 
 
 def saved(folder, name="masks/masks.safetensors"):
@@ -244,7 +240,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path, forked
     options = dict(
         max_steps=4, per_device_train_batch_size=1, save_merged=False, report=False
     )
-    options["base_model"] = None
+    options |= dict(base_model=None, eval_samples=0)
     files = {}
     for name in ("whole", "cut"):
         config = small(

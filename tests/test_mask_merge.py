@@ -106,7 +106,7 @@ def test_everything_is_written(demo):
 
 def test_interrupt_then_resume_equals_an_uninterrupted_run(tmp_path):
     "With decay, which pulls to the start of the first run after the resume as before it."
-    options = dict(mask_decay=5.0, save_merged=False)
+    options = dict(mask_decay=5.0, save_merged=False, eval_samples=0)
     whole = run(small(tmp_path / "whole", **options), progress=False)
     config = small(tmp_path / "cut", save_steps=0, **options)
 
@@ -127,7 +127,7 @@ def test_interrupt_then_resume_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_a_killed_process_goes_on_from_its_last_checkpoint(tmp_path, forked):
-    config = small(tmp_path, max_steps=400, save_steps=2, save_merged=False)
+    config = small(tmp_path, max_steps=400, save_steps=2, save_merged=False, eval_samples=0)
     file = tmp_path / "config.yaml"
     file.write_text(config_to_yaml(config), encoding="utf-8")
     command = [

@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     config = demo_config(
         output_dir=str(tmp_path_factory.mktemp("trust") / "run"),
         dataset_configs={str(bundled_path(f"tasks/{task}")): 24 for task in ("rewrite", "summarize")},
-        max_steps=4, save_steps=2, eval_samples=2, held_out_rows=4, per_device_train_batch_size=2, report=False, base_model=None,
+        max_steps=4, save_steps=2, eval_samples=0, held_out_rows=4, per_device_train_batch_size=2, report=False, base_model=None,
         target_modules=["mlp"],
     )  # fmt: skip
     run(config, progress=False)
