@@ -73,7 +73,7 @@ def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
         paths.append(str(tmp_path / "experts" / task / "final_merged"))
         data[str(tmp_path / task)] = None
     assert Path(find_base(paths)).resolve() == base.resolve()
-    options = dict(max_steps=4, held_out_rows=4, eval_samples=0, report=False)
+    options = dict(max_steps=2, held_out_rows=4, eval_samples=0, report=False)
     config = MaskMergeConfig(
         paths, dataset_configs=data, output_dir=str(tmp_path / "run"), **options
     )
