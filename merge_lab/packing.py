@@ -240,11 +240,11 @@ def eager_attention(
     model: nn.Module,  # a transformers model, with an adapter or without
     wanted: bool = True,
 ) -> Iterator[None]:
-    "Context in which attention is computed by plain products; afterwards as before."
+    "Context in which attention is computed by plain products; afterwards, whatever happened, as before. It is a setting of the model, so for all threads that use it."
     had = model.config._attn_implementation
-    if wanted:
-        model.set_attn_implementation("eager")
     try:
+        if wanted:
+            model.set_attn_implementation("eager")
         yield
     finally:
         if wanted:

@@ -206,8 +206,8 @@ def components_note(paths, values: dict) -> str:
 
 # %% ../nbs/34_panel.ipynb #748c48e3
 def held_note(path: str, values: dict) -> str:
-    "How many rows of a dataset scores are taken on, if the config takes any. Raises `ValueError` if it has no such split."
-    if "eval_split" not in values:
+    "How many rows of a dataset scores are taken on, if the config takes any: otherwise the split need not be there. Raises `ValueError` if it has no such split."
+    if "eval_split" not in values or values.get("eval_samples") == 0:
         return ""
     held, asked = len(load_task(path, values["eval_split"])), values.get("eval_samples")
     return f", {held if asked is None else min(held, asked)} of {values['eval_split']} to score"

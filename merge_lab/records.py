@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'PACKED', 'DECODER', 'NO_JSON', 'ROWS_UNDER', 'FILE_KINDS', 'PART', 'ABOUT', 'SAME_SPLITS', 'Row', 'placed',
-           'place_of', 'encoding_of', 'unpacked', 'read_text', 'without_packing', 'ending_of', 'read_paragraphs',
-           'text_files', 'read_text_files', 'as_record', 'once', 'parse_json', 'is_json', 'json_values', 'json_records',
-           'csv_rows', 'csv_records', 'without_filling', 'parquet_records', 'is_table', 'read_records', 'split_files',
-           'same_splits', 'split_named']
+           'place_of', 'encoding_of', 'unpacked', 'read_text', 'without_packing', 'ending_of', 'read_even_text',
+           'read_paragraphs', 'text_files', 'read_text_files', 'as_record', 'once', 'parse_json', 'is_json',
+           'json_values', 'json_records', 'csv_rows', 'csv_records', 'without_filling', 'parquet_records', 'is_table',
+           'read_records', 'split_files', 'same_splits', 'split_named']
 
 # %% ../nbs/00_records.ipynb #c26c0e8f
 import codecs
@@ -104,10 +104,14 @@ def ending_of(path: str | Path) -> str:
     return Path(without_packing(path)).suffix.lower()
 
 # %% ../nbs/00_records.ipynb #ab86c6b0
+def read_even_text(path: str | Path) -> str:
+    "A text file whose lines end in one way, whichever its own is. Raises `ValueError` as `read_text` does."
+    return read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_paragraphs(path: str | Path) -> list[str]:
     "What stands between the empty lines of a text file, whatever its line ends. Raises `ValueError` as `read_text` does."
-    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
-    return [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    return [part.strip() for part in re.split(r"\n\s*\n", read_even_text(path)) if part.strip()]
 
 # %% ../nbs/00_records.ipynb #9c51ad02
 def text_files(path: str | Path) -> list[Path]:
@@ -125,7 +129,7 @@ def text_files(path: str | Path) -> list[Path]:
 
 def read_text_files(path: str | Path) -> list[Row]:
     "One row per text file. Raises `ValueError` if a folder has none, and as `read_text` does."
-    return [placed({"text": read_text(file).replace("\r\n", "\n").replace("\r", "\n")}, str(file)) for file in text_files(path)]
+    return [placed({"text": read_even_text(file)}, str(file)) for file in text_files(path)]
 
 # %% ../nbs/00_records.ipynb #448ac466
 def as_record(value: object, where: str) -> Row:

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import shlex
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -13,10 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+import forks
+
 torch.set_num_threads(1)
 
 # a worker takes whole files; what takes long begins first, or one core idles at the end
-LONG = ["test_dam", "test_mask_merge", "test_widgets", "test_browser", "test_distributed"]
+LONG = [f"test_{name}" for name in ["real", "widgets", "dam", "browser", "mask_merge", "lora_merge", "export", "distributed", "layer_merge", "router"]]
 
 
 def pytest_configure(config):
@@ -42,6 +45,12 @@ def what_stays_is_not_collected_again():
     "Loading a model collects garbage; among the objects of all that is imported that takes longer than the model."
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    "Python processes are forked from one that has imported torch and transformers: a tenth of the time."
+    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
 
 
 @pytest.fixture

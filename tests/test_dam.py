@@ -991,7 +991,7 @@ def test_resuming_passes_over_a_checkpoint_that_was_cut_off(lab, tmp_path):
         assert torch.equal(mask, again.merger.mask_state()[name]), name
 
 
-def test_a_killed_process_goes_on(lab, tmp_path):
+def test_a_killed_process_goes_on(lab, tmp_path, forked):
     "dam-topk as a command, killed without warning after its first part, and gone on with by another process."
     folder = tmp_path / "dataset"
     words = ["--k", "8", "--dataset_names", *lab["topk"].dataset_names]

@@ -15,6 +15,8 @@ from torch.testing import assert_close
 from merge_lab.memory import estimate_memory
 from merge_lab.tinylm import tiny_config
 
+import forks
+
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
@@ -70,7 +72,7 @@ def runs(tmp_path_factory):
         patch.setattr(sys, "argv", [str(WORKER), str(folder)])
         runpy.run_path(str(WORKER))
     command = agent(folder, free_port())
-    finish([subprocess.Popen(command, **options) for _ in range(2)])
+    finish([forks.Popen(command, **options) for _ in range(2)])
     return {
         n: (
             json.loads((folder / f"facts-{n}.json").read_text()),
@@ -141,7 +143,7 @@ def test_a_sharded_run_saves_resumes_and_exports(runs):
             assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_notebook_launches_two_processes(tmp_path):
+def test_a_notebook_launches_two_processes(tmp_path, forked):
     from safetensors.torch import load_file
 
     worker = Path(__file__).with_name("launcher_worker.py")
@@ -188,12 +190,8 @@ def small(folder, **options):
     from merge_lab.systems.mask_merge import demo_config
 
     tasks = ("rewrite", "summarize")
-    return demo_config(
-        dataset_configs={str(bundled_path(f"tasks/{task}")): 48 for task in tasks},
-        output_dir=str(folder),
-        eval_samples=2,
-        **options,
-    )
+    data = {str(bundled_path(f"tasks/{task}")): 48 for task in tasks}
+    return demo_config(output_dir=str(folder), **dict(dataset_configs=data, eval_samples=2) | options)
 
 
 def saved(folder, name="masks/masks.safetensors"):
@@ -202,7 +200,7 @@ def saved(folder, name="masks/masks.safetensors"):
     return load_file(folder / name)
 
 
-def test_the_command_trains_sharded_as_in_one_process(tmp_path):
+def test_the_command_trains_sharded_as_in_one_process(tmp_path, forked):
     from merge_lab.config import config_to_yaml
     from merge_lab.systems.mask_merge import run
     from merge_lab.run_folder import read_history
@@ -234,7 +232,7 @@ def test_the_command_trains_sharded_as_in_one_process(tmp_path):
     assert len(list((tmp_path / "two" / "plots").glob("*.png"))) == 7
 
 
-def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
+def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path, forked):
     "One sample a process, so that often a process has none of a source; Adam's state is divided as well."
     from merge_lab.config import config_to_yaml
     from merge_lab.systems.mask_merge import prepare
@@ -242,7 +240,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
     options = dict(
         max_steps=4, per_device_train_batch_size=1, save_merged=False, report=False
     )
-    options["base_model"] = None
+    options |= dict(base_model=None, eval_samples=0)
     files = {}
     for name in ("whole", "cut"):
         config = small(
@@ -250,14 +248,9 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path):
         )
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(config_to_yaml(config), encoding="utf-8")
-    stop = tmp_path / "stop"
-    stop.mkdir()
-    (stop / "sitecustomize.py").write_text(SIGNAL_TO_ONE, encoding="utf-8")
-    cut = launch(
-        "mask-merge",
-        str(files["cut"]),
-        PYTHONPATH=os.pathsep.join([str(stop), *sys.path]),
-    )
+    stopped = tmp_path / "stopped.py"
+    stopped.write_text(SIGNAL_TO_ONE, encoding="utf-8")
+    cut = launch("mask-merge", str(files["cut"]), program=stopped)
     assert cut.returncode != 0 and "stopped after step 2 of 4" in cut.stderr, (
         cut.stderr[-4000:]
     )
@@ -287,29 +280,20 @@ sys.exit(main(["mask-merge", cut, "--resume"]) or main(["mask-merge", whole]))
 
 
 SIGNAL_TO_ONE = """
-import os, signal, threading, time
+import os, signal, sys
+from merge_lab import training
+from merge_lab.cli import main
 
-def end_one():
+before = training.StopCallback.on_step_begin
+
+def begin(self, args, state, control, **kwargs):
     "The second process gets SIGTERM while the second step runs."
-    from transformers import TrainerCallback
-    from merge_lab import training
-    before = training.StopCallback.on_step_begin
-    def begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return before(self, args, state, control, **kwargs)
-    training.StopCallback.on_step_begin = begin
+    if os.environ["RANK"] == "1" and state.global_step == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return before(self, args, state, control, **kwargs)
 
-if os.environ.get("RANK") == "1":
-    import importlib.abc, importlib.machinery, sys
-    class Finder(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path, target=None):
-            if name != "merge_lab.systems.mask_merge":
-                return None
-            sys.meta_path.remove(self)
-            end_one()
-            return None
-    sys.meta_path.insert(0, Finder())
+training.StopCallback.on_step_begin = begin
+sys.exit(main())
 """
 
 

@@ -367,7 +367,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_mergekit_makes_the_same_weights(name):
+def test_mergekit_makes_the_same_weights(name, forked):
     pytest.importorskip("mergekit")
     method, options = RECIPES[name]
     family(dtype=torch.bfloat16 if name == "deltas from the mean" else torch.float32)
@@ -378,7 +378,7 @@ def test_mergekit_makes_the_same_weights(name):
     assert ("one rounding" if name == "deltas from the mean" else "1e-6") in done.proven[0]
 
 
-def test_mergekit_makes_the_same_of_tied_models():
+def test_mergekit_makes_the_same_of_tied_models(forked):
     pytest.importorskip("mergekit")
     family("llama", tie_word_embeddings=True)
     masks()

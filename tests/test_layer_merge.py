@@ -858,7 +858,7 @@ TEN_KILLS = [*(("history.jsonl", 3 * k + 1, 3 * k + 4) for k in range(7)), *(("h
 
 
 @pytest.mark.parametrize("kills", [FOUR_KILLS, pytest.param(TEN_KILLS, marks=pytest.mark.slow)], ids=["4", "10"])
-def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path, kills):
+def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path, kills, forked):
     "kill -9 while it learns, again while it learns further, and while it heals."
     options = dataclasses.asdict(run_config(tmp_path))
     options |= dict(max_steps=24, save_steps=3, eval_steps=4, learning_rate=0.05)

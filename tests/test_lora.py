@@ -113,7 +113,7 @@ def test_presets_grow():
     assert find_target_modules(tiny_model("gpt2"), "balanced") == ["c_attn"]
 
 
-def test_save_and_inference_in_a_later_process(base):
+def test_save_and_inference_in_a_later_process(base, forked):
     "Of an adapter that was trained on text, and of one that was trained on conversations."
     wanted = {}
     for layout, column in (

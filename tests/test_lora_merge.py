@@ -127,7 +127,7 @@ def test_variants_that_peft_may_have_are_refused_by_name(name):
         check_adapter("more")
 
 
-def test_the_exported_adapter_needs_plain_peft_only():
+def test_the_exported_adapter_needs_plain_peft_only(forked):
     merger = random_merger()
     save_adapter(merger, "blend")
     torch.save(probe_logits(merger.model), "wanted.pt")

@@ -222,7 +222,7 @@ def test_activation_checkpointing_changes_nothing():
         assert_close(one, other)
 
 
-def test_reload_in_a_fresh_process(tmp_path):
+def test_reload_in_a_fresh_process(tmp_path, forked):
     paths = [str(save_tiny(e, tmp_path / f"e{i}")) for i, e in enumerate(tiny_experts("llama", n=2))]
     merger = Merger.from_config(MergerConfig(paths))
     merger.save_merged(tmp_path / "merged")

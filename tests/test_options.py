@@ -232,7 +232,7 @@ assert list(panel._repr_mimebundle_()) == ["text/plain"]
 """
 
 
-def test_a_panel_shows_its_view_whatever_was_imported():
+def test_a_panel_shows_its_view_whatever_was_imported(forked):
     "It has one without `merge_lab.widgets`, which is imported when it is looked at; and without ipywidgets it is text."
     subprocess.run([sys.executable, "-c", VIEW], check=True)
 

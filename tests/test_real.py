@@ -73,7 +73,7 @@ def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
         paths.append(str(tmp_path / "experts" / task / "final_merged"))
         data[str(tmp_path / task)] = None
     assert Path(find_base(paths)).resolve() == base.resolve()
-    options = dict(max_steps=4, held_out_rows=4, eval_samples=1, report=False)
+    options = dict(max_steps=2, held_out_rows=4, eval_samples=0, report=False)
     config = MaskMergeConfig(
         paths, dataset_configs=data, output_dir=str(tmp_path / "run"), **options
     )
@@ -159,7 +159,7 @@ def test_a_step_whose_only_checkpoint_is_damaged_begins_anew(tmp_path, monkeypat
     assert ran == [["lora", "--resume"], ["lora", "--overwrite"]]
 
 
-def test_a_second_demo_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+def test_a_second_demo_in_the_same_folder_is_refused(tmp_path, monkeypatch, forked):
     "Held by another process, and free again once that was killed."
     monkeypatch.setattr(real, "check_real", lambda: None)
     monkeypatch.setattr(real, "_run_alone", lambda config, root: {"done": root})

@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
     config = demo_config(
         output_dir=str(tmp_path_factory.mktemp("trust") / "run"),
         dataset_configs={str(bundled_path(f"tasks/{task}")): 24 for task in ("rewrite", "summarize")},
-        max_steps=4, save_steps=2, eval_samples=2, held_out_rows=4, per_device_train_batch_size=2, report=False, base_model=None,
+        max_steps=4, save_steps=2, eval_samples=0, held_out_rows=4, per_device_train_batch_size=2, report=False, base_model=None,
         target_modules=["mlp"],
     )  # fmt: skip
     run(config, progress=False)
@@ -138,7 +138,7 @@ def test_weights_that_changed_between_stop_and_resume_are_told(finished, tmp_pat
         run(dataclasses.replace(config, resume=True, max_steps=4), progress=False)
 
 
-def test_a_folder_is_one_processes_own(copied):
+def test_a_folder_is_one_processes_own(copied, forked):
     code = f"from merge_lab.run_folder import alone_in; import sys\nwith alone_in({copied.output_dir!r}):\n    print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -173,7 +173,7 @@ merger.save_merged("merged", max_shard_size=sys.argv[4])
 """
 
 
-def test_an_export_that_is_killed_anywhere_is_never_a_mix(tmp_path):
+def test_an_export_that_is_killed_anywhere_is_never_a_mix(tmp_path, forked):
     a, b = (str(save_tiny(model, tmp_path / name)) for name, model in zip("ab", tiny_experts(n=2)))
     Merger.from_config(MergerConfig([a, b], mask_init={"strategy": "odd_one_out", "selected_idx": 0})).save_merged(tmp_path / "first", max_shard_size="20KB")
     wanted = [load_model(path).state_dict() for path in (a, b)]
@@ -196,7 +196,7 @@ def test_an_export_that_is_killed_anywhere_is_never_a_mix(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
-def test_a_signal_before_training_is_told(number, tmp_path):
+def test_a_signal_before_training_is_told(number, tmp_path, forked):
     code = (
         "import os, signal, merge_lab.cli as cli\n"
         f"signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"

@@ -85,11 +85,13 @@ def until(condition, seconds=60):
 
 
 @pytest.mark.parametrize("module", ["panel", "session", "explorer", "worker"])
-def test_what_runs_without_a_browser_imports_no_pictures_and_no_widgets(module):
+def test_what_runs_without_a_browser_imports_no_pictures_and_no_widgets(module, forked):
     code = (
-        f"import sys, merge_lab.{module}\n"
-        "heavy = {'matplotlib', 'ipywidgets', 'merge_lab.drawing'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "import sys\n"
+        "heavy = {'matplotlib', 'ipywidgets', 'merge_lab.drawing'}\n"
+        "assert not heavy & set(sys.modules)  # nor did what was imported beforehand\n"
+        f"import merge_lab.{module}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     root = Path(__file__).resolve().parent.parent
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
@@ -1051,15 +1053,15 @@ def test_memory_used_has_the_components_in_it_at_every_start(tmp_path, monkeypat
     for module in (session_module, training):
         monkeypatch.setattr(module, "memory_in_use", tensor_bytes)
     tokenizer = load_tokenizer(small_config().model_paths[0])
-    size = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
+    size = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=3)
     models = tiny_experts("llama", 2, vocab_size=len(tokenizer), **size)
     paths = [str(tmp_path / f"expert-{i}") for i in range(2)]
     held = 0
     for model, path in zip(models, paths):
         held += sum(tensor.nbytes for tensor in model.parameters())
         save_tiny(model, path, tokenizer)
-    assert held > 80 * 2**20
-    options = dict(max_steps=1, model_paths=paths, base_model="", dtype="float32")
+    assert held > 20 * 2**20
+    options = dict(max_steps=1, model_paths=paths, base_model="", dtype="float32", per_device_train_batch_size=1)
     panel = ConfigPanel(small_config(**options))
     session, used = session_of(panel, Bench(panel)), []
     for _ in range(2):
@@ -1098,7 +1100,7 @@ def test_an_export_that_fails_is_shown_until_the_next_start(loaded):
 # --- runs of commands -----------------------------------------------------------------
 
 
-def test_a_command_that_fails_says_so_in_its_own_words(tmp_path):
+def test_a_command_that_fails_says_so_in_its_own_words(tmp_path, forked):
     other = save_tiny(tiny_model("llama"), tmp_path / "other", tiny_tokenizer())
     paths = [small_config().model_paths[0], str(other)]
     view = CommandRunView(CommandRun(ConfigPanel(PreflightConfig(paths), checks={})))
@@ -1109,7 +1111,7 @@ def test_a_command_that_fails_says_so_in_its_own_words(tmp_path):
     assert not view.start.disabled and view.stop.disabled
 
 
-def test_a_command_shows_its_progress_and_leaves_a_checkpoint_when_stopped():
+def test_a_command_shows_its_progress_and_leaves_a_checkpoint_when_stopped(forked):
     panel = ConfigPanel(small_config(report=False, save_merged=False, max_steps=5000))
     run = CommandRun(panel)
     view = CommandRunView(run)
