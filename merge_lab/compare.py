@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # %% ../nbs/62_compare.ipynb #588cb82f
 TRAINED = {  # rows of masks that are trained: what differs from mask merge's defaults
     LEARNED: {},
-    "adamerging": {"loss_func_name": "entropy", "mode": "scalar", "learning_rate": 0.01},  # Yang et al. 2023, arXiv 2310.02575: entropy alone, one number for each tensor
+    "adamerging": {"loss_func_name": "entropy", "mode": "scalar", "learning_rate": 1e-3},  # Yang et al. 2023, arXiv 2310.02575: entropy alone, one number for each tensor, from 0.3 with Adam's 1e-3
 }
 METRIC_CHOICES = ("exact_match", "chrf", "loss")
 

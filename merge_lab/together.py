@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # %% ../nbs/39_opponents/05_together.ipynb #67b0aa47
 TOGETHER = "trained on all data"  # what tables call it
-RATES = (1e-3, 3e-4, 1e-4)  # step sizes that are tried
+RATES = (3e-3, 1e-3, 3e-4, 1e-4)  # step sizes that are tried
 
 
 def rows_of_all(
