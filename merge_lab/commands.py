@@ -87,6 +87,8 @@ COMMANDS = {
     "push": Command("export", "PushConfig", "run_push", "send masks with their recipe, or an export, to a hub", ("path",)),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
     "compare": Command("compare", "CompareConfig", "run", "opponents, tuned, beside learned masks: what to use for these models", ("model_paths",), show="show_result"),
+    "ablate": Command("ablations", "AblationConfig", "run", "what of learned masks matters: one choice changed at a time", ("model_paths",), show="show_result"),
+    "eval": Command("harness", "EvalConfig", "run", "scores of a checkpoint by lm-evaluation-harness: its own test rows, or any task", ("path",), show="show_result"),
     "real": Command("real", "RealConfig", "run", "make experts of a real model and merge them by every system", show="show_result"),
 }
 PROGRAM = "merge_lab.cli.main"  # what `merge-lab` calls, for whoever starts a command in a process of its own

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'RUNGS', 'VERSIONS', 'CompareConfig', 'suite_file', 'read_suite',
-           'with_suite', 'opponents_of', 'check_compare', 'measured', 'scores_of', 'costs_of', 'Record', 'Bench',
-           'reference_rows', 'spent', 'leaders', 'climb', 'opponent_rows', 'recipe_rows', 'peft_rows', 'StopInTime',
-           'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run', 'facts_of', 'read_facts', 'settings_of',
-           'write_compare_report', 'finish', 'show_result']
+           'with_suite', 'first_models', 'opponents_of', 'check_compare', 'measured', 'scores_of', 'costs_of', 'Record',
+           'Bench', 'reference_rows', 'spent', 'leaders', 'climb', 'opponent_rows', 'together_row', 'recipe_rows',
+           'peft_rows', 'StopInTime', 'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run', 'compare_one',
+           'of_number', 'run_numbers', 'facts_of', 'read_facts', 'settings_of', 'write_compare_report',
+           'write_number_report', 'finish', 'show_result']
 
 # %% ../nbs/62_compare.ipynb #2a99e335
 import dataclasses
@@ -28,26 +29,28 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .checkpoints import component_names, load_tokenizer
-from .comparison import comparison_table, delta_picture, share_against_seconds, verdict
+from .comparison import comparison_table, delta_picture, manner_table, share_against_number, share_against_seconds, shares_by_number, verdict
 from .components import check_components, find_base, has_adapters, load_model
-from .config import check_choice, check_names, check_options, config_to_cli, main_names, option, Options, read_yaml
+from .config import check_choice, check_names, check_options, config_to_cli, main_names, option, Options, read_yaml, said_options
 from .devices import best_device
-from .evaluation import evaluate_tasks, load_tests, UNIFORM
+from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, UNIFORM
 from .lineup import average, delta_facts, line_up, Lineup
-from .opponents import merge_recipe, OPPONENTS, read_recipe, why_not, write_recipe
+from .opponents import merge_recipe, OPPONENTS, read_recipe, starts_of, why_not, write_recipe
 from .real import trained_numbers
 from .run_folder import add_row, begin_run, bundled_path, check_start, is_run, kept_rows, last_checkpoint, one_run, RunInterrupted, write_json, write_rows, write_text
 from .search import best_of, check_optuna, Judge, judge_of, search
 from .session import tidy_memory
 from .systems.mask_merge import LEARNED, MaskMergeConfig
 from .systems.mask_merge import run as merge_masks
+from .together import best_together, rows_of_all, TOGETHER, why_no_room
+from .training import check_report_to
 
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/62_compare.ipynb #588cb82f
 TRAINED = {  # rows of masks that are trained: what differs from mask merge's defaults
     LEARNED: {},
-    "adamerging": {"loss_func_name": "entropy", "mode": "scalar", "learning_rate": 0.01},  # Yang et al. 2023, arXiv 2310.02575: entropy alone, one number for each tensor
+    "adamerging": {"loss_func_name": "entropy", "mode": "scalar", "learning_rate": 1e-3},  # Yang et al. 2023, arXiv 2310.02575: entropy alone, one number for each tensor, from 0.3 with Adam's 1e-3
 }
 METRIC_CHOICES = ("exact_match", "chrf", "loss")
 
@@ -60,9 +63,11 @@ class CompareConfig(Options):
     datasets: list[str] = option([], "One dataset of each model, in order, with training, validation and test rows", group="Data", aliases=("data", "dataset_configs"))
     base_model: str | None = option(None, "Their common ancestor; none given: what the models name", group="Models", aliases=("base",))
     suite: str = option("", "Models and data by name: a YAML file, or a bundled suite", group="Models")
+    components: list[int] = option([], "How many of the models are merged, the first ones; several: a comparison of each, and how the worst task goes with their number; none given: all", group="Models")
     methods: list[str] = option([], f"Opponents; none given: all that can merge these. {', '.join(OPPONENTS)}", group="Methods")
     recipes: list[str] = option([], "YAML files of mergekit that are merged and judged, too", group="Methods")
     trained: list[str] = option([LEARNED], f"Masks that are trained: {', '.join(TRAINED)}; 'none' for none", group="Methods")
+    together: bool = option(True, "Also train one model on all data at once, for as many rows as masks see", group="Methods")
     minutes: float = option(20.0, "Time for everything that is searched and trained, half for each; scores come on top", low=0, group="Budget")
     trials: int = option(16, "Settings of an opponent that are tried at most", low=1, high=1000, group="Budget")
     max_steps: int | None = option(None, "Optimizer steps of masks; none given: mask merge's default", low=1, group="Budget")
@@ -75,6 +80,7 @@ class CompareConfig(Options):
     answered: int = option(40, "Test rows of each dataset that are answered for the metric", low=1, group="Data")
     dtype: str = option("auto", "Weights in memory; auto: as stored", choices=["auto", "float32", "bfloat16", "float16"], group="Models")
     device: str = option("auto", "Where merges are scored and masks trained", choices=["auto", "cpu", "cuda", "mps"], group="Models", resumable=True, recipe=False)
+    report_to: str = option("none", "Where the training of masks is told as it goes: tensorboard, wandb, trackio or none", group="Output", resumable=True, recipe=False)
     output_dir: str = option("runs/compare", "Folder of the comparison", group="Output", resumable=True, recipe=False)
     resume: bool = option(False, "Go on with the comparison in output_dir", group="Output", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace the comparison in output_dir", group="Output", resumable=True, recipe=False)
@@ -86,6 +92,8 @@ class CompareConfig(Options):
             check_choice("methods", method, OPPONENTS)
         for name in self.trained:
             check_choice("trained", name, TRAINED)
+        if any(number < 2 for number in self.components):
+            raise ValueError(f"components={self.components}: expected numbers of models that are merged, 2 or more.")
 
 # %% ../nbs/62_compare.ipynb #da08a492
 def suite_file(suite: str) -> Path:  # a file, or the name of a bundled one
@@ -117,12 +125,20 @@ def read_suite(suite: str) -> dict:
 
 
 def with_suite(config: CompareConfig) -> CompareConfig:
-    "The config with what its suite says, where it says nothing itself. Raises what `read_suite` raises."
+    "The config with what its suite says, where it says nothing itself; an option that was given counts also where it is the default. Raises what `read_suite` raises."
     if not config.suite:
         return config
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    defaults = {name: field.default if field.default is not dataclasses.MISSING else field.default_factory() for name, field in fields.items()}
-    return dataclasses.replace(config, **{name: value for name, value in read_suite(config.suite).items() if getattr(config, name) == defaults[name]})
+    said = said_options(config)
+    return dataclasses.replace(config, **{name: value for name, value in read_suite(config.suite).items() if name not in said})
+
+
+def first_models(config: CompareConfig) -> CompareConfig:
+    "The config with as many of its models as it says. Raises `ValueError` if there are fewer."
+    for number in config.components:
+        if number > len(config.model_paths):
+            raise ValueError(f"components={config.components}: there are {len(config.model_paths)} models.")
+    n = config.components[0] if len(config.components) == 1 else None
+    return dataclasses.replace(config, model_paths=config.model_paths[:n], datasets=config.datasets[:n])
 
 # %% ../nbs/62_compare.ipynb #2952695b
 def opponents_of(config: CompareConfig, tell: bool = False) -> list[str]:  # tell: say in the log what is left out
@@ -149,6 +165,7 @@ def check_compare(config: CompareConfig) -> CompareConfig:  # with its base
         check_optuna()
     except ImportError as error:
         raise ValueError(str(error)) from error
+    check_report_to(config.report_to)
     for recipe in config.recipes:
         read_recipe(recipe)
     for split in ("train", "validation", "test"):
@@ -227,6 +244,7 @@ class Bench:
     validation: dict[str, list[dict]]
     test: dict[str, list[dict]]
     tokenizer: object
+    said: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)  # manner -> task -> answers of the manner's expert; empty: nobody's manner is asked for
 
     @classmethod
     def of(cls, config: CompareConfig) -> "Bench":
@@ -244,18 +262,40 @@ class Bench:
         "The expert of each task."
         return {task: f"expert: {name}" for task, name in zip(self.test, component_names(self.config.model_paths))}
 
-    def scores(self, model) -> list[dict]:  # rows: task, split, loss, and the metric on test rows
+    def scores(self, model) -> list[dict]:  # rows: task, split, loss, and on test rows the metric and manners
         "Scores of a model on validation and test rows."
-        metrics = ("loss",) if self.config.metric == "loss" else ("loss", self.config.metric)
         found, model = [], model.to(self.device)
-        for split, tests, wanted in (("validation", self.validation, ("loss",)), ("test", self.test, metrics)):
-            table = evaluate_tasks(model, self.tokenizer, tests, metrics=wanted, answered=self.config.answered, progress=False).reset_index()
-            found += [{"task": row["task"], "split": split, **{name: row[name] for name in wanted}} for row in table.to_dict("records")]
+        for split, tests in (("validation", self.validation), ("test", self.test)):
+            losses = evaluate_tasks(model, self.tokenizer, tests, metrics=("loss",), progress=False).loss
+            found += [{"task": task, "split": split, "loss": loss, **(self.answered(model, task) if split == "test" else {})} for task, loss in losses.items()]
         return found
+
+    def answered(self, model, task: str) -> dict:  # the metric, and manners: task or "other" -> share
+        "What a model's answers to a task are worth, and in whose manner they are."
+        if self.config.metric not in OF_ANSWERS:
+            return {}
+        rows = self.test[task][: self.config.answered]
+        answers = generate_answers(model, self.tokenizer, rows)
+        found = {self.config.metric: OF_ANSWERS[self.config.metric](answers, rows)}
+        if not self.said:
+            return found
+        shares = [attribute(answer, {manner: said[task][i] for manner, said in self.said.items()}) for i, answer in enumerate(answers)]
+        return found | {"manners": pd.DataFrame(shares).fillna(0.0).mean().round(6).to_dict()}
+
+    def learn_manners(self, lineup: Lineup, file: Path):
+        "Have every expert answer every task, where answers are right or wrong; what the file holds is not asked again."
+        if self.config.metric != "exact_match":
+            return
+        if not file.exists():
+            rows = {task: rows[: self.config.answered] for task, rows in self.test.items()}
+            said = {manner: {task: generate_answers(lineup.put(state).to(self.device), self.tokenizer, asked) for task, asked in rows.items()} for manner, state in zip(self.test, lineup.states)}
+            write_json(file, said)
+        self.said = json.loads(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/62_compare.ipynb #8e6409ed
 def reference_rows(bench: Bench, record: Record, lineup: Lineup, seed: int):
     "Rows of base, experts and uniform average, as far as they are not there."
+    bench.learn_manners(lineup, record.file.with_name("manners.json"))
     first = {row["model"]: row for row in record.rows if row["seed"] == bench.config.seed}
     states = {"base": lineup.base} if lineup.base is not None else {}
     states |= {f"expert: {name}": state for name, state in zip(lineup.names, lineup.states)}
@@ -292,14 +332,15 @@ def climb(lineup: Lineup, judge: Judge, files: dict[str, Path], trials: int, sec
     for rung, (share, part) in enumerate(RUNGS, 1):
         if rung > 1:
             alive = leaders(files, alive, math.ceil(share * len(files)))
-        quota, left = max(1, round(part * trials)), max(0.0, seconds - spent(files))
-        logger.info("seed %d, rung %d of %d: up to %d settings of %s; %.1f minutes of the search are left", seed, rung, len(RUNGS), quota, ", ".join(alive), left / 60)
+        quota = {method: min(trials, max(len(starts_of(OPPONENTS[method].space(len(lineup.states)))), round(part * trials))) for method in alive}
+        left, total = max(0.0, seconds - spent(files)), sum(quota.values())
+        logger.info("seed %d, rung %d of %d: up to %d settings of %s; %.1f minutes of the search are left", seed, rung, len(RUNGS), max(quota.values(), default=0), ", ".join(alive), left / 60)
         done = sum(len(kept_rows(files[method])) for method in alive)
-        with tqdm(total=quota * len(alive), initial=min(done, quota * len(alive)), desc=f"seed {seed}, rung {rung}", unit="trial", leave=False) as bar:
+        with tqdm(total=total, initial=min(done, total), desc=f"seed {seed}, rung {rung}", unit="trial", leave=False) as bar:
             for method in alive:
                 bar.set_postfix_str(method)
                 own = spent({method: files[method]})
-                search(lineup, judge, method, files[method], quota, own + max(0.0, seconds - spent(files)), seed, bar)
+                search(lineup, judge, method, files[method], quota[method], own + max(0.0, seconds - spent(files)), seed, bar)
 
 # %% ../nbs/62_compare.ipynb #98a42df0
 def opponent_rows(bench: Bench, record: Record, lineup: Lineup, folder: Path, seed: int, seconds: float):
@@ -320,6 +361,23 @@ def opponent_rows(bench: Bench, record: Record, lineup: Lineup, folder: Path, se
             write_recipe(lineup, method, best["setting"], folder / "best" / f"{method}.yml")
         seconds_of = sum(trial["seconds"] for trial in trials)
         record.add(seed, method, bench.scores(model), seconds_of, use["peak_bytes"], len(best["setting"]), len(trials), best["setting"])
+
+# %% ../nbs/62_compare.ipynb #c42f4dc8
+def together_row(bench: Bench, record: Record, lineup: Lineup, seed: int, seconds: float):
+    "Train all weights of the base on the data of all tasks, for as many rows as masks see, and judge the best step size."
+    if not bench.config.together or record.has(seed, TOGETHER):
+        return
+    if reason := why_no_room(lineup):
+        logger.info("%s is left out: %s", TOGETHER, reason)
+        return
+    known = [record.on_validation(seed, name) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
+    usual = MaskMergeConfig()
+    steps, batch = bench.config.max_steps or usual.max_steps, usual.per_device_train_batch_size
+    logger.info("seed %d: %s, for %.1f minutes at most", seed, TOGETHER, seconds / 60)
+    with measured() as use:
+        rows = rows_of_all(bench.config.datasets, lineup.tokenizer, steps * batch, seed=seed)
+        tensors, rate, _, tried = best_together(lineup, judge_of(lineup, bench.validation, known), rows, steps, batch, seconds, seed)
+    record.add(seed, TOGETHER, bench.scores(lineup.put(tensors)), use["seconds"], use["peak_bytes"], sum(tensor.numel() for tensor in tensors.values()), tried, {"step size": rate})
 
 # %% ../nbs/62_compare.ipynb #149d8cee
 def recipe_rows(bench: Bench, record: Record, folder: Path, seed: int):
@@ -369,7 +427,7 @@ def trained_config(config: CompareConfig, name: str, folder: Path, seed: int) ->
     start = {"mask_init": {"strategy": "uniform", "factors": [0.3] * len(config.model_paths)}} if name == "adamerging" and config.base_model else {}
     return MaskMergeConfig(
         model_paths=config.model_paths, dataset_configs=dict.fromkeys(config.datasets), base_model=config.base_model, dtype=config.dtype, device=config.device, seed=seed,
-        output_dir=str(folder), report=False, eval_samples=0, resume=going_on, overwrite=is_run(folder) and not going_on, **TRAINED[name], **steps, **start,
+        output_dir=str(folder), report=False, report_to=config.report_to, eval_samples=0, resume=going_on, overwrite=is_run(folder) and not going_on, **TRAINED[name], **steps, **start,
     )  # fmt: skip
 
 
@@ -390,13 +448,14 @@ def one_seed(bench: Bench, record: Record, root: Path, seed: int):
     "All rows of one seed."
     config, folder = bench.config, root / f"seed-{seed}"
     seconds = 60 * config.minutes / config.seeds * (0.5 if config.trained else 1.0)
-    wanted = ["base"] * bool(config.base_model) + [*bench.experts.values(), UNIFORM, *opponents_of(config)]
+    wanted = ["base"] * bool(config.base_model) + [*bench.experts.values(), UNIFORM, *opponents_of(config), *[TOGETHER] * config.together]
     if not all(record.has(seed, name) for name in wanted):
         lineup = line_up(config.model_paths, config.base_model, config.datasets, config.dtype, config.train_rows, seed, bench.device)
         reference_rows(bench, record, lineup, seed)
         if not (root / "deltas.csv").exists():
             write_text(root / "deltas.csv", delta_facts(lineup).to_csv(index=False))
-        opponent_rows(bench, record, lineup, folder, seed, seconds)
+        opponent_rows(bench, record, lineup, folder, seed, seconds * (0.75 if config.together else 1.0))
+        together_row(bench, record, lineup, seed, 0.25 * seconds)
         del lineup
     recipe_rows(bench, record, folder, seed)
     peft_rows(bench, record, seed)
@@ -415,8 +474,16 @@ class Comparison:
 @one_run
 def run(config: CompareConfig) -> Comparison:
     "Compare, as far as it is not done. Raises before any long work if something is wrong; `RunInterrupted` if stopped."
-    config = check_compare(with_suite(config))
+    config = first_models(with_suite(config))
+    if len(config.components) > 1:
+        return run_numbers(config)
+    config = check_compare(config)
     opponents_of(config, tell=True)
+    return compare_one(config)
+
+
+def compare_one(config: CompareConfig) -> Comparison:  # config: checked
+    "Compare one line-up. Raises `RunInterrupted` if stopped."
     root = begin_run(config)
     bench, record = Bench.of(config), Record(root)
     try:
@@ -425,6 +492,30 @@ def run(config: CompareConfig) -> Comparison:
     except (KeyboardInterrupt, RunInterrupted) as error:
         raise RunInterrupted(f"stopped; {len(record.rows)} rows and every trial are in {root}. Go on with: merge-lab compare {root / 'config.yaml'} --resume") from error
     return finish(bench, record, root)
+
+# %% ../nbs/62_compare.ipynb #d77ec85e
+def of_number(config: CompareConfig, n: int) -> CompareConfig:
+    "The comparison of the first n models."
+    folder = Path(config.output_dir) / f"components-{n}"
+    begun = is_run(folder)
+    return first_models(dataclasses.replace(config, components=[n], output_dir=str(folder), resume=config.resume and begun, overwrite=config.overwrite and begun))
+
+
+def run_numbers(config: CompareConfig) -> Comparison:
+    "A comparison for each number of components. Raises before any long work what `check_compare` raises, `RunInterrupted` if stopped."
+    config = check_compare(config)
+    asked = [check_compare(of_number(config, n)) for n in config.components]
+    root = begin_run(config)
+    try:
+        found = {n: compare_one(one) for n, one in zip(config.components, asked)}
+    except RunInterrupted as error:
+        raise RunInterrupted(f"stopped; what is done is in {root}. Go on with: merge-lab compare {root / 'config.yaml'} --resume") from error
+    shares = shares_by_number({n: one.table for n, one in found.items()}, config.trained)
+    said = " ".join(f"Of {n}: {one.verdict.split('. It took')[0]}." for n, one in found.items())
+    write_text(root / "components.csv", shares.to_csv())
+    write_text(root / "verdict.txt", said + "\n")
+    write_number_report(config, root, shares, found)
+    return Comparison(shares, said, root)
 
 # %% ../nbs/62_compare.ipynb #9b2a1cdf
 VERSIONS = ("torch", "transformers", "mergekit", "optuna")
@@ -461,7 +552,7 @@ def write_compare_report(bench: Bench, record: Record, root: Path, table: pd.Dat
     from merge_lab import report as R
     from merge_lab.figures import save_figure
 
-    figures = {"share_against_seconds": share_against_seconds(table, bench.config.trained), "deltas": delta_picture(deltas)}
+    figures, manners = {"share_against_seconds": share_against_seconds(table, bench.config.trained), "deltas": delta_picture(deltas)}, manner_table(scores_of(record.rows))
     for name, figure in figures.items():
         (root / "plots").mkdir(exist_ok=True)
         save_figure(figure, root / "plots" / f"{name}.png")
@@ -471,8 +562,26 @@ def write_compare_report(bench: Bench, record: Record, root: Path, table: pd.Dat
         R.Heading("What to use"), R.Prose(said),
         R.Plot(figures["share_against_seconds"], "Recovered share: 0 is the base, 1 the task's own expert. Bars span the seeds. Seconds hold all trials of a search."),
         R.Heading("All of them"), R.Table(flat, "On test rows; loss in nats per answer token. Settings were chosen on validation rows. Peak: resident memory of the whole process."),
+        *([R.Heading("In whose manner the answers are"), R.Table(manners.unstack("task").swaplevel(axis=1).sort_index(axis=1, level=0, sort_remaining=False), "Share of each task's answers that are most like the answers of a task's expert to the same prompt; other: like nobody's.")] if not manners.empty else []),
         R.Heading("The models"), R.Plot(figures["deltas"], "Measured from the base, or where there is none from the mean. By themselves these numbers say nothing of the best method."),
         R.Heading("The settings that were chosen"), R.Table(settings_of(record), "Of mergekit's methods `best/` in each seed's folder has the YAML."),
+        R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab compare")),
+    ], root / "report.html")  # fmt: skip
+
+
+def write_number_report(config: CompareConfig, root: Path, shares: pd.DataFrame, found: dict[int, Comparison]):
+    "Write plots/ and report.html of comparisons with several numbers of components."
+    from merge_lab import report as R
+    from merge_lab.figures import save_figure
+
+    figure = share_against_number(shares)
+    (root / "plots").mkdir(exist_ok=True)
+    save_figure(figure, root / "plots" / "share_against_number.png")
+    again = dataclasses.replace(config, output_dir=f"{config.output_dir}-again", resume=False, overwrite=False)
+    R.report_html("What is left as more experts are merged", [
+        R.Plot(figure, "On test rows: 0 is the base, 1 the task's own expert; of each merge the worst task. Bars span the seeds. The opponent is the one that validation rows like best."),
+        R.Table(shares.rename_axis(index="components", columns=["", ""])),
+        *(part for n, one in found.items() for part in (R.Heading(f"{n} components"), R.Prose(one.verdict), R.Prose(f"All of them: components-{n}/report.html"))),
         R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab compare")),
     ], root / "report.html")  # fmt: skip
 
@@ -482,6 +591,8 @@ def finish(bench: Bench, record: Record, root: Path) -> Comparison:
     table, deltas = comparison_table(scores_of(record.rows), costs_of(record.rows), bench.experts), pd.read_csv(root / "deltas.csv")
     said = verdict(table, deltas)
     write_text(root / "table.csv", table.to_csv())
+    if not (manners := manner_table(scores_of(record.rows))).empty:
+        write_text(root / "confusion.csv", manners.to_csv())
     write_text(root / "verdict.txt", said + "\n")
     write_json(root / "results.json", facts_of(bench, record, deltas))
     write_compare_report(bench, record, root, table, said, deltas)

@@ -6,7 +6,7 @@
 __all__ = ['check_choice', 'did_you_mean', 'option', 'choices_of', 'RowsWhere', 'check_type', 'check_options', 'alias_names',
            'main_names', 'changed_options', 'config_to_yaml', 'config_to_python', 'check_names', 'config_from_dict',
            'OnceLoader', 'read_yaml', 'yaml_value', 'config_from_yaml', 'config_to_cli', 'narrow', 'OptionsType',
-           'Options', 'resumable_options', 'recipe_options', 'card_options']
+           'Options', 'said_options', 'resumable_options', 'recipe_options', 'card_options']
 
 # %% ../nbs/00_config.ipynb #b335335b
 import dataclasses
@@ -226,7 +226,11 @@ def check_names(cls: type, values: dict, origin: str = "config"):
 def config_from_dict(cls: type, values: dict, origin: str = "config"):
     "Make a config from plain values. Raises `ValueError` as `check_names` and `main_names` do."
     check_names(cls, values, origin)
-    return cls(**main_names(cls, values, origin))
+    values = main_names(cls, values, origin)
+    config = cls(**values)
+    if "_said" in getattr(config, "__dict__", {}):
+        vars(config)["_said"] = set(values)  # also where all are given, as a run's config.yaml does
+    return config
 
 # %% ../nbs/00_config.ipynb #ebb2d514
 class OnceLoader(yaml.SafeLoader):
@@ -296,11 +300,14 @@ class OptionsType(type):
     "Type of config classes: their constructors take aliases."
 
     def __call__(cls, *args, **values):
-        mains = alias_names(cls)
-        if all(field.name in values for field in dataclasses.fields(cls) if field.init):
+        mains, fields = alias_names(cls), [field.name for field in dataclasses.fields(cls) if field.init]
+        said = {*fields[: len(args)], *(mains.get(name, name) for name in values)}
+        if all(name in values for name in fields):  # as `dataclasses.replace` calls it
             changed = {mains[name] for name in values if name in mains}
-            values = {name: value for name, value in values.items() if name not in changed}
-        return super().__call__(*args, **main_names(cls, values, cls.__name__))
+            values, said = {name: value for name, value in values.items() if name not in changed}, None
+        config = super().__call__(*args, **main_names(cls, values, cls.__name__))
+        vars(config)["_said"] = set(changed_options(config)) if said is None else said
+        return config
 
     @property
     def __signature__(cls) -> inspect.Signature:  # of the dataclass, not of `__call__`
@@ -318,6 +325,13 @@ class Options(metaclass=OptionsType):
 
     def __setattr__(self, name: str, value):
         super().__setattr__(alias_names(type(self)).get(name, name), value)
+
+# %% ../nbs/00_config.ipynb #c39ad935
+def said_options(
+    config: Options,
+) -> set[str]:
+    "Options that were given, also where they equal their defaults. Of a config that `dataclasses.replace` made: those that differ from their defaults."
+    return set(vars(config).get("_said", changed_options(config)))
 
 # %% ../nbs/00_config.ipynb #44bc08b6
 def resumable_options(cls: type) -> set[str]:  # of a config class

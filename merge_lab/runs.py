@@ -192,8 +192,21 @@ def names(self) -> list[str]:
         return component_names(path.parent if path.name == "adapter_checkpoint" else path for path in paths)
     return [] if self.masks is None else component_names(read_merger_config(self.masks).model_paths)
 
+# %% ../nbs/36_runs.ipynb #50a5f2d2
+@patch_to(Run)
+@property
+def lm_eval(self) -> str:  # empty: nobody asked
+    "What lm-evaluation-harness found, the first value of each task in brief."
+    found = {}
+    try:
+        for row in json.loads((self.folder / "lm_eval.json").read_text(encoding="utf-8"))["results"]:
+            found.setdefault(row["task"], f"{row['task']} {row['value']:.3g}")
+    except (OSError, KeyError, TypeError, ValueError):
+        return ""
+    return ", ".join(found.values())
+
 # %% ../nbs/36_runs.ipynb #b430a88a
-def find_runs(folder: str | Path = "runs") -> pd.DataFrame:  # index run; columns system, steps, wanted, loss, alphas, merged
+def find_runs(folder: str | Path = "runs") -> pd.DataFrame:  # index run; columns system, steps, wanted, loss, alphas, merged, lm_eval
     "Runs below a folder, and beside it those of systems that have a place of their own, newest first."
     files = {"config.yaml", *(name for system in SYSTEMS.values() for name in (system.history, system.older_history) if name)}
     roots = [Path(folder), *(Path(folder).parent / system.place for system in SYSTEMS.values() if system.place)]
@@ -204,8 +217,8 @@ def find_runs(folder: str | Path = "runs") -> pd.DataFrame:  # index run; column
         row = {"run": Path(os.path.relpath(run.folder, folder)).as_posix(), "system": run.kind, "steps": 0, "wanted": run.wanted, "loss": math.nan}
         if len(history):
             row |= {"steps": int(history["step"].max()), "loss": history["loss"].iloc[-1]}
-        rows.append(row | {"alphas": run.has_alphas, "merged": run.merged is not None})
-    return pd.DataFrame(rows, columns=["run", "system", "steps", "wanted", "loss", "alphas", "merged"]).set_index("run")
+        rows.append(row | {"alphas": run.has_alphas, "merged": run.merged is not None, "lm_eval": run.lm_eval})
+    return pd.DataFrame(rows, columns=["run", "system", "steps", "wanted", "loss", "alphas", "merged", "lm_eval"]).set_index("run")
 
 # %% ../nbs/36_runs.ipynb #1cae96cf
 @patch_to(Run)

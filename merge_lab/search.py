@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .evaluation import evaluate_tasks
 from .lineup import Lineup
-from .opponents import Dial, OPPONENTS, start_of
+from .opponents import Dial, OPPONENTS, starts_of
 from .run_folder import add_row, kept_rows, write_rows
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def propose(
 ) -> dict | None:  # None: all has been tried
     "The setting of the next trial."
     every, tried = all_settings(space), [trial["setting"] for trial in trials]
-    if not tried:
-        return start_of(space)
+    if begin := [setting for setting in starts_of(space) if setting not in tried]:
+        return begin[0]
     if every is not None:
         return next((setting for setting in every if setting not in tried), None)
     import optuna

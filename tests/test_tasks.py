@@ -3,6 +3,7 @@
 import filecmp
 import json
 import pickle
+import random
 import re
 
 import pytest
@@ -24,9 +25,14 @@ from merge_lab.run_folder import bundled_path
 from merge_lab.systems.mask_merge import parse_datasets
 from merge_lab.tinylm import tiny_tokenizer
 from merge_lab.toy_corpus import (
+    all_tasks,
+    base_row,
+    generate_all,
     generate_tasks,
+    held_out_text,
     make_mmlu,
     make_tasks,
+    more_tasks,
     task_tokenizer,
     tasks,
 )
@@ -43,7 +49,7 @@ def tokenizer():
 def bundled():
     return {
         (task, split): load_task(bundled_path(f"tasks/{task}"), split)
-        for task in tasks
+        for task in all_tasks
         for split in splits
     }
 
@@ -54,7 +60,7 @@ def sentence(row):
 
 def test_no_sentence_is_in_two_splits_or_tasks(bundled):
     sentences = [sentence(row) for rows in bundled.values() for row in rows]
-    assert len(sentences) == 3 * (2000 + 100 + 200)
+    assert len(sentences) == 6 * (2000 + 100 + 200)
     assert len(set(sentences)) == len(sentences)
 
 
@@ -77,6 +83,50 @@ def test_another_seed_gives_other_sentences():
     assert (
         generate_tasks(0, sizes) == generate_tasks(0, sizes) != generate_tasks(1, sizes)
     )
+
+
+def test_tasks_that_came_later_changed_none_before(bundled):
+    sizes = {"test": 20}
+    every = generate_all(0, sizes)
+    assert {task: every[task] for task in tasks} == generate_tasks(0, sizes)
+    answers = {
+        task: {answer_of(row) for row in bundled[task, "test"]} for task in all_tasks
+    }
+    assert len(set.union(*answers.values())) == sum(map(len, answers.values()))
+    assert answers["sort"] == {"A.", "B.", "C.", "D."}
+
+
+def test_the_base_read_no_sentence_that_later_tasks_are_scored_on(
+    bundled, tokenizer, monkeypatch
+):
+    "What it read is drawn again, without training."
+    read = set()
+    module = "merge_lab.toy_corpus"
+    monkeypatch.setattr(f"{module}.encode_text", lambda _, text: read.add(text))
+    monkeypatch.setattr(
+        f"{module}.encode_chat", lambda _, turns: read.add(turns[0]["content"])
+    )
+    monkeypatch.setattr(
+        f"{module}.encode_question", lambda _, drawn, kept: asked(drawn, kept)
+    )
+
+    def asked(drawn, kept):  # draws as a question does
+        from merge_lab.toy_corpus import choice_key, subjects
+
+        while choice_key(drawn.choice(list(subjects.values()))(drawn)) in kept:
+            pass
+
+    drawn, kept = random.Random(0), held_out_text()
+    for _ in range(1000 * 32):
+        base_row(tokenizer, drawn, kept)
+    read = {text.split(": ", 1)[-1] for text in read}
+    scored = {
+        sentence(row)
+        for task in more_tasks
+        for split in ("validation", "test")
+        for row in bundled[task, split]
+    }
+    assert len(read) > 10_000 and not read & scored
 
 
 def test_bundled_tokenizer_is_the_one_the_recipe_makes(tokenizer):
