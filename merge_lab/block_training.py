@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['logger', 'mapped_or_cut', 'try_blocks', 'missed', 'HiddenObjective', 'BlockSteps', 'numbered', 'rate_of', 'Block',
-           'begin_block', 'learn_block']
+           'begin_block', 'LearntBlock', 'block_coefficients', 'learn_block']
 
 # %% ../nbs/39_shortening/04_block_training.ipynb #629a9fe2
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import nn, Tensor
 
-from .block_layer import check_block, fuse_block_layer, with_block_layer
+from .block_layer import BlockLeaf, check_block, fuse_block_layer, with_block_layer
 from .cuts import block_distances, block_starts, shared_copy, stream_states, text_loss
 from .depth import decoder_layers, remove_layers
 from .held_out import HeldOut
 from .linear_maps import Call, catch_calls, find_writer, least_squares_map, map_block, map_rows
 from .loop_config import LoopConfig
+from .masks import parameter_name, plain_name
 from .objective import Objective
 from .student import constant_rate, EMPTY, held_batches, Patient, say_interrupted, student_trainer, studying, train_student, working_folder
 
@@ -141,6 +143,22 @@ def begin_block(
     return Block(with_block_layer(model, block, **made), model, list(block), batches, held_out, calls)
 
 # %% ../nbs/39_shortening/04_block_training.ipynb #09dbd2cd
+class LearntBlock(NamedTuple):
+    "What `learn_block` gives."
+
+    model: nn.Module  # plain and shorter
+    coefficients: pd.DataFrame  # parameter, layer, coefficient
+    history: pd.DataFrame  # a row per step from predictions
+    hidden: pd.DataFrame  # a row per step from hidden states
+
+
+def block_coefficients(student, block: Sequence[int]) -> pd.DataFrame:  # parameter, layer, coefficient
+    "What share every layer of a block has in each parameter."
+    leaves = [(plain_name(name), leaf) for name, leaf in student.named_modules() if isinstance(leaf, BlockLeaf)]
+    rows = [(parameter_name(name, key), leaf.alphas(key)) for name, leaf in leaves for key in leaf.masks]
+    return pd.DataFrame([dict(parameter=name, layer=j, coefficient=c.item()) for name, alphas in rows for j, c in zip(block, alphas)])
+
+# %% ../nbs/39_shortening/04_block_training.ipynb #9f5e6a18
 def learn_block(
     model,  # the original; stays as it is
     block: Sequence[int],  # layers in a row that become one
@@ -154,7 +172,7 @@ def learn_block(
     folder: str | Path | None = None,  # of a run, for history and checkpoints; None: nothing is written
     resume: bool = False,  # go on with what is there
     **options,  # further fields of `LoopConfig`
-) -> tuple:  # the plain, shorter model; a row per step from predictions; the same from hidden states
+) -> LearntBlock:
     "One layer in place of a block. Raises `ValueError` for layers that cannot be merged, `RunInterrupted` if it was stopped."
     how, batches = how or BlockSteps(), list(dataloader)
     if not batches:
@@ -169,4 +187,5 @@ def learn_block(
     if how.steps:
         loop = rate_of(how.steps, rate / 2, seed=seed, **options)
         history[0] = begun.loop(Objective({"kl": 1.0}, how.temperature), batches, held, loop, on_step=on_step, patience=patience, **told)
-    return fuse_block_layer(begun.student), *history
+    coefficients = block_coefficients(begun.student, block)
+    return LearntBlock(fuse_block_layer(begun.student), coefficients, *history)
