@@ -7,7 +7,7 @@ __all__ = ['logger', 'PAIRS', 'BLENDS', 'INIT_STRATEGIES', 'logit_of', 'PairLeaf
            'MergeableLayer', 'mergeable_class', 'leaf_pairs', 'leaf_shares', 'make_mergeable', 'KeptLayers',
            'MergeRecord', 'initial_alpha', 'check_blend', 'set_merged_depth', 'replace_layers_with_mergeable',
            'alpha_parameters', 'alpha_values', 'alpha_table', 'find_layers_of', 'mergeable_layers', 'as_original',
-           'extract_learned_alphas', 'fuse_layer', 'fuse_mergeable_layers']
+           'extract_learned_alphas', 'write_leaves', 'fuse_layer', 'fuse_mergeable_layers']
 
 # %% ../nbs/39_mergeable.ipynb #af56ddaf
 import functools
@@ -343,12 +343,21 @@ def extract_learned_alphas(
 
 # %% ../nbs/39_mergeable.ipynb #64e77955
 @torch.no_grad()
-def fuse_layer(layer: MergeableLayer) -> nn.Module:  # takes the layer's place
-    "Write the blend into what the layer was made from: a plain decoder layer."
-    for name, leaf in [(n, m) for n, m in layer.named_modules() if isinstance(m, PairLeaf)]:
-        layer = take_leaf(layer, name, leaf)
+def write_leaves(
+    root: nn.Module,
+    kind: type,  # of the leaves
+) -> nn.Module:  # the root
+    "Write every blend of a kind into the module that it was made from, which comes back to its place."
+    for name, leaf in [(n, m) for n, m in root.named_modules() if isinstance(m, kind)]:
+        root = take_leaf(root, name, leaf)
         for key in leaf.parameter_names:
             leaf.template._parameters[key] = nn.Parameter(leaf.tensor(key), requires_grad=False)
+    return root
+
+
+def fuse_layer(layer: MergeableLayer) -> nn.Module:  # takes the layer's place
+    "Write the blend into what the layer was made from: a plain decoder layer."
+    layer = write_leaves(layer, PairLeaf)
     layer._parameters.pop("alpha_logit", None)
     del layer.removed, layer.blend, layer.state, layer.per_module
     return as_class(layer, type(layer).__mro__[2])
