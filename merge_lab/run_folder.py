@@ -8,8 +8,8 @@ __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text'
            'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run',
            'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows', 'write_rows', 'add_row',
            'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of', 'seal',
-           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_more_steps',
-           'check_going_on', 'check_start', 'bundled_path']
+           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_readable', 'steps_of',
+           'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -28,7 +28,8 @@ from contextlib import contextmanager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 
-from .config import config_from_yaml, config_to_yaml, resumable_options
+from .config import config_from_yaml, config_to_yaml, read_json, resumable_options
+from .logs import log_into, run_log
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -197,11 +198,11 @@ _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders tha
 
 
 def one_run(function: typing.Callable):
-    "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then."
+    "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then, and what is logged goes to the first one."
 
     @functools.wraps(function)
     def alone(*arguments, **options):
-        with ExitStack() as stack:
+        with ExitStack() as stack, run_log():
             token = _held.set({"stack": stack})
             try:
                 return function(*arguments, **options)
@@ -364,6 +365,7 @@ def begin_run(
     if overwrite and not resume:
         clear_run(folder)
     write_config(config, folder)
+    log_into(folder)
     return folder
 
 # %% ../nbs/01_run_folder.ipynb #5489853c
@@ -389,10 +391,11 @@ def read_rows(path: str | Path) -> list[dict]:
     lines, rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: this line is no row of a history ({error.msg}). Mend or remove it; the lines after it are kept.") from error
+                why = getattr(error, "msg", "no object in braces")
+                raise ValueError(f"{path}:{number}: this line is no row of a history ({why}). Mend or remove it; the lines after it are kept.") from error
     return rows
 
 
@@ -528,13 +531,48 @@ def checkpoint_to_resume(
         raise ValueError(f"resume: {checkpoint} was written by {before} processes, and there are {n_processes}. Start as many as before.")
     return checkpoint
 
+# %% ../nbs/01_run_folder.ipynb #94c166e2
+def _why_unreadable(file: Path) -> str:  # empty: it can be read
+    "What stops a reader of a checkpoint's file; a pickle that would run code is not followed."
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import safe_open, SafetensorError
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        if file.suffix in (".pt", ".pth"):
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True)
+        elif file.suffix == ".safetensors":
+            safe_open(file, "pt").keys()
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, UnpicklingError, SafetensorError) as error:
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it holds {blocked[1]}, which would run code" if blocked else " ".join(str(error).split(".")[0].split()) or type(error).__name__
+    return ""
+
+
+def check_readable(checkpoint: Path):
+    "Raise `ValueError` that names a file of a checkpoint that cannot be read, or that would run code."
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        if why := _why_unreadable(file):
+            raise ValueError(f"{file} cannot be read ({why}). Remove {checkpoint.name}: an older checkpoint is gone on from.")
+
 # %% ../nbs/01_run_folder.ipynb #de5b1719
+def steps_of(checkpoint: Path) -> int:
+    "Steps that a run had made. Raises `ValueError` that names the file where it does not say."
+    done = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(done, int):
+        raise ValueError(f"{checkpoint / 'trainer_state.json'}: global_step={done!r}: expected a number of steps. Remove the checkpoint: an older one is gone on from.")
+    return done
+
+
 def check_more_steps(
     checkpoint: Path,
     asked: int,  # steps in all; below 0: not said
 ):
     "Raise `ValueError` if a run that is resumed has made more steps than are asked for."
-    done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    done = steps_of(checkpoint)
     if 0 <= asked < done:
         raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
 
@@ -550,6 +588,7 @@ def check_going_on(
     check_resumed(config, folder)
     checkpoint, asked = checkpoint_to_resume(folder, n_processes), getattr(config, "max_steps", -1)
     check_more_steps(checkpoint, asked)
+    check_readable(checkpoint)
     for name in ("history.jsonl", ADJUSTED):
         if (folder / name).exists():
             read_rows(folder / name)

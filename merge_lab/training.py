@@ -40,13 +40,14 @@ from .devices import find_device, full, shard_like
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
 from .lesson import patch_to
+from .logs import tqdm
 from .loop_config import LoopConfig, TrainConfig
 from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
 from merge_lab.run_folder import (
-    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
-    RunInterrupted, save_tensors, write_json, write_rows,
+    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, check_readable, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
+    RunInterrupted, save_tensors, steps_of, write_json, write_rows,
 )
 from .stopping import StopCallback
 from .teacher_cache import TeacherCache
@@ -600,14 +601,12 @@ class HistoryCallback(TrainerCallback):
 
 # %% ../nbs/31_training.ipynb #7602e462
 class ProgressBar(TrainerCallback):
-    "A tqdm bar over optimizer steps, with the losses of the last one."
+    "A bar over optimizer steps, with the losses of the last one, by component."
 
     def __init__(self, history: HistoryCallback, description: str = "training masks"):
         self.history, self.description, self.bar = history, description, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        from tqdm.auto import tqdm
-
         if state.is_local_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, unit="step")
 
@@ -615,7 +614,9 @@ class ProgressBar(TrainerCallback):
         if self.bar is None:
             return
         row = self.history.rows[-1]
-        shown = {name.replace("loss_source_", "source "): f"{row[name]:.3f}" for name in row if name.startswith("loss_source_")}
+        names = dict(enumerate(getattr(self.history.trainer.keeper.merger, "names", ())))
+        sources = {int(name.removeprefix("loss_source_")): value for name, value in row.items() if name.startswith("loss_source_")}
+        shown = {names.get(i, f"source {i}"): f"{value:.3f}" for i, value in sources.items()}
         best = self.history.trainer.keeper.best
         held = {"held_out": f"{best.looks[-1]['loss']:.3f}"} if best.looks else {}
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", **shown, **held, refresh=False)
@@ -645,8 +646,9 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     if checkpoint is None:
         trainer.train()
         return
-    done, asked = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], trainer.args.max_steps
+    done, asked = steps_of(checkpoint), trainer.args.max_steps
     check_more_steps(checkpoint, asked)
+    check_readable(checkpoint)
     if done != asked:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return

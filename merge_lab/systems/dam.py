@@ -12,7 +12,6 @@ __all__ = ['logger', 'PUBLISHED', 'INIT_KINDS', 'NON_LINEARITIES', 'DAM_FILE', '
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -28,7 +27,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..chat import take_rows
 from ..checkpoints import component_names, load_tokenizer
 from ..components import check_components, load_components, load_model
-from ..config import check_choice, check_options, option, Options, recipe_options
+from ..config import check_choice, check_options, option, Options, read_json, recipe_options
 from ..constraints import OF_ANY_NUMBER, WITH_ANCHOR
 from ..devices import find_device, full, set_seed
 from ..evaluation import encode_task, evaluate_models, load_tests, UNIFORM
@@ -179,7 +178,7 @@ def from_pretrained(
     file = Path(folder) / DAM_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {DAM_FILE}: it is no DAM model. Make one by dam-merge, or correct the path.")
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_json(file)
     merger = cls.from_config(read_merger_config(folder, model_paths), facts["use_base_model"])
     merger.load_masks(folder)
     merger.model_ids = facts.get("model_ids")

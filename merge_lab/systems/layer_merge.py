@@ -29,8 +29,9 @@ import pandas as pd
 import torch
 import yaml
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from ..logs import tqdm
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #48cc845f
 from ..calibration import calibration_loader, calibration_split, prepare_calibration_data, text_paragraphs
@@ -42,7 +43,7 @@ from merge_lab.depth import (
     check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
     PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
 )
-from ..devices import best_device, set_seed
+from ..devices import find_device, set_seed
 from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
 from ..losses import LOSSES
@@ -412,7 +413,7 @@ def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     model_path, by_hand = config.model_path or bundled_path("models/deep"), [parse_pair(text) for text in config.merge_pairs or ()]
     tokenizer = load_tokenizer(model_path)
     loader, held_out = read_data(config, tokenizer)
-    model = load_model(model_path, dtype=config.dtype).to(config.device or best_device())
+    model = load_model(model_path, dtype=config.dtype).to(find_device(config.device))
     depth = len(decoder_layers(model))
     check_merge_pairs(by_hand, depth) if by_hand else check_pair_count(config.n_pairs, depth)
     check_mergeable(model, by_hand, config.alpha_init_strategy)

@@ -10,7 +10,6 @@ __all__ = ['logger', 'SHARES', 'BASELINES', 'WHY', 'LoRAMergeConfig', 'base_path
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
 import functools
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from ..architecture import layer_of
 from ..chat import build_dataset, ChatCollator, hold_out
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import component_names, load_tokenizer
-from ..config import check_choice, check_options, option
+from ..config import check_choice, check_options, config_from_dict, option, read_json
 from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
 from ..evaluation import encode_task, LEARNED, load_tests, score_baselines, score_model
@@ -266,7 +265,7 @@ def _load_masked(cls, folder: str | Path) -> AdapterMerger:
     file = Path(folder) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}. Give a folder that save_pretrained wrote.")
-    merger = cls.from_config(LoRAMergeConfig(**json.loads(file.read_text(encoding="utf-8"))))
+    merger = cls.from_config(config_from_dict(LoRAMergeConfig, read_json(file), str(file)))
     merger.load_masks(folder)
     return merger
 
