@@ -340,6 +340,8 @@ def told_end(
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if is_full_disk(error):
         return 2, f"the disk took no more ({first}). Free some space; where the command can, --resume goes on."
+    if "deterministic" in first and isinstance(error, RuntimeError):
+        return 2, f"deterministic=True: {first} Leave it out on this device."
     if is_out_of_memory(error):
         return 2, f"there is not enough memory ({first}). Lower batch or length; `merge-lab memory` says what each takes. Where the command can, --resume goes on."
     if isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, ImportError)):

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'alone_in', 'settle',
-           'whole_folder', 'save_tensors', 'whole_checkpoint', 'one_run', 'hold', 'check_free', 'check_writable',
-           'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run',
-           'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows', 'write_rows', 'add_row',
-           'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of', 'seal',
-           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_readable', 'steps_of',
-           'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
+           'whole_folder', 'save_tensors', 'whole_checkpoint', 'same_bits', 'one_run', 'hold', 'check_free',
+           'check_writable', 'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run',
+           'check_outside', 'clear_run', 'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows',
+           'write_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command',
+           'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume',
+           'check_readable', 'steps_of', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -193,16 +193,38 @@ def whole_checkpoint(
         for path in made:
             _put(path, folder / path.name)
 
+# %% ../nbs/01_run_folder.ipynb #84b38ee1
+@contextmanager
+def same_bits(
+    asked: bool,  # False: nothing changes
+):
+    "Inside the block torch gives the same bits each time. What has no such way on the device raises `RuntimeError` there, which torch words."
+    if not asked:
+        yield
+        return
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of CUDA's matrix products
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = False, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
 # %% ../nbs/01_run_folder.ipynb #31610b93
 _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders that the run at work holds
 
 
 def one_run(function: typing.Callable):
-    "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then, and what is logged goes to the first one."
+    "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then, what is logged goes to the first one, and it computes the same bits each time if its config says so."
 
     @functools.wraps(function)
     def alone(*arguments, **options):
-        with ExitStack() as stack, run_log():
+        config = arguments[0] if arguments else options.get("config")
+        with ExitStack() as stack, run_log(), same_bits(getattr(config, "deterministic", False)):
             token = _held.set({"stack": stack})
             try:
                 return function(*arguments, **options)

@@ -51,6 +51,7 @@ from merge_lab.run_folder import (
 )
 from .stopping import StopCallback
 from .teacher_cache import TeacherCache
+from .watch import component_losses, unlike_order
 
 _all_ = ["StopCallback", "RunInterrupted", "check_going_on", "checkpoint_to_resume", "last_checkpoint", "read_history", "resume_command"]  # once here
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def check_report_to(name: str):
         raise ValueError(f"report_to={name!r}: {name} is not installed. Install it (pip install {name}), or leave report_to='none'.")
 
 # %% ../nbs/31_training.ipynb #11d0f588
-_OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps"}
+_OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps", "deterministic"}
 
 
 @dataclasses.dataclass
@@ -135,9 +136,12 @@ def training_arguments(
     if config.max_steps == 0:
         raise ValueError("max_steps=0: expected at least one step, or -1 for num_train_epochs passes over the data.")
     names = {field.name for field in dataclasses.fields(LoopConfig)} - _OURS
+    shared = {name: getattr(config, name) for name in names}
+    if config.deterministic:
+        shared["teacher_cache_gb"] = 0.0  # what is kept is rounded, and a run that lost it would go on otherwise
     arguments = MergerArguments(
         output_dir=str(output_dir),
-        **{name: getattr(config, name) for name in names},
+        **shared,
         learning_rate=UNIT_RATE if config.learning_rate is None else config.learning_rate,
         unit_rate=config.learning_rate is None,
         look_steps=config.eval_steps,
@@ -321,6 +325,14 @@ class KeepBest(TrainerCallback):
             raise FloatingPointError(f"the loss on held-out rows is {losses[0]['loss']} before the first step. Load the components in bfloat16 or float32 rather than float16.")
         self.best.note(step, losses[0], self.merger.mask_state)
 
+    def check_order(self):
+        "Warn if a component is not the best on the rows that are held out of its own data."
+        merger = self.merger
+        sources = {int(i) for batch in getattr(self.held_out, "batches", ()) for i in batch.get("source", ())}
+        if len(sources) > 1 and max(sources) < merger.n_components:
+            for told in unlike_order(component_losses(merger, self.held_out), merger.names):
+                logger.warning("%s", told)
+
     def look_at(self, step: int) -> dict[str, float]:  # held_out_loss, held_out_source_0, ...
         "What the look after this step found, as a row of the history has it; empty if there was none."
         look = self.best.looks[-1] if self.best.looks else {}
@@ -331,6 +343,7 @@ class KeepBest(TrainerCallback):
         if self.held_out is not None and not self.resumed:
             self.best = Best()
             self.look(0)
+            self.check_order()
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.resumed:  # from a checkpoint that was written in a pause, before the look

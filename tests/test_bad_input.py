@@ -11,62 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from merge_lab.adapters import load_base, make_lora_config, quiet_peft
 from merge_lab.cli import main
 from merge_lab.run_folder import seal
-from merge_lab.tinylm import save_tiny, tiny_experts
-
-# ---- what is there to be spoiled: two models, two adapters, data for each, and what runs of them left
-
-CHAT = [{"messages": [{"role": "user", "content": f"the cat saw {n}"}, {"role": "assistant", "content": f"{n} dog ran home"}]} for n in ("one", "two", "three", "four", "five")]
-MERGE = "mask-merge --model_paths a b --dataset_configs chat_a chat_b --output_dir out --device cpu"
-TRAIN = " --max_steps 2 --held_out_rows 1 --eval_samples 1 --per_device_train_batch_size 1 --no_report --base_model mean"
-LORA = "lora --base_model a --datasets chat_a/train.jsonl --output_dir out --device cpu --max_steps 1"
-ADAPTERS = "lora-merge --base_model a --adapters x y --datasets chat_a chat_b --output_dir out --device cpu --max_steps 1"
-TOPK = "dam-topk --base_model a --model_paths b a --datasets chat_b chat_a --output_dir out --device cpu --k 4"
-DAM = "dam-train --untrained_merged_model_name dam --hf_disk_dataset_dir topk --output_dir out --device cpu --max_steps 1"
-LAYERS = "layer-merge a --output_dir out --device cpu --max_steps 1"
-QUANTIZE = "quantize a --output_dir out --device cpu --dataset text.txt --max_length 8 --num_samples 2"
-ROUTER = "router q --output_dir out --device cpu --dataset text.txt --max_length 16 --prefix_length 4 --num_samples 4 --num_validation 2 --num_train_epochs 1"
-COMPARE = "compare a b --datasets chat_a chat_b --output_dir out --minutes 1"
-
-
-def rows(path, values):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-def adapters(base):
-    "Two random adapters, which name their base."
-    for seed, folder in enumerate("xy"):
-        torch.manual_seed(seed)
-        with quiet_peft():
-            get_peft_model(load_base(base, "cpu"), make_lora_config(load_base(base, "cpu"), {"r": 2})).save_pretrained(folder)
+from small_runs import ADAPTERS, CHAT, COMPARE, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, TOPK, TRAIN
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
     "Made once; each case gets a copy, and works in it."
-    folder, before = tmp_path_factory.mktemp("ground"), Path.cwd()
-    os.chdir(folder)
-    try:
-        for name, model in zip("ab", tiny_experts(n=2)):
-            save_tiny(model, name)
-            for split in ("train", "validation", "test"):
-                rows(f"chat_{name}/{split}.jsonl", CHAT)
-        Path("text.txt").write_text("the cat saw the dog and the bird ran home . " * 60)
-        adapters("a")
-        quiet = []
-        for words in (MERGE.replace("_dir out", "_dir run") + TRAIN + " --save_steps 1", TOPK.replace("_dir out", "_dir topk"), "dam-merge a b a --output_dir dam --device cpu",
-                      QUANTIZE.replace("_dir out", "_dir q")):  # fmt: skip
-            quiet.append(main(words.split()))
-        assert quiet == [0, 0, 0, 0]
-    finally:
-        os.chdir(before)
-    return folder
+    return make_ground(tmp_path_factory.mktemp("ground"))
 
 
 @pytest.fixture

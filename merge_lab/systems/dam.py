@@ -46,6 +46,7 @@ from merge_lab.teacher_dataset import (
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
 )
+from ..watch import told_run
 from ..writer import write_tokenizer
 
 _all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "TopkCollator"]
@@ -602,4 +603,8 @@ def show_run(run: DAMRun):
         print(score_table(run.scores).to_string(float_format="{:.3f}".format), end="\n\n")
     if (run.folder / "merged").exists():
         print(f"Merged model, for plain transformers: {run.folder / 'merged'}")
+    for remark in told_run(run.merger, run.history, found):
+        print(f"Watch out: {remark}")
     print(f"Coefficients, history, config: {run.folder}")
+    if (run.folder / "merged").exists():
+        print(f"Next: merge-lab verify {run.folder}, or merge-lab export {run.folder} --format gguf")

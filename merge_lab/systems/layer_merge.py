@@ -361,6 +361,7 @@ class LayerMergeConfig(PairOptions):
     dtype: str = option("auto", "Weights in memory and in the checkpoint", choices=["auto", "float32", "bfloat16", "float16"], group="Run")
     device: str | None = option(None, "e.g. cuda; none: the best there is", group="Run", resumable=True, recipe=False)
     seed: int = option(0, "Of samples, their order and the tokens compared", low=0, group="Run", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
     save_steps: int = option(50, "Updates between checkpoints; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
     resume: bool = option(False, "Go on with the run in output_dir", group="Run", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace the run in output_dir", group="Run", resumable=True, recipe=False)

@@ -44,6 +44,7 @@ from merge_lab.run_folder import (
     write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
+from ..watch import told_run
 
 logger = logging.getLogger(__name__)
 
@@ -490,8 +491,11 @@ def show_result(result: dict):  # from `run`
         from merge_lab.report import score_table
 
         print(f"\nScores (loss in nats per answer token)\n\n{score_table(result['scores']).to_string(float_format='{:.3f}'.format)}\n")
+    for remark in told_run(merger, history, found):
+        print(f"Watch out: {remark}")
     folder = Path(merger.adapter_config.output_dir)
     print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged", "scores.csv") if (folder / p).exists()))
+    print(f"Next: merge-lab export {folder} --format {'hf' if (folder / 'merged').exists() else 'adapter'}")
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #65499f72
 @one_run

@@ -93,6 +93,7 @@ class QuantizeConfig(Options):
     dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
     device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
     seed: int = option(42, "Seed of the calibration windows", group="Run", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Run")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
     resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True, recipe=False)
