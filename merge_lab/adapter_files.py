@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['logger', 'MORE_THAN_FACTORS', 'CHANGE_THE_BASE', 'MERGED_BY_PEFT', 'NOT_WEIGHTS', 'HALVES', 'AdapterFile',
-           'read_adapter', 'check_adapter_fits', 'with_names_of', 'share_tensors', 'put_parameters', 'put_adapter',
-           'quiet_peft', 'in_float32', 'plain_adapter', 'settle_head', 'untie_adapted', 'merge_layers', 'merge_into']
+           'adapter_options', 'read_adapter', 'check_adapter_fits', 'with_names_of', 'share_tensors', 'put_parameters',
+           'put_adapter', 'quiet_peft', 'in_float32', 'plain_adapter', 'settle_head', 'untie_adapted', 'merge_layers',
+           'merge_into']
 
 # %% ../nbs/07_adapter_files.ipynb #9c9ee650
 import copy
 import itertools
-import json
 import logging
 import math
 import re
@@ -30,6 +30,7 @@ from .adapter_folders import ADAPTER_CONFIG, ADAPTER_FILE, adapter_folder
 from .architecture import is_conv1d
 from .checkpoints import COPY_AGAIN, read_header, TensorHeader, UnreadableComponent
 from .factors import LowRank
+from .config import read_json
 from .weight_files import unwrapped
 
 if TYPE_CHECKING:
@@ -101,15 +102,25 @@ def _why_whole(values: dict) -> str:
     return f"it has {used[0]}={values[used[0]]!r}" if used else ""
 
 # %% ../nbs/07_adapter_files.ipynb #84e72325
+def adapter_options(
+    folder: str | Path,  # that peft wrote, or a run of the fine-tuning pipeline
+) -> dict:
+    "What an adapter's config says. Raises `UnreadableComponent` if it cannot be read, or has ranks of no size."
+    try:
+        values = read_json(adapter_folder(Path(folder).expanduser()) / ADAPTER_CONFIG)
+    except (OSError, ValueError) as error:
+        raise UnreadableComponent(folder, f"{ADAPTER_CONFIG} cannot be read ({error}).", COPY_AGAIN) from error
+    for rank in (values.get("r", 8), *(values.get("rank_pattern") or {}).values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise UnreadableComponent(folder, f"{ADAPTER_CONFIG} has a rank of {rank!r}.", f"Expected a whole number from 1 on. {COPY_AGAIN}")
+    return values
+
+
 def read_adapter(
     folder: str | Path,  # that peft wrote, or a run of the fine-tuning pipeline
 ) -> AdapterFile:
     "Read config and header of an adapter, no weight. Raises `UnreadableComponent`."
-    inner = adapter_folder(Path(folder).expanduser())
-    try:
-        values = dict(json.loads((inner / ADAPTER_CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UnreadableComponent(folder, f"{ADAPTER_CONFIG} cannot be read ({error}).", COPY_AGAIN) from error
+    inner, values = adapter_folder(Path(folder).expanduser()), adapter_options(folder)
     if not (inner / ADAPTER_FILE).is_file():
         remedy = "Load it by peft where you trust it, and save it again." if any(inner.glob("*.bin")) else COPY_AGAIN
         raise UnreadableComponent(folder, f"the adapter has no {ADAPTER_FILE}; no pickle is loaded.", remedy)

@@ -6,9 +6,9 @@
 __all__ = ['ADAPTER_CONFIG', 'ADAPTER_FILE', 'adapter_folder', 'is_adapter', 'recorded_base', 'local_folder', 'base_of_adapter']
 
 # %% ../nbs/02_adapter_folders.ipynb #a1bdd938
-import json
 from pathlib import Path
 
+from .config import read_json
 from .run_folder import settle
 
 # %% ../nbs/02_adapter_folders.ipynb #538aa398
@@ -30,8 +30,7 @@ def is_adapter(folder: str | Path) -> bool:
 # %% ../nbs/02_adapter_folders.ipynb #e4ec6e2d
 def recorded_base(folder: str | Path) -> str:
     "The base that an adapter says it was trained on; empty if it does not say."
-    values = json.loads((adapter_folder(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return values.get("base_model_name_or_path") or ""
+    return read_json(adapter_folder(folder) / ADAPTER_CONFIG).get("base_model_name_or_path") or ""
 
 # %% ../nbs/02_adapter_folders.ipynb #f12c2a59
 def local_folder(

@@ -11,7 +11,6 @@ __all__ = ['logger', 'check_device', 'SMALL', 'presets', 'rank_by_task', 'lora_d
            'merge_adapter', 'alpha_at', 'adapter_layers', 'grow_rank']
 
 # %% ../nbs/39_fine_tuning/03_adapters.ipynb #96b84be2
-import json
 import logging
 import math
 import re
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from merge_lab.adapter_files import (  # noqa: F401
-    CHANGE_THE_BASE, HALVES, in_float32, merge_layers, MORE_THAN_FACTORS, plain_adapter, quiet_peft, read_adapter,
+    adapter_options, CHANGE_THE_BASE, HALVES, in_float32, merge_layers, MORE_THAN_FACTORS, plain_adapter, quiet_peft, read_adapter,
 )
 from .adapter_folders import adapter_folder, recorded_base
 from .architecture import is_conv1d, is_linear
@@ -36,6 +35,7 @@ from .components import load_model
 from .config import check_choice, check_names
 from .devices import best_device, find_device
 from .memory import free_memory
+from .origins import check_finite
 from .run_folder import _umask
 from .scoring import positions_of, row_nats
 from .sft_data import encode_dataset, layout_of
@@ -256,7 +256,7 @@ def check_adapter(folder: str | Path):
     file = Path(folder) / "adapter_config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no adapter_config.json: it is no adapter. Give a folder that peft wrote.")
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = adapter_options(folder)
     if values.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{folder}: an adapter of type {values['peft_type']}: expected LORA. Merge it into the base instead.")
     used = [name for name in MORE_THAN_DELTAS if values.get(name) not in (None, False, "none", [], {})]
@@ -331,6 +331,9 @@ def read_adapters(
         check_only_deltas(base, folder)
         adapted = load_adapter(base, folder)
         factors.append(read_factors(adapted, "default"))
+        for module, pair in factors[-1].items():
+            for name, factor in zip("AB", pair):
+                check_finite(folder, f"{module}.lora_{name}", factor, "adapter_model.safetensors")
         base = adapted.unload()
         base.__dict__.pop("peft_config", None)
         check_same_base(base, folder, factors[-1])

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['logger', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', 'CARRIED', 'MARKED', 'letters', 'read_jsonl', 'write_jsonl', 'hub_records',
            'table_records', 'read_hub', 'folder_splits', 'is_text_source', 'has_split', 'same_parts', 'told_twins',
-           'folder_records', 'saved_records', 'read_folder', 'source_records', 'deal_splits', 'read_file', 'load_task',
-           'template_text', 'check_told', 'as_row', 'with_text_arguments', 'render', 'template_ids', 'spoken',
-           'prefix_spans', 'with_end', 'assistant_spans', 'encode_chat', 'encode_text', 'encode_row', 'is_told',
-           'told_unsaid', 'told_cuts', 'told_keys', 'encode_rows', 'build_dataset', 'validation_rows', 'take_rows',
-           'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice', 'length_batches', 'ANSWERS',
-           'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant', 'place_of', 'prompt_of',
-           'prompt_row', 'QUESTIONS', 'Row']
+           'folder_records', 'saved_dataset', 'saved_records', 'read_folder', 'source_records', 'deal_splits',
+           'read_file', 'load_task', 'template_text', 'check_told', 'as_row', 'with_text_arguments', 'render',
+           'template_ids', 'spoken', 'prefix_spans', 'with_end', 'assistant_spans', 'encode_chat', 'encode_text',
+           'encode_row', 'is_told', 'told_unsaid', 'told_cuts', 'told_keys', 'encode_rows', 'build_dataset',
+           'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice',
+           'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant',
+           'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
 
 # %% ../nbs/02_chat.ipynb #16190e3e
 import filecmp
@@ -26,12 +26,12 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
-from tqdm.auto import tqdm
 
 from .config import check_choice
 from merge_lab.conversations import (
     ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS, rows_of,
 )
+from .logs import tqdm
 from .records import csv_rows, ending_of, json_records, place_of, placed, read_records, read_text, Row, same_splits, split_files, split_named, without_filling
 from .run_folder import write_text
 
@@ -140,14 +140,20 @@ def folder_records(
     return [record for part in parts for record in (read_records(part) if part.is_file() else saved_records(part))]
 
 
-def saved_records(folder: Path) -> list[Row]:
-    "Records that `save_to_disk` wrote. Raises `ValueError` where some of its files are gone."
+def saved_dataset(folder: str | Path) -> "datasets.Dataset":  # noqa: F821
+    "What `save_to_disk` wrote. Raises `ValueError` where some of its files are gone or damaged."
     from datasets import load_from_disk
 
     try:
-        return table_records(load_from_disk(str(folder)), f"{folder}, row {{}}")
-    except OSError as error:
-        raise ValueError(f"{folder}: what save_to_disk wrote is not whole ({str(error).splitlines()[0]}). Write it again.") from error
+        return load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: what save_to_disk wrote is not whole ({said}). Write it again.") from error
+
+
+def saved_records(folder: Path) -> list[Row]:
+    "Records that `save_to_disk` wrote. Raises `ValueError` as `saved_dataset` does."
+    return table_records(saved_dataset(folder), f"{folder}, row {{}}")
 
 
 def read_folder(folder: Path, split: str | None) -> list[Row]:
@@ -273,7 +279,7 @@ def render(
     for messages in (row["messages"], with_text_arguments(row["messages"])) if calls else (row["messages"],):
         try:
             return tokenizer.apply_chat_template(messages, tools=row.get("tools"), **options)
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             failed = failed or error
     said = " ".join(str(failed).split()) or "without a word"
     raise ValueError(f"the chat template refuses the conversation ({type(failed).__name__}: {said}). Change the row, or use a template that takes it.") from failed

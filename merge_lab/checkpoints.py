@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from .adapter_folders import adapter_folder, base_of_adapter, is_adapter, recorded_base
-from .config import check_choice
+from .config import check_choice, read_json
 from .quantized import METHODS, plain_makers, refused_method
 from .run_folder import check_disk_space, save_tensors, settle, whole_folder, write_json
 from merge_lab.weight_files import (
@@ -223,8 +223,8 @@ def plain_folder(
 def _quantization(folder: Path) -> dict | None:
     "What config.json says of quantised weights; None: nothing, or it cannot be read."
     try:
-        section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError, AttributeError):
+        section = read_json(folder / "config.json").get("quantization_config")
+    except (OSError, ValueError):
         return None
     return section if isinstance(section, dict) else None
 
@@ -307,9 +307,9 @@ def read_config(path: str | Path, folder: Path):
         obstacle = "the folder holds no config.json, so it is not a transformers model."
         raise UnreadableComponent(path, obstacle, "Give a folder that save_pretrained wrote.")
     try:
-        values = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UnreadableComponent(path, f"config.json is not a JSON object ({error}).", COPY_AGAIN) from error
+        values = read_json(file)
+    except ValueError as error:
+        raise UnreadableComponent(path, f"config.json is not a JSON object ({error.__cause__ or error}).", COPY_AGAIN) from error
     if "model_type" not in values:
         raise UnreadableComponent(path, "config.json names no model_type.", "Give a transformers model.")
     if values.get("quantization_config"):
@@ -391,12 +391,15 @@ def read_chat_template(folder: str | Path) -> str | None:
     "Text of a component's chat template, or None. Raises `UnreadableComponent` for a broken file."
     folder = Path(folder)
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UnreadableComponent(folder, f"chat_template.jinja is no text ({error}).", COPY_AGAIN) from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).exists():
             try:
-                template = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-            except (ValueError, AttributeError) as error:
+                template = read_json(folder / name).get("chat_template")
+            except ValueError as error:
                 raise UnreadableComponent(folder, f"{name} is not a JSON object.", COPY_AGAIN) from error
             if template:
                 return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
@@ -527,6 +530,10 @@ class OfConfig:
     @cached_property
     def empty_model(self):
         "What transformers makes of the config, without weights. Raises `UnreadableComponent` if it makes none."
+        depth = config_value(self.text_config, "num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > len(self.headers):  # it would take its time with each
+            obstacle = f"config.json asks for {depth:,} layers, and the weights are {len(self.headers):,} tensors."
+            raise UnreadableComponent(self.path, obstacle, "Give config.json and weights that belong together.")
         try:
             with torch.device("meta"):
                 return self.model_class(copy.deepcopy(self.config))

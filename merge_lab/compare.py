@@ -25,7 +25,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .checkpoints import component_names, load_tokenizer
@@ -35,6 +34,7 @@ from .config import check_choice, check_names, check_options, config_to_cli, mai
 from .devices import best_device
 from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, UNIFORM
 from .lineup import average, delta_facts, line_up, Lineup
+from .logs import tqdm
 from .opponents import merge_recipe, OPPONENTS, read_recipe, starts_of, why_not, write_recipe
 from .real import trained_numbers
 from .run_folder import add_row, begin_run, bundled_path, check_start, is_run, kept_rows, last_checkpoint, one_run, RunInterrupted, write_json, write_rows, write_text

@@ -189,6 +189,7 @@ class Constraint:
     caption: str  # one line: the function, and which alphas it gives
     takes: str = ""  # what both functions are given besides: "anchor" (an index or None), "angle" (of the two weights) or nothing
     components: int | None = None  # how many it is for; None: any number
+    bounds: tuple[float, ...] = ()  # alphas at which a mask hardly moves any more
     keeps_shared: bool = False  # alphas sum to 1 whatever the masks are: masks move only what distinguishes the components
 
     def __post_init__(self):
@@ -197,11 +198,11 @@ class Constraint:
 # %% ../nbs/10_constraints.ipynb #14124cb8
 CONSTRAINTS: dict[str, Constraint] = {
     "identity": Constraint(lambda m: m, lambda a: a, "alpha = mask: free coefficients"),
-    "01": Constraint(sigmoid_alpha, sigmoid_mask, "sigmoid: each component's share, 0 to 1"),
-    "-11": Constraint(tanh_alpha, tanh_mask, "tanh: -1 to 1, a component may be subtracted"),
-    "relu": Constraint(relu_alpha, relu_mask, "rectifier: 0 and above, nothing else bounded"),
-    "sum1": Constraint(softmax_alpha, softmax_mask, "softmax over components: shares that sum to 1", keeps_shared=True),
-    "cosine": Constraint(cosine_alpha, cosine_mask, "half a cosine wave: 0 to 1, ends included"),
+    "01": Constraint(sigmoid_alpha, sigmoid_mask, "sigmoid: each component's share, 0 to 1", bounds=(0.0, 1.0)),
+    "-11": Constraint(tanh_alpha, tanh_mask, "tanh: -1 to 1, a component may be subtracted", bounds=(-1.0, 1.0)),
+    "relu": Constraint(relu_alpha, relu_mask, "rectifier: 0 and above, nothing else bounded", bounds=(0.0,)),
+    "sum1": Constraint(softmax_alpha, softmax_mask, "softmax over components: shares that sum to 1", bounds=(0.0, 1.0), keeps_shared=True),
+    "cosine": Constraint(cosine_alpha, cosine_mask, "half a cosine wave: 0 to 1, ends included", bounds=(0.0, 1.0)),
     "delta": Constraint(
         delta_alpha, delta_mask, "free coefficients of the differences from the anchor: what all share stays", "anchor", keeps_shared=True
     ),

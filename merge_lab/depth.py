@@ -19,12 +19,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .architecture import decoder_layers, find_layers
 from .checkpoints import config_value
 from .config import check_choice
 from .evaluation import multiple_choice, perplexity
+from .logs import tqdm
 from .similarity import collect_outputs, similarity_matrix
 
 # %% ../nbs/38_depth.ipynb #6fb8a832

@@ -36,10 +36,10 @@ def best_device() -> torch.device:
 
 # %% ../nbs/07_devices.ipynb #152870cf
 def find_device(
-    name: str,  # auto, cpu, cuda, cuda:1 or mps
+    name: str | None,  # auto, cpu, cuda, cuda:1 or mps; None: auto
 ) -> torch.device:
     "The device of that name; auto: the best there is. Raises `ValueError` if this machine has not got it."
-    if name == "auto":
+    if name in (None, "auto"):
         return best_device()
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}  # how many; no CUDA context is made
     kind, _, index = name.partition(":")

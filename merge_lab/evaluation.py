@@ -20,13 +20,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from merge_lab.chat import (
     ChatCollator, answer_of, assistant_spans, encode_chat, format_choice, length_batches, letters, load_mmlu, load_task, place_of, prompt_of, prompt_row, template_ids,
 )
 from .checkpoints import component_names
 from .config import check_choice
+from .logs import tqdm
 from .merger import Merger
 from merge_lab.scoring import (  # noqa: F401
     CHECKED_TOKENS, MAX_TOKENS, ModelParts, check_length, cut_model, evaluating, parts_agree, positions_of, row_nats, scoring,

@@ -8,7 +8,6 @@ __all__ = ['logger', 'SYSTEM_NAME', 'FORMATS', 'SHORT', 'write_masks', 'Format',
 
 # %% ../nbs/55_export.ipynb #f2dbc0b8
 import dataclasses
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from .adapter_export import write_as_adapter
 from .checkpoints import component_names
-from .config import check_choice, check_options, option
+from .config import check_choice, check_options, option, read_json
 from .exports import check_place, EXPORT_FILE, find_source, load_merger, options_of, Source, whole_folder, write_plain
 from .gguf_export import KIND_OF, write_gguf
 from .hub_folder import named_places, recipe_of, write_recipe
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 def _facts(source: Source) -> dict | None:
     "What only DAM knows of its masks."
     file = (source.masks or Path()) / "dam.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def write_masks(

@@ -8,7 +8,6 @@ __all__ = ['logger', 'EXPORT_FILE', 'TOLERANCE', 'check_place', 'whole_folder', 
 
 # %% ../nbs/51_exports.ipynb #7cc72ca7
 import dataclasses
-import json
 import logging
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from .adapters import load_base, merge_adapter, recorded_base
 from .checkpoints import as_dtype, find_folder, load_tokenizer, read_component
 from .commands import find_object, kind_of, OTHER, SYSTEMS
 from .components import load_model, preflight
-from .config import read_yaml
+from .config import read_json, read_yaml
 from .hub_folder import hub_name, RECIPE_FILE, read_recipe, where_components_are
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .merger_config import held_paths
@@ -111,7 +110,7 @@ def _of_folder(path: Path) -> dict:
     if there[RECIPE_FILE] and there[MASKS_FILE]:
         return dict(system=read_recipe(path)["system"], recipe=path)
     if there[MASKS_FILE] and there[CONFIG_FILE]:
-        kind = kind_of(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+        kind = kind_of(read_json(path / CONFIG_FILE))
         return dict(system="dam-merge" if there["dam.json"] else kind, masks=path)
     if there["adapter_config.json"]:
         return dict(adapter=path)
@@ -153,7 +152,7 @@ def options_of(source: Source) -> dict:
     "Options of masks as their class reads them, with paths that exist."
     if source.recipe is not None:
         return where_components_are(source.recipe, source.components)
-    values = json.loads((source.masks / CONFIG_FILE).read_text(encoding="utf-8"))
+    values = read_json(source.masks / CONFIG_FILE)
     relative = values.get("relative_paths")
     if relative is None:  # adapters and their base
         n = len(values["adapters"])
@@ -184,7 +183,11 @@ def load_merger(
         write_json(Path(place, CONFIG_FILE), values)
         if source.recipe is not None and (more := read_recipe(folder).get("dam")):
             write_json(Path(place, "dam.json"), more)
-        merger = find_object(SYSTEMS.get(source.system, OTHER).saved).from_pretrained(place)
+        try:
+            merger = find_object(SYSTEMS.get(source.system, OTHER).saved).from_pretrained(place)
+        except ValueError as error:  # of the masks: say where they are
+            error.args = (str(error).replace(place, str(folder)),)
+            raise
     return merger.eval()
 
 # %% ../nbs/51_exports.ipynb #a30f7e6c

@@ -7,7 +7,6 @@ __all__ = ['BEST_MASKS', 'BEST_FILE', 'batches_of', 'HeldOut', 'is_due', 'Best',
 
 # %% ../nbs/23_held_out.ipynb #e6d086f1
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from .chat import length_batches
 from .merger import Merger
 from .objective import coefficient_penalty, Objective
+from .config import read_json
 from .run_folder import save_tensors, write_json
 from .teacher_cache import KeptStates
 
@@ -120,7 +120,7 @@ class Best:
         file = Path(folder) / BEST_FILE
         if not file.exists():
             return None
-        return cls(**json.loads(file.read_text(encoding="utf-8")), masks=load_file(Path(folder) / BEST_MASKS))
+        return cls(**read_json(file), masks=load_file(Path(folder) / BEST_MASKS))
 
 # %% ../nbs/23_held_out.ipynb #71619369
 def told_held_out(

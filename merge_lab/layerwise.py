@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .architecture import decoder_layers, decoder_of
 from .chat import length_batches
 from .held_out import Best, HeldOut
 from .lesson import patch_to
+from .logs import tqdm
 from .masks import MaskedModule
 from .memory import fit_report, FitReport, load_config
 from .merger import Merger

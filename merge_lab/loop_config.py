@@ -32,6 +32,7 @@ class LoopConfig(Options):
     max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0: no clipping", low=0, group="Training")
     optim: str = option("adamw_torch", "Optimizer, by transformers' name", group="Training")
     seed: int = option(0, "Of data order; of random masks unless mask_init names a seed", low=0, group="Training", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
     held_out_rows: int = option(
         32, "Rows of each dataset that are not trained on: they choose the masks that are kept; 0: keep the last", low=0, group="Training"
     )

@@ -9,7 +9,6 @@ __all__ = ['logger', 'MASKS_FILE', 'CONFIG_FILE', 'module_kind', 'wrap', 'Merger
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
 import functools
-import json
 import logging
 import os
 import re
@@ -25,12 +24,13 @@ from torch import Tensor, nn
 from .architecture import decoder_of, forget_states, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
-from .config import config_from_dict, narrow
+from .config import config_from_dict, narrow, read_json
 from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .lesson import patch_to
 from .masks import masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
 from .provenance import check_same_weights, weights_digest
+from .origins import check_finite
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
 from .writer import settle_tying, write_config, write_generation_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
@@ -400,7 +400,7 @@ def read_merger_config(
     file = Path(folder) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     relative, _, _ = (values.pop(name, []) for name in ("relative_paths", "weights", "anchor"))
     config = config_from_dict(MergerConfig, values, str(file))
     held, n = held_paths(config), len(config.model_paths)
@@ -421,7 +421,7 @@ def load_masks(self, folder: str | Path):
 
     if not (Path(folder) / MASKS_FILE).exists():
         raise FileNotFoundError(f"{folder} has no {MASKS_FILE}. Give a folder that save_pretrained wrote.")
-    saved = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8")) if (Path(folder) / CONFIG_FILE).exists() else {}
+    saved = read_json(Path(folder) / CONFIG_FILE) if (Path(folder) / CONFIG_FILE).exists() else {}
     if saved.get("anchor", self.state.anchor) != self.state.anchor:
         has = {None: "the components' mean"}
         raise ValueError(
@@ -434,6 +434,8 @@ def load_masks(self, folder: str | Path):
         masks = load_file(Path(folder) / MASKS_FILE)
     except SafetensorError as error:
         raise ValueError(f"{Path(folder) / MASKS_FILE} is damaged ({error}). Take the masks of another checkpoint.") from error
+    for name, mask in masks.items():
+        check_finite(folder, f"mask {name}", mask, MASKS_FILE)
     self.load_mask_state(masks)
 
 # %% ../nbs/20_merger.ipynb #7f3a5482

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .anyprec import NestedLinear, NestedWeight, quantize_weight, WeightSlot
 from .architecture import decoder_layers
 from .checkpoints import LOAD_LOCK
-from .config import check_choice
+from .config import check_choice, read_json
 from .lesson import patch_to
 from .run_folder import save_tensors, write_text
 from .writer import write_generation_config, write_tokenizer
@@ -121,8 +121,8 @@ def read_quantized(folder: Path) -> dict:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder. Give one that `merge-lab quantize` has written.")
     file = folder / "config.json"
-    description = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if description.get("quantization_config", {}).get("quant_method") != METHOD:
+    description = read_json(file) if file.exists() else {}
+    if (description.get("quantization_config") or {}).get("quant_method") != METHOD:
         raise ValueError(
             f"{folder}: not a folder that `merge-lab quantize` has finished. Quantise the model first: "
             f"merge-lab quantize {folder}, or finish a run that was cut off with --resume."
@@ -160,10 +160,20 @@ def nest_layer(
     return {name: tensor for name, tensor in tensors.items() if ".table_" not in name}
 
 # %% ../nbs/26_nested_model.ipynb #100d0d41
+def _tensors_of(file: Path) -> dict[str, Tensor]:
+    "Tensors of a file of a quantised folder. Raises `ValueError` that names it where it is not there, or damaged."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: it cannot be read ({error}). Copy the file again, or quantise the model again.") from error
+
+
 def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool = False):
     "The transformers model with nested leaves, on the CPU. Raises `ValueError` if the folder lacks tensors."
     from accelerate import init_empty_weights
-    from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -171,9 +181,9 @@ def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool =
     with LOAD_LOCK, init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
     prefix, slot = layers_prefix(model), WeightSlot()
-    tensors = load_file(str(folder / "others.safetensors"))
+    tensors = _tensors_of(folder / "others.safetensors")
     for n, layer in enumerate(decoder_layers(model)):
-        tensors |= nest_layer(layer, load_file(str(layer_file(folder, n))), f"{prefix}{n}", precisions, slot)
+        tensors |= nest_layer(layer, _tensors_of(layer_file(folder, n)), f"{prefix}{n}", precisions, slot)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

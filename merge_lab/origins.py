@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from .checkpoints import COPY_AGAIN, FROM_FILE, ComponentFiles, UnreadableComponent, left_out, read_chat_template, stored_rows
+from .config import read_json
 
 # %% ../nbs/07_origins.ipynb #2bf4e915
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -72,13 +73,14 @@ def tokens_without_row(files: ComponentFiles) -> dict[str, int]:
 
 def check_special_tokens(files: ComponentFiles):
     "Raise `UnreadableComponent` if the embedding has no row for a token that every text needs."
-    beyond, file = tokens_without_row(files), files.folder / "tokenizer_config.json"
-    told = json.loads(file.read_text(encoding="utf-8")) if beyond and file.is_file() else {}
+    tokens, rows, file = files.tokenizer["tokens"] if files.tokenizer else {}, files.text_config.vocab_size, files.folder / "tokenizer_config.json"
+    told = read_json(file) if tokens and file.is_file() else {}
     for name in ("pad_token", "bos_token", "eos_token"):
         token = told.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        if token in beyond:
-            obstacle = f"its tokenizer's {name} {token!r} has id {beyond[token]}, and its embedding has {files.text_config.vocab_size} rows."
+        place = tokens.get(token, max(tokens.values()) + 1) if isinstance(token, str) else -1  # one that tokenizer.json lacks is added behind the last
+        if place >= rows:
+            obstacle = f"its tokenizer's {name} {token!r} has id {place}, and its embedding has {rows} rows."
             raise UnreadableComponent(files.path, obstacle, "Make copies with rows for all tokens: merge-lab align PATHS --policy pad --output_dir DIR.")
 
 # %% ../nbs/07_origins.ipynb #1739c755

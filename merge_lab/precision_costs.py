@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from .logs import tqdm
 from .routed_model import LayerwiseQuantizeForCausalLM, Routers
 from .run_folder import save_tensors
 from .text_windows import collate, Window, window_divergences, windows_at_once

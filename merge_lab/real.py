@@ -24,11 +24,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from .commands import COMMANDS
 from .config import alias_names, check_choice, check_options, config_to_cli, option, Options
 from .evaluation import load_tests, recovered_share, score_baselines, score_model, UNIFORM
+from .logs import tqdm
 from .real_data import check_real, make_real_base, make_real_task, REAL_TASKS
 from .run_folder import alone_in, last_checkpoint, write_json, write_text
 

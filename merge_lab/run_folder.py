@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['logger', 'LOCK', 'ADJUSTED', 'MANIFEST', 'atomic_path', 'write_text', 'write_json', 'alone_in', 'settle',
-           'whole_folder', 'save_tensors', 'whole_checkpoint', 'one_run', 'hold', 'check_free', 'check_writable',
-           'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run', 'check_outside', 'clear_run',
-           'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows', 'write_rows', 'add_row',
-           'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command', 'sha256_of', 'seal',
-           'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume', 'check_more_steps',
-           'check_going_on', 'check_start', 'bundled_path']
+           'whole_folder', 'save_tensors', 'whole_checkpoint', 'same_bits', 'one_run', 'hold', 'check_free',
+           'check_writable', 'check_one_process', 'readable', 'check_disk_space', 'is_run', 'check_run',
+           'check_outside', 'clear_run', 'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows',
+           'write_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command',
+           'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume',
+           'check_readable', 'steps_of', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -28,7 +28,8 @@ from contextlib import contextmanager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 
-from .config import config_from_yaml, config_to_yaml, resumable_options
+from .config import config_from_yaml, config_to_yaml, read_json, resumable_options
+from .logs import log_into, run_log
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -192,16 +193,38 @@ def whole_checkpoint(
         for path in made:
             _put(path, folder / path.name)
 
+# %% ../nbs/01_run_folder.ipynb #84b38ee1
+@contextmanager
+def same_bits(
+    asked: bool,  # False: nothing changes
+):
+    "Inside the block torch gives the same bits each time. What has no such way on the device raises `RuntimeError` there, which torch words."
+    if not asked:
+        yield
+        return
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # of CUDA's matrix products
+    before, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory = False, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.backends.cudnn.benchmark = benchmark
+
 # %% ../nbs/01_run_folder.ipynb #31610b93
 _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders that the run at work holds
 
 
 def one_run(function: typing.Callable):
-    "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then."
+    "Decorate what runs a command from its beginning to its end: the folders that it begins are its own until then, what is logged goes to the first one, and it computes the same bits each time if its config says so."
 
     @functools.wraps(function)
     def alone(*arguments, **options):
-        with ExitStack() as stack:
+        config = arguments[0] if arguments else options.get("config")
+        with ExitStack() as stack, run_log(), same_bits(getattr(config, "deterministic", False)):
             token = _held.set({"stack": stack})
             try:
                 return function(*arguments, **options)
@@ -364,6 +387,7 @@ def begin_run(
     if overwrite and not resume:
         clear_run(folder)
     write_config(config, folder)
+    log_into(folder)
     return folder
 
 # %% ../nbs/01_run_folder.ipynb #5489853c
@@ -389,10 +413,11 @@ def read_rows(path: str | Path) -> list[dict]:
     lines, rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: this line is no row of a history ({error.msg}). Mend or remove it; the lines after it are kept.") from error
+                why = getattr(error, "msg", "no object in braces")
+                raise ValueError(f"{path}:{number}: this line is no row of a history ({why}). Mend or remove it; the lines after it are kept.") from error
     return rows
 
 
@@ -528,13 +553,48 @@ def checkpoint_to_resume(
         raise ValueError(f"resume: {checkpoint} was written by {before} processes, and there are {n_processes}. Start as many as before.")
     return checkpoint
 
+# %% ../nbs/01_run_folder.ipynb #94c166e2
+def _why_unreadable(file: Path) -> str:  # empty: it can be read
+    "What stops a reader of a checkpoint's file; a pickle that would run code is not followed."
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import safe_open, SafetensorError
+    from transformers.trainer_pt_utils import safe_globals
+
+    try:
+        if file.suffix in (".pt", ".pth"):
+            with safe_globals():
+                torch.load(file, map_location="cpu", weights_only=True)
+        elif file.suffix == ".safetensors":
+            safe_open(file, "pt").keys()
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, UnpicklingError, SafetensorError) as error:
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        return f"it holds {blocked[1]}, which would run code" if blocked else " ".join(str(error).split(".")[0].split()) or type(error).__name__
+    return ""
+
+
+def check_readable(checkpoint: Path):
+    "Raise `ValueError` that names a file of a checkpoint that cannot be read, or that would run code."
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        if why := _why_unreadable(file):
+            raise ValueError(f"{file} cannot be read ({why}). Remove {checkpoint.name}: an older checkpoint is gone on from.")
+
 # %% ../nbs/01_run_folder.ipynb #de5b1719
+def steps_of(checkpoint: Path) -> int:
+    "Steps that a run had made. Raises `ValueError` that names the file where it does not say."
+    done = read_json(checkpoint / "trainer_state.json").get("global_step")
+    if not isinstance(done, int):
+        raise ValueError(f"{checkpoint / 'trainer_state.json'}: global_step={done!r}: expected a number of steps. Remove the checkpoint: an older one is gone on from.")
+    return done
+
+
 def check_more_steps(
     checkpoint: Path,
     asked: int,  # steps in all; below 0: not said
 ):
     "Raise `ValueError` if a run that is resumed has made more steps than are asked for."
-    done = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    done = steps_of(checkpoint)
     if 0 <= asked < done:
         raise ValueError(f"max_steps={asked}: the run in {checkpoint.parent} has made {done} steps. Ask for at least as many.")
 
@@ -550,6 +610,7 @@ def check_going_on(
     check_resumed(config, folder)
     checkpoint, asked = checkpoint_to_resume(folder, n_processes), getattr(config, "max_steps", -1)
     check_more_steps(checkpoint, asked)
+    check_readable(checkpoint)
     for name in ("history.jsonl", ADJUSTED):
         if (folder / name).exists():
             read_rows(folder / name)

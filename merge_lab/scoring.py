@@ -16,12 +16,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .architecture import decoder_of, head_agrees, logit_options
 from .chat import ChatCollator, length_batches
 from .checkpoints import config_value
+from .logs import tqdm
 from .losses import linear_ce_loss
 from .merger import Merger
 

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .evaluation import evaluate_tasks
 from .lineup import Lineup
+from .logs import tqdm
 from .opponents import Dial, OPPONENTS, starts_of
 from .run_folder import add_row, kept_rows, write_rows
 

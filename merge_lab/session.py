@@ -33,6 +33,7 @@ from .merger_config import MergerConfig
 from .panel import ConfigPanel
 from .run_folder import read_adjusted
 from .training import HistoryCallback, MergerTrainer, note_adjusted, set_learning_rate, StopCallback, train_from
+from .watch import told_run
 
 # %% ../nbs/35_session.ipynb #f58ac653
 STATES = ("idle", "preparing", "running", "paused", "finished", "stopped", "failed")
@@ -55,6 +56,7 @@ class SessionState:
     history: HistoryCallback | None = None
     stopper: StopCallback | None = None
     masks: dict | None = None  # where the run ended
+    remarks: list[str] = dataclasses.field(default_factory=list)  # what stands out of a run that ended
     names: list[str] = dataclasses.field(default_factory=list)  # of the components
     durations: list[float] = dataclasses.field(default_factory=list)  # seconds of each step, pauses left out
     memory_held: int = 0  # bytes of the merger
@@ -326,6 +328,7 @@ def _keep(self):
     self.merger.eval()
     self.merger.save_pretrained(Path(self.trainer.args.output_dir) / "masks")
     self.masks = self.merger.mask_state()
+    self.remarks = told_run(self.merger, self.frame, self.trainer.keeper.best.looks and self.trainer.keeper.best.facts())
 
 # %% ../nbs/35_session.ipynb #45b22d88
 @patch_to(TrainingSession)

@@ -55,10 +55,10 @@ def memory_html(used: float, estimate: float | None, process: float) -> str:  # 
 
 # %% ../nbs/36_session_view.ipynb #43cd3415
 def trouble_html(session: SessionState, failure: Exception | None) -> str:  # failure: of an export
-    "What went wrong, with the place folded in; empty: nothing did."
+    "What went wrong, with the place folded in, or what stands out of a run that ended; empty: nothing."
     trouble = session.error or failure
     if trouble is None:
-        return ""
+        return "".join(f'<div class="ml-trouble"><b>Watch out</b>: {html.escape(remark)}</div>' for remark in session.remarks)
     folded = f"<details><summary>where</summary><pre>{html.escape(session.trouble)}</pre></details>" if session.trouble else ""
     return f'<div class="ml-trouble"><b>{type(trouble).__name__}</b>: {html.escape(str(trouble))}{folded}</div>'
 

@@ -11,7 +11,6 @@ __all__ = ['DATASET_FILE', 'local_path', 'DAMTopkConfig', 'encoded_rows', 'token
 
 # %% ../nbs/37_teacher_dataset.ipynb #6388e4a7
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,14 +18,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .chat import ChatCollator, encode_rows, folder_splits, load_task
+from .chat import ChatCollator, encode_rows, folder_splits, load_task, saved_dataset
 from .chat_templates import chat_tokenizer
 from .checkpoints import read_component
 from .components import check_components, load_model
-from .config import check_options, main_names, option, Options, resumable_options
+from .config import check_options, main_names, option, Options, read_json, resumable_options
 from .devices import find_device
+from .logs import tqdm
 from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
@@ -206,7 +205,7 @@ def dataset_facts(config: DAMTopkConfig) -> dict:
 
 def read_any_facts(file: Path) -> dict:
     "What a dataset says of itself, by the options' own names: older ones used others."
-    return main_names(DAMTopkConfig, json.loads(file.read_text(encoding="utf-8")), str(file))
+    return main_names(DAMTopkConfig, read_json(file), str(file))
 
 
 def changes(held: dict, facts: dict) -> str:  # as a message says it; empty: none
@@ -364,10 +363,8 @@ def read_dataset(
     tokenizer,  # whose padding the batches have
     temperature: float | None,  # of training; None: without what is stored of the teachers
 ) -> tuple["datasets.Dataset", ChatCollator]:  # noqa: F821
-    "The rows, and what makes batches of them. Raises `ValueError` as `read_facts` and `check_stored` do."
-    from datasets import load_from_disk
-
-    facts, dataset = read_facts(folder), load_from_disk(str(folder)).with_format("numpy")
+    "The rows, and what makes batches of them. Raises `ValueError` as `read_facts`, `saved_dataset` and `check_stored` do."
+    facts, dataset = read_facts(folder), saved_dataset(folder).with_format("numpy")
     if temperature is None:
         return dataset.select_columns(["input_ids", "labels", "source"]), ChatCollator(tokenizer)
     check_stored(folder, dataset.column_names, temperature)

@@ -22,10 +22,10 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from .chat import ChatCollator, chat_row, encode_chat, encode_text, format_choice, letters, write_jsonl
 from .config import check_choice
+from .logs import tqdm
 from .run_folder import write_text
 
 # %% ../nbs/16_toy_corpus.ipynb #288ef551

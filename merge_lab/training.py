@@ -40,16 +40,18 @@ from .devices import find_device, full, shard_like
 from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
 from .lesson import patch_to
+from .logs import tqdm
 from .loop_config import LoopConfig, TrainConfig
 from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
 from merge_lab.run_folder import (
-    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
-    RunInterrupted, save_tensors, write_json, write_rows,
+    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, check_readable, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
+    RunInterrupted, save_tensors, steps_of, write_json, write_rows,
 )
 from .stopping import StopCallback
 from .teacher_cache import TeacherCache
+from .watch import component_losses, unlike_order
 
 _all_ = ["StopCallback", "RunInterrupted", "check_going_on", "checkpoint_to_resume", "last_checkpoint", "read_history", "resume_command"]  # once here
 logger = logging.getLogger(__name__)
@@ -109,7 +111,7 @@ def check_report_to(name: str):
         raise ValueError(f"report_to={name!r}: {name} is not installed. Install it (pip install {name}), or leave report_to='none'.")
 
 # %% ../nbs/31_training.ipynb #11d0f588
-_OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps"}
+_OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps", "deterministic"}
 
 
 @dataclasses.dataclass
@@ -134,9 +136,12 @@ def training_arguments(
     if config.max_steps == 0:
         raise ValueError("max_steps=0: expected at least one step, or -1 for num_train_epochs passes over the data.")
     names = {field.name for field in dataclasses.fields(LoopConfig)} - _OURS
+    shared = {name: getattr(config, name) for name in names}
+    if config.deterministic:
+        shared["teacher_cache_gb"] = 0.0  # what is kept is rounded, and a run that lost it would go on otherwise
     arguments = MergerArguments(
         output_dir=str(output_dir),
-        **{name: getattr(config, name) for name in names},
+        **shared,
         learning_rate=UNIT_RATE if config.learning_rate is None else config.learning_rate,
         unit_rate=config.learning_rate is None,
         look_steps=config.eval_steps,
@@ -320,6 +325,14 @@ class KeepBest(TrainerCallback):
             raise FloatingPointError(f"the loss on held-out rows is {losses[0]['loss']} before the first step. Load the components in bfloat16 or float32 rather than float16.")
         self.best.note(step, losses[0], self.merger.mask_state)
 
+    def check_order(self):
+        "Warn if a component is not the best on the rows that are held out of its own data."
+        merger = self.merger
+        sources = {int(i) for batch in getattr(self.held_out, "batches", ()) for i in batch.get("source", ())}
+        if len(sources) > 1 and max(sources) < merger.n_components:
+            for told in unlike_order(component_losses(merger, self.held_out), merger.names):
+                logger.warning("%s", told)
+
     def look_at(self, step: int) -> dict[str, float]:  # held_out_loss, held_out_source_0, ...
         "What the look after this step found, as a row of the history has it; empty if there was none."
         look = self.best.looks[-1] if self.best.looks else {}
@@ -330,6 +343,7 @@ class KeepBest(TrainerCallback):
         if self.held_out is not None and not self.resumed:
             self.best = Best()
             self.look(0)
+            self.check_order()
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.resumed:  # from a checkpoint that was written in a pause, before the look
@@ -600,14 +614,12 @@ class HistoryCallback(TrainerCallback):
 
 # %% ../nbs/31_training.ipynb #7602e462
 class ProgressBar(TrainerCallback):
-    "A tqdm bar over optimizer steps, with the losses of the last one."
+    "A bar over optimizer steps, with the losses of the last one, by component."
 
     def __init__(self, history: HistoryCallback, description: str = "training masks"):
         self.history, self.description, self.bar = history, description, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        from tqdm.auto import tqdm
-
         if state.is_local_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.description, unit="step")
 
@@ -615,7 +627,9 @@ class ProgressBar(TrainerCallback):
         if self.bar is None:
             return
         row = self.history.rows[-1]
-        shown = {name.replace("loss_source_", "source "): f"{row[name]:.3f}" for name in row if name.startswith("loss_source_")}
+        names = dict(enumerate(getattr(self.history.trainer.keeper.merger, "names", ())))
+        sources = {int(name.removeprefix("loss_source_")): value for name, value in row.items() if name.startswith("loss_source_")}
+        shown = {names.get(i, f"source {i}"): f"{value:.3f}" for i, value in sources.items()}
         best = self.history.trainer.keeper.best
         held = {"held_out": f"{best.looks[-1]['loss']:.3f}"} if best.looks else {}
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", **shown, **held, refresh=False)
@@ -645,8 +659,9 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
     if checkpoint is None:
         trainer.train()
         return
-    done, asked = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"], trainer.args.max_steps
+    done, asked = steps_of(checkpoint), trainer.args.max_steps
     check_more_steps(checkpoint, asked)
+    check_readable(checkpoint)
     if done != asked:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return

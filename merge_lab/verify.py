@@ -31,6 +31,7 @@ from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
 from .config import check_choice, check_options, option, read_yaml
 from .run_folder import is_run, settle
+from .weight_files import read_headers
 from .writer import stored_groups, stored_tensors
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def read_whole(
     "The model of a checkpoint. Raises `ValueError` if a tensor is missing or was not expected."
     from transformers import AutoModelForCausalLM
 
+    read_headers(folder)  # says what is missing or damaged
     with LOAD_LOCK:
         model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
     check_names_of(folder, info)
@@ -378,6 +380,8 @@ def text_tokens(
 
 def run(config: VerifyConfig) -> pd.DataFrame:  # index reader; columns as in `compare_readers`
     "Read a checkpoint back, here and elsewhere. Raises `ValueError` or `FileNotFoundError` for one that is not whole."
+    if not config.path:
+        raise ValueError("path='': expected a run, or the folder of a checkpoint. Say what to read back: merge-lab verify runs/mine")
     folder, masks, saved = checkpoint_of(config.path)
     tokens = text_tokens(folder, config.tokens)
     told_here(folder, tokens)

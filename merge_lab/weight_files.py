@@ -12,7 +12,10 @@ import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
+
+from .config import read_json
 
 # %% ../nbs/02_weight_files.ipynb #bd4e3b95
 REPORT_COLUMNS = ("property", "ok", "level", "obstacle", "remedy")
@@ -78,6 +81,24 @@ class TensorHeader:
 COPY_AGAIN = "Download or copy the file again."
 
 
+def _told_tensors(
+    text: bytes,  # a header
+    file: Path,
+) -> dict[str, TensorHeader]:
+    "Tensors that a header tells of. Raises `ValueError` and others where it is none, or contradicts itself: a reader would go where it is sent."
+    entries = json.loads(text)
+    entries.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, after) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        bits = 8 if dtype == "BOOL" else int(re.match(r"(?:BF|F|I|U|C)(\d+)", dtype)[1])
+        if begin != end or min(shape, default=0) < 0 or bits * prod(shape) != 8 * (after - begin):
+            raise ValueError(f"{name} has shape {shape} of {dtype} and lies from {begin} to {after}")
+        end = after
+        tensors[name] = TensorHeader(dtype, tuple(shape), after - begin, (str(file), 8 + len(text) + begin))
+    return {name: tensors[name] for name in entries}
+
+# %% ../nbs/02_weight_files.ipynb #9b61dbdb
 def read_header(
     file: str | Path,  # a .safetensors file
 ) -> dict[str, TensorHeader]:
@@ -90,16 +111,10 @@ def read_header(
         if length > held - 8:
             raise UnreadableComponent(file, f"the header of {file.name} is cut off or damaged.", COPY_AGAIN)
         try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            ends = [entry["data_offsets"][1] for entry in entries.values()]
-            tensors = {
-                name: TensorHeader(e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0], (str(file), 8 + length + e["data_offsets"][0]))
-                for name, e in entries.items()
-            }
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            tensors = _told_tensors(stream.read(length), file)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise UnreadableComponent(file, f"the header of {file.name} is damaged.", COPY_AGAIN) from error
-    promised = 8 + length + max(ends, default=0)
+    promised = 8 + length + sum(header.n_bytes for header in tensors.values())
     if promised != held:
         what = "truncated" if held < promised else "damaged"
         obstacle = f"{file.name} is {what}: its header promises {promised:,} bytes, it holds {held:,}."
@@ -126,9 +141,12 @@ def _no_weights(folder: Path) -> UnreadableComponent:
 # %% ../nbs/02_weight_files.ipynb #043fece7
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(read_json(index)["weight_map"])
     except (ValueError, TypeError, KeyError) as error:
         raise UnreadableComponent(index, "the index of the shards is damaged.", COPY_AGAIN) from error
+    if odd := [shard for shard in weight_map.values() if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..")]:
+        raise UnreadableComponent(index, f"the index names {odd[0]!r}, outside its folder.", COPY_AGAIN)
+    return weight_map
 
 # %% ../nbs/02_weight_files.ipynb #afd6f7c6
 def read_headers(
@@ -143,8 +161,6 @@ def read_headers(
         raise _no_weights(folder)
     weight_map, tensors = _read_index(index), {}
     shards = sorted(set(weight_map.values()))
-    if any(Path(shard).name != shard for shard in shards):
-        raise UnreadableComponent(index, "it names files outside its folder.", COPY_AGAIN)
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         obstacle = f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}."

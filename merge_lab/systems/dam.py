@@ -12,7 +12,6 @@ __all__ = ['logger', 'PUBLISHED', 'INIT_KINDS', 'NON_LINEARITIES', 'DAM_FILE', '
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -28,7 +27,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ..chat import take_rows
 from ..checkpoints import component_names, load_tokenizer
 from ..components import check_components, load_components, load_model
-from ..config import check_choice, check_options, option, Options, recipe_options
+from ..config import check_choice, check_options, option, Options, read_json, recipe_options
 from ..constraints import OF_ANY_NUMBER, WITH_ANCHOR
 from ..devices import find_device, full, set_seed
 from ..evaluation import encode_task, evaluate_models, load_tests, UNIFORM
@@ -47,6 +46,7 @@ from merge_lab.teacher_dataset import (
 from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
 )
+from ..watch import told_run
 from ..writer import write_tokenizer
 
 _all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "TopkCollator"]
@@ -179,7 +179,7 @@ def from_pretrained(
     file = Path(folder) / DAM_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {DAM_FILE}: it is no DAM model. Make one by dam-merge, or correct the path.")
-    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts = read_json(file)
     merger = cls.from_config(read_merger_config(folder, model_paths), facts["use_base_model"])
     merger.load_masks(folder)
     merger.model_ids = facts.get("model_ids")
@@ -603,4 +603,8 @@ def show_run(run: DAMRun):
         print(score_table(run.scores).to_string(float_format="{:.3f}".format), end="\n\n")
     if (run.folder / "merged").exists():
         print(f"Merged model, for plain transformers: {run.folder / 'merged'}")
+    for remark in told_run(run.merger, run.history, found):
+        print(f"Watch out: {remark}")
     print(f"Coefficients, history, config: {run.folder}")
+    if (run.folder / "merged").exists():
+        print(f"Next: merge-lab verify {run.folder}, or merge-lab export {run.folder} --format gguf")

@@ -42,7 +42,7 @@ from merge_lab.depth import (
     PAIR_STRATEGIES, published_alpha, remove_layers,
 )
 from ..cuts import shared_copy
-from ..devices import best_device, set_seed
+from ..devices import find_device, set_seed
 from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
 from ..losses import LOSSES
@@ -155,6 +155,7 @@ class LayerMergeConfig(BlockOptions):
     dtype: str = option("auto", "Weights in memory and in the checkpoint", choices=["auto", "float32", "bfloat16", "float16"], group="Run")
     device: str | None = option(None, "e.g. cuda; none: the best there is", group="Run", resumable=True, recipe=False)
     seed: int = option(0, "Of samples, their order and the tokens compared", low=0, group="Run", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
     save_steps: int = option(50, "Updates between checkpoints; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
     resume: bool = option(False, "Go on with the run in output_dir", group="Run", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace the run in output_dir", group="Run", resumable=True, recipe=False)
@@ -207,7 +208,7 @@ def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     model_path, by_hand = config.model_path or bundled_path("models/deep"), [parse_pair(text) for text in config.merge_pairs or ()]
     tokenizer = load_tokenizer(model_path)
     loader, held_out = read_data(config, tokenizer)
-    model = load_model(model_path, dtype=config.dtype).to(config.device or best_device())
+    model = load_model(model_path, dtype=config.dtype).to(find_device(config.device))
     depth = len(decoder_layers(model))
     check_merge_pairs(by_hand, depth) if by_hand else check_pair_count(config.n_pairs, depth)
     check_mergeable(model, by_hand, config.alpha_init_strategy)

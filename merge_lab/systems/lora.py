@@ -98,6 +98,7 @@ class LoRAPipelineConfig(Options):
     logging_steps: int = option(10, "Steps between log entries", low=1, high=10_000, log=True, group="Training", resumable=True, recipe=False)
     report_to: str = option("none", "tensorboard, wandb or none; what is named must be installed", group="Training", resumable=True, recipe=False)
     seed: int = option(0, "Of the adapter, the order and the samples", group="Training", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
 
     device: str = option("auto", "Where to train", choices=["auto", "cuda", "mps", "cpu"], group="Device", resumable=True, recipe=False)
     precision: str = option("auto", "Arithmetic; auto: what fits the device and the base", choices=["auto", "fp32", "bf16", "fp16"], group="Device")

@@ -10,7 +10,6 @@ __all__ = ['logger', 'SHARES', 'BASELINES', 'WHY', 'LoRAMergeConfig', 'base_path
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
 import functools
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from ..architecture import layer_of
 from ..chat import build_dataset, ChatCollator, hold_out
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import component_names, load_tokenizer
-from ..config import check_choice, check_options, option
+from ..config import check_choice, check_options, config_from_dict, option, read_json
 from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
 from ..evaluation import encode_task, LEARNED, load_tests, score_baselines, score_model
@@ -45,6 +44,7 @@ from merge_lab.run_folder import (
     write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
+from ..watch import told_run
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +266,7 @@ def _load_masked(cls, folder: str | Path) -> AdapterMerger:
     file = Path(folder) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}. Give a folder that save_pretrained wrote.")
-    merger = cls.from_config(LoRAMergeConfig(**json.loads(file.read_text(encoding="utf-8"))))
+    merger = cls.from_config(config_from_dict(LoRAMergeConfig, read_json(file), str(file)))
     merger.load_masks(folder)
     return merger
 
@@ -491,8 +491,11 @@ def show_result(result: dict):  # from `run`
         from merge_lab.report import score_table
 
         print(f"\nScores (loss in nats per answer token)\n\n{score_table(result['scores']).to_string(float_format='{:.3f}'.format)}\n")
+    for remark in told_run(merger, history, found):
+        print(f"Watch out: {remark}")
     folder = Path(merger.adapter_config.output_dir)
     print("Written: " + ", ".join(str(folder / p) for p in ("adapter", "masks", "merged", "scores.csv") if (folder / p).exists()))
+    print(f"Next: merge-lab export {folder} --format {'hf' if (folder / 'merged').exists() else 'adapter'}")
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #65499f72
 @one_run

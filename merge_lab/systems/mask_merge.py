@@ -38,6 +38,7 @@ from ..merger import Merger
 from ..merger_config import MergerConfig
 from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import positions_of
+from ..watch import told_run
 from ..writer import write_tokenizer
 from merge_lab.training import (
     attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, ProgressBar, StopCallback, train_from,
@@ -545,6 +546,7 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
         f"were. On a sample of one task the merged model learned to predict what that task's expert predicts."
     )
     told = [R.Prose(told_held_out(result.held_out, len(result.history)))] if result.held_out else []
+    told += [R.Prose(f"**Watch out:** {remark}") for remark in told_run(result.merger, result.history, result.held_out)]
     pictures = [R.Plot(figure, caption) for figure, caption in plots.values()]
     again = dataclasses.replace(config, output_dir=f"{config.output_dir}-again", resume=False, overwrite=False, report=True)
     loading = [R.Heading("Load the merged model"), R.Code(LOADING.format(folder=config.output_dir + "/merged"))]
@@ -598,10 +600,14 @@ def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
     print_scores(result, "Scores of the base, the components, their average and the learned masks")
     if result.held_out:
         print(told_held_out(result.held_out, len(result.history)) + "\n")
+    for remark in told_run(result.merger, result.history, result.held_out):
+        print(f"Watch out: {remark}\n")
     print("Written: " + ", ".join(str(result.folder / name) for name in result.written))
     older = [name for name in ("scores.csv", "merged", "report.html") if name not in result.written and (result.folder / name).exists()]
     if older:
         print("Of earlier masks, not written again: " + ", ".join(str(result.folder / name) for name in older))
+    if "merged" in result.written:
+        print(f"Next: merge-lab verify {result.folder}, or merge-lab export {result.folder} --format gguf")
     return 0
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #52e6c3b1

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..anyprec import check_precisions
 from ..architecture import decoder_layers
 from ..checkpoints import load_tokenizer
 from ..components import load_model
 from ..config import check_options, option, Options
-from ..devices import best_device
+from ..devices import find_device
+from ..logs import tqdm
 from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, write_quantized
 from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run
 from ..text_windows import text_windows, Window
@@ -93,6 +93,7 @@ class QuantizeConfig(Options):
     dtype: str = option("auto", "Dtype of the tables and of what is not quantised", choices=["auto", "float32", "bfloat16", "float16"], group="Precisions")
     device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
     seed: int = option(42, "Seed of the calibration windows", group="Run", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Run")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
     resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace a run that is there", group="Run", resumable=True, recipe=False)
@@ -114,7 +115,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
     check_one_process("quantize")
     check_folder(config)
-    device = torch.device(config.device or best_device())
+    device = find_device(config.device)
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(config.model_path, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
     check_quantizable(model)

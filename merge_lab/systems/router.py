@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 from ..checkpoints import load_tokenizer
 from ..config import check_options, option, Options, resumable_options
-from ..devices import best_device, set_seed
+from ..devices import find_device, set_seed
 from ..held_out import Best
 from ..lesson import patch_to
 from ..loop_config import LoopConfig
@@ -113,6 +113,7 @@ class RouterConfig(Options):
     save_steps: int = option(20, "Steps between checkpoints to go on from; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
     save_total_limit: int = option(2, "Checkpoints to go on from that are kept", low=1, group="Run", resumable=True, recipe=False)
     seed: int = option(42, "Seed of windows, routers and order", group="Run", aliases=("random_state",))
+    deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
     device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
     trust_remote_code: bool = option(False, "Run Python code that comes with the model", group="Run")
     resume: bool = option(False, "Go on with a run that was cut off", group="Run", resumable=True, recipe=False)
@@ -189,11 +190,11 @@ def arguments_of(
 ):
     "What the shared loop is told. Raises `ValueError` if several processes were started."
     check_one_process("router")
-    device = torch.device(config.device or best_device()).type
+    device = find_device(config.device).type
     loop = LoopConfig(
         learning_rate=config.learning_rate, max_steps=max(1, steps), per_device_train_batch_size=1, lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=steps // 20, weight_decay=config.weight_decay, seed=config.seed % 2**32, save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, device=device if device in ("cpu", "cuda", "mps") else "auto",
+        save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, deterministic=config.deterministic, device=device if device in ("cpu", "cuda", "mps") else "auto",
     )  # fmt: skip
     arguments = training_arguments(loop, config.output_dir)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a sample is a whole step: it cannot be divided
@@ -541,7 +542,7 @@ def check_budget(precisions: list[int], target_bits: float | None):
 # %% ../../nbs/40_systems/05_router.ipynb #28992615
 def load_parts(config: RouterConfig) -> tuple:  # model, windows for training and for validation
     "What a run is made of. Raises `ValueError` for a model or a text that is not there."
-    device, tokenizer = torch.device(config.device or best_device()), load_tokenizer(config.model_path)
+    device, tokenizer = find_device(config.device), load_tokenizer(config.model_path)
     model = LayerwiseQuantizeForCausalLM.from_quantized(
         config.model_path, config.precisions or None, device, config.trust_remote_code,
         router_hidden=config.router_hidden, dropout=config.dropout,
