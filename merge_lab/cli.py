@@ -28,7 +28,7 @@ from pathlib import Path
 from .commands import COMMANDS, Command, choose_thread_waiting, RegistryAt
 from .config import alias_names, check_names, choices_of, config_from_dict, did_you_mean, main_names, option, read_yaml, without_tokens, yaml_value
 from . import logs
-from .logs import draws_bars, WithoutTokens
+from .logs import CleanFormatter, draws_bars
 from .run_folder import write_text
 
 # %% ../nbs/60_cli.ipynb #24f2be13
@@ -408,7 +408,7 @@ def _set_logging(level: int):
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setLevel(level)
-            handler.setFormatter(WithoutTokens("[%(asctime)s | %(levelname)s] %(message)s", "%H:%M:%S"))
+            handler.setFormatter(CleanFormatter("[%(asctime)s | %(levelname)s] %(message)s", "%H:%M:%S", without_tokens))
     logs.SILENT = level > logging.INFO
     loud = level == logging.DEBUG
     for name in ("httpx", "transformers", "datasets", "accelerate", "torch", "matplotlib", "PIL", "filelock", "urllib3", "fsspec"):

@@ -568,7 +568,7 @@ def write_compare_report(bench: Bench, record: Record, root: Path, table: pd.Dat
         R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab compare")),
     ], root / "report.html")  # fmt: skip
 
-
+# %% ../nbs/62_compare.ipynb #f3987208
 def write_number_report(config: CompareConfig, root: Path, shares: pd.DataFrame, found: dict[int, Comparison]):
     "Write plots/ and report.html of comparisons with several numbers of components."
     from merge_lab import report as R

@@ -28,7 +28,7 @@ from contextlib import contextmanager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 
-from .config import config_from_yaml, config_to_yaml, read_json, resumable_options
+from .config import config_from_yaml, config_to_yaml, read_json, resumable_options, without_tokens
 from .logs import log_into, run_log
 
 if typing.TYPE_CHECKING:
@@ -224,7 +224,7 @@ def one_run(function: typing.Callable):
     @functools.wraps(function)
     def alone(*arguments, **options):
         config = arguments[0] if arguments else options.get("config")
-        with ExitStack() as stack, run_log(), same_bits(getattr(config, "deterministic", False)):
+        with ExitStack() as stack, run_log(without_tokens), same_bits(getattr(config, "deterministic", False)):
             token = _held.set({"stack": stack})
             try:
                 return function(*arguments, **options)

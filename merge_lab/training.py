@@ -325,14 +325,6 @@ class KeepBest(TrainerCallback):
             raise FloatingPointError(f"the loss on held-out rows is {losses[0]['loss']} before the first step. Load the components in bfloat16 or float32 rather than float16.")
         self.best.note(step, losses[0], self.merger.mask_state)
 
-    def check_order(self):
-        "Warn if a component is not the best on the rows that are held out of its own data."
-        merger = self.merger
-        sources = {int(i) for batch in getattr(self.held_out, "batches", ()) for i in batch.get("source", ())}
-        if len(sources) > 1 and max(sources) < merger.n_components:
-            for told in unlike_order(component_losses(merger, self.held_out), merger.names):
-                logger.warning("%s", told)
-
     def look_at(self, step: int) -> dict[str, float]:  # held_out_loss, held_out_source_0, ...
         "What the look after this step found, as a row of the history has it; empty if there was none."
         look = self.best.looks[-1] if self.best.looks else {}
@@ -361,6 +353,16 @@ class KeepBest(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.put_back()
+
+# %% ../nbs/31_training.ipynb #3e9bc08d
+@patch_to(KeepBest)
+def check_order(self):
+    "Warn if a component is not the best on the rows that are held out of its own data."
+    merger = self.merger
+    sources = {int(i) for batch in getattr(self.held_out, "batches", ()) for i in batch.get("source", ())}
+    if len(sources) > 1 and max(sources) < merger.n_components:
+        for told in unlike_order(component_losses(merger, self.held_out), merger.names):
+            logger.warning("%s", told)
 
 # %% ../nbs/31_training.ipynb #05a3bd71
 @patch_to(KeepBest)
