@@ -139,7 +139,7 @@ def folder_records(
     parts = [part for name in ([wanted] if wanted else splits) for part in splits[name]]
     return [record for part in parts for record in (read_records(part) if part.is_file() else saved_records(part))]
 
-
+# %% ../nbs/02_chat.ipynb #0872b488
 def saved_dataset(folder: str | Path) -> "datasets.Dataset":  # noqa: F821
     "What `save_to_disk` wrote. Raises `ValueError` where some of its files are gone or damaged."
     from datasets import load_from_disk

@@ -349,7 +349,7 @@ def told_end(
     file = getattr(error, "log_file", None) or _fault_file(name, error)
     return 3, f"{type(error).__name__}: {first} - a fault of merge_lab or of a library that it uses. What led to it stands in {file}; please report it with that file."
 
-
+# %% ../nbs/60_cli.ipynb #d50082e0
 def _fault_file(name: str, error: BaseException) -> str:
     "Write where in the code an error came from."
     handle, file = tempfile.mkstemp(prefix=f"merge-lab-{name}-", suffix=".log")

@@ -34,7 +34,7 @@ class RegistryAt(Mapping):
     def __len__(self):
         return len(find_object(self.path))
 
-
+# %% ../nbs/04_commands.ipynb #8e7cd0cb
 @dataclasses.dataclass(frozen=True)
 class Command:
     "One subcommand of `merge-lab`."

@@ -167,7 +167,7 @@ def _at_home(value):
         return os.path.expanduser(value) if value.startswith(("~/", "~\\")) else value
     return [_at_home(one) for one in value] if isinstance(value, list) else value
 
-
+# %% ../nbs/00_config.ipynb #9ebcf0f2
 def check_options(config):  # a dataclass instance whose fields were made by `option`
     "Check type, choices and range of every field. Raises `ValueError` that names the field."
     hints = typing.get_type_hints(type(config))

@@ -7,7 +7,7 @@ __all__ = ['logger', 'LAYERS', 'ATTEMPTS', 'handing_on', 'SingleLayers', 'check_
            'HiddenObjective', 'OneLayer', 'Progress', 'streams_at', 'sweep', 'layer_trainer', 'finish_targets',
            'gap_of', 'train_layer', 'drawn', 'train_layers', 'of_one_layer', 'one_layer_step', 'fit_layers']
 
-# %% ../nbs/39_layerwise.ipynb #89a99c35
+# %% ../nbs/39_layerwise.ipynb #785d2e86
 import copy
 import dataclasses
 import itertools
@@ -28,8 +28,7 @@ from .lesson import patch_to
 from .logs import tqdm
 from .masks import MaskedModule
 from .memory import fit_report, FitReport, load_config
-from .merger import Merger
-from .merger_config import held_paths
+from .merger import held_paths, Merger
 from .objective import Objective
 from .run_folder import kept_rows, resume_command, save_tensors, stopped, write_json, write_rows
 from .student import Student
@@ -38,7 +37,7 @@ from .training import attach_watchers, HELD_OUT_FILE, last_checkpoint, MergerTra
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/39_layerwise.ipynb #3ddf0c69
+# %% ../nbs/39_layerwise.ipynb #9659110b
 @contextmanager
 def handing_on(
     layers: Iterable[nn.Module],
@@ -59,7 +58,7 @@ def handing_on(
         for layer in layers:
             del layer.forward
 
-# %% ../nbs/39_layerwise.ipynb #e680f493
+# %% ../nbs/39_layerwise.ipynb #17ce3915
 def _states(output) -> Tensor:
     "Hidden states of what a layer gives back."
     return output[0] if isinstance(output, tuple) else output
@@ -74,25 +73,28 @@ class SingleLayers:
         if self.decoder is None:
             raise ValueError(f"{type(model).__name__} has no part that makes hidden states by itself. Train end to end.")
 
-    def given(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list]:  # (batch, length, d); the rest for each layer
-        "Hidden states before the first layer, and what each layer is given beside its hidden states. Raises `ValueError` where they cannot be told."
-        for as_tuple in (False, True) if self.as_tuple is None else (self.as_tuple,):
-            try:
-                with handing_on(self.layers, as_tuple) as seen:
-                    self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-                continue
-            if self._plain(seen):
-                self.as_tuple = as_tuple
-                return seen[0][0], [rest for _, *rest in seen]
-        raise ValueError(f"{type(self.decoder).__name__} does more between its layers than hand on hidden states, so they cannot be trained one by one. Train end to end.")
 
-    def _plain(self, seen: list) -> bool:
-        "Whether every layer was asked once and got what the one before gave."
-        first = seen[0][0] if seen else None
-        return len(seen) == len(self.layers) and all(h is first or h.shape == first.shape and (h.is_meta or torch.equal(h, first)) for h, _, _ in seen)
+def _handed_on(layers: "SingleLayers", seen: list) -> bool:
+    "Whether every layer was asked once and got what the one before gave."
+    first = seen[0][0] if seen else None
+    return len(seen) == len(layers.layers) and all(h is first or h.shape == first.shape and (h.is_meta or torch.equal(h, first)) for h, _, _ in seen)
 
-# %% ../nbs/39_layerwise.ipynb #299bc71c
+# %% ../nbs/39_layerwise.ipynb #89f34802
+@patch_to(SingleLayers)
+def given(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list]:  # (batch, length, d); the rest for each layer
+    "Hidden states before the first layer, and what each layer is given beside its hidden states. Raises `ValueError` where they cannot be told."
+    for as_tuple in (False, True) if self.as_tuple is None else (self.as_tuple,):
+        try:
+            with handing_on(self.layers, as_tuple) as seen:
+                self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            continue
+        if _handed_on(self, seen):
+            self.as_tuple = as_tuple
+            return seen[0][0], [rest for _, *rest in seen]
+    raise ValueError(f"{type(self.decoder).__name__} does more between its layers than hand on hidden states, so they cannot be trained one by one. Train end to end.")
+
+# %% ../nbs/39_layerwise.ipynb #3ea23599
 @patch_to(SingleLayers)
 def run(
     self,
@@ -117,7 +119,7 @@ def finish(
         self.layers[-1].forward = lambda *_, **__: (states,) if self.as_tuple else states
         return self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
-# %% ../nbs/39_layerwise.ipynb #7b4c9517
+# %% ../nbs/39_layerwise.ipynb #d94d882b
 @torch.no_grad()
 def check_single_layers(
     layers: SingleLayers,
@@ -143,7 +145,7 @@ def check_single_layers(
     if not apart <= at_most:
         raise ValueError(f"{type(layers.decoder).__name__}: layer by layer its states are off by {apart:.1%}, so some need others. Train end to end.")
 
-# %% ../nbs/39_layerwise.ipynb #43e26a9d
+# %% ../nbs/39_layerwise.ipynb #081bbf09
 def mapped(
     file: str | Path,  # made if it is not there
     tokens: int,
@@ -153,7 +155,7 @@ def mapped(
     "A tensor whose memory is a file."
     return torch.from_file(str(file), shared=True, size=tokens * d, dtype=dtype).view(tokens, d)
 
-# %% ../nbs/39_layerwise.ipynb #2e640e72
+# %% ../nbs/39_layerwise.ipynb #eaa8e5e2
 class Streams:
     "Encoded rows and the hidden states of their tokens."
 
@@ -172,25 +174,33 @@ class Streams:
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         self.places = [slice(end - length, end) for end, length in zip(ends, self.lengths)]
 
-    def file(self, name: str) -> Path:
-        "Where a stream lies."
-        return self.folder / f"{name}.states"
+# %% ../nbs/39_layerwise.ipynb #05b537bf
+@patch_to(Streams)
+def file(self, name: str) -> Path:
+    "Where a stream lies."
+    return self.folder / f"{name}.states"
 
-    def open(self, name: str) -> Tensor:  # (tokens, d)
-        "A stream, to read and to write."
-        return mapped(self.file(name), **self.like)
 
-    def is_whole(self, name: str) -> bool:
-        "Whether a file of the right size is there."
-        expected = self.like["tokens"] * self.like["d"] * self.like["dtype"].itemsize
-        return self.file(name).exists() and self.file(name).stat().st_size == expected
+@patch_to(Streams)
+def open(self, name: str) -> Tensor:  # (tokens, d)
+    "A stream, to read and to write."
+    return mapped(self.file(name), **self.like)
 
-    def batches(self, source: int | None) -> list[list[int]]:  # positions of rows
-        "Rows of like length that run together: those of a source, or all."
-        own = [at for at, row in enumerate(self.rows) if source in (None, row["source"])]
-        return [[own[i] for i in part] for part in length_batches([self.lengths[at] for at in own], 1, self.tokens, fill_up=True)] if own else []
 
-# %% ../nbs/39_layerwise.ipynb #4cb6a0be
+@patch_to(Streams)
+def is_whole(self, name: str) -> bool:
+    "Whether a file of the right size is there."
+    expected = self.like["tokens"] * self.like["d"] * self.like["dtype"].itemsize
+    return self.file(name).exists() and self.file(name).stat().st_size == expected
+
+
+@patch_to(Streams)
+def batches(self, source: int | None) -> list[list[int]]:  # positions of rows
+    "Rows of like length that run together: those of a source, or all."
+    own = [at for at, row in enumerate(self.rows) if source in (None, row["source"])]
+    return [[own[i] for i in part] for part in length_batches([self.lengths[at] for at in own], 1, self.tokens, fill_up=True)] if own else []
+
+# %% ../nbs/39_layerwise.ipynb #0f3d4df9
 @patch_to(Streams)
 def read(
     self,
@@ -212,7 +222,7 @@ def write(
     for at, own in zip(positions, states):
         stream[self.places[at]] = own[: self.lengths[at]].to("cpu", stream.dtype)
 
-# %% ../nbs/39_layerwise.ipynb #51c38e93
+# %% ../nbs/39_layerwise.ipynb #c08f812c
 @torch.no_grad()
 def go_on(
     merger: Merger,
@@ -233,7 +243,7 @@ def go_on(
                     states = layers.run(number, streams.read(came, positions).to(merger.device), rest)
                 streams.write(to, positions, states)
 
-# %% ../nbs/39_layerwise.ipynb #593170b4
+# %% ../nbs/39_layerwise.ipynb #4c8296b3
 class HiddenObjective(Objective):
     "Relative squared distance of a layer's hidden states to those of each row's teacher, averaged over tokens, then over sources."
 
@@ -250,7 +260,7 @@ class HiddenObjective(Objective):
             results |= {f"sum_source_{i}": own.sum().detach(), f"tokens_source_{i}": torch.tensor(len(own))}
         return {"loss": total / merger.n_components, **results}
 
-# %% ../nbs/39_layerwise.ipynb #790c4789
+# %% ../nbs/39_layerwise.ipynb #d04d39d4
 class OneLayer(Student):
     "A merger of which one layer is trained; with the first layer what comes before, with the last what comes after it."
 
@@ -277,12 +287,14 @@ class OneLayer(Student):
         "The transformers config of the merged model."
         return self.whole[0].config
 
-    def leaves(self) -> dict[str, MaskedModule]:
-        "The masked modules that are trained, by their names in the whole model."
-        own = {id(module) for module in self.model.modules()}
-        return {name: leaf for name, leaf in self.whole[0].leaves().items() if id(leaf) in own}
+# %% ../nbs/39_layerwise.ipynb #24368760
+@patch_to(OneLayer)
+def leaves(self) -> dict[str, MaskedModule]:
+    "The masked modules that are trained, by their names in the whole model."
+    own = {id(module) for module in self.model.modules()}
+    return {name: leaf for name, leaf in self.whole[0].leaves().items() if id(leaf) in own}
 
-# %% ../nbs/39_layerwise.ipynb #c09fe6ef
+# %% ../nbs/39_layerwise.ipynb #0cc0ea3a
 @patch_to(OneLayer)
 def through(
     self,
@@ -305,7 +317,7 @@ def forward(self, input_ids=None, attention_mask=None, objective=None, student=N
         return self.through(student, input_ids, attention_mask)
     return objective(self, input_ids, attention_mask, student=student, **inputs)
 
-# %% ../nbs/39_layerwise.ipynb #60e1a32f
+# %% ../nbs/39_layerwise.ipynb #2e672840
 LAYERS = "layerwise"  # folder of what a run needs to go on, in the run's folder
 
 
@@ -338,7 +350,7 @@ class Progress:
             merger.load_mask_state(load_file(self.folder / f"masks-{done}.safetensors"))
         return done
 
-# %% ../nbs/39_layerwise.ipynb #539e3c13
+# %% ../nbs/39_layerwise.ipynb #a9783894
 def streams_at(
     merger: Merger,
     layers: SingleLayers,
@@ -356,14 +368,14 @@ def streams_at(
             streams.file(f"{name}-{number}").unlink(missing_ok=True)
             came = to
 
-# %% ../nbs/39_layerwise.ipynb #f78a78b5
+# %% ../nbs/39_layerwise.ipynb #75c6f27b
 def sweep(streams: Streams, done: int):
     "Remove streams that do not stand before the layer `done`."
     for file in streams.folder.glob("*.states"):
         if file.stem not in (f"student-{done}", f"teacher-{done}") or not done:
             file.unlink()
 
-# %% ../nbs/39_layerwise.ipynb #37b9ea64
+# %% ../nbs/39_layerwise.ipynb #6d4ef790
 def layer_trainer(
     one: OneLayer,
     streams: Streams,
@@ -387,7 +399,7 @@ def layer_trainer(
     rows = [{"row": at} for at in range(len(streams.rows))]
     return MergerTrainer(one, training_arguments(loop, folder), HiddenObjective(), train_dataset=rows, data_collator=collate)
 
-# %% ../nbs/39_layerwise.ipynb #efdf879c
+# %% ../nbs/39_layerwise.ipynb #58648231
 @torch.no_grad()
 def finish_targets(merger: Merger, layers: SingleLayers, streams: Streams, stream: Tensor):
     "Let a stream of teachers go through each component's final norm, in place."
@@ -398,7 +410,7 @@ def finish_targets(merger: Merger, layers: SingleLayers, streams: Streams, strea
                 ids, attention_mask = (batch[name].to(merger.device) for name in ("input_ids", "attention_mask"))
                 streams.write(stream, positions, layers.finish(streams.read(stream, positions).to(merger.device), ids, attention_mask))
 
-# %% ../nbs/39_layerwise.ipynb #bc60e2f5
+# %% ../nbs/39_layerwise.ipynb #aad808af
 @torch.no_grad()
 def gap_of(one: OneLayer, streams: Streams) -> float:
     "Mean gap of a layer over all rows, each source alike."
@@ -414,7 +426,7 @@ def gap_of(one: OneLayer, streams: Streams) -> float:
             tokens[i] += int(found[f"tokens_source_{i}"])
     return sum(total / max(n, 1) for total, n in zip(sums, tokens)) / len(sums)
 
-# %% ../nbs/39_layerwise.ipynb #aa849d62
+# %% ../nbs/39_layerwise.ipynb #6b10fe19
 ATTEMPTS = 4  # at a layer, each with half of the rate of the one before
 
 
@@ -427,7 +439,7 @@ def _attempt(one: OneLayer, streams: Streams, config, folder: Path, attempt: int
     train_from(trainer, last_checkpoint(folder) if config.resume else None)
     return history.rows, stopper.requested.is_set()
 
-
+# %% ../nbs/39_layerwise.ipynb #cb86627a
 def train_layer(
     merger: Merger,
     layers: SingleLayers,
@@ -451,7 +463,7 @@ def train_layer(
         one.load_mask_state(start)
     return [{**row, "step": number * config.layer_steps + row["step"], "layer": number} for row in rows], asked_to_stop
 
-# %% ../nbs/39_layerwise.ipynb #1e1d4e1a
+# %% ../nbs/39_layerwise.ipynb #a909d6a1
 def drawn(
     rows: Sequence[dict],  # encoded, with their source
     most: int,  # rows that training will see
@@ -465,7 +477,7 @@ def drawn(
     turns = [at for turn in itertools.zip_longest(*queues.values()) for at in turn if at is not None]
     return [rows[at] for at in sorted(turns[:most])]
 
-# %% ../nbs/39_layerwise.ipynb #8a153674
+# %% ../nbs/39_layerwise.ipynb #c9f474cc
 def _look(merger: Merger, held_out: HeldOut | None, best: Best, config, step: int):
     "Score the held-out rows."
     if held_out is not None:
@@ -482,7 +494,20 @@ def _told_best(merger: Merger, best: Best, folder: Path):
         merger.load_mask_state(best.masks)
     write_json(folder / HELD_OUT_FILE, best.facts())
 
-# %% ../nbs/39_layerwise.ipynb #8c3b5e03
+# %% ../nbs/39_layerwise.ipynb #f903b15a
+def _begin(merger: Merger, held_out: HeldOut | None, config, done: Progress) -> tuple[int, Best]:  # layers that are done, what was seen of the start
+    "Take up what a resumed run has done, or look at the start."
+    best = (Best.load(done.folder) if config.resume else None) or Best()
+    begun = done.load(merger) if config.resume else 0
+    if not best.looks:
+        _look(merger, held_out, best, config, 0)
+    if begun == 0:
+        done.write(merger, 0)
+    if best.looks:
+        best.save(done.folder)
+    return begun, best
+
+# %% ../nbs/39_layerwise.ipynb #c77be8d7
 def train_layers(
     merger: Merger,
     rows: Sequence[dict],  # encoded: input_ids, labels, source
@@ -495,20 +520,11 @@ def train_layers(
     progress: bool = True,
 ) -> list[dict]:  # rows of the history
     "Train the masks layer by layer, from where a resumed run was left. Raises `ValueError` for a model whose layers do not run by themselves, `RunInterrupted` if it was stopped."
-    layers, done = SingleLayers(merger.model), Progress(folder)
-    probe = collate(list(rows[:2]))
+    layers, done, probe = SingleLayers(merger.model), Progress(folder), collate(list(rows[:2]))
     check_single_layers(layers, *(probe[name].to(merger.device) for name in ("input_ids", "attention_mask")))
-    best = (Best.load(done.folder) if config.resume else None) or Best()
-    begun = done.load(merger) if config.resume else 0
-    if not best.looks:
-        _look(merger, held_out, best, config, 0)
-    if begun == 0:
-        done.write(merger, 0)
-    if best.looks:
-        best.save(done.folder)
-    dtype = next(layers.layers.parameters()).dtype if not hasattr(merger.model, "dtype") else merger.model.dtype
+    begun, best = _begin(merger, held_out, config, done)
     rows = drawn(rows, config.layer_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps, config.seed)
-    streams = Streams(rows, collate, done.folder, merger.config.get_text_config().hidden_size, dtype)
+    streams = Streams(rows, collate, done.folder, merger.config.get_text_config().hidden_size, merger.model.dtype)
     history_file = folder / "history.jsonl" if history_file is None else history_file
     history = [row for row in kept_rows(history_file) if row["layer"] < begun] if config.resume else []
     for row in _pass_layers(merger, layers, streams, done, begun, config, resume_command(command, folder), progress):
@@ -518,7 +534,7 @@ def train_layers(
     _told_best(merger, best, folder)
     return history
 
-# %% ../nbs/39_layerwise.ipynb #b2354219
+# %% ../nbs/39_layerwise.ipynb #cd3a985d
 def _pass_layers(merger, layers, streams, done, begun, config, go_on_with, progress) -> Iterator[list[dict]]:  # rows of each layer's history
     "Train the layers that are left."
     sweep(streams, begun)
@@ -540,7 +556,7 @@ def _pass_layers(merger, layers, streams, done, begun, config, go_on_with, progr
     for file in streams.folder.glob("*.states"):
         file.unlink()
 
-# %% ../nbs/39_layerwise.ipynb #c445f2c8
+# %% ../nbs/39_layerwise.ipynb #33fcebbd
 def of_one_layer(config):  # a transformers config -> a copy
     "The config of a model with the first layer only."
     config = copy.deepcopy(load_config(config))
@@ -560,7 +576,7 @@ def one_layer_step(merger: Merger, input_ids, attention_mask=None, source=None, 
     one = OneLayer(merger, layers, 0)
     return HiddenObjective()(one, input_ids, attention_mask, source, states.detach(), torch.ones_like(states))
 
-# %% ../nbs/39_layerwise.ipynb #ee692eec
+# %% ../nbs/39_layerwise.ipynb #8ebe0b75
 def fit_layers(
     config,  # of a run: the fields of MergerConfig and TrainConfig
     seq_len: int,  # tokens of the longest sample

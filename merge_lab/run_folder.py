@@ -374,7 +374,7 @@ def write_config(config, folder: Path):
     once = {name: False for name in _ONCE if hasattr(config, name)}
     write_text(folder / "config.yaml", _MARK + config_to_yaml(dataclasses.replace(config, **once)))
 
-
+# %% ../nbs/01_run_folder.ipynb #31a414c4
 def begin_run(
     config,  # options of the run
     folder: str | Path | None = None,  # None: config.output_dir

@@ -359,7 +359,7 @@ def make_trainer(
     open_together(config, ready.folder, ready.arguments)
     return trainer, history, stopper
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #be6e408c
 def _train_layers(trainer: MergerTrainer, ready: Prepared):
     "One layer after another; the trainer's history has these steps, unless there are others."
     config, own = ready.config, ready.folder / "history.jsonl"
