@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'DEMO_TASKS', 'UNSCORED', 'LOADING', 'divide_count', 'parse_datasets', 'MaskMergeConfig', 'demo_config',
            'Prepared', 'whole_steps', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers', 'manners',
-           'score_learned', 'make_trainer', 'train', 'MaskMergeResult', 'recipe_of', 'run', 'make_plots', 'save_plots',
-           'shares_of', 'headline', 'report_sections', 'write_report', 'print_scores', 'show_result', 'demo']
+           'score_learned', 'make_trainer', 'train', 'check_steerable', 'MaskMergeResult', 'recipe_of', 'run',
+           'make_plots', 'save_plots', 'shares_of', 'headline', 'report_sections', 'write_report', 'print_scores',
+           'show_result', 'demo']
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
@@ -380,6 +381,12 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     if stopper.requested.is_set():
         go_on = resume_command("mask-merge", ready.folder, ready.arguments.world_size)
         raise stopped(trainer.state, f"masks and optimizer are in {last_checkpoint(ready.folder)}", go_on)
+
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #0b332d0a
+def check_steerable(config: MaskMergeConfig):
+    "Raise `ValueError` for a run that a session of the workbench cannot pause and steer."
+    if config.train_mode == "layerwise":
+        raise ValueError("train_mode='layerwise': the workbench steers steps through the whole model. Start it by run(config) or merge-lab mask-merge, or set train_mode to 'end_to_end'.")
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #3ee5ecbe
 @dataclasses.dataclass
