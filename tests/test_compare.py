@@ -352,5 +352,5 @@ def test_mergebench_s_layout_is_a_suite(tmp_path, monkeypatch):
     Path("bench/Toy").symlink_to(bundled_path("models/base"))
     Path("mine.yaml").write_text("mergebench: {base: bench/Toy, root: bench, domains: [math, multilingual]}\nmetric: loss\n")
     result = run(CompareConfig(suite="mine.yaml", methods=["linear"], trained=["none"], trials=1, train_rows=4, together=False, output_dir="run"))
-    assert {"math", "multilingual"} <= set(result.table.columns.get_level_values(0))
+    assert {"math.jsonl", "multilingual.jsonl"} <= set(result.table.columns.get_level_values(0))
     assert result.table.loc["expert: Toy_math", ("worst task", "recovered")] < 0 < result.table.loc["linear", ("worst task", "recovered")]

@@ -114,6 +114,17 @@ def test_table_of_rooms_is_that_of_the_notebooks():
     rooms = importlib.util.module_from_spec(found)
     found.loader.exec_module(rooms)
     assert rooms.fill(GUIDE, rooms.table()) == GUIDE, "make readme writes it anew"
+
+
+def test_headline_of_the_readme_is_that_of_the_raw_data():
+    found = importlib.util.spec_from_file_location("headline", ROOT / "docs" / "headline.py")
+    headline = importlib.util.module_from_spec(found)
+    found.loader.exec_module(headline)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert headline.table() in readme and headline.fill(readme, headline.table()) == readme, "make readme writes it anew"
+    assert headline.shown([0.9, 0.94]) == "0.920 ±0.020 (2)" and headline.shown([]) == "-"
+    with pytest.raises(ValueError, match="no place for the table"):
+        headline.fill("# A page", "")
     named = re.findall(r"^\| \[.+?\]\((.+?)\) \| .+ \|$", GUIDE, re.MULTILINE)
     numbered = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
     assert set(named) == numbered and len(named) == len(numbered)
