@@ -114,6 +114,11 @@ def test_table_of_rooms_is_that_of_the_notebooks():
     rooms = importlib.util.module_from_spec(found)
     found.loader.exec_module(rooms)
     assert rooms.fill(GUIDE, rooms.table()) == GUIDE, "make readme writes it anew"
+    named = re.findall(r"^\| \[.+?\]\((.+?)\) \| .+ \|$", GUIDE, re.MULTILINE)
+    numbered = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    assert set(named) == numbered and len(named) == len(numbered)
+    with pytest.raises(ValueError, match="no place for the table"):
+        rooms.fill("# Contributing", "")
 
 
 def test_headline_of_the_readme_is_that_of_the_raw_data():
@@ -125,11 +130,6 @@ def test_headline_of_the_readme_is_that_of_the_raw_data():
     assert headline.shown([0.9, 0.94]) == "0.920 ±0.020 (2)" and headline.shown([]) == "-"
     with pytest.raises(ValueError, match="no place for the table"):
         headline.fill("# A page", "")
-    named = re.findall(r"^\| \[.+?\]\((.+?)\) \| .+ \|$", GUIDE, re.MULTILINE)
-    numbered = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
-    assert set(named) == numbered and len(named) == len(numbered)
-    with pytest.raises(ValueError, match="no place for the table"):
-        rooms.fill("# Contributing", "")
 
 
 def test_guide_leads_to_files_and_targets_that_there_are():
