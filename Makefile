@@ -55,7 +55,8 @@ lab: $(STAMP)  ## Open JupyterLab on the workbench notebook
 bench: $(STAMP)  ## Measure step time and memory of every impl, side by side; writes data/benchmarks/cpu.json
 	$(BIN)/python benchmarks/bench.py --device cpu
 
-readme: $(STAMP)  ## Make README.md from nbs/index.ipynb, and the table of rooms in CONTRIBUTING.md
+readme: $(STAMP)  ## Make README.md from nbs/index.ipynb with the table of raw data, and the table of rooms in CONTRIBUTING.md
+	@$(BIN)/python docs/headline.py
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir . --output README nbs/index.ipynb
 	@sed -i.bak -E 's#\]\(([a-z0-9_/]+\.(ipynb|png))\)#](nbs/\1)#g' README.md && rm README.md.bak
 	@$(BIN)/python docs/rooms.py

@@ -42,6 +42,7 @@ from .search import best_of, check_optuna, Judge, judge_of, search
 from .session import tidy_memory
 from .systems.mask_merge import LEARNED, MaskMergeConfig
 from .systems.mask_merge import run as merge_masks
+from .suites import mergebench
 from .together import best_together, rows_of_all, TOGETHER, why_no_room
 from .training import check_report_to
 
@@ -111,8 +112,11 @@ def read_suite(suite: str) -> dict:
     file = suite_file(suite)
     values = read_yaml(file)
     values.pop("about", None)
+    layout = values.pop("mergebench", None)
     check_names(CompareConfig, values, str(file))
     values = main_names(CompareConfig, values, str(file))
+
+    values = (mergebench(layout) if layout else {}) | values
 
     def placed(path):
         beside = file.parent / str(path)

@@ -180,8 +180,8 @@ def as_message(turn: dict, where: str) -> dict:
 
 # %% ../nbs/01_conversations.ipynb #e92e8381
 CHATS = ("messages", "conversations", "conversation")
-QUESTIONS = ("question", "query", "instruction", "prompt", "text")
-ANSWERS = ("answer", "response", "output", "completion")
+QUESTIONS = ("question", "query", "instruction", "prompt", "text", "inputs")
+ANSWERS = ("answer", "response", "output", "completion", "targets")
 BELOW = ("input", "context")  # what a question is about
 SYSTEMS = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")

@@ -98,11 +98,12 @@ def best_together(
     batch_size: int = 8,
     seconds: float = float("inf"),  # for all step sizes
     seed: int = 0,
-    rates: Sequence[float] = RATES,
+    rates: Sequence[float] = RATES,  # and larger ones, as long as the largest is the best
 ) -> tuple[dict[str, Tensor], float, float, int]:  # weights, step size, share of the worst validation task, step sizes tried
     "The best of a few step sizes on validation rows. Raises `ValueError` if none has a loss."
-    best, tried = None, 0
-    for rate in rates:
+    best, tried, asked = None, 0, sorted(rates)
+    while asked:
+        rate = asked.pop(0)
         tensors = train_together(lineup, rows, steps, rate, batch_size, seconds / len(rates), seed)
         try:
             worst = judge.worst(judge.losses(lineup, tensors))
@@ -113,6 +114,7 @@ def best_together(
             tried += 1
         if best is None or worst > best[2]:
             best = (tensors, rate, worst)
+            asked = asked or [3 * rate]  # the largest is the best: a larger one may be better
     if best is None:
         raise ValueError(f"{TOGETHER}: no step size of {', '.join(map(str, rates))} gives a loss that is a number.")
     return *best, tried

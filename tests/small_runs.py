@@ -27,11 +27,11 @@ def stopping_at(call: int, function):
     "The function, which is stopped as by Ctrl-C at one of its calls; `calls` counts them."
     calls = []
 
-    def stops(*arguments):
+    def stops(*arguments, **options):
         calls.append(1)
         if len(calls) == call:
             raise KeyboardInterrupt
-        return function(*arguments)
+        return function(*arguments, **options)
 
     stops.calls = calls
     return stops

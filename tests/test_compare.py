@@ -10,15 +10,15 @@ import pytest
 import torch
 from merge_lab import compare, search
 from merge_lab.chat import load_task, write_jsonl
-from merge_lab.cli import main
-from merge_lab.compare import CompareConfig, read_suite, run
+from merge_lab.cli import main, parse
+from merge_lab.compare import CompareConfig, read_suite, run, trained_config
 from merge_lab.components import load_model
 from merge_lab.lineup import average, Lineup
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, write_recipe
+from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, starts_of, write_recipe
 from merge_lab.regmean import regmean, regmean_plus
-from merge_lab.run_folder import bundled_path, read_rows, RunInterrupted
+from merge_lab.run_folder import begin_run, bundled_path, read_rows, RunInterrupted
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
 from small_runs import stopping_at
 
@@ -240,7 +240,7 @@ def mask_shapes(folder):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--suite", "toy-par"], "none of the bundled suites: real-pair, real-triple, toy-pair, toy-triple"),
+        (["--suite", "toy-par"], "none of the bundled suites: mergebench-llama-3.2-3b, real-pair, real-triple, toy-pair, toy-six, toy-triple"),
         (["a", "b"], "expected one for each of 2 models"),
         (["only"], "at least two models"),
         (["--suite", "toy-pair", "--recipes", "recipe.yml"], "recipe.yml: not a YAML file"),
@@ -271,3 +271,86 @@ def test_paths_of_a_suite_stand_beside_it_or_where_the_command_starts(tmp_path, 
     assert read == {"model_paths": [str(tmp_path / "suites" / "a"), "b"], "datasets": [str(tmp_path / "suites" / "a"), "nowhere"], "minutes": 3}
     asked = compare.with_suite(CompareConfig(suite="suites/mine.yaml", trials=2))
     assert (asked.minutes, asked.trials) == (3.0, 2)
+
+
+def test_a_flag_wins_over_the_suite_also_where_it_is_the_default(tmp_path, monkeypatch):
+    "Also when the run is taken up again from its config.yaml, which says everything."
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("trials: 3\nminutes: 5\ntogether: false\n")
+    usual = CompareConfig()
+    asked = compare.with_suite(parse("compare", ["--suite", "mine.yaml", "--trials", str(usual.trials), "--together", "True"]))
+    assert (asked.trials, asked.minutes, asked.together) == (usual.trials, 5.0, True)
+    begin_run(dataclasses.replace(asked, output_dir="run"))
+    again = compare.with_suite(parse("compare", ["run/config.yaml", "--resume"]))
+    assert (again.trials, again.minutes, again.together) == (usual.trials, 5.0, True)
+    assert compare.with_suite(CompareConfig(suite="mine.yaml", trials=usual.trials)).trials == usual.trials
+    assert compare.with_suite(CompareConfig(suite="mine.yaml")).trials == 3
+
+
+def test_a_method_stays_on_the_ladder_by_its_better_beginning(tmp_path, monkeypatch):
+    "Sums of deltas begin at 1.6/n each and at 1/n; the first alone would have lost them."
+    made = []
+    for n in (2, 3, 6):
+        first, second = starts_of(OPPONENTS["ties"].space(n))
+        assert (first["weight 1"], second["weight 1"]) == (pytest.approx(min(1, 1.6 / n)), pytest.approx(1 / n)) and first["density"] == second["density"]
+
+    def tried(lineup, judge, method, setting, seed=0):
+        made.append(method)
+        worst = {"ties": 0.9 if setting.get("weight 1") == 0.5 else 0.1, "linear": 0.5, "karcher": 0.4, "sce": 0.3}[method]
+        return {"setting": setting, "losses": {}, "worst": worst, "error": None, "seconds": 0.0}
+
+    monkeypatch.setattr(search, "try_setting", tried)
+    files = {method: tmp_path / f"{method}.jsonl" for method in ("linear", "karcher", "ties", "sce")}
+    compare.climb(lined_up(tiny_experts(n=2)), None, files, 4, math.inf, 0)
+    assert {method: made.count(method) for method in files} == {"linear": 1, "karcher": 1, "ties": 4, "sce": 1}
+
+
+def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):
+    asked = CompareConfig(["a", "b"], datasets=["c", "d"], report_to="tensorboard")
+    assert trained_config(asked, "learned masks", tmp_path / "run", 0).report_to == "tensorboard"
+    suite = CompareConfig(suite="toy-pair", report_to="nobody", output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="report_to='nobody'"):
+        run(suite)
+
+
+NUMBERS = dict(suite="toy-six", components=[2, 3], methods=["linear"], trials=1, max_steps=1, train_rows=4, val_rows=4, eval_samples=6, answered=4, together=False)
+
+
+def test_several_numbers_of_components_are_one_study_that_goes_on(tmp_path, monkeypatch):
+    "Stopped in the second; the first is not made again."
+    config = CompareConfig(**NUMBERS, output_dir=str(tmp_path / "run"))
+    usual = compare.merge_masks
+    monkeypatch.setattr(compare, "merge_masks", stopping_at(2, usual))
+    with pytest.raises(RunInterrupted, match="merge-lab compare .*run/config.yaml --resume"):
+        run(config)
+    made = (tmp_path / "run" / "components-2" / "rows.jsonl").read_bytes()
+    monkeypatch.setattr(compare, "merge_masks", usual)
+    result = run(parse("compare", [str(tmp_path / "run" / "config.yaml"), "--resume"]))
+    assert (tmp_path / "run" / "components-2" / "rows.jsonl").read_bytes() == made
+    assert list(result.table.index) == [2, 3] and set(result.table["best opponent", "which"]) == {"linear"}
+    for name in ("components.csv", "verdict.txt", "report.html", "plots/share_against_number.png", "components-3/report.html", "components-3/confusion.csv"):
+        assert (tmp_path / "run" / name).is_file(), name
+    three, _, facts = compare.read_facts(tmp_path / "run" / "components-3" / "results.json")
+    assert "--components 3" in facts["command"] and set(facts["experts"]) == {"rewrite", "summarize", "extract"}
+    assert three.loc["expert: extract", ("rewrite", "confused")] == 1 and three.loc["expert: extract", ("rewrite", "as")] == "extract"
+    assert three.loc["expert: rewrite", ("rewrite", "confused")] == 0 and three.loc["expert: rewrite", ("rewrite", "as")] == ""
+    told = (tmp_path / "run" / "components-3" / "report.html").read_text()
+    assert "In whose manner" in told and "confused" in (tmp_path / "run" / "components-3" / "table.csv").read_text()
+    with pytest.raises(ValueError, match="there are 6 models"):
+        run(CompareConfig(suite="toy-six", components=[7], output_dir=str(tmp_path / "seven")))
+
+
+def test_mergebench_s_layout_is_a_suite(tmp_path, monkeypatch):
+    "The toys, called as its models and data are, with training rows in its columns."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MERGE_LAB_CACHE", str(tmp_path / "cache"))
+    for domain, task, question, answer in (("math", "rewrite", "query", "response"), ("multilingual", "summarize", "inputs", "targets")):
+        Path(f"bench/{domain}_val").mkdir(parents=True)
+        Path(f"bench/Toy_{domain}").symlink_to(bundled_path(f"models/{task}"))
+        rows = [row["messages"] for row in load_task(bundled_path(f"tasks/{task}"), "train")[:60]]
+        Path(f"bench/{domain}_val/train.jsonl").write_text("".join(json.dumps({question: asked["content"], answer: said["content"]}) + "\n" for asked, said in rows))
+    Path("bench/Toy").symlink_to(bundled_path("models/base"))
+    Path("mine.yaml").write_text("mergebench: {base: bench/Toy, root: bench, domains: [math, multilingual]}\nmetric: loss\n")
+    result = run(CompareConfig(suite="mine.yaml", methods=["linear"], trained=["none"], trials=1, train_rows=4, together=False, output_dir="run"))
+    assert {"math.jsonl", "multilingual.jsonl"} <= set(result.table.columns.get_level_values(0))
+    assert result.table.loc["expert: Toy_math", ("worst task", "recovered")] < 0 < result.table.loc["linear", ("worst task", "recovered")]

@@ -121,6 +121,17 @@ def test_table_of_rooms_is_that_of_the_notebooks():
         rooms.fill("# Contributing", "")
 
 
+def test_headline_of_the_readme_is_that_of_the_raw_data():
+    found = importlib.util.spec_from_file_location("headline", ROOT / "docs" / "headline.py")
+    headline = importlib.util.module_from_spec(found)
+    found.loader.exec_module(headline)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert headline.table() in readme and headline.fill(readme, headline.table()) == readme, "make readme writes it anew"
+    assert headline.shown([0.9, 0.94]) == "0.920 ±0.020 (2)" and headline.shown([]) == "-"
+    with pytest.raises(ValueError, match="no place for the table"):
+        headline.fill("# A page", "")
+
+
 def test_guide_leads_to_files_and_targets_that_there_are():
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", GUIDE):
         assert (ROOT / target).exists(), target

@@ -132,7 +132,7 @@ def test_training_on_all_data_is_adamw_on_the_labels(lineup):
 def test_the_step_size_of_the_row_is_the_best_on_validation_rows(lineup, monkeypatch):
     tasks = {name: load_task(bundled_path(f"tasks/{name}"), "validation")[:4] for name in TASKS}
     judge = Judge(tasks, dict(zip(tasks, range(2))))
-    shares = {3e-3: float("nan"), 1e-3: 0.2, 3e-4: 0.7, 1e-4: 0.4}
+    shares = {1e-3: 0.2, 3e-4: 0.7, 1e-4: 0.4}
     monkeypatch.setattr(together, "train_together", lambda lineup, rows, steps, rate, *_: rate)
 
     def losses(lineup, rate):
@@ -141,8 +141,12 @@ def test_the_step_size_of_the_row_is_the_best_on_validation_rows(lineup, monkeyp
         return rate
 
     monkeypatch.setattr(judge, "losses", losses)
-    monkeypatch.setattr(judge, "worst", lambda rate: shares[rate])
+    monkeypatch.setattr(judge, "worst", lambda rate: shares[round(rate, 6)])
     assert together.best_together(lineup, judge, [], 1) == (3e-4, 3e-4, 0.7, 4)
+    shares |= {9e-3: 0.9, 0.027: 0.8}
+    monkeypatch.setattr(judge, "losses", lambda lineup, rate: rate)
+    shares[3e-3] = 0.75
+    assert together.best_together(lineup, judge, [], 1)[1:] == (pytest.approx(9e-3), 0.9, 6)  # followed upwards until it gets worse
 
 
 def test_what_does_not_fit_is_left_out(lineup, monkeypatch):
