@@ -467,7 +467,7 @@ HEALED = "healing/shares.json"  # in a run's folder
 
 def heals_these(folder: Path, learned: pd.DataFrame) -> bool:
     "Whether what was healed in a folder has these shares (or coefficients); what has others is removed."
-    file, shares = Path(folder) / HEALED, learned.iloc[:, -1].tolist() if "after" not in learned else learned["after"].tolist()
+    file, shares = Path(folder) / HEALED, list(learned.get("after", ()))
     same = not file.exists() or json.loads(file.read_text(encoding="utf-8")) == shares
     if not same:
         shutil.rmtree(file.parent)
@@ -506,7 +506,7 @@ def run(
     table = first_rows(config, made)
     start, model, parts = time.perf_counter(), *made_shorter(config, made, folder, on_step, progress)
     if config.heal_steps:
-        model, learned = copy.deepcopy(model), parts["alphas"] if len(parts["alphas"]) else parts.get("coefficients", pd.DataFrame({"after": []}))
+        model, learned = copy.deepcopy(model), parts["alphas"] if len(parts["alphas"]) else parts["coefficients"].rename(columns={"coefficient": "after"})
         model = heal(
             model, made.loader(), config.heal_steps, config.heal_learning_rate, config.heal_rank, original, config.temperature,
             progress=progress, held_out=made.held_out, folder=folder, resume=heals_these(folder, learned) and config.resume, **loop_options(config),
