@@ -314,7 +314,7 @@ def find_block(config: LayerMergeConfig, made: Prepared, batches: Sequence[dict]
     write_text(file, tried.to_csv(index=False))
     return tried
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #e5d110ef
 def learn_otherwise(
     config: LayerMergeConfig, made: Prepared, folder: Path, on_step: Callable | None = None, progress: bool = True
 ) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -487,7 +487,7 @@ def made_shorter(config: LayerMergeConfig, made: Prepared, folder: Path, on_step
     model, history, search, coefficients = learn_otherwise(config, made, folder, on_step, progress)
     return model, dict(alphas=NO_ALPHAS, history=history, search=search, coefficients=coefficients)
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #2b2c8d95
 @one_run
 def run(
     config: LayerMergeConfig,
