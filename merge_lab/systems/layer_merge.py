@@ -12,7 +12,8 @@ __all__ = ['logger', 'COMMANDED', 'THIS_RUN', 'METHOD_NAMES', 'BARS', 'HEALED', 
            'fuse_mergeable_layers', 'heal', 'train_alpha_parameters', 'search_start', 'alpha_loss', 'mean_loss',
            'alpha_objective', 'best_starts', 'only_alphas', 'PairMerger', 'set_alpha', 'Shares', 'start_from',
            'START_ALPHAS', 'ALPHA_LOSSES', 'compare_variants', 'shorten', 'Variant', 'VARIANTS', 'STRATEGIES',
-           'alpha_parameters', 'alpha_values', 'logit_of', 'mergeable_layers', 'remove_layers']
+           'alpha_parameters', 'alpha_values', 'logit_of', 'mergeable_layers', 'remove_layers', 'as_original',
+           'PUBLISHED_ALPHA']
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #5cf9fa5d
 import copy
@@ -39,7 +40,7 @@ from ..components import load_model
 from ..config import card_options, check_options, option, Options, RowsWhere
 from merge_lab.depth import (
     check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
-    PAIR_STRATEGIES, published_alpha, remove_layers,
+    PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
 )
 from ..cuts import shared_copy
 from ..devices import find_device, set_seed
@@ -47,7 +48,7 @@ from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
 from ..losses import LOSSES
 from merge_lab.mergeable import (
-    alpha_parameters, alpha_table, alpha_values, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
+    alpha_parameters, alpha_table, alpha_values, as_original, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
     INIT_STRATEGIES, initial_alpha, leaf_pairs, leaf_shares, logit_of, mergeable_layers, MergeableLayer, replace_layers_with_mergeable,
 )
 from ..merger import checkpoint_activations
@@ -67,7 +68,7 @@ _all_ = [
     "extract_learned_alphas", "fuse_mergeable_layers", "heal", "train_alpha_parameters", "search_start", "alpha_loss", "mean_loss",
     "alpha_objective", "best_starts", "only_alphas", "PairMerger", "set_alpha", "Shares", "start_from", "START_ALPHAS", "ALPHA_LOSSES",
     "compare_variants", "shorten", "Variant", "VARIANTS", "STRATEGIES", "alpha_parameters", "alpha_values", "logit_of", "mergeable_layers",
-    "remove_layers",
+    "remove_layers", "as_original", "PUBLISHED_ALPHA",
 ]
 logger = logging.getLogger(__name__)
 
