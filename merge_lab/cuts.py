@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CUTS', 'Entrance', 'stream_states', 'block_distances', 'layer_influence', 'shared_copy', 'text_loss', 'greedy_layers',
-           'refusal_of', 'smallest_block', 'block_starts', 'least_influence', 'last_layers']
+           'refusal_of', 'block_starts', 'smallest_block', 'least_influence', 'last_layers']
 
 # %% ../nbs/39_shortening/01_cuts.ipynb #3d711bd4
 import copy
@@ -112,12 +112,6 @@ def refusal_of(model, layers: Sequence[int]) -> str | None:  # None: they can
         return str(error)
 
 # %% ../nbs/39_shortening/01_cuts.ipynb #32d978f1
-def smallest_block(model, n: int, batches) -> list[int]:
-    "The block of layers with the smallest angle. Raises `ValueError` where no block of this length can go."
-    distances = block_distances(stream_states(model, batches), n)
-    return block_starts(model, n, distances)[0]
-
-
 def block_starts(
     model,
     n: int,
@@ -129,6 +123,12 @@ def block_starts(
     if not fit:
         raise ValueError(refusal_of(model, blocks[0]) if blocks else f"n={n}: expected fewer than the model's {len(distances) + n - 1} layers.")
     return fit
+
+# %% ../nbs/39_shortening/01_cuts.ipynb #88dd6f52
+def smallest_block(model, n: int, batches) -> list[int]:
+    "The block of layers with the smallest angle. Raises `ValueError` where no block of this length can go."
+    distances = block_distances(stream_states(model, batches), n)
+    return block_starts(model, n, distances)[0]
 
 
 def least_influence(model, n: int, batches) -> list[int]:

@@ -598,7 +598,7 @@ def test_a_run_draws_its_figures(tmp_path):
     for name in ("similarity", "alphas", "scores", "loss"):
         picture = (tmp_path / f"run/plots/{name}.png").read_bytes()
         assert picture.startswith(b"\x89PNG") and len(picture) > 2000
-    assert list(result.table.index)[-1] == "this run" and len(result.table) == 6
+    assert list(result.table.index)[-1] == "this run" and len(result.table) == 2 + len(lm.UNTRAINED)
     _, data, text = (tmp_path / "run/merged/README.md").read_text().split("---\n", 2)
     told = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
     assert yaml.safe_load(data)["library_name"] == "transformers" and "# model, 2 layers shorter" in text and str(tmp_path) not in text
@@ -633,7 +633,7 @@ def test_healing_recomputes_activations_too(tmp_path, monkeypatch):
     ("strategy", "start"), [("fixed_07", 0.7), ("uniform", 0.5), ("similarity", None)]
 )
 def test_a_start_that_is_asked_for_is_the_start(strategy, start, tmp_path, caplog):
-    caplog.set_level("INFO", "merge_lab.systems.layer_merge")
+    caplog.set_level("INFO", "merge_lab")
     options = {"alpha_init_strategy": strategy, "num_steps": 0, "n_pairs": 1}
     result = lm.run(run_config(tmp_path, **options), progress=False)
     before = set(result.alphas["before"])

@@ -12,7 +12,8 @@ __all__ = ['logger', 'COMMANDED', 'THIS_RUN', 'METHOD_NAMES', 'BARS', 'HEALED', 
            'fuse_mergeable_layers', 'heal', 'train_alpha_parameters', 'search_start', 'alpha_loss', 'mean_loss',
            'alpha_objective', 'best_starts', 'only_alphas', 'PairMerger', 'set_alpha', 'Shares', 'start_from',
            'START_ALPHAS', 'ALPHA_LOSSES', 'compare_variants', 'shorten', 'Variant', 'VARIANTS', 'STRATEGIES',
-           'alpha_parameters', 'alpha_values', 'logit_of', 'mergeable_layers', 'remove_layers']
+           'alpha_parameters', 'alpha_values', 'logit_of', 'mergeable_layers', 'remove_layers', 'as_original',
+           'PUBLISHED_ALPHA']
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #5cf9fa5d
 import copy
@@ -39,7 +40,7 @@ from ..components import load_model
 from ..config import card_options, check_options, option, Options, RowsWhere
 from merge_lab.depth import (
     check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
-    PAIR_STRATEGIES, published_alpha, remove_layers,
+    PAIR_STRATEGIES, PUBLISHED_ALPHA, published_alpha, remove_layers,
 )
 from ..cuts import shared_copy
 from ..devices import find_device, set_seed
@@ -47,7 +48,7 @@ from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
 from ..losses import LOSSES
 from merge_lab.mergeable import (
-    alpha_parameters, alpha_table, alpha_values, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
+    alpha_parameters, alpha_table, alpha_values, as_original, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
     INIT_STRATEGIES, initial_alpha, leaf_pairs, leaf_shares, logit_of, mergeable_layers, MergeableLayer, replace_layers_with_mergeable,
 )
 from ..merger import checkpoint_activations
@@ -67,7 +68,7 @@ _all_ = [
     "extract_learned_alphas", "fuse_mergeable_layers", "heal", "train_alpha_parameters", "search_start", "alpha_loss", "mean_loss",
     "alpha_objective", "best_starts", "only_alphas", "PairMerger", "set_alpha", "Shares", "start_from", "START_ALPHAS", "ALPHA_LOSSES",
     "compare_variants", "shorten", "Variant", "VARIANTS", "STRATEGIES", "alpha_parameters", "alpha_values", "logit_of", "mergeable_layers",
-    "remove_layers",
+    "remove_layers", "as_original", "PUBLISHED_ALPHA",
 ]
 logger = logging.getLogger(__name__)
 
@@ -314,7 +315,7 @@ def find_block(config: LayerMergeConfig, made: Prepared, batches: Sequence[dict]
     write_text(file, tried.to_csv(index=False))
     return tried
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #e5d110ef
 def learn_otherwise(
     config: LayerMergeConfig, made: Prepared, folder: Path, on_step: Callable | None = None, progress: bool = True
 ) -> tuple[nn.Module, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -467,7 +468,7 @@ HEALED = "healing/shares.json"  # in a run's folder
 
 def heals_these(folder: Path, learned: pd.DataFrame) -> bool:
     "Whether what was healed in a folder has these shares (or coefficients); what has others is removed."
-    file, shares = Path(folder) / HEALED, learned.iloc[:, -1].tolist() if "after" not in learned else learned["after"].tolist()
+    file, shares = Path(folder) / HEALED, list(learned.get("after", ()))
     same = not file.exists() or json.loads(file.read_text(encoding="utf-8")) == shares
     if not same:
         shutil.rmtree(file.parent)
@@ -487,7 +488,7 @@ def made_shorter(config: LayerMergeConfig, made: Prepared, folder: Path, on_step
     model, history, search, coefficients = learn_otherwise(config, made, folder, on_step, progress)
     return model, dict(alphas=NO_ALPHAS, history=history, search=search, coefficients=coefficients)
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #2b2c8d95
 @one_run
 def run(
     config: LayerMergeConfig,
@@ -506,7 +507,7 @@ def run(
     table = first_rows(config, made)
     start, model, parts = time.perf_counter(), *made_shorter(config, made, folder, on_step, progress)
     if config.heal_steps:
-        model, learned = copy.deepcopy(model), parts["alphas"] if len(parts["alphas"]) else parts.get("coefficients", pd.DataFrame({"after": []}))
+        model, learned = copy.deepcopy(model), parts["alphas"] if len(parts["alphas"]) else parts["coefficients"].rename(columns={"coefficient": "after"})
         model = heal(
             model, made.loader(), config.heal_steps, config.heal_learning_rate, config.heal_rank, original, config.temperature,
             progress=progress, held_out=made.held_out, folder=folder, resume=heals_these(folder, learned) and config.resume, **loop_options(config),

@@ -1,0 +1,297 @@
+"Shorter models without pairs: what is chosen, mapped, learned and fused, for every kind of decoder."
+
+import copy
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+import transformers
+from test_architectures import IDS, logits_of, MORE, shrunk
+from torch.testing import assert_close
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from merge_lab import block_training, cuts, linear_maps, strategies
+from merge_lab.architecture import decoder_layers
+from merge_lab.block_layer import fuse_block_layer, with_block_layer
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.components import load_model
+from merge_lab.depth import check_depth_free, remove_layers
+from merge_lab.run_folder import bundled_path
+from merge_lab.systems import layer_merge as lm
+from merge_lab.tinylm import perturb, tiny_model
+
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+FAMILIES = [
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "phi", "phi3", "opt", "falcon", "bloom", "olmo2", "olmo3", "cohere2",
+    "granite", "smollm3", "qwen3_moe", "gpt_oss", "deepseek_v3", "mamba", "lfm2",
+]  # fmt: skip
+MAPPED = ["llama", "gpt2", "gpt_neox", "phi", "opt", "bloom", "deepseek_v3"]
+
+
+def deep(kind, depth=6, **more):
+    "A tiny model of a type, deep enough to lose layers; a layer's kind goes by its place where the type has several."
+    config_class = CONFIG_MAPPING[kind]
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    values = shrunk(config_class) | MORE.get(kind, {})
+    values |= {name: depth for name in DEPTHS if name in values or name == "num_hidden_layers" and name in fields}
+    if values.get("layer_types"):
+        values["layer_types"] = (depth * list(values["layer_types"]))[:depth]
+    if kind == "gpt_neo":
+        values["attention_types"] = [[["global", "local"], depth // 2]]
+    torch.manual_seed(0)
+    config = config_class(**values | more)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    perturb(model, 0.2, 0)
+    return model.requires_grad_(False)
+
+
+def batches_of(n=3, shape=(2, 12), top=90):
+    ids = torch.randint(3, top, (n, *shape), generator=torch.Generator().manual_seed(0))
+    return [dict(input_ids=x, attention_mask=torch.ones_like(x), labels=x) for x in ids]
+
+
+def moved(student, by=0.02):
+    "The student after something was learned."
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(by * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return student
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_block_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
+    model = deep(kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student = moved(with_block_layer(model, [1, 2, 3], rank=2))
+    learned = logits_of(student, use_cache=False)
+    assert not torch.allclose(learned, logits_of(remove_layers(cuts.shared_copy(model), [2, 3]), use_cache=False), atol=1e-4)
+    fused = fuse_block_layer(student)
+    assert_close(logits_of(fused, use_cache=False), learned, atol=1e-5, rtol=0)
+    fused.save_pretrained(tmp_path)
+    read, info = type(model).from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
+    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", MAPPED)
+def test_a_folded_map_is_the_map(kind):
+    model, batches = deep(kind), batches_of()
+    (call, *_) = calls = linear_maps.catch_calls(model, batches, 2, 4)
+    layer = decoder_layers(model)[2]
+    writer = linear_maps.find_writer(layer, call)
+    matrix = linear_maps.least_squares_map(linear_maps.map_rows(layer, writer, calls))
+    rows = linear_maps.map_rows(layer, writer, [call])
+    short = linear_maps.map_block(model, [3, 4], batches)
+    with torch.no_grad():
+        made = call.again(decoder_layers(short)[2])
+    assert_close(made.flatten(0, 1), rows.rest + rows.added @ matrix.T, atol=1e-4, rtol=1e-4)
+    assert (made - call.left).norm() < (call.again(layer) - call.left).norm()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo2"])
+def test_no_map_is_written_behind_a_norm(kind, caplog):
+    model, batches = deep(kind), batches_of()
+    with pytest.raises(ValueError, match="a map cannot be written into it"):
+        linear_maps.map_block(model, [3, 4], batches)
+    begun = block_training.begin_block(model, [2, 3, 4], batches, [], rank=2)
+    assert_close(logits_of(begun.student), logits_of(remove_layers(cuts.shared_copy(model), [3, 4])))
+
+
+SHARED = dict(layer_types=["sliding_attention", "full_attention"] * 4, num_kv_shared_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gone", "more", "said"),
+    [
+        ("rwkv", [2], {}, "rescale_every=6"),
+        ("gemma3n_text", [1, 2], SHARED, "embed_tokens_per_layer.weight would have another shape"),
+        ("gemma4_text", [1, 2], SHARED, "cannot be read again with fewer layers: .*per_layer_config"),
+        ("llama4_text", [2], {}, "becomes layer"),
+        ("cohere", [2], {}, None),
+    ],
+)
+def test_layers_that_would_be_others_under_another_number_are_refused(kind, gone, more, said):
+    model = deep(kind, len(more.get("layer_types", "123456")), **more)
+    if said is None:
+        check_depth_free(model, gone)
+        return
+    with pytest.raises(ValueError, match=said):
+        check_depth_free(model, gone)
+
+
+def test_a_setting_that_goes_by_the_number_is_seen(monkeypatch):
+    "Shapes are the same; the layer that would be read has another window."
+    model = tiny_model("qwen2", num_hidden_layers=6, use_sliding_window=True, sliding_window=4, max_window_layers=3)
+    check_depth_free(model, [1])  # the config says which layers slide
+    said = type(model.config).to_dict
+    monkeypatch.setattr(type(model.config), "to_dict", lambda self: {k: v for k, v in said(self).items() if k != "layer_types"})
+    with pytest.raises(ValueError, match="layer 3 becomes layer 2.*compute something else"):
+        check_depth_free(model, [1])
+
+
+def test_modules_that_call_their_number_otherwise_are_renumbered():
+    model = remove_layers(deep("gpt_neo"), [2, 3])
+    assert [layer.attn.layer_id for layer in decoder_layers(model)] == [0, 1, 2, 3]
+
+
+def test_cuts_by_hand():
+    "A layer that does nothing has no influence, costs nothing, and is the block of the smallest angle."
+    model = tiny_model("llama", num_hidden_layers=6)
+    with torch.no_grad():
+        for name, parameter in decoder_layers(model)[3].named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+    batches = batches_of(top=60)
+    assert all(cuts.CUTS[name](model, 1, batches) == [3] for name in ("block", "influence"))
+    assert cuts.text_loss(remove_layers(cuts.shared_copy(model), [3]), batches) == pytest.approx(cuts.text_loss(model, batches), abs=1e-6)
+    losses = [cuts.text_loss(remove_layers(cuts.shared_copy(model), [i]), batches) for i in range(6)]
+    assert cuts.greedy_layers(model, 1, batches) == [losses.index(min(losses))]
+    assert cuts.CUTS["last"](model, 2, batches) == [4, 5]
+
+
+def test_padding_is_not_fitted_on():
+    "Neither in the rows of a map nor in the loss on hidden states."
+    model, (batch,) = tiny_model("llama", num_hidden_layers=6), batches_of(1, top=60)
+    batch["attention_mask"][0, 8:] = 0
+    (call,) = linear_maps.catch_calls(model, [batch], 2, 3)
+    writer = linear_maps.find_writer(decoder_layers(model)[2], call)
+    assert len(linear_maps.map_rows(decoder_layers(model)[2], writer, [call]).rest) == 8 + 12
+    spoiled = call.left.clone()
+    spoiled[0, 8:] += 100
+    assert block_training.missed(spoiled, call) == 0
+
+
+@pytest.fixture
+def made(tmp_path):
+    "The bundled deep model and some text."
+    folder = bundled_path("models/deep")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    return model, list(lm.prepare_calibration_data(tokenizer, bundled_path("tasks/rewrite"), 24, 4, 48))
+
+
+FEW = block_training.BlockSteps(rank=4, hidden_steps=6, steps=6, learning_rate=3e-3)
+
+
+def test_a_learned_block_begins_as_the_map_and_never_ends_worse(made):
+    model, batches = made
+    start = linear_maps.map_block(model, [5, 6], batches[:4])
+    wild = dataclasses.replace(FEW, learning_rate=1.0, hidden_steps=0)
+    short = block_training.learn_block(model, [4, 5, 6], batches[:4], batches[4:], wild, eval_steps=1, progress=False).model
+    with torch.no_grad():
+        apart = [divergence(m, model, batches[4:]) for m in (short, start)]
+    assert apart[0] <= apart[1] + 1e-5
+
+
+def divergence(model, teacher, batches):
+    "Mean KL of the teacher's predictions to the model's."
+    sums = []
+    for batch in batches:
+        student, wanted = (m(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1) for m in (model, teacher))
+        scored = batch["labels"][:, 1:] != -100
+        sums.append((wanted.exp() * (wanted - student)).sum(-1)[:, :-1][scored])
+    return torch.cat(sums).mean().item()
+
+
+def test_a_learned_block_that_was_stopped_goes_on_to_the_same(made, tmp_path):
+    model, batches = made
+
+    def learn(folder, resume=False, on_step=None):
+        return block_training.learn_block(
+            model, [4, 5, 6], batches[:4], batches[4:], FEW, folder=tmp_path / folder, resume=resume, on_step=on_step, eval_steps=2, save_steps=2, progress=False
+        ).model
+
+    whole = learn("whole")
+
+    def ask(step, loss):
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        learn("cut", on_step=ask)
+    again = learn("cut", resume=True)
+    for one, other in zip(whole.parameters(), again.parameters()):
+        assert torch.equal(one, other)
+
+
+class Killed(BaseException):
+    "What a run dies of."
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_coefficients_map_and_residuals_are_all_learned(made, dtype):
+    model, batches = made
+    model = model.to(dtype)
+    begun = block_training.begin_block(model, [4, 5, 6], batches[:2], [], rank=4)
+    before = {name: parameter.clone() for name, parameter in begun.student.named_parameters() if parameter.requires_grad}
+    objective = block_training.HiddenObjective(calls=begun.calls, place=4)
+    begun.loop(objective, block_training.numbered(batches[:2]), [], block_training.rate_of(3, 1e-2), None, "hidden", progress=False)
+    after = dict(begun.student.named_parameters())
+    assert {name.rpartition(".")[2] for name in before} >= {"weight", "matrix", "left", "right"}
+    assert all(parameter.dtype == torch.float32 and not torch.equal(parameter, after[name]) for name, parameter in before.items())
+    assert next(fuse_block_layer(begun.student).parameters()).dtype == dtype
+
+
+def test_what_an_architecture_does_not_allow_is_left_out_of_a_comparison(made, caplog):
+    caplog.set_level(logging.WARNING, "merge_lab.strategies")
+    model, batches = deep("gemma2"), batches_of()
+    tokenizer = load_tokenizer(bundled_path("models/deep"))
+    table = strategies.compare_variants(model, tokenizer, [(1, 2, 0.5)], lambda: batches, ["linear map for a block", "remove the last layers"])
+    assert list(table.index) == ["original", "remove the last layers"] and "linear map for a block: left out" in caplog.text
+
+
+def test_every_strategy_of_the_command_line_makes_a_model_that_loads(tmp_path):
+    for name in lm.COMMANDED:
+        config = lm.LayerMergeConfig(
+            strategy=name, n_pairs=2, data_dir=str(bundled_path("tasks/rewrite")), num_samples=8, max_length=64, max_steps=1, hidden_steps=2, block_steps=2,
+            block_rank=2, block_tries=1, heal_steps=1, held_out_rows=4, output_dir=str(tmp_path / name), dtype="float32", similarity_method="cka", search_start=False,
+        )  # fmt: skip
+        result = lm.run(config, progress=False)
+        read = load_model(result.folder / "merged")
+        assert len(decoder_layers(read)) == 10 and result.table.loc["this run", "seconds"] > 0
+        assert_close(read(IDS).logits, result.model(IDS).logits, atol=1e-5, rtol=0)
+        assert "2 layers shorter" in (result.folder / "merged/README.md").read_text() and str(result)
+
+
+def test_healing_leaves_the_teacher_alone(tmp_path):
+    "A shorter model shares its tensors with the original, and an adapter is merged in place."
+    config = lm.LayerMergeConfig(
+        strategy="remove-last", n_pairs=1, data_dir=str(bundled_path("tasks/rewrite")), num_samples=8, max_length=64, heal_steps=2, held_out_rows=4,
+        output_dir=str(tmp_path / "run"), similarity_method="cka", dtype="float32",
+    )  # fmt: skip
+    made = lm.prepare(config)
+    before = copy.deepcopy(made.model.state_dict())
+    short = strategies.shorten(cuts.shared_copy(made.model), made.pairs, strategies.STRATEGIES["remove-last"], made.loader())[0]
+    lm.heal(copy.deepcopy(short), made.loader(), 2, teacher=made.model, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in made.model.state_dict().items())
+
+
+def test_pairs_by_hand_are_for_pairs(tmp_path):
+    config = lm.LayerMergeConfig(strategy="block", merge_pairs=["3,4"], output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="pairs by hand are for 'pairs'"):
+        lm.run(config, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_a_block_that_was_stopped_goes_on(tmp_path):
+    options = dict(
+        strategy="block", n_pairs=2, data_dir=str(bundled_path("tasks/rewrite")), num_samples=16, max_length=64, hidden_steps=3, block_steps=6, block_rank=2, block_tries=2,
+        held_out_rows=4, similarity_method="cka", dtype="float32", eval_steps=2, save_steps=2,
+    )  # fmt: skip
+    whole = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "whole"), **options), progress=False)
+    with pytest.raises(Killed):
+        lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "cut"), **options), on_step=die_at_three, progress=False)
+    again = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "cut"), resume=True, **options), progress=False)
+    files = [(run.folder / "merged/model.safetensors").read_bytes() for run in (whole, again)]
+    assert files[0] == files[1] and json.loads((again.folder / "held_out.json").read_text())["looks"]
+    assert whole.coefficients.equals(again.coefficients)
+
+
+def die_at_three(step, loss):
+    if step == 3:
+        raise Killed
