@@ -110,7 +110,8 @@ def adapter_options(
         values = read_json(adapter_folder(Path(folder).expanduser()) / ADAPTER_CONFIG)
     except (OSError, ValueError) as error:
         raise UnreadableComponent(folder, f"{ADAPTER_CONFIG} cannot be read ({error}).", COPY_AGAIN) from error
-    for rank in (values.get("r", 8), *(values.get("rank_pattern") or {}).values()):
+    pattern = values.get("rank_pattern") or {}
+    for rank in (values.get("r", 8), *(pattern.values() if isinstance(pattern, dict) else [pattern])):
         if not isinstance(rank, int) or rank < 1:
             raise UnreadableComponent(folder, f"{ADAPTER_CONFIG} has a rank of {rank!r}.", f"Expected a whole number from 1 on. {COPY_AGAIN}")
     return values

@@ -35,7 +35,7 @@ from .components import load_model
 from .config import check_choice, check_names
 from .devices import best_device, find_device
 from .memory import free_memory
-from .origins import check_finite
+from .origins import check_finite, prove_whole
 from .run_folder import _umask
 from .scoring import positions_of, row_nats
 from .sft_data import encode_dataset, layout_of
@@ -422,7 +422,7 @@ def merge_adapter(
     before = _answers(adapted, asked)
     merged = merge_layers(adapted)
     after = _answers(merged, asked)
-    save_plain(merged, out_dir, tokenizer)
+    save_plain(merged, out_dir, tokenizer, check=prove_whole)
     share_files(out_dir)
     unit = "answer token" if asked and layout_of(rows) == "messages" else "token"
     report = _merge_report(before, after, str(merged.dtype).removeprefix("torch."), unit)

@@ -30,7 +30,7 @@ from .devices import full, shard_like
 from .lesson import patch_to
 from .masks import masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
 from .provenance import check_same_weights, weights_digest
-from .origins import check_finite
+from .origins import check_finite, prove_whole
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
 from .writer import settle_tying, write_config, write_generation_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
@@ -529,6 +529,7 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
         f"Each weight is a blend of {merger.n_components} frozen components with trained coefficients "
         f"(`{recipe['mode']}`, `{recipe['constrain_mode']}`).", "",
         "| component | mean alpha | smallest | largest |", "|---|---|---|---|", *lines, "",
+        "`sha256sum --check SHA256SUMS` in this folder proves that weights and config are those that were written.", "",
         "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", "",
     ])
 
@@ -541,12 +542,13 @@ def save_merged(
     is_main_process: bool = True,  # only this rank writes; a sharded run must call it on all
     recipe: dict | None = None,  # options for the model card, beside those of the merger
 ):
-    "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small."
+    "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small, `UnreadableComponent` if what was written is not whole, and then leaves what was there."
     with whole_checkpoint(folder) if is_main_process else nullcontext(folder) as place:
         stored = write_tensors(place, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
         card = model_card(self, recipe)  # every rank gathers, one writes
         if is_main_process:
             _save_companions(self, Path(place), card, stored)
+            prove_whole(place)
 
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @patch_to(Merger)

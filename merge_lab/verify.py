@@ -30,6 +30,7 @@ from filelock import FileLock
 from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
 from .config import check_choice, check_options, option, read_yaml
+from .origins import check_sums
 from .run_folder import is_run, settle
 from .weight_files import read_headers
 from .writer import stored_groups, stored_tensors
@@ -383,6 +384,8 @@ def run(config: VerifyConfig) -> pd.DataFrame:  # index reader; columns as in `c
     if not config.path:
         raise ValueError("path='': expected a run, or the folder of a checkpoint. Say what to read back: merge-lab verify runs/mine")
     folder, masks, saved = checkpoint_of(config.path)
+    if n := check_sums(folder):
+        logger.info("%s: %d files are what was written, by their checksums", folder, n)
     tokens = text_tokens(folder, config.tokens)
     told_here(folder, tokens)
     logger.info("%s: read here, with no tensor missing or left over", folder)

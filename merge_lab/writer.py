@@ -320,6 +320,7 @@ def save_plain(
     folder: str | Path,
     tokenizer=None,  # of transformers; None: none is written
     max_shard_size: str | int = "2GB",
+    check: Callable[[Path], object] | None = None,  # called with the checkpoint before it goes to its place
 ):
     "Write a model as a checkpoint that this transformers and older readers read alike."
     if getattr(model, "generation_config", None) is not None:
@@ -329,3 +330,5 @@ def save_plain(
         write_config(model.config, place)
         if tokenizer is not None:
             write_tokenizer(tokenizer, place)
+        if check is not None:
+            check(place)

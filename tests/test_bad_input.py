@@ -1,20 +1,30 @@
 """Bad input, case by case: one clear sentence that names the file or the option, soon, and nothing that was there is changed."""
 
+import dataclasses
 import json
 import os
 import re
 import shutil
 import signal
 import struct
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from hypothesis import given, HealthCheck, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from merge_lab.cli import main
-from merge_lab.run_folder import seal
+from merge_lab.adapter_files import read_adapter
+from merge_lab.adapters import check_adapter
+from merge_lab.chat import load_task
+from merge_lab.cli import main, parse
+from merge_lab.commands import COMMANDS
+from merge_lab.run_folder import read_rows, seal
+from merge_lab.weight_files import read_header, read_headers, UnreadableComponent
 from small_runs import ADAPTERS, CHAT, COMPARE, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, TOPK, TRAIN
 
 
@@ -445,3 +455,102 @@ def test_is_answered(name, here, capsys, monkeypatch):
 
 def test_the_table_is_long_enough():
     assert len(CASES) >= 120
+
+
+# ---- the same, with what chance thinks of: a fixed seed, so that every run of the suite asks the same
+
+chance = settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+texts = st.text(st.characters(codec="utf-8"), max_size=12)
+plain = st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats() | texts
+values = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8)
+OPTIONS = {name: [field.name for field in dataclasses.fields(command.find(command.config)) if field.init] for name, command in COMMANDS.items()}
+
+
+@st.composite
+def some_options(draw):
+    "A command, and a file of its options with values of any kind."
+    name = draw(st.sampled_from(sorted(OPTIONS)))
+    return name, draw(st.dictionaries(st.sampled_from(OPTIONS[name]) | texts, values, max_size=4))
+
+
+@chance
+@given(some_options())
+def test_any_options_are_read_or_refused(tmp_path_factory, drawn):
+    name, options = drawn
+    file = tmp_path_factory.getbasetemp() / "options.yaml"
+    file.write_text(yaml.safe_dump(options, allow_unicode=True), encoding="utf-8")
+    with suppress(ValueError):
+        parse(name, [str(file)])
+
+
+@chance
+@given(st.sampled_from(sorted(OPTIONS)), st.lists(texts | st.sampled_from(["--seed", "--output_dir", "--dataset_configs", "--mask_init", "{a: [", "a=b", "-1", "none"]), max_size=5))
+def test_any_words_are_read_or_refused(name, words):
+    with suppress(ValueError):
+        parse(name, [word for word in words if not word.endswith((".yaml", ".yml"))])
+
+
+@chance
+@given(st.dictionaries(texts, st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "BF16", "BOOL", "X"]) | plain, "shape": st.lists(st.integers(-2, 9), max_size=3) | plain, "data_offsets": st.lists(st.integers(-4, 64), min_size=1, max_size=3) | plain}) | values, max_size=3), st.binary(max_size=64))  # fmt: skip
+def test_any_header_is_read_as_safetensors_reads_it(tmp_path_factory, entries, data):
+    file, text = tmp_path_factory.getbasetemp() / "x.safetensors", json.dumps(entries).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    try:
+        told = read_header(file)
+    except UnreadableComponent:
+        return
+    with safe_open(file, "pt") as tensors:
+        assert set(told) == set(tensors.keys())
+
+
+@chance
+@given(st.binary(max_size=40) | values.map(lambda value: json.dumps({"weight_map": value}).encode()))
+def test_any_index_is_read_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("index")
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    with suppress(UnreadableComponent):
+        read_headers(folder)
+
+
+turns = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system"]) | plain, "content": texts | values, "tool_calls": values})
+chats = st.fixed_dictionaries({}, optional={"messages": st.lists(turns, max_size=3) | values, "conversations": values, "prompt": texts | values, "completion": texts | values, "tools": values})
+
+
+@chance
+@given(st.lists(chats | values, min_size=1, max_size=3), st.sampled_from(["jsonl", "json"]))
+def test_any_rows_are_conversations_or_refused(tmp_path_factory, found, ending):
+    file = tmp_path_factory.getbasetemp() / f"rows.{ending}"
+    file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    with suppress(ValueError):
+        for row in load_task(file, None):
+            assert row["messages"]
+
+
+@chance
+@given(st.binary(max_size=60) | texts.map(str.encode), st.sampled_from(["csv", "tsv", "jsonl", "parquet"]))
+def test_any_bytes_are_a_table_or_refused(tmp_path_factory, data, ending):
+    file = tmp_path_factory.getbasetemp() / f"table.{ending}"
+    file.write_bytes(b"prompt,completion\n" * (ending == "csv") + data)
+    with suppress(ValueError):
+        load_task(file, None)
+
+
+@chance
+@given(st.lists(values.map(json.dumps) | texts, max_size=4))
+def test_any_history_is_rows_or_refused(tmp_path_factory, lines):
+    file = tmp_path_factory.getbasetemp() / "history.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    with suppress(ValueError):
+        assert all(isinstance(row, dict) for row in read_rows(file))
+
+
+@chance
+@given(st.fixed_dictionaries({}, optional={"r": plain | values, "rank_pattern": values, "peft_type": plain, "bias": plain, "modules_to_save": values, "base_model_name_or_path": values}) | values)
+def test_any_adapter_config_is_read_or_refused(tmp_path_factory, told):
+    folder = tmp_path_factory.mktemp("adapter")
+    (folder / "adapter_config.json").write_text(json.dumps(told), encoding="utf-8")
+    save_file({"base_model.model.a.lora_A.weight": torch.ones(2, 2), "base_model.model.a.lora_B.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    with suppress(UnreadableComponent):
+        read_adapter(folder)
+    with suppress(ValueError):
+        check_adapter(folder)

@@ -52,6 +52,7 @@ from merge_lab.mergeable import (
     INIT_STRATEGIES, initial_alpha, leaf_pairs, leaf_shares, logit_of, mergeable_layers, MergeableLayer, replace_layers_with_mergeable,
 )
 from ..merger import checkpoint_activations
+from ..origins import prove_whole
 from merge_lab.pair_training import (
     ALPHA_LOSSES, alpha_loss, alpha_objective, best_starts, mean_loss, only_alphas, PairMerger, search_start, set_alpha, Shares,
     START_ALPHAS, start_from, train_alpha_parameters,
@@ -451,7 +452,7 @@ def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
     from merge_lab.figures import save_figure
 
-    save_plain(result.model, result.folder / "merged", tokenizer)
+    save_plain(result.model, result.folder / "merged", tokenizer, check=prove_whole)
     write_text(result.folder / "merged" / "README.md", card_of(result))
     write_text(result.folder / "similarity.csv", result.similarity.to_csv())
     for name in ("alphas", "coefficients"):
