@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-real demo compare real test lab bench readme docs export clean
+.PHONY: help install install-real demo compare real test lab bench audit readme docs export clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,11 @@ lab: $(STAMP)  ## Open JupyterLab on the workbench notebook
 
 bench: $(STAMP)  ## Measure step time and memory of every impl, side by side; writes data/benchmarks/cpu.json
 	$(BIN)/python benchmarks/bench.py --device cpu
+
+audit: $(STAMP)  ## Ask the Python advisory database for known faults of the installed packages; needs a network
+	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/audit/installed.txt
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip --requirement $(VENV)/audit/installed.txt
 
 readme: $(STAMP)  ## Make README.md from nbs/index.ipynb with the table of raw data, and the table of rooms in CONTRIBUTING.md
 	@$(BIN)/python docs/headline.py
