@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
+from .logs import tqdm
 
 from .compare import Bench, check_compare, CompareConfig, costs_of, facts_of, first_models, measured, Record, reference_rows, scores_of, StopInTime, trained_config, with_suite
 from .comparison import candidates_of, comparison_table

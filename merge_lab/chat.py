@@ -140,7 +140,9 @@ def folder_records(
     return [record for part in parts for record in (read_records(part) if part.is_file() else saved_records(part))]
 
 # %% ../nbs/02_chat.ipynb #0872b488
-def saved_dataset(folder: str | Path) -> "datasets.Dataset":  # noqa: F821
+def saved_dataset(
+    folder: str | Path,  # that `save_to_disk` made
+) -> "datasets.Dataset":  # noqa: F821
     "What `save_to_disk` wrote. Raises `ValueError` where some of its files are gone or damaged."
     from datasets import load_from_disk
 

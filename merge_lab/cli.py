@@ -376,12 +376,16 @@ def stoppable():
             signal.signal(number, before)
 
 
-def is_full_disk(error: BaseException) -> bool:
+def is_full_disk(
+    error: BaseException,  # that ended a command
+) -> bool:
     "Whether torch says by this that a file could not be written."
     return "PytorchStreamWriter failed writing" in str(error) or "No space left on device" in str(error)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(
+    error: BaseException,  # that ended a command
+) -> bool:
     "Whether torch says by this that there is no memory left."
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 

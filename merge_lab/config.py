@@ -120,7 +120,10 @@ def _expected(value, errors: list[dict]) -> str:  # errors: of pydantic
 _NOTHING = ("none", "None", "all")  # how a command line says None
 
 
-def brief(value, width: int = 200) -> str:
+def brief(
+    value,  # of an option
+    width: int = 200,  # characters at most
+) -> str:
     "A value as Python writes it, in the space of a message."
     text = repr(value)
     return text if len(text) <= width else f"{text[: width - 3]}..."
@@ -147,12 +150,17 @@ def check_type(name: str, value, hint):
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the hub
 
 
-def without_tokens(text: str) -> str:
+def without_tokens(
+    text: str,  # of a log or a message
+) -> str:
     "A text without the hub's access tokens, for logs and messages."
     return _TOKEN.sub("hf_...", text)
 
 
-def check_texts(name: str, value):
+def check_texts(
+    name: str,  # of the option
+    value,  # as it was given
+):
     "Raise `ValueError` if an option holds, at any depth, a null byte or an access token of the hub."
     text = repr(value)
     if _TOKEN.search(text):
@@ -301,7 +309,9 @@ def config_from_yaml(cls: type, path: str | Path):
     return config_from_dict(cls, read_yaml(path), str(path))
 
 # %% ../nbs/00_config.ipynb #1d2eea93
-def read_json(path: str | Path) -> dict:
+def read_json(
+    path: str | Path,  # of the file
+) -> dict:
     "The object that a JSON file holds. Raises `FileNotFoundError`, or `ValueError` that names the file."
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))

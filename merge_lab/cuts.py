@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from .logs import tqdm
 
 from .depth import check_depth_free, decoder_layers, remove_layers
 from .objective import Objective

@@ -41,7 +41,7 @@ class tqdm(auto.tqdm):
             options |= dict(file=io.StringIO(), mininterval=EVERY, miniters=1, delay=EVERY, bar_format=_LINE)
         super().__init__(*arguments, **options)
 
-    def display(self, msg=None, *arguments, **options):
+    def display(self, msg: str | None = None, *arguments, **options):
         "Draw the bar, or write the line."
         if not self.plain:
             return super().display(msg, *arguments, **options)
@@ -61,7 +61,7 @@ class CleanFormatter(logging.Formatter):
         super().__init__(fmt, datefmt)
         self.clean = clean
 
-    def format(self, record) -> str:
+    def format(self, record: logging.LogRecord) -> str:
         "The line of a record."
         return self.clean(super().format(record))
 
@@ -74,7 +74,7 @@ class RunLog(logging.Handler):
         self.setFormatter(CleanFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S", clean))
         self.file, self.lines = None, []
 
-    def emit(self, record):
+    def emit(self, record: logging.LogRecord):
         "Keep or write a record; a disk that is full stops no run."
         self.lines.append(self.format(record))
         if self.file is not None:

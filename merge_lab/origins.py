@@ -147,12 +147,16 @@ def as_it_stands(folder: Path) -> Iterator[Path]:
 SUMS_FILE = "SHA256SUMS"  # beside a checkpoint that was written here: of its weights, their index and its config
 
 
-def summed_files(folder: Path) -> list[Path]:
+def summed_files(
+    folder: Path,  # of a checkpoint
+) -> list[Path]:
     "Files of a checkpoint that its checksums are of."
     return [*sorted(folder.glob("model*.safetensors*")), folder / "config.json"]
 
 
-def prove_whole(folder: str | Path) -> int:  # how many tensors
+def prove_whole(
+    folder: str | Path,  # of a checkpoint that was written
+) -> int:  # how many tensors
     "Write checksums beside a checkpoint. Raises `UnreadableComponent` unless it has each tensor that its config asks for, no other, and numbers in all."
     folder = Path(folder)
     files = read_component(folder)
@@ -168,8 +172,10 @@ def prove_whole(folder: str | Path) -> int:  # how many tensors
     write_text(folder / SUMS_FILE, "".join(f"{sha256_of(file)}  {file.name}\n" for file in summed_files(folder)))
     return len(files.headers)
 
-
-def check_sums(folder: str | Path) -> int:  # how many files; 0: there are no checksums
+# %% ../nbs/07_origins.ipynb #d2d3c2dd
+def check_sums(
+    folder: str | Path,  # of a checkpoint
+) -> int:  # how many files; 0: there are no checksums
     "Raise `UnreadableComponent` that names a file of a checkpoint that is not what was written."
     sums = Path(folder) / SUMS_FILE
     told = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()] if sums.is_file() else []

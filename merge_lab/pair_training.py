@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from .logs import tqdm
 from transformers import TrainerCallback
 
 from .config import check_choice, RowsWhere

@@ -574,14 +574,18 @@ def _why_unreadable(file: Path) -> str:  # empty: it can be read
     return ""
 
 
-def check_readable(checkpoint: Path):
+def check_readable(
+    checkpoint: Path,  # of a run
+):
     "Raise `ValueError` that names a file of a checkpoint that cannot be read, or that would run code."
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
         if why := _why_unreadable(file):
             raise ValueError(f"{file} cannot be read ({why}). Remove {checkpoint.name}: an older checkpoint is gone on from.")
 
 # %% ../nbs/01_run_folder.ipynb #de5b1719
-def steps_of(checkpoint: Path) -> int:
+def steps_of(
+    checkpoint: Path,  # of a run
+) -> int:
     "Steps that a run had made. Raises `ValueError` that names the file where it does not say."
     done = read_json(checkpoint / "trainer_state.json").get("global_step")
     if not isinstance(done, int):
