@@ -33,6 +33,7 @@ from .components import check_components, find_base, has_adapters, load_model
 from .config import check_choice, check_names, check_options, config_to_cli, main_names, option, Options, read_yaml, said_options
 from .devices import best_device
 from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, UNIFORM
+from .lesson import patch_to
 from .lineup import average, delta_facts, line_up, Lineup
 from .logs import tqdm
 from .opponents import merge_recipe, OPPONENTS, read_recipe, starts_of, why_not, write_recipe
@@ -127,7 +128,7 @@ def read_suite(suite: str) -> dict:
             values[name] = [placed(path) for path in values[name]]
     return values | ({"base_model": placed(values["base_model"])} if values.get("base_model") else {})
 
-
+# %% ../nbs/62_compare.ipynb #eb642949
 def with_suite(config: CompareConfig) -> CompareConfig:
     "The config with what its suite says, where it says nothing itself; an option that was given counts also where it is the default. Raises what `read_suite` raises."
     if not config.suite:
@@ -158,7 +159,7 @@ def opponents_of(config: CompareConfig, tell: bool = False) -> list[str]:  # tel
         logger.info("left out: %s", "; ".join(f"{method}, since {reason}" for method, reason in left_out.items()))
     return [method for method in OPPONENTS if method not in left_out]
 
-
+# %% ../nbs/62_compare.ipynb #f4c2fbb1
 def check_compare(config: CompareConfig) -> CompareConfig:  # with its base
     "Refuse what cannot be compared. Raises `ValueError`, `FileNotFoundError`, or what `check_components` and `check_start` raise."
     if len(config.model_paths) < 2:
@@ -274,27 +275,31 @@ class Bench:
             found += [{"task": task, "split": split, "loss": loss, **(self.answered(model, task) if split == "test" else {})} for task, loss in losses.items()]
         return found
 
-    def answered(self, model, task: str) -> dict:  # the metric, and manners: task or "other" -> share
-        "What a model's answers to a task are worth, and in whose manner they are."
-        if self.config.metric not in OF_ANSWERS:
-            return {}
-        rows = self.test[task][: self.config.answered]
-        answers = generate_answers(model, self.tokenizer, rows)
-        found = {self.config.metric: OF_ANSWERS[self.config.metric](answers, rows)}
-        if not self.said:
-            return found
-        shares = [attribute(answer, {manner: said[task][i] for manner, said in self.said.items()}) for i, answer in enumerate(answers)]
-        return found | {"manners": pd.DataFrame(shares).fillna(0.0).mean().round(6).to_dict()}
+# %% ../nbs/62_compare.ipynb #3b9f8efd
+@patch_to(Bench)
+def answered(self, model, task: str) -> dict:  # the metric, and manners: task or "other" -> share
+    "What a model's answers to a task are worth, and in whose manner they are."
+    if self.config.metric not in OF_ANSWERS:
+        return {}
+    rows = self.test[task][: self.config.answered]
+    answers = generate_answers(model, self.tokenizer, rows)
+    found = {self.config.metric: OF_ANSWERS[self.config.metric](answers, rows)}
+    if not self.said:
+        return found
+    shares = [attribute(answer, {manner: said[task][i] for manner, said in self.said.items()}) for i, answer in enumerate(answers)]
+    return found | {"manners": pd.DataFrame(shares).fillna(0.0).mean().round(6).to_dict()}
 
-    def learn_manners(self, lineup: Lineup, file: Path):
-        "Have every expert answer every task, where answers are right or wrong; what the file holds is not asked again."
-        if self.config.metric != "exact_match":
-            return
-        if not file.exists():
-            rows = {task: rows[: self.config.answered] for task, rows in self.test.items()}
-            said = {manner: {task: generate_answers(lineup.put(state).to(self.device), self.tokenizer, asked) for task, asked in rows.items()} for manner, state in zip(self.test, lineup.states)}
-            write_json(file, said)
-        self.said = json.loads(file.read_text(encoding="utf-8"))
+
+@patch_to(Bench)
+def learn_manners(self, lineup: Lineup, file: Path):
+    "Have every expert answer every task, where answers are right or wrong; what the file holds is not asked again."
+    if self.config.metric != "exact_match":
+        return
+    if not file.exists():
+        rows = {task: rows[: self.config.answered] for task, rows in self.test.items()}
+        said = {manner: {task: generate_answers(lineup.put(state).to(self.device), self.tokenizer, asked) for task, asked in rows.items()} for manner, state in zip(self.test, lineup.states)}
+        write_json(file, said)
+    self.said = json.loads(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/62_compare.ipynb #8e6409ed
 def reference_rows(bench: Bench, record: Record, lineup: Lineup, seed: int):
@@ -434,7 +439,7 @@ def trained_config(config: CompareConfig, name: str, folder: Path, seed: int) ->
         output_dir=str(folder), report=False, report_to=config.report_to, eval_samples=0, resume=going_on, overwrite=is_run(folder) and not going_on, **TRAINED[name], **steps, **start,
     )  # fmt: skip
 
-
+# %% ../nbs/62_compare.ipynb #8ce03479
 def trained_rows(bench: Bench, record: Record, folder: Path, seed: int, seconds: float):
     "Train masks and judge what is exported. Raises `RunInterrupted` if it was stopped."
     for name in bench.config.trained:
@@ -485,7 +490,7 @@ def run(config: CompareConfig) -> Comparison:
     opponents_of(config, tell=True)
     return compare_one(config)
 
-
+# %% ../nbs/62_compare.ipynb #d6bad645
 def compare_one(config: CompareConfig) -> Comparison:  # config: checked
     "Compare one line-up. Raises `RunInterrupted` if stopped."
     root = begin_run(config)
@@ -589,7 +594,7 @@ def write_number_report(config: CompareConfig, root: Path, shares: pd.DataFrame,
         R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab compare")),
     ], root / "report.html")  # fmt: skip
 
-
+# %% ../nbs/62_compare.ipynb #0f224d0b
 def finish(bench: Bench, record: Record, root: Path) -> Comparison:
     "Write table, report and raw data."
     table, deltas = comparison_table(scores_of(record.rows), costs_of(record.rows), bench.experts), pd.read_csv(root / "deltas.csv")

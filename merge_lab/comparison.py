@@ -129,7 +129,7 @@ def told_deltas(facts: pd.DataFrame) -> str:  # of `delta_facts`
     size = ", ".join(f"{name} {100 * value:.2g} %" for name, value in sizes.items())
     return f"Away from what they share the models lie by {size} of the weights' norm; the cosine of their deltas is {mean.cosine:.2f}, and {100 * mean['sign conflict']:.0f} % of the entries that both move go in opposite directions."
 
-
+# %% ../nbs/38_comparison.ipynb #f17fed30
 def verdict(
     table: pd.DataFrame,  # of `comparison_table`
     facts: pd.DataFrame | None = None,  # of `delta_facts`
@@ -219,7 +219,7 @@ def shares_by_number(
             ("recovered", merges.loc[name, ("worst task", "recovered")]), ("spread", merges.loc[name, ("worst task", "spread")]), ("which", name))}
     return pd.DataFrame(rows).T.rename_axis(index="components")
 
-
+# %% ../nbs/38_comparison.ipynb #ba778577
 def share_against_number(
     shares: pd.DataFrame,  # of `shares_by_number`
 ) -> Figure:

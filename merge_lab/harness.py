@@ -53,7 +53,7 @@ class EvalConfig(Options):
         if not self.path:
             raise ValueError("path='': expected a run or the folder of a checkpoint, e.g. merge-lab eval runs/demo.")
 
-
+# %% ../nbs/54_harness.ipynb #eb331e1c
 def check_harness():
     "Raise `ValueError` without lm-evaluation-harness."
     if importlib.util.find_spec("lm_eval") is None:

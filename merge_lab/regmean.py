@@ -54,7 +54,7 @@ def gram_names(lineup: Lineup) -> dict[str, nn.Module]:
     named = lineup.model.named_modules()
     return {name: module for name, module in named if is_linear(module) and f"{name}.weight" in lineup.states[0]}
 
-
+# %% ../nbs/39_opponents/02_regmean.ipynb #c31ea1e7
 class _Enough(Exception):
     "All that was to be caught is caught."
 

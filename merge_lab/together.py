@@ -89,7 +89,7 @@ def train_together(
     fit(model, in_time(batches, seconds, lineup.model.device), steps, rate)
     return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
 
-
+# %% ../nbs/39_opponents/05_together.ipynb #85dcd35e
 def best_together(
     lineup: Lineup,
     judge: Judge,
