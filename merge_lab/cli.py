@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIONS_FILE', 'EXIT', 'EVERYWHERE', 'PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'AlignConfig',
            'run_align', 'shadow_of', 'parser_of', 'parse', 'add_aliases', 'told_options', 'told_parser',
-           'write_options', 'help_of', 'show_tables', 'usage', 'call', 'main', 'told_end', 'stoppable', 'is_full_disk',
-           'is_out_of_memory']
+           'write_options', 'help_of', 'show_tables', 'usage', 'call', 'main', 'stoppable', 'is_full_disk',
+           'is_out_of_memory', 'told_end']
 
 # %% ../nbs/60_cli.ipynb #8a883e08
 import argparse
@@ -326,37 +326,6 @@ def main(words: list[str] | None = None) -> int:  # key of EXIT
             print(without_tokens(f"merge-lab {words[0]}: {told}"), file=sys.stderr)
         return status
 
-# %% ../nbs/60_cli.ipynb #36751d9f
-def told_end(
-    name: str,  # of the command
-    error: BaseException,  # that ended it
-    level: int = logging.INFO,  # of what is logged
-) -> tuple[int, str]:  # key of EXIT, and a sentence
-    "What a command that did not come to its end says."
-    if level == logging.DEBUG and not isinstance(error, KeyboardInterrupt):
-        traceback.print_exception(error)
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "RunInterrupted":
-        return 130, str(error) or "interrupted. If the command has --resume and a checkpoint was written, it goes on from there."
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if is_full_disk(error):
-        return 2, f"the disk took no more ({first}). Free some space; where the command can, --resume goes on."
-    if "deterministic" in first and isinstance(error, RuntimeError):
-        return 2, f"deterministic=True: {first} Leave it out on this device."
-    if is_out_of_memory(error):
-        return 2, f"there is not enough memory ({first}). Lower batch or length; `merge-lab memory` says what each takes. Where the command can, --resume goes on."
-    if isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, ImportError)):
-        return 2, str(error) or type(error).__name__
-    file = getattr(error, "log_file", None) or _fault_file(name, error)
-    return 3, f"{type(error).__name__}: {first} - a fault of merge_lab or of a library that it uses. What led to it stands in {file}; please report it with that file."
-
-# %% ../nbs/60_cli.ipynb #d50082e0
-def _fault_file(name: str, error: BaseException) -> str:
-    "Write where in the code an error came from."
-    handle, file = tempfile.mkstemp(prefix=f"merge-lab-{name}-", suffix=".log")
-    with open(handle, "w", encoding="utf-8") as stream:
-        stream.write(without_tokens("".join(traceback.format_exception(error))))
-    return file
-
 # %% ../nbs/60_cli.ipynb #bda9cf7a
 @contextmanager
 def stoppable():
@@ -395,6 +364,37 @@ def _silence():
     "Neither tables nor bars; errors are printed outside."
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
+
+# %% ../nbs/60_cli.ipynb #36751d9f
+def told_end(
+    name: str,  # of the command
+    error: BaseException,  # that ended it
+    level: int = logging.INFO,  # of what is logged
+) -> tuple[int, str]:  # key of EXIT, and a sentence
+    "What a command that did not come to its end says."
+    if level == logging.DEBUG and not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "RunInterrupted":
+        return 130, str(error) or "interrupted. If the command has --resume and a checkpoint was written, it goes on from there."
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if is_full_disk(error):
+        return 2, f"the disk took no more ({first}). Free some space; where the command can, --resume goes on."
+    if "deterministic" in first and isinstance(error, RuntimeError):
+        return 2, f"deterministic=True: {first} Leave it out on this device."
+    if is_out_of_memory(error):
+        return 2, f"there is not enough memory ({first}). Lower batch or length; `merge-lab memory` says what each takes. Where the command can, --resume goes on."
+    if isinstance(error, (ValueError, OSError, FloatingPointError, MemoryError, ImportError)):
+        return 2, str(error) or type(error).__name__
+    file = getattr(error, "log_file", None) or _fault_file(name, error)
+    return 3, f"{type(error).__name__}: {first} - a fault of merge_lab or of a library that it uses. What led to it stands in {file}; please report it with that file."
+
+# %% ../nbs/60_cli.ipynb #d50082e0
+def _fault_file(name: str, error: BaseException) -> str:
+    "Write where in the code an error came from."
+    handle, file = tempfile.mkstemp(prefix=f"merge-lab-{name}-", suffix=".log")
+    with open(handle, "w", encoding="utf-8") as stream:
+        stream.write(without_tokens("".join(traceback.format_exception(error))))
+    return file
 
 # %% ../nbs/60_cli.ipynb #42e6bc1f
 _LEVELS = {"-q": logging.WARNING, "--quiet": logging.WARNING, "-v": logging.DEBUG, "--verbose": logging.DEBUG}
