@@ -321,7 +321,9 @@ CASES = {
     # verify, export, align, push, preflight, memory
     "verifying nothing": ("verify", None, "path=''"),
     "verifying what is not there": ("verify nowhere", None, "nowhere"),
-    "verifying weights that were cut": ("verify run/merged", lambda: put("run/merged/model.safetensors", Path("run/merged/model.safetensors").read_bytes()[:-1]), "model.safetensors is truncated"),
+    "verifying weights that were cut": ("verify run/merged", lambda: put("run/merged/model.safetensors", Path("run/merged/model.safetensors").read_bytes()[:-1]), "model.safetensors is not what was written"),
+    "verifying weights that were cut, without checksums": ("verify run/merged", lambda: (put("run/merged/model.safetensors", Path("run/merged/model.safetensors").read_bytes()[:-1]), drop("run/merged/SHA256SUMS")), "model.safetensors is truncated"),
+    "verifying a config that was changed": ("verify run/merged", lambda: edit("run/merged/config.json", rms_norm_eps=0.1), "config.json is not what was written"),
     "verifying with a reader of none": ("verify a --against nothing", None, "against"),
     "exporting nothing": ("export", None, "path=''"),
     "exporting what is not there": ("export nowhere", None, "nowhere"),
