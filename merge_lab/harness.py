@@ -50,8 +50,6 @@ class EvalConfig(Options):
 
     def __post_init__(self):
         check_options(self)
-        if not self.path:
-            raise ValueError("path='': expected a run or the folder of a checkpoint, e.g. merge-lab eval runs/demo.")
 
 # %% ../nbs/54_harness.ipynb #eb331e1c
 def check_harness():
@@ -160,6 +158,8 @@ def ask_harness(
 # %% ../nbs/54_harness.ipynb #e5e17fb0
 def run(config: EvalConfig) -> pd.DataFrame:  # columns task, metric, value, stderr, n
     "Ask a checkpoint, and write what was found into the run. Raises `ValueError` without the harness, for a task that it does not have, or for a model without the template that rows need."
+    if not config.path:
+        raise ValueError("path='': expected a run or the folder of a checkpoint, e.g. merge-lab eval runs/demo.")
     check_harness()
     from lm_eval.tasks import TaskManager
 

@@ -37,6 +37,7 @@ from .constraints import constrain, WITH_ANGLE
 from .drawing import badge, block, frame_html, STYLE
 from .figures import add_colour_bar, add_legend, colour_of, colour_scale, figure_to_png, MUTED, name_of, new_figure
 from .lesson import patch_to
+from .logs import BARS
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .panel import ConfigPanel, FOLDERS
 from .run_folder import bundled_path, read_adjusted, read_history
@@ -570,7 +571,7 @@ def start(self):
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False, encoding="utf-8") as file:
         file.write(config_to_yaml(self.panel.config))
     words = [sys.executable, "-u", "-c", RUN_COMMAND, self.panel.command.split()[-1], file.name]
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | {"PYTHONUTF8": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | {"PYTHONUTF8": "1", BARS: "1"}
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     self.output, self.state, self._stopped = "", "running", False
     self.process = subprocess.Popen(words, env=environment, start_new_session=True, **pipe)

@@ -999,7 +999,7 @@ def test_a_killed_process_goes_on(lab, tmp_path, forked):
     words += ["--hf_disk_dataset_dir", str(folder), "--device", "cpu"]
     words += ["--batch_size", "1", "--part_size", "1"]
     code = "import sys; from merge_lab.cli import main; sys.exit(main())"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MERGE_LAB_BARS": "1"}
     environment.pop("TQDM_DISABLE", None)
     command = [sys.executable, "-c", code, "dam-topk", *words]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
