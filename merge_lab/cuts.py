@@ -125,18 +125,18 @@ def block_starts(
     return fit
 
 # %% ../nbs/39_shortening/01_cuts.ipynb #88dd6f52
-def smallest_block(model, n: int, batches) -> list[int]:
+def smallest_block(model, n: int, batches: list) -> list[int]:
     "The block of layers with the smallest angle. Raises `ValueError` where no block of this length can go."
     distances = block_distances(stream_states(model, batches), n)
     return block_starts(model, n, distances)[0]
 
 
-def least_influence(model, n: int, batches) -> list[int]:
+def least_influence(model, n: int, batches: list) -> list[int]:
     "The layers that change the stream least."
     return sorted(layer_influence(stream_states(model, batches)).argsort()[:n].tolist())
 
 
-def last_layers(model, n: int, batches=None) -> list[int]:
+def last_layers(model, n: int, batches: list | None = None) -> list[int]:
     "The last ones."
     depth = len(decoder_layers(model))
     return list(range(depth - n, depth))

@@ -40,7 +40,7 @@ class EvalConfig(Options):
     path: str = option("", "A run, or the folder of a checkpoint", group="Model")
     tasks: list[str] = option([], "Tasks of lm-evaluation-harness by name, or YAML files; none given: the test rows alone", group="Tasks")
     datasets: list[str] = option([], "Datasets whose test rows are asked; none given: the run's own; 'none': none", group="Tasks", aliases=("data",))
-    eval_samples: int | None = option(200, "Test rows of each dataset; none: all", low=1, group="Tasks", aliases=("test_rows",))
+    eval_samples: int | None = option(200, "Test rows of each dataset that are asked; none: all; 0: no scores of them", low=0, group="Tasks", aliases=("test_rows",))
     limit: int | None = option(None, "Questions of each task of the harness; none: all", low=1, group="Tasks")
     num_fewshot: int | None = option(None, "Solved examples before a question of the harness; none: as the task says", low=0, group="Tasks")
     chat_template: bool = option(True, "Apply the tokenizer's chat template where it has one", group="Tasks")

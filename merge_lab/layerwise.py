@@ -7,7 +7,7 @@ __all__ = ['logger', 'LAYERS', 'ATTEMPTS', 'handing_on', 'SingleLayers', 'check_
            'HiddenObjective', 'OneLayer', 'LayersDone', 'streams_at', 'sweep', 'layer_trainer', 'finish_targets',
            'gap_of', 'train_layer', 'drawn', 'train_layers', 'of_one_layer', 'one_layer_step', 'fit_layers']
 
-# %% ../nbs/39_layerwise.ipynb #427ece0b
+# %% ../nbs/39_layerwise.ipynb #506e40c3
 import copy
 import dataclasses
 import itertools
@@ -37,7 +37,7 @@ from .training import attach_watchers, HELD_OUT_FILE, last_checkpoint, MergerTra
 
 logger = logging.getLogger(__name__)
 
-# %% ../nbs/39_layerwise.ipynb #96e2723b
+# %% ../nbs/39_layerwise.ipynb #3c0b8a54
 @contextmanager
 def handing_on(
     layers: Iterable[nn.Module],
@@ -58,7 +58,7 @@ def handing_on(
         for layer in layers:
             del layer.forward
 
-# %% ../nbs/39_layerwise.ipynb #be7ee3cc
+# %% ../nbs/39_layerwise.ipynb #d2e749a1
 def _states(output) -> Tensor:
     "Hidden states of what a layer gives back."
     return output[0] if isinstance(output, tuple) else output
@@ -79,7 +79,7 @@ def _handed_on(layers: "SingleLayers", seen: list) -> bool:
     first = seen[0][0] if seen else None
     return len(seen) == len(layers.layers) and all(h is first or h.shape == first.shape and (h.is_meta or torch.equal(h, first)) for h, _, _ in seen)
 
-# %% ../nbs/39_layerwise.ipynb #2a109386
+# %% ../nbs/39_layerwise.ipynb #0fa01f70
 @patch_to(SingleLayers)
 def given(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list]:  # (batch, length, d); the rest for each layer
     "Hidden states before the first layer, and what each layer is given beside its hidden states. Raises `ValueError` where they cannot be told."
@@ -94,7 +94,7 @@ def given(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list
             return seen[0][0], [rest for _, *rest in seen]
     raise ValueError(f"{type(self.decoder).__name__} does more between its layers than hand on hidden states, so they cannot be trained one by one. Train end to end.")
 
-# %% ../nbs/39_layerwise.ipynb #ea1ef74b
+# %% ../nbs/39_layerwise.ipynb #578d8176
 @patch_to(SingleLayers)
 def run(
     self,
@@ -119,7 +119,7 @@ def finish(
         self.layers[-1].forward = lambda *_, **__: (states,) if self.as_tuple else states
         return self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
-# %% ../nbs/39_layerwise.ipynb #61ca7052
+# %% ../nbs/39_layerwise.ipynb #e6a1bb17
 @torch.no_grad()
 def check_single_layers(
     layers: SingleLayers,
@@ -145,7 +145,7 @@ def check_single_layers(
     if not apart <= at_most:
         raise ValueError(f"{type(layers.decoder).__name__}: layer by layer its states are off by {apart:.1%}, so some need others. Train end to end.")
 
-# %% ../nbs/39_layerwise.ipynb #0b6118a8
+# %% ../nbs/39_layerwise.ipynb #50126694
 def mapped(
     file: str | Path,  # made if it is not there
     tokens: int,
@@ -155,7 +155,7 @@ def mapped(
     "A tensor whose memory is a file."
     return torch.from_file(str(file), shared=True, size=tokens * d, dtype=dtype).view(tokens, d)
 
-# %% ../nbs/39_layerwise.ipynb #82db674e
+# %% ../nbs/39_layerwise.ipynb #57f9f3d4
 class Streams:
     "Encoded rows and the hidden states of their tokens."
 
@@ -175,7 +175,7 @@ class Streams:
         self.places = [slice(end - length, end) for end, length in zip(ends, self.lengths)]
         self.bytes = self.like["tokens"] * d * dtype.itemsize  # of one stream
 
-# %% ../nbs/39_layerwise.ipynb #33d2ad1d
+# %% ../nbs/39_layerwise.ipynb #590045ba
 @patch_to(Streams)
 def file(self, name: str) -> Path:
     "Where a stream lies."
@@ -200,7 +200,7 @@ def batches(self, source: int | None) -> list[list[int]]:  # positions of rows
     own = [at for at, row in enumerate(self.rows) if source in (None, row["source"])]
     return [[own[i] for i in part] for part in length_batches([self.lengths[at] for at in own], 1, self.tokens, fill_up=True)] if own else []
 
-# %% ../nbs/39_layerwise.ipynb #273b6c1a
+# %% ../nbs/39_layerwise.ipynb #02f9b7a1
 @patch_to(Streams)
 def read(
     self,
@@ -222,7 +222,7 @@ def write(
     for at, own in zip(positions, states):
         stream[self.places[at]] = own[: self.lengths[at]].to("cpu", stream.dtype)
 
-# %% ../nbs/39_layerwise.ipynb #199650f6
+# %% ../nbs/39_layerwise.ipynb #9c35fae2
 @torch.no_grad()
 def go_on(
     merger: Merger,
@@ -243,7 +243,7 @@ def go_on(
                     states = layers.run(number, streams.read(came, positions).to(merger.device), rest)
                 streams.write(to, positions, states)
 
-# %% ../nbs/39_layerwise.ipynb #54feb986
+# %% ../nbs/39_layerwise.ipynb #af4e6cc9
 class HiddenObjective(Objective):
     "Relative squared distance of a layer's hidden states to those of each row's teacher, averaged over tokens, then over sources."
 
@@ -260,7 +260,7 @@ class HiddenObjective(Objective):
             results |= {f"sum_source_{i}": own.sum().detach(), f"tokens_source_{i}": torch.tensor(len(own))}
         return {"loss": total / merger.n_components, **results}
 
-# %% ../nbs/39_layerwise.ipynb #5ad3c24a
+# %% ../nbs/39_layerwise.ipynb #a131ace2
 class OneLayer(Student):
     "A merger of which one layer is trained; with the first layer what comes before, with the last what comes after it."
 
@@ -287,14 +287,14 @@ class OneLayer(Student):
         "The transformers config of the merged model."
         return self.whole[0].config
 
-# %% ../nbs/39_layerwise.ipynb #72a6da96
+# %% ../nbs/39_layerwise.ipynb #9ea999fc
 @patch_to(OneLayer)
 def leaves(self) -> dict[str, MaskedModule]:
     "The masked modules that are trained, by their names in the whole model."
     own = {id(module) for module in self.model.modules()}
     return {name: leaf for name, leaf in self.whole[0].leaves().items() if id(leaf) in own}
 
-# %% ../nbs/39_layerwise.ipynb #1d5b157b
+# %% ../nbs/39_layerwise.ipynb #80061819
 @patch_to(OneLayer)
 def through(
     self,
@@ -317,7 +317,7 @@ def forward(self, input_ids=None, attention_mask=None, objective=None, student=N
         return self.through(student, input_ids, attention_mask)
     return objective(self, input_ids, attention_mask, student=student, **inputs)
 
-# %% ../nbs/39_layerwise.ipynb #ab2f7ad2
+# %% ../nbs/39_layerwise.ipynb #249f63a6
 LAYERS = "layerwise"  # folder of what a run needs to go on, in the run's folder
 
 
@@ -350,7 +350,7 @@ class LayersDone:
             merger.load_mask_state(load_file(self.folder / f"masks-{done}.safetensors"))
         return done
 
-# %% ../nbs/39_layerwise.ipynb #56af6dc8
+# %% ../nbs/39_layerwise.ipynb #4e67c5cc
 def streams_at(
     merger: Merger,
     layers: SingleLayers,
@@ -368,14 +368,14 @@ def streams_at(
             streams.file(f"{name}-{number}").unlink(missing_ok=True)
             came = to
 
-# %% ../nbs/39_layerwise.ipynb #5042a46e
+# %% ../nbs/39_layerwise.ipynb #d06e68d7
 def sweep(streams: Streams, done: int):
     "Remove streams that do not stand before the layer `done`."
     for file in streams.folder.glob("*.states"):
         if file.stem not in (f"student-{done}", f"teacher-{done}") or not done:
             file.unlink()
 
-# %% ../nbs/39_layerwise.ipynb #608fbba9
+# %% ../nbs/39_layerwise.ipynb #69ac94c6
 def layer_trainer(
     one: OneLayer,
     streams: Streams,
@@ -399,7 +399,7 @@ def layer_trainer(
     rows = [{"row": at} for at in range(len(streams.rows))]
     return MergerTrainer(one, training_arguments(loop, folder), HiddenObjective(), train_dataset=rows, data_collator=collate)
 
-# %% ../nbs/39_layerwise.ipynb #4aa6ecd2
+# %% ../nbs/39_layerwise.ipynb #0b2a2dd5
 @torch.no_grad()
 def finish_targets(merger: Merger, layers: SingleLayers, streams: Streams, stream: Tensor):
     "Let a stream of teachers go through each component's final norm, in place."
@@ -410,7 +410,7 @@ def finish_targets(merger: Merger, layers: SingleLayers, streams: Streams, strea
                 ids, attention_mask = (batch[name].to(merger.device) for name in ("input_ids", "attention_mask"))
                 streams.write(stream, positions, layers.finish(streams.read(stream, positions).to(merger.device), ids, attention_mask))
 
-# %% ../nbs/39_layerwise.ipynb #b90c3b51
+# %% ../nbs/39_layerwise.ipynb #b5cff49f
 @torch.no_grad()
 def gap_of(one: OneLayer, streams: Streams) -> float:
     "Mean gap of a layer over all rows, each source alike."
@@ -426,7 +426,7 @@ def gap_of(one: OneLayer, streams: Streams) -> float:
             tokens[i] += int(found[f"tokens_source_{i}"])
     return sum(total / max(n, 1) for total, n in zip(sums, tokens)) / len(sums)
 
-# %% ../nbs/39_layerwise.ipynb #b3eff73a
+# %% ../nbs/39_layerwise.ipynb #febf3491
 ATTEMPTS = 4  # at a layer, each with half of the rate of the one before
 
 
@@ -439,7 +439,7 @@ def _attempt(one: OneLayer, streams: Streams, config, folder: Path, attempt: int
     train_from(trainer, last_checkpoint(folder) if config.resume else None)
     return history.rows, stopper.requested.is_set()
 
-# %% ../nbs/39_layerwise.ipynb #1a457436
+# %% ../nbs/39_layerwise.ipynb #45aa778e
 def train_layer(
     merger: Merger,
     layers: SingleLayers,
@@ -463,7 +463,7 @@ def train_layer(
         one.load_mask_state(start)
     return [{**row, "step": number * config.layer_steps + row["step"], "layer": number} for row in rows], asked_to_stop
 
-# %% ../nbs/39_layerwise.ipynb #f5f73628
+# %% ../nbs/39_layerwise.ipynb #4e410892
 def drawn(
     rows: Sequence[dict],  # encoded, with their source
     most: int,  # rows that training will see
@@ -477,7 +477,7 @@ def drawn(
     turns = [at for turn in itertools.zip_longest(*queues.values()) for at in turn if at is not None]
     return [rows[at] for at in sorted(turns[:most])]
 
-# %% ../nbs/39_layerwise.ipynb #2a222c8c
+# %% ../nbs/39_layerwise.ipynb #4506bd6d
 def _look(merger: Merger, held_out: HeldOut | None, best: Best, config, step: int):
     "Score the held-out rows."
     if held_out is not None:
@@ -494,7 +494,7 @@ def _told_best(merger: Merger, best: Best, folder: Path):
         merger.load_mask_state(best.masks)
     write_json(folder / HELD_OUT_FILE, best.facts())
 
-# %% ../nbs/39_layerwise.ipynb #9a0a676e
+# %% ../nbs/39_layerwise.ipynb #2b710365
 def _begin(merger: Merger, held_out: HeldOut | None, config, done: LayersDone) -> tuple[int, Best]:  # layers that are done, what was seen of the start
     "Take up what a resumed run has done, or look at the start."
     best = (Best.load(done.folder) if config.resume else None) or Best()
@@ -507,7 +507,7 @@ def _begin(merger: Merger, held_out: HeldOut | None, config, done: LayersDone) -
         best.save(done.folder)
     return begun, best
 
-# %% ../nbs/39_layerwise.ipynb #0939ac3a
+# %% ../nbs/39_layerwise.ipynb #0ede9ffb
 def train_layers(
     merger: Merger,
     rows: Sequence[dict],  # encoded: input_ids, labels, source
@@ -535,7 +535,7 @@ def train_layers(
     _told_best(merger, best, folder)
     return history
 
-# %% ../nbs/39_layerwise.ipynb #0d8027d8
+# %% ../nbs/39_layerwise.ipynb #ab182468
 def _pass_layers(merger, layers, streams, done, begun, config, go_on_with, progress) -> Iterator[list[dict]]:  # rows of each layer's history
     "Train the layers that are left."
     sweep(streams, begun)
@@ -557,7 +557,7 @@ def _pass_layers(merger, layers, streams, done, begun, config, go_on_with, progr
     for file in streams.folder.glob("*.states"):
         file.unlink()
 
-# %% ../nbs/39_layerwise.ipynb #20f94329
+# %% ../nbs/39_layerwise.ipynb #ba51d458
 def of_one_layer(config):  # a transformers config -> a copy
     "The config of a model with the first layer only."
     config = copy.deepcopy(load_config(config))
@@ -569,7 +569,7 @@ def of_one_layer(config):  # a transformers config -> a copy
     return config
 
 
-def one_layer_step(merger: Merger, input_ids, attention_mask=None, source=None, **_) -> dict:
+def one_layer_step(merger: Merger, input_ids: Tensor, attention_mask: Tensor | None = None, source: Tensor | None = None, **_) -> dict:
     "The loss of a layer's step on states that stand for a stream's; an objective for `estimate_memory`."
     layers = SingleLayers(merger.model)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -577,7 +577,7 @@ def one_layer_step(merger: Merger, input_ids, attention_mask=None, source=None, 
     one = OneLayer(merger, layers, 0)
     return HiddenObjective()(one, input_ids, attention_mask, source, states.detach(), torch.ones_like(states))
 
-# %% ../nbs/39_layerwise.ipynb #751097c2
+# %% ../nbs/39_layerwise.ipynb #5c56bfcd
 def fit_layers(
     config,  # of a run: the fields of MergerConfig and TrainConfig
     seq_len: int,  # tokens of the longest sample

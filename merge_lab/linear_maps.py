@@ -232,7 +232,7 @@ def map_block(
     return remove_layers(short, block)
 
 
-def map_smallest_block(model, n: int, batches, kind: str = "least squares"):
+def map_smallest_block(model, n: int, batches: list, kind: str = "least squares"):
     "`map_block` of the block with the smallest angle."
     block = block_starts(model, n, block_distances(stream_states(model, batches), n))[0]
     return map_block(model, block, batches, kind)

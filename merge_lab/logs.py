@@ -48,7 +48,9 @@ class tqdm(auto.tqdm):
         "Draw the bar, or write the line."
         if not self.plain:
             return super().display(msg, *arguments, **options)
-        if msg is None:
+        now = self._time()
+        if msg is None and now - getattr(self, "told_at", self.start_t) >= self.mininterval:  # a new description is no reason for a line
+            self.told_at = now
             logger.info("%s", self)
         return True
 

@@ -438,7 +438,7 @@ def make_base(tokenizer, seed: int = 0, n_steps: int = base_steps, batch_size: i
     return model
 
 
-def make_expert(base, tokenizer, rows: list[dict], n_steps: int, seed: int = 0, name: str = "expert"):
+def make_expert(base: torch.nn.Module, tokenizer, rows: list[dict], n_steps: int, seed: int = 0, name: str = "expert"):
     "A full fine-tune of a copy of the base on the rows of one task."
     expert = copy.deepcopy(base)
     encoded = [encode_chat(tokenizer, row["messages"]) for row in rows]

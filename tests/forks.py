@@ -52,7 +52,7 @@ def words_of_python(args) -> list[str] | None:
 def asked_at(libraries: str = LIBRARIES) -> tuple[str, dict]:
     "Where to ask for a fork; the first call starts the server, which ends when this process does."
     global _server, _place
-    if _place is None:
+    if _place is None or _server and read_at_start(os.environ) != _place[1]:  # what was set since then is read by a server of its own
         folder = tempfile.TemporaryDirectory()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}  # nothing may run beside a fork
         command = [sys.executable, __file__, os.path.join(folder.name, "forks"), libraries]

@@ -678,7 +678,7 @@ def test_the_bar_shows_loss_and_average_bits(tiny, tmp_path, monkeypatch):
         def set_postfix(self, values, **kwargs):
             shown.append(values)
 
-    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    monkeypatch.setattr("merge_lab.training.tqdm", Bar)
     run(router_config(tiny, tmp_path / "run", num_epochs=1))
     steps = json.loads((tmp_path / "run" / "training_history.json").read_text())["steps"]
     assert len(shown) == len(steps) > 0

@@ -12,6 +12,7 @@ __all__ = ['logger', 'DEMO_TASKS', 'UNSCORED', 'LOADING', 'divide_count', 'parse
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -402,6 +403,7 @@ class MaskMergeResult:
     folder: Path
     sources: list[int] | None = None  # component of each task; None: in order
     held_out: dict | None = None  # what held-out rows said: start, loss and step of the best, looks
+    remarks: Sequence[str] = ()  # what a person should know of it; empty: nothing stands out
     written: tuple[str, ...] = ("masks", "scores.csv")  # of this start, in the folder
 
 
@@ -439,9 +441,9 @@ def run(
     train(trainer, stopper, ready)
     merger.eval()
     scores, *looked = score_learned(merger, ready, baselines)
-    result = MaskMergeResult(
-        merger, ready.tokenizer, scores, history.frame(), *looked, ready.folder, config.source_keys, held_out_facts(ready.folder), ("masks",),
-    )
+    held, frame = held_out_facts(ready.folder), history.frame()
+    remarks = told_run(merger, frame, held)  # on every process: where a merger is sharded they gather its coefficients together
+    result = MaskMergeResult(merger, ready.tokenizer, scores, frame, *looked, ready.folder, config.source_keys, held, remarks, ("masks",))
     if scores is not None:
         result.written += ("scores.csv",)
         _write_scores(ready, scores)
@@ -553,7 +555,7 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
         f"were. On a sample of one task the merged model learned to predict what that task's expert predicts."
     )
     told = [R.Prose(told_held_out(result.held_out, len(result.history)))] if result.held_out else []
-    told += [R.Prose(f"**Watch out:** {remark}") for remark in told_run(result.merger, result.history, result.held_out)]
+    told += [R.Prose(f"**Watch out:** {remark}") for remark in result.remarks]
     pictures = [R.Plot(figure, caption) for figure, caption in plots.values()]
     again = dataclasses.replace(config, output_dir=f"{config.output_dir}-again", resume=False, overwrite=False, report=True)
     loading = [R.Heading("Load the merged model"), R.Code(LOADING.format(folder=config.output_dir + "/merged"))]
@@ -607,7 +609,7 @@ def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
     print_scores(result, "Scores of the base, the components, their average and the learned masks")
     if result.held_out:
         print(told_held_out(result.held_out, len(result.history)) + "\n")
-    for remark in told_run(result.merger, result.history, result.held_out):
+    for remark in result.remarks:
         print(f"Watch out: {remark}\n")
     print("Written: " + ", ".join(str(result.folder / name) for name in result.written))
     older = [name for name in ("scores.csv", "merged", "report.html") if name not in result.written and (result.folder / name).exists()]
