@@ -36,9 +36,8 @@ install: $(STAMP)  ## Make .venv and install everything with the tested versions
 demo: $(STAMP)  ## Merge the bundled experts: tables, plots, a report and a checkpoint in runs/demo
 	$(BIN)/merge-lab demo
 
-compare: $(STAMP)  ## Tune what a user would pick instead of learned masks, on the bundled pair and triple: tables in runs/compare
-	$(BIN)/merge-lab compare --suite toy-pair --trials 8 --output_dir runs/compare/toy-pair $(if $(wildcard runs/compare/toy-pair/config.yaml),--resume)
-	$(BIN)/merge-lab compare --suite toy-triple --trials 8 --output_dir runs/compare/toy-triple $(if $(wildcard runs/compare/toy-triple/config.yaml),--resume)
+compare: $(STAMP)  ## Tune what a user would pick instead of learned masks, on two to six of the bundled toys: tables in runs/compare
+	$(BIN)/merge-lab compare --suite toy-six --components 2 3 4 5 6 --minutes 60 --trials 8 --output_dir runs/compare $(if $(wildcard runs/compare/config.yaml),--resume)
 
 install-real: $(REAL)  ## Add a real model, real text and lm-evaluation-harness, for `make real` and the tests that use them
 

@@ -122,11 +122,12 @@ def axis_picture(
         value, spread = some.recovered.astype(float).clip(lower=least), some.spread.astype(float).fillna(0) / 2
         default = [name == SAID[axis] for name in some.index]
         panel.barh(list(some.index), value, xerr=spread, color=[colour_of(0) if own else MUTED for own in default], error_kw={"elinewidth": 1, "ecolor": INK})
-        for place, shown in enumerate(some.recovered):
-            panel.text(0.02, place, f"{shown:.3f}", va="center", fontsize=8, color="white" if shown > 0.2 else INK)
+        for place, (shown, end) in enumerate(zip(some.recovered, value + spread)):
+            panel.text(max(end, 0) + 0.03, place, f"{shown:.3f}", va="center", fontsize=8, color=INK)
         if average is not None:
             panel.axvline(average, color=INK, linewidth=1, linestyle=":")
-        panel.set(title=axis, xlim=(least, 1.05))
+        panel.set_title(axis, fontsize=10, color=INK)
+        panel.set_xlim(least, 1.3)
     for panel in panels.flat[len(axes):]:
         panel.remove()
     return figure

@@ -32,7 +32,7 @@ from .comparison import comparison_table, delta_picture, manner_table, share_aga
 from .components import check_components, find_base, has_adapters, load_model
 from .config import check_choice, check_names, check_options, config_to_cli, main_names, option, Options, read_yaml, said_options
 from .devices import best_device
-from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, UNIFORM
+from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, TOGETHER, UNIFORM
 from .lesson import patch_to
 from .lineup import average, delta_facts, line_up, Lineup
 from .logs import tqdm
@@ -44,7 +44,7 @@ from .session import tidy_memory
 from .systems.mask_merge import LEARNED, MaskMergeConfig
 from .systems.mask_merge import run as merge_masks
 from .suites import mergebench
-from .together import best_together, rows_of_all, TOGETHER, why_no_room
+from .together import best_together, rows_of_all, why_no_room
 from .training import check_report_to
 
 logger = logging.getLogger(__name__)
@@ -588,7 +588,7 @@ def write_number_report(config: CompareConfig, root: Path, shares: pd.DataFrame,
     save_figure(figure, root / "plots" / "share_against_number.png")
     again = dataclasses.replace(config, output_dir=f"{config.output_dir}-again", resume=False, overwrite=False)
     R.report_html("What is left as more experts are merged", [
-        R.Plot(figure, "On test rows: 0 is the base, 1 the task's own expert; of each merge the worst task. Bars span the seeds. The opponent is the one that validation rows like best."),
+        R.Plot(figure, "On test rows: 0 is the base, 1 the task's own expert; of each merge the worst task. Bars span the seeds. The other merge is the one that validation rows like best."),
         R.Table(shares.rename_axis(index="components", columns=["", ""])),
         *(part for n, one in found.items() for part in (R.Heading(f"{n} components"), R.Prose(one.verdict), R.Prose(f"All of them: components-{n}/report.html"))),
         R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab compare")),

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .evaluation import METRICS, recovered_share, UNIFORM
+from .evaluation import METRICS, recovered_share, TOGETHER, UNIFORM
 from .figures import add_legend, colour_of, GRID, INK, MUTED, need_columns, new_figure, plain_log_ticks
 from .viz import on_frontier
 
@@ -208,13 +208,13 @@ def shares_by_number(
     tables: dict[int, pd.DataFrame],  # number of components -> `comparison_table`
     ours: Sequence[str],  # rows of masks that were trained
 ) -> pd.DataFrame:  # index components; columns of two levels: line, and recovered, spread, which
-    "Worst task's recovered share of trained masks, of the opponent that validation rows like best, and of the average."
+    "Worst task's recovered share of trained masks, of one model that was trained on all data, of the merge by others that validation rows like best, and of the average."
     rows = {}
     for number, table in sorted(tables.items()):
         merges = candidates_of(table)
-        others = merges.drop(index=[name for name in (*ours, UNIFORM) if name in merges.index])
-        lines = {name: name for name in (*ours, UNIFORM) if name in merges.index}
-        lines |= {"best opponent": others[("worst task", "on validation")].idxmax()} if len(others) else {}
+        others = merges.drop(index=[name for name in (*ours, TOGETHER, UNIFORM) if name in merges.index])
+        lines = {name: name for name in (*ours, TOGETHER, UNIFORM) if name in merges.index}
+        lines |= {"best other merge": others[("worst task", "on validation")].idxmax()} if len(others) else {}
         rows[number] = {(line, key): value for line, name in lines.items() for key, value in (
             ("recovered", merges.loc[name, ("worst task", "recovered")]), ("spread", merges.loc[name, ("worst task", "spread")]), ("which", name))}
     return pd.DataFrame(rows).T.rename_axis(index="components")
@@ -229,10 +229,10 @@ def share_against_number(
     for i, line in enumerate(lines):
         some = shares[line].dropna(subset="recovered")
         value, spread = some.recovered.astype(float), some.spread.astype(float).fillna(0)
-        colour = MUTED if line == UNIFORM else INK if line == "best opponent" else colour_of(i)
+        colour = MUTED if line == UNIFORM else INK if line == "best other merge" else colour_of(i)
         axis.errorbar(some.index, value, yerr=spread / 2, fmt="o-", color=colour, markersize=5, elinewidth=1, label=line)
-        for number, which, at in zip(some.index, some.which, value) if line == "best opponent" else ():
-            axis.annotate(which, (number, at), (0, 7), textcoords="offset points", fontsize=8, color=INK, ha="center")
+        for number, which, at in zip(some.index, some.which, value) if line == "best other merge" else ():
+            axis.annotate(which, (number, at), (0, -14), textcoords="offset points", fontsize=8, color=INK, ha="center")
     axis.set(xlabel="components", ylabel="recovered share of the worst task", xticks=list(shares.index), ylim=(min(0.0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
     axis.margins(x=0.1)
     add_legend(axis, loc="best")

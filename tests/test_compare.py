@@ -327,7 +327,7 @@ def test_several_numbers_of_components_are_one_study_that_goes_on(tmp_path, monk
     monkeypatch.setattr(compare, "merge_masks", usual)
     result = run(parse("compare", [str(tmp_path / "run" / "config.yaml"), "--resume"]))
     assert (tmp_path / "run" / "components-2" / "rows.jsonl").read_bytes() == made
-    assert list(result.table.index) == [2, 3] and set(result.table["best opponent", "which"]) == {"linear"}
+    assert list(result.table.index) == [2, 3] and set(result.table["best other merge", "which"]) == {"linear"}
     for name in ("components.csv", "verdict.txt", "report.html", "plots/share_against_number.png", "components-3/report.html", "components-3/confusion.csv"):
         assert (tmp_path / "run" / name).is_file(), name
     three, _, facts = compare.read_facts(tmp_path / "run" / "components-3" / "results.json")
