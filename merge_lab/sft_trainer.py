@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sft_defaults', 'FEW_ROWS', 'make_sft_config', 'remake', 'validate_at', 'release_memory', 'learned_positions_only',
-           'undisturbed', 'build_trainer']
+           'undisturbed', 'without_frames', 'build_trainer']
 
 # %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #16469d2a
 import dataclasses
@@ -20,6 +20,7 @@ from torch import nn
 
 from .adapters import device_settings, quiet_peft
 from .config import check_names, did_you_mean
+from .logs import draws_bars, tqdm
 from .sft_data import encode_dataset, evaluation_steps, quiet_datasets
 from .training import cache_as_said, check_report_to
 
@@ -129,6 +130,33 @@ def undisturbed(function: Callable) -> Callable:
 
     return called
 
+# %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #ad73e028
+def without_frames(
+    trainer,  # of transformers; changed in place
+):
+    "Leave bars to a terminal or a notebook: elsewhere transformers' callback would write each of their frames, and a line now and then takes its place."
+    from transformers import ProgressCallback, TrainerCallback
+
+    if draws_bars() or not any(type(one) is ProgressCallback for one in trainer.callback_handler.callbacks):
+        return
+
+    class Lines(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tuning", unit="step")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.bar.update(state.global_step - self.bar.n)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "loss" in (logs or {}):
+                self.bar.set_postfix(loss=logs["loss"], refresh=False)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.bar.close()
+
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Lines())
+
 # %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #25f0f7ac
 def build_trainer(
     model: nn.Module,  # a base, or a model that has its adapter already
@@ -152,4 +180,5 @@ def build_trainer(
     trainer.evaluate = undisturbed(trainer.evaluate)
     if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
+    without_frames(trainer)
     return trainer
