@@ -10,7 +10,7 @@ from merge_lab import cli, logs
 from merge_lab.cli import EXIT, main, usage
 from merge_lab.run_folder import bundled_path
 from merge_lab.systems.mask_merge import run
-from small_runs import make_ground, MERGE, small, TRAIN
+from small_runs import LORA, make_ground, MERGE, small, TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,13 @@ def test_no_frames_where_there_is_no_terminal_and_nothing_but_results_if_quiet(g
         assert "\r" not in err and "it/s" not in err and "%|" not in err
         assert "learned masks" in out and "Next: merge-lab verify out" in out
     assert not logs.SILENT or main(["preflight", "a", "b"]) == 0 and not logs.SILENT
+
+
+def test_no_frames_of_a_fine_tune_either(ground, monkeypatch, capfd):
+    monkeypatch.chdir(ground)
+    assert main(f"{LORA} --eval_dataset none".replace("_dir out", "_dir tuned").split()) == 0
+    out, err = capfd.readouterr()
+    assert "%|" not in out + err and "it/s" not in out + err
 
 
 def test_a_run_has_one_log_that_goes_on_when_it_is_resumed(ground, monkeypatch):

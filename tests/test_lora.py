@@ -810,10 +810,11 @@ def test_the_card_of_an_adapter_names_a_base_that_others_can_find(base):
     assert card_of("run/adapter_checkpoint")[0]["base_model"] == "base"
 
 
-def test_the_pace_is_shown_and_kept(base, capsys):
-    found = run(quick_config(max_steps=6, logging_steps=2))
-    shown = capsys.readouterr()
-    assert "tokens_per_second" in shown.err + shown.out
+def test_the_pace_is_shown_and_kept(base, capsys, caplog):
+    with caplog.at_level("INFO"):
+        found = run(quick_config(max_steps=6, logging_steps=2))
+    assert "step 6 of 6, loss" in caplog.text and "tokens_per_second" in caplog.text
+    capsys.readouterr()
     history = pd.read_json("run/history.jsonl", lines=True)
     rates = history.tokens_per_second[history.loss.notna()]
     assert (rates > 0).all() and (history.seconds_left.dropna() >= 0).all()
