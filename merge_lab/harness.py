@@ -9,7 +9,6 @@ __all__ = ['logger', 'RESULTS', 'EvalConfig', 'check_harness', 'datasets_of', 'w
 # %% ../nbs/54_harness.ipynb #872489d5
 import dataclasses
 import importlib.util
-import json
 import logging
 import re
 import tempfile
@@ -19,9 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .chat import answer_of, prompt_row, render
+from .chat import answer_of, prompt_row, render, write_jsonl
 from .checkpoints import load_tokenizer, read_chat_template
-from .config import check_options, did_you_mean, option, Options, read_yaml
+from .config import check_options, did_you_mean, option, Options, read_json, read_yaml
 from .devices import best_device
 from .evaluation import answer_room, load_tests
 from .run_folder import is_run, settle, write_json
@@ -77,7 +76,7 @@ def written_rows(
 ):
     "Write rows as the harness reads them."
     lines = [{"prompt": render(tokenizer, prompt_row(row), tokenize=False, add_generation_prompt=True), "answer": answer_of(row).strip()} for row in rows]
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_jsonl(file, lines)
 
 
 def own_task(
@@ -183,7 +182,7 @@ def run(config: EvalConfig) -> pd.DataFrame:  # columns task, metric, value, std
 # %% ../nbs/54_harness.ipynb #df85cb2a
 def write_results(file: Path, rows: Sequence[dict], chat: bool):
     "Put results beside those of other tasks that are there."
-    kept = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
+    kept = read_json(file)["results"] if file.exists() else []
     again = {(row["task"], row["metric"]) for row in rows}
     kept = [row for row in kept if (row["task"], row["metric"]) not in again]
     version = {"lm_eval": metadata.version("lm_eval")} if importlib.util.find_spec("lm_eval") else {}

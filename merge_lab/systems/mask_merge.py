@@ -85,7 +85,7 @@ def _check_layerwise(config: "MaskMergeConfig"):
         if getattr(config, name):
             raise ValueError(f"train_mode='layerwise' with {name}={getattr(config, name)!r}: they do not go together. Leave one out.")
 
-
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #2b544317
 @dataclasses.dataclass
 class MaskMergeConfig(TrainConfig, MergerConfig):
     "Everything a mask merge needs."
@@ -118,7 +118,7 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
         for name in ("offload", "mask_decay", "keep_merged", "torch_compile"):
             if self.shard and getattr(self, name):
                 raise ValueError(f"shard=True with {name}={getattr(self, name)!r}: they do not go together. Leave one out.")
-        if self.train_mode == "layerwise":
+        if self.by_layer:
             _check_layerwise(self)
         if self.shard:
             check_choice("optim", self.optim, ["adamw_torch", "adamw_torch_fused", "sgd"], "Others cannot be sharded here.")
@@ -131,6 +131,16 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
                 f"{data} datasets for {n} components: expected each dataset to belong to a component from 0 to {n - 1}. "
                 "Set source_keys, e.g. [0, 0, 1] for two datasets of the first component."
             )
+
+    @property
+    def by_layer(self) -> bool:
+        "Whether decoder layers are trained one after another."
+        return self.train_mode == "layerwise"
+
+    @property
+    def end_to_end(self) -> bool:
+        "Whether steps through the whole model are made, be it behind those of single layers."
+        return not self.by_layer or self.finish_steps > 0
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #2974d10e
 DEMO_TASKS = ("rewrite", "summarize")
@@ -185,14 +195,13 @@ class Prepared:
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #0011bbba
 def whole_steps(config: MaskMergeConfig) -> MaskMergeConfig:
     "The config whose max_steps are the steps through the whole model."
-    return dataclasses.replace(config, max_steps=max(config.finish_steps, 1)) if config.train_mode == "layerwise" else config
+    return dataclasses.replace(config, max_steps=max(config.finish_steps, 1)) if config.by_layer else config
 
 
 def _check_folder(config: MaskMergeConfig, folder: Path, inputs: list, n_processes: int) -> Path | None:
     "The checkpoint to go on from; layer by layer a run goes on without one, too."
-    layerwise = config.train_mode == "layerwise"
-    checkpoint = check_start(config, folder, inputs, None if layerwise else n_processes)
-    return last_checkpoint(folder) if layerwise and config.resume else checkpoint
+    checkpoint = check_start(config, folder, inputs, None if config.by_layer else n_processes)
+    return last_checkpoint(folder) if config.by_layer and config.resume else checkpoint
 
 
 def prepare(config: MaskMergeConfig) -> Prepared:
@@ -201,7 +210,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     _check_inputs(config)
     folder, models = Path(config.output_dir), [*config.model_paths, base_of(config)]
     arguments = training_arguments(whole_steps(config), folder)
-    if config.train_mode == "layerwise" and arguments.world_size > 1:
+    if config.by_layer and arguments.world_size > 1:
         raise ValueError(f"train_mode='layerwise': {arguments.world_size} processes were started, and layers are trained by one. Start one.")
     if config.shard and arguments.world_size == 1:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
@@ -229,8 +238,7 @@ def _estimate(config: MaskMergeConfig, longest: int, n_processes: int) -> FitRep
     "Will it fit? Says so before anything is loaded, and warns if not."
     device = "cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     try:
-        layerwise = config.train_mode == "layerwise" and not config.finish_steps
-        report = fit_layers(config, longest, device) if layerwise else fit_run(config, longest, device, ranks=n_processes if config.shard else 1)
+        report = fit_run(config, longest, device, ranks=n_processes if config.shard else 1) if config.end_to_end else fit_layers(config, longest, device)
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # cannot be traced
         logger.warning("the memory that training takes could not be estimated: %s", error)
         return None
@@ -364,19 +372,19 @@ def make_trainer(
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #be6e408c
 def _train_layers(trainer: MergerTrainer, ready: Prepared):
     "One layer after another; the trainer's history has these steps, unless there are others."
-    config, own = ready.config, ready.folder / "history.jsonl"
-    file = ready.folder / LAYERS / "history.jsonl" if config.finish_steps else own
+    config = ready.config
+    file = ready.folder / (LAYERS if config.end_to_end else "") / "history.jsonl"
     history = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, HistoryCallback))
     progress = any(isinstance(callback, ProgressBar) for callback in trainer.callback_handler.callbacks)
     rows = train_layers(trainer.model, list(ready.dataset), trainer.data_collator, config, ready.folder, trainer.keeper.held_out, file, progress=progress)
-    history.rows = history.rows if config.finish_steps else rows
+    history.rows = history.rows if config.end_to_end else rows
 
 
 def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
     "Train, from the last checkpoint if resuming. Raises `RunInterrupted` if it was stopped."
-    if ready.config.train_mode == "layerwise":
+    if ready.config.by_layer:
         _train_layers(trainer, ready)
-    if ready.config.train_mode != "layerwise" or ready.config.finish_steps:
+    if ready.config.end_to_end:
         train_from(trainer, ready.checkpoint)
     trainer.model.save_pretrained(ready.folder / "masks", is_main_process=trainer.args.should_save)
     if stopper.requested.is_set():
@@ -386,7 +394,7 @@ def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #0b332d0a
 def check_steerable(config: MaskMergeConfig):
     "Raise `ValueError` for a run that a session of the workbench cannot pause and steer."
-    if config.train_mode == "layerwise":
+    if config.by_layer:
         raise ValueError("train_mode='layerwise': the workbench steers steps through the whole model. Start it by run(config) or merge-lab mask-merge, or set train_mode to 'end_to_end'.")
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #3ee5ecbe
@@ -463,8 +471,10 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
     from merge_lab import viz
 
     loss = LOSSES[config.loss_func_name]
-    by_layer = config.train_mode == "layerwise" and not config.finish_steps
-    unit, caption = ("relative squared gap", "gap of each layer's hidden states to those of each task's expert, layer after layer") if by_layer else (loss.unit, loss.caption)
+    unit, caption, course = (
+        (loss.unit, loss.caption, "Every curve should fall: no component is sacrificed for another.") if config.end_to_end else
+        ("relative squared gap", "gap of each layer's hidden states to those of each task's expert, layer after layer", "It falls within a layer, and grows from layer to layer.")
+    )  # fmt: skip
     alphas, names, held = result.merger.alphas(), result.merger.names, f"{config.eval_split} rows"
     of = "'s difference from the " + ("base" if result.merger.has_base else "mean of all") if config.constrain_mode in WITH_ANCHOR else ""
     started = {"uniform": "They started at one value each; w", "odd_one_out": "They started at 0 or 1; w"}
@@ -480,7 +490,7 @@ def make_plots(result: MaskMergeResult, config: MaskMergeConfig) -> dict[str, tu
     return scored | {
         "loss": (
             viz.loss_curves(result.history, names=names, unit=unit),
-            f"{caption[:1].upper()}{caption[1:]}. {'It falls within a layer, and grows from layer to layer.' if by_layer else 'Every curve should fall: no component is sacrificed for another.'}",
+            f"{caption[:1].upper()}{caption[1:]}. {course}",
         ),
         **(
             {"held_out": (viz.held_out_curve(result.held_out, names), "Rows that were not trained on choose the masks that are kept.")}
