@@ -232,7 +232,7 @@ def share_against_number(
         colour = MUTED if line == UNIFORM else INK if line == "best other merge" else colour_of(i)
         axis.errorbar(some.index, value, yerr=spread / 2, fmt="o-", color=colour, markersize=5, elinewidth=1, label=line)
         for number, which, at in zip(some.index, some.which, value) if line == "best other merge" else ():
-            axis.annotate(which, (number, at), (0, -14), textcoords="offset points", fontsize=8, color=INK, ha="center")
+            axis.annotate(which, (number, at), (0, 6), textcoords="offset points", fontsize=8, color=INK, ha="center")
     axis.set(xlabel="components", ylabel="recovered share of the worst task", xticks=list(shares.index), ylim=(min(0.0, axis.get_ylim()[0]), max(1.05, axis.get_ylim()[1])))
     axis.margins(x=0.1)
     add_legend(axis, loc="best")
