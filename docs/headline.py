@@ -24,11 +24,11 @@ def real_column(folder: Path, tasks: str) -> dict[str, list[float]]:  # row -> s
 
 def toy_column(file: Path) -> dict[str, list[float]]:  # row -> share of each seed
     "Shares on bundled toys; of mergekit's methods the one that validation rows like best."
-    from merge_lab.compare import read_facts, scores_of
+    from merge_lab.compare import read_comparison, scores_of
     from merge_lab.comparison import worst_shares
     from merge_lab.opponents import OPPONENTS
 
-    table, _, facts = read_facts(file)
+    table, _, facts = read_comparison(file)
     shares = worst_shares(scores_of(facts["rows"]), facts["experts"])
     tried = [name for name in table.index if name in OPPONENTS and OPPONENTS[name].mergekit]
     best = table.loc[tried, ("worst task", "on validation")].idxmax()

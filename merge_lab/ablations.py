@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from .logs import tqdm
 
-from .compare import Bench, check_compare, CompareConfig, costs_of, facts_of, first_models, measured, Record, reference_rows, scores_of, StopInTime, trained_config, with_suite
+from .compare import check_compare, CompareConfig, costs_of, facts_of, first_models, measured, Record, reference_rows, Scorer, scores_of, StopInTime, trained_config, with_suite
 from .comparison import candidates_of, comparison_table
 from .components import load_model
 from .config import check_choice, config_to_cli, option
@@ -81,7 +81,7 @@ def variant_config(config: AblationConfig, options: Mapping, folder: Path, seed:
     return dataclasses.replace(trained_config(config, LEARNED, folder, seed), save_steps=0, **data, **options)
 
 # %% ../nbs/63_ablations.ipynb #ce40855b
-def variant_rows(bench: Bench, record: Record, root: Path, seed: int, seconds: float):
+def variant_rows(bench: Scorer, record: Record, root: Path, seed: int, seconds: float):
     "Train and judge what is not there yet. A row that cannot be trained here is left out and said in the log."
     made = variants(bench.config.axes, len(bench.config.model_paths))
     for name, options in tqdm(made.items(), desc=f"seed {seed}", unit="merge", leave=False):
@@ -146,7 +146,7 @@ def run(config: AblationConfig) -> Ablations:
     "Train what is not there yet, and write table, picture and raw data. Raises before any long work what `check_compare` raises; `RunInterrupted` if stopped."
     config = check_compare(first_models(with_suite(config)))
     root = begin_run(config)
-    bench, record = Bench.of(config), Record(root)
+    bench, record = Scorer.of(config), Record(root)
     lineup = line_up(config.model_paths, config.base_model, config.datasets, config.dtype, 1, config.seed, bench.device)
     seconds = 60 * config.minutes / config.seeds / len(variants(config.axes, 2))
     try:
@@ -164,7 +164,7 @@ def read_ablations(facts: Mapping) -> tuple[pd.DataFrame, float]:  # `axis_table
     return axis_table(table, facts["axes"]), candidates_of(table).loc[UNIFORM, ("worst task", "recovered")]
 
 # %% ../nbs/63_ablations.ipynb #8f2b5cf6
-def finish(bench: Bench, record: Record, root: Path) -> Ablations:
+def finish(bench: Scorer, record: Record, root: Path) -> Ablations:
     "Write results.json, table.csv, the picture and report.html."
     from merge_lab import report as R
     from merge_lab.figures import save_figure

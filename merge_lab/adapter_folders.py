@@ -9,7 +9,7 @@ __all__ = ['ADAPTER_CONFIG', 'ADAPTER_FILE', 'adapter_folder', 'is_adapter', 're
 from pathlib import Path
 
 from .config import read_json
-from .run_folder import settle
+from .run_folder import finish_replacement
 
 # %% ../nbs/02_adapter_folders.ipynb #538aa398
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -17,7 +17,7 @@ ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors
 
 def adapter_folder(path: str | Path) -> Path:
     "The adapter of a folder, which may be a whole run of the pipeline."
-    inner = settle(path) / "adapter_checkpoint"
+    inner = finish_replacement(path) / "adapter_checkpoint"
     return inner if inner.is_dir() else Path(path)
 
 

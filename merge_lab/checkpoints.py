@@ -30,8 +30,8 @@ import torch
 
 from .adapter_folders import adapter_folder, base_of_adapter, is_adapter, recorded_base
 from .config import check_choice, read_json
-from .quantized import METHODS, plain_makers, refused_method
-from .run_folder import check_disk_space, save_tensors, settle, whole_folder, write_json
+from .quantized import QUANT_METHODS, plain_makers, refused_method
+from .run_folder import check_disk_space, finish_replacement, save_tensors, whole_folder, write_json
 from merge_lab.weight_files import (
     _no_weights, _read_index, component_name, component_names, COPY_AGAIN, PLACES, read_header, read_headers, REPORT_COLUMNS, RESERVED,
     TensorHeader, UnreadableComponent, unwrapped,
@@ -118,7 +118,7 @@ def _dequantized(source: Path, target: Path) -> Path:
     "The plain copy of a folder with quantised weights, made unless it is there. Tells once what was lost."
     section = json.loads((source / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     method = section["quant_method"]
-    lost = f"its weights were kept in {METHODS[method]} by {method}; what that rounded away stays lost"
+    lost = f"its weights were kept in {QUANT_METHODS[method]} by {method}; what that rounded away stays lost"
     if not (target / FROM_FILE).exists():
         read_headers(source)  # says what is missing or damaged
         check_disk_space(target, 4 * sum(file.stat().st_size for file in source.glob("*.safetensors")))
@@ -242,7 +242,7 @@ def find_folder(
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    folder = settle(Path(path).expanduser())
+    folder = finish_replacement(Path(path).expanduser())
     if folder.is_dir() or folder.suffix == ".gguf" and folder.is_file():
         return plain_folder(path, _snapshot_of(folder))
     if folder.exists():

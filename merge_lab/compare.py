@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'RUNGS', 'VERSIONS', 'CompareConfig', 'suite_file', 'read_suite',
            'with_suite', 'first_models', 'opponents_of', 'check_compare', 'measured', 'scores_of', 'costs_of', 'Record',
-           'Bench', 'reference_rows', 'spent', 'leaders', 'climb', 'opponent_rows', 'together_row', 'recipe_rows',
+           'Scorer', 'reference_rows', 'spent', 'leaders', 'climb', 'opponent_rows', 'together_row', 'recipe_rows',
            'peft_rows', 'StopInTime', 'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run', 'compare_one',
-           'of_number', 'run_numbers', 'facts_of', 'read_facts', 'settings_of', 'write_compare_report',
+           'of_number', 'run_numbers', 'facts_of', 'read_comparison', 'settings_of', 'write_compare_report',
            'write_number_report', 'finish', 'show_result']
 
 # %% ../nbs/62_compare.ipynb #2a99e335
@@ -36,7 +36,7 @@ from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests,
 from .lesson import patch_to
 from .lineup import average, delta_facts, line_up, Lineup
 from .logs import tqdm
-from .opponents import merge_recipe, OPPONENTS, read_recipe, starts_of, why_not, write_recipe
+from .opponents import merge_recipe, OPPONENTS, read_mergekit_recipe, starts_of, why_not, write_mergekit_recipe
 from .real import trained_numbers
 from .run_folder import add_row, begin_run, bundled_path, check_start, is_run, kept_rows, last_checkpoint, one_run, RunInterrupted, write_json, write_rows, write_text
 from .search import best_of, check_optuna, Judge, judge_of, search
@@ -172,7 +172,7 @@ def check_compare(config: CompareConfig) -> CompareConfig:  # with its base
         raise ValueError(str(error)) from error
     check_report_to(config.report_to)
     for recipe in config.recipes:
-        read_recipe(recipe)
+        read_mergekit_recipe(recipe)
     for split in ("train", "validation", "test"):
         load_tests(config.datasets, split, 1)
     if config.base_model is None:
@@ -242,7 +242,7 @@ class Record:
 
 # %% ../nbs/62_compare.ipynb #290cdf5e
 @dataclasses.dataclass
-class Bench:
+class Scorer:
     "What rows are scored on."
 
     config: CompareConfig
@@ -252,7 +252,7 @@ class Bench:
     said: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)  # manner -> task -> answers of the manner's expert; empty: nobody's manner is asked for
 
     @classmethod
-    def of(cls, config: CompareConfig) -> "Bench":
+    def of(cls, config: CompareConfig) -> "Scorer":
         "Read the rows of a comparison."
         validation, test = load_tests(config.datasets, "validation", config.val_rows), load_tests(config.datasets, "test", config.eval_samples)
         return cls(config, validation, test, load_tokenizer(config.model_paths[0]))
@@ -276,7 +276,7 @@ class Bench:
         return found
 
 # %% ../nbs/62_compare.ipynb #3b9f8efd
-@patch_to(Bench)
+@patch_to(Scorer)
 def answered(self, model, task: str) -> dict:  # the metric, and manners: task or "other" -> share
     "What a model's answers to a task are worth, and in whose manner they are."
     if self.config.metric not in OF_ANSWERS:
@@ -290,7 +290,7 @@ def answered(self, model, task: str) -> dict:  # the metric, and manners: task o
     return found | {"manners": pd.DataFrame(shares).fillna(0.0).mean().round(6).to_dict()}
 
 
-@patch_to(Bench)
+@patch_to(Scorer)
 def learn_manners(self, lineup: Lineup, file: Path):
     "Have every expert answer every task, where answers are right or wrong; what the file holds is not asked again."
     if self.config.metric != "exact_match":
@@ -302,7 +302,7 @@ def learn_manners(self, lineup: Lineup, file: Path):
     self.said = json.loads(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/62_compare.ipynb #8e6409ed
-def reference_rows(bench: Bench, record: Record, lineup: Lineup, seed: int):
+def reference_rows(bench: Scorer, record: Record, lineup: Lineup, seed: int):
     "Rows of base, experts and uniform average, as far as they are not there."
     bench.learn_manners(lineup, record.file.with_name("manners.json"))
     first = {row["model"]: row for row in record.rows if row["seed"] == bench.config.seed}
@@ -352,7 +352,7 @@ def climb(lineup: Lineup, judge: Judge, files: dict[str, Path], trials: int, sec
                 search(lineup, judge, method, files[method], quota[method], own + max(0.0, seconds - spent(files)), seed, bar)
 
 # %% ../nbs/62_compare.ipynb #98a42df0
-def opponent_rows(bench: Bench, record: Record, lineup: Lineup, folder: Path, seed: int, seconds: float):
+def opponent_rows(bench: Scorer, record: Record, lineup: Lineup, folder: Path, seed: int, seconds: float):
     "Search the opponents and judge the best of each; of mergekit's methods the YAML is written."
     methods = opponents_of(bench.config)
     if all(record.has(seed, method) for method in methods):
@@ -367,12 +367,12 @@ def opponent_rows(bench: Bench, record: Record, lineup: Lineup, folder: Path, se
         with measured() as use:
             model = lineup.put(OPPONENTS[method].merge(lineup, best["setting"], seed))
         if OPPONENTS[method].mergekit:
-            write_recipe(lineup, method, best["setting"], folder / "best" / f"{method}.yml")
+            write_mergekit_recipe(lineup, method, best["setting"], folder / "best" / f"{method}.yml")
         seconds_of = sum(trial["seconds"] for trial in trials)
         record.add(seed, method, bench.scores(model), seconds_of, use["peak_bytes"], len(best["setting"]), len(trials), best["setting"])
 
 # %% ../nbs/62_compare.ipynb #c42f4dc8
-def together_row(bench: Bench, record: Record, lineup: Lineup, seed: int, seconds: float):
+def together_row(bench: Scorer, record: Record, lineup: Lineup, seed: int, seconds: float):
     "Train all weights of the base on the data of all tasks, for as many rows as masks see, and judge the best step size."
     if not bench.config.together or record.has(seed, TOGETHER):
         return
@@ -389,7 +389,7 @@ def together_row(bench: Bench, record: Record, lineup: Lineup, seed: int, second
     record.add(seed, TOGETHER, bench.scores(lineup.put(tensors)), use["seconds"], use["peak_bytes"], sum(tensor.numel() for tensor in tensors.values()), tried, {"step size": rate})
 
 # %% ../nbs/62_compare.ipynb #149d8cee
-def recipe_rows(bench: Bench, record: Record, folder: Path, seed: int):
+def recipe_rows(bench: Scorer, record: Record, folder: Path, seed: int):
     "Merge and judge YAML files of mergekit."
     for recipe in bench.config.recipes:
         name = f"recipe: {Path(recipe).stem}"
@@ -401,7 +401,7 @@ def recipe_rows(bench: Bench, record: Record, folder: Path, seed: int):
         record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trials=1)
 
 
-def peft_rows(bench: Bench, record: Record, seed: int):
+def peft_rows(bench: Scorer, record: Record, seed: int):
     "Judge peft's combinations where the models are adapters of the base."
     from merge_lab.systems.lora_merge import BASELINES, peft_baselines
 
@@ -440,7 +440,7 @@ def trained_config(config: CompareConfig, name: str, folder: Path, seed: int) ->
     )  # fmt: skip
 
 # %% ../nbs/62_compare.ipynb #8ce03479
-def trained_rows(bench: Bench, record: Record, folder: Path, seed: int, seconds: float):
+def trained_rows(bench: Scorer, record: Record, folder: Path, seed: int, seconds: float):
     "Train masks and judge what is exported. Raises `RunInterrupted` if it was stopped."
     for name in bench.config.trained:
         place = folder / name.replace(" ", "-")
@@ -453,7 +453,7 @@ def trained_rows(bench: Bench, record: Record, folder: Path, seed: int, seconds:
         record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1)
 
 # %% ../nbs/62_compare.ipynb #9a3e633e
-def one_seed(bench: Bench, record: Record, root: Path, seed: int):
+def one_seed(bench: Scorer, record: Record, root: Path, seed: int):
     "All rows of one seed."
     config, folder = bench.config, root / f"seed-{seed}"
     seconds = 60 * config.minutes / config.seeds * (0.5 if config.trained else 1.0)
@@ -494,7 +494,7 @@ def run(config: CompareConfig) -> Comparison:
 def compare_one(config: CompareConfig) -> Comparison:  # config: checked
     "Compare one line-up. Raises `RunInterrupted` if stopped."
     root = begin_run(config)
-    bench, record = Bench.of(config), Record(root)
+    bench, record = Scorer.of(config), Record(root)
     try:
         for seed in range(config.seed, config.seed + config.seeds):
             one_seed(bench, record, root, seed)
@@ -530,7 +530,7 @@ def run_numbers(config: CompareConfig) -> Comparison:
 VERSIONS = ("torch", "transformers", "mergekit", "optuna")
 
 
-def facts_of(bench: Bench, record: Record, deltas: pd.DataFrame) -> dict:
+def facts_of(bench: Scorer, record: Record, deltas: pd.DataFrame) -> dict:
     "Raw data of a comparison, without paths of this machine."
     config = bench.config
     named = dataclasses.replace(
@@ -544,7 +544,7 @@ def facts_of(bench: Bench, record: Record, deltas: pd.DataFrame) -> dict:
     }
 
 
-def read_facts(file: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # table, deltas, all facts
+def read_comparison(file: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # table, deltas, all facts
     "A comparison from its raw data."
     facts = json.loads(Path(file).read_text(encoding="utf-8"))
     return comparison_table(scores_of(facts["rows"]), costs_of(facts["rows"]), facts["experts"]), pd.DataFrame(facts["deltas"]), facts
@@ -556,7 +556,7 @@ def settings_of(record: Record) -> pd.DataFrame:  # columns method, seed, settin
     return pd.DataFrame(rows, columns=["method", "seed", "setting"]).set_index("method")
 
 
-def write_compare_report(bench: Bench, record: Record, root: Path, table: pd.DataFrame, said: str, deltas: pd.DataFrame):
+def write_compare_report(bench: Scorer, record: Record, root: Path, table: pd.DataFrame, said: str, deltas: pd.DataFrame):
     "Write plots/ and report.html."
     from merge_lab import report as R
     from merge_lab.figures import save_figure
@@ -595,7 +595,7 @@ def write_number_report(config: CompareConfig, root: Path, shares: pd.DataFrame,
     ], root / "report.html")  # fmt: skip
 
 # %% ../nbs/62_compare.ipynb #0f224d0b
-def finish(bench: Bench, record: Record, root: Path) -> Comparison:
+def finish(bench: Scorer, record: Record, root: Path) -> Comparison:
     "Write table, report and raw data."
     table, deltas = comparison_table(scores_of(record.rows), costs_of(record.rows), bench.experts), pd.read_csv(root / "deltas.csv")
     said = verdict(table, deltas)

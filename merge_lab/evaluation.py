@@ -7,7 +7,7 @@ __all__ = ['GREEDY', 'UNIFORM', 'LEARNED', 'TOGETHER', 'METRICS', 'OF_ANSWERS', 
            'answer_room', 'answer_batches', 'prompt_ids', 'generate_answers', 'check_tasks', 'encode_task', 'task_loss',
            'said_right', 'chrf', 'evaluate_tasks', 'evaluate_models', 'load_tests', 'score_model', 'uniform_name',
            'score_baselines', 'recovered_share', 'resemblance', 'attribute', 'confusion', 'reference_answers',
-           'text_windows', 'perplexity', 'option_tails', 'option_scores', 'choice_prompt', 'fit_question',
+           'strided_windows', 'perplexity', 'option_tails', 'option_scores', 'choice_prompt', 'fit_question',
            'read_questions', 'multiple_choice']
 
 # %% ../nbs/32_evaluation.ipynb #ced9bb30
@@ -395,7 +395,7 @@ def reference_answers(name: str, reference, tokenizer, rows: Sequence[dict], pro
     return list(reference)
 
 # %% ../nbs/32_evaluation.ipynb #a21bdb52
-def text_windows(
+def strided_windows(
     ids: Sequence[int],  # tokens of one text
     length: int,  # of a window, 2 or more
 ) -> list[dict]:  # rows for `row_nats`
@@ -418,7 +418,7 @@ def perplexity(
     texts = [texts] if isinstance(texts, str) else list(texts)
     length = min(max_length, positions_of(model))
     encoded = [tokenizer(text)["input_ids"] for text in texts]
-    windows = [window for ids in encoded for window in text_windows(ids, length)]
+    windows = [window for ids in encoded for window in strided_windows(ids, length)]
     if not windows:
         raise ValueError(f"texts: {len(texts)} given, none with two tokens or more, so there is nothing to score.")
     nats, counts = row_nats(

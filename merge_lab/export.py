@@ -18,10 +18,10 @@ from .checkpoints import component_names
 from .config import check_choice, check_options, option, read_json
 from .exports import check_place, EXPORT_FILE, find_source, load_merger, options_of, Source, whole_folder, write_plain
 from .gguf_export import KIND_OF, write_gguf
-from .hub_folder import named_places, recipe_of, write_recipe
+from .hub_folder import hub_recipe, named_places, write_recipe
 from .merger import model_card
 from .mergekit_export import write_mergekit
-from .run_folder import is_run, settle, write_json
+from .run_folder import finish_replacement, is_run, write_json
 from .systems.dam import push
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def write_masks(
     folder, merger, values = Path(folder), load_merger(source), options_of(source)
     places = named_places(values)
     name = SYSTEM_NAME.get(type(merger).__name__, source.system)
-    write_recipe(folder, source.recipe or source.masks, recipe_of(values, source.system or name, _facts(source)), model_card(merger), places)
+    write_recipe(folder, source.recipe or source.masks, hub_recipe(values, source.system or name, _facts(source)), model_card(merger), places)
     again = load_merger(find_source(folder, places))
     before, after = merger.mask_state(), again.mask_state()
     if before.keys() != after.keys() or any(not before[name].equal(after[name]) for name in before):
@@ -183,7 +183,7 @@ def run_push(
     from huggingface_hub.errors import HfHubHTTPError
 
     _check_named(config)
-    settle(config.path)
+    finish_replacement(config.path)
     source = find_source(config.path, config.components) if not (Path(config.path) / EXPORT_FILE).is_file() else None
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "masks" if source else Path(config.path)

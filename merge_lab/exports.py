@@ -43,7 +43,7 @@ def check_place(
     inputs: Sequence[str | Path | None] = (),  # what is going to be read
 ) -> Path:
     "Raise `FileExistsError` or `ValueError` unless an export may be written there."
-    folder = run_folder.settle(folder)
+    folder = run_folder.finish_replacement(folder)
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file. Choose a folder for the export.")
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -122,7 +122,7 @@ def _folder_of(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    run_folder.settle(path)
+    run_folder.finish_replacement(path)
     if hub_name(path)[0] is not None:
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=[RECIPE_FILE, MASKS_FILE]))

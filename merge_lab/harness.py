@@ -23,7 +23,7 @@ from .checkpoints import load_tokenizer, read_chat_template
 from .config import check_options, did_you_mean, option, Options, read_json, read_yaml
 from .devices import best_device
 from .evaluation import answer_room, load_tests
-from .run_folder import is_run, settle, write_json
+from .run_folder import finish_replacement, is_run, write_json
 from .verify import checkpoint_of
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def run(config: EvalConfig) -> pd.DataFrame:  # columns task, metric, value, std
     check_harness()
     from lm_eval.tasks import TaskManager
 
-    folder, *_ = checkpoint_of(settle(config.path))
+    folder, *_ = checkpoint_of(finish_replacement(config.path))
     datasets, rows = datasets_of(config), []
     manager, names = known_tasks(config.tasks) if config.tasks else (None, [])
     tests = load_tests(datasets, "test", config.eval_samples)

@@ -9,7 +9,7 @@ __all__ = ['MAPS', 'stream_of', 'Call', 'catch_calls', 'Writer', 'scaled_output'
 
 # %% ../nbs/39_shortening/02_linear_maps.ipynb #3fa60ef4
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import input_dim, is_conv1d, is_linear
+from .architecture import ending_at, input_dim, is_conv1d, is_linear
 from .cuts import block_distances, block_starts, shared_copy, stream_states
 from .depth import decoder_layers, remove_layers
 from .scoring import evaluating
@@ -48,10 +48,6 @@ class Call:
         "What a layer makes of the same."
         return stream_of(layer(*self.args, **self.kwargs))
 
-
-class _Enough(Exception):
-    "What comes after the block is not needed."
-
 # %% ../nbs/39_shortening/02_linear_maps.ipynb #785e0ffd
 def catch_calls(
     model,
@@ -67,7 +63,6 @@ def catch_calls(
 
     def leave(module, args, output):
         calls[-1].left = stream_of(output).detach()
-        raise _Enough
 
     handles = [layers[first].register_forward_pre_hook(enter, with_kwargs=True), layers[last].register_forward_hook(leave)]
     try:
@@ -75,7 +70,7 @@ def catch_calls(
             for batch in batches:
                 inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
                 real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-                with suppress(_Enough):
+                with ending_at(layers[last]):
                     model.base_model(**inputs, use_cache=False)
     finally:
         for handle in handles:

@@ -32,7 +32,7 @@ from .masks import masked_class, MaskedModule, MergeState, parameter_name, plain
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
-from .writer import settle_tying, write_config, write_generation_config, write_tensors, write_tokenizer
+from .writer import settle_tying, write_generation_config, write_model_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
     KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas,
 )
@@ -504,7 +504,7 @@ def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
     if merger.use_cache is not None:
         config.use_cache = merger.use_cache
     config.architectures = [type(merger.model).__name__]
-    write_config(config, folder)
+    write_model_config(config, folder)
     write_generation_config(getattr(merger.model, "generation_config", None), folder)
     paths = merger.merger_config.model_paths
     if paths:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'AS_GIVEN', 'SHARES', 'METHODS', 'OPPONENTS', 'MERGEKIT', 'Dial', 'each', 'start_of', 'starts_of',
            'described', 'Method', 'check_mergekit', 'merge_by_mergekit', 'Opponent', 'on_deltas', 'why_not',
-           'as_recipe', 'write_recipe', 'run_mergekit', 'read_recipe', 'merge_recipe']
+           'as_recipe', 'write_mergekit_recipe', 'run_mergekit', 'read_mergekit_recipe', 'merge_recipe']
 
 # %% ../nbs/39_opponents/03_opponents.ipynb #ed628878
 import dataclasses
@@ -26,7 +26,7 @@ from .lineup import Lineup
 from .regmean import delta_grams, regmean, regmean_plus
 from .run_folder import write_text
 from .verify import environment
-from .writer import write_config, write_tokenizer
+from .writer import write_model_config, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def as_recipe(
     return {"merge_method": method, **donor, "models": models, **({"parameters": whole} if whole else {}), "dtype": "float32"}
 
 
-def write_recipe(lineup: Lineup, method: str, setting: Mapping, file: str | Path):
+def write_mergekit_recipe(lineup: Lineup, method: str, setting: Mapping, file: str | Path):
     "Write a setting as YAML for mergekit-yaml; the result is stored as the components are."
     stored = str(next(iter(lineup.states[0].values())).dtype).removeprefix("torch.")
     recipe = as_recipe(method, setting, lineup.paths, lineup.base_path) | {"out_dtype": stored}
@@ -258,7 +258,7 @@ def _named_models(recipe: dict) -> list[str]:  # without the base
     return list(dict.fromkeys(entry["model"] for entry in entries if isinstance(entry.get("model"), str)))
 
 
-def read_recipe(
+def read_mergekit_recipe(
     path: str | Path,  # YAML of mergekit
 ) -> dict:
     "A configuration of mergekit, checked. Raises `FileNotFoundError`, or `ValueError` for what it would misunderstand or not find."
@@ -282,8 +282,8 @@ def merge_recipe(
     folder: str | Path,  # gets the merged model
     seed: int = 0,  # of what is dropped at random
 ):
-    "Merge as a YAML says. Without base_model, config and tokenizer are those of the first model. Raises what `read_recipe` and `run_mergekit` raise."
-    recipe = read_recipe(path)
+    "Merge as a YAML says. Without base_model, config and tokenizer are those of the first model. Raises what `read_mergekit_recipe` and `run_mergekit` raise."
+    recipe = read_mergekit_recipe(path)
     run_mergekit(path, folder, f"The recipe is {path}.", seed)
     if "base_model" in recipe or "tokenizer_source" in recipe or "tokenizer" in recipe:
         return
@@ -293,5 +293,5 @@ def merge_recipe(
     donor, written = _named_models(recipe)[0], Path(folder)
     config = read_config(donor, find_folder(donor))
     config.dtype = read_config(folder, written).dtype
-    write_config(config, written)
+    write_model_config(config, written)
     write_tokenizer(load_tokenizer(donor), written)

@@ -7,12 +7,11 @@ __all__ = ['shrunk', 'solve_grams', 'same_length', 'gram_names', 'collect_grams'
 
 # %% ../nbs/39_opponents/02_regmean.ipynb #a46b306b
 from collections.abc import Sequence
-from contextlib import suppress
 
 import torch
 from torch import nn, Tensor
 
-from .architecture import decoder_layers, is_conv1d, is_linear, layer_of
+from .architecture import decoder_layers, ending_at, is_conv1d, is_linear, layer_of
 from .lineup import average, Lineup
 from .scoring import evaluating
 
@@ -55,14 +54,6 @@ def gram_names(lineup: Lineup) -> dict[str, nn.Module]:
     return {name: module for name, module in named if is_linear(module) and f"{name}.weight" in lineup.states[0]}
 
 # %% ../nbs/39_opponents/02_regmean.ipynb #c31ea1e7
-class _Enough(Exception):
-    "All that was to be caught is caught."
-
-
-def _stop(*_):
-    raise _Enough
-
-
 @torch.no_grad()
 def collect_grams(
     model: nn.Module,
@@ -78,11 +69,10 @@ def collect_grams(
         grams[name] = grams.get(name, 0) + x.T @ x / tokens
 
     hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: catch(name, inputs)) for name, module in modules.items()]
-    hooks += [until.register_forward_hook(_stop)] if until is not None else []
     try:
         with evaluating(model):
             for batch in same_length(rows):
-                with suppress(_Enough):
+                with ending_at(until):
                     model(input_ids=torch.tensor(batch, device=model.device), use_cache=False)
     finally:
         for hook in hooks:

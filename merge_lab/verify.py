@@ -31,7 +31,7 @@ from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
 from .config import check_choice, check_options, option, read_yaml
 from .origins import check_sums
-from .run_folder import is_run, settle
+from .run_folder import finish_replacement, is_run
 from .weight_files import read_headers
 from .writer import stored_groups, stored_tensors
 
@@ -360,7 +360,7 @@ class VerifyConfig:
 
 def checkpoint_of(path: str | Path) -> tuple[Path, Path | None, str]:  # checkpoint, its masks, class that reads them
     "Where a run's checkpoint and masks are. Raises `FileNotFoundError` if there is no checkpoint."
-    path = settle(path)
+    path = finish_replacement(path)
     system = SYSTEMS.get(kind_of(read_yaml(path / "config.yaml"))) if is_run(path) else None
     folder = path if system is None else path / (system.merged or "merged")
     if not (folder / "config.json").exists():

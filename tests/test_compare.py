@@ -16,7 +16,7 @@ from merge_lab.components import load_model
 from merge_lab.lineup import average, Lineup
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, starts_of, write_recipe
+from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, starts_of, write_mergekit_recipe
 from merge_lab.regmean import regmean, regmean_plus
 from merge_lab.run_folder import begin_run, bundled_path, read_rows, RunInterrupted
 from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
@@ -103,7 +103,7 @@ def test_weights_are_normalised_or_not_as_the_yaml_says(tmp_path):
     lineup.base_path = "base"
     for method, opponent in OPPONENTS.items():
         if opponent.mergekit and "weight 1" in opponent.space(2):
-            write_recipe(lineup, method, start_of(opponent.space(2)), tmp_path / "it.yml")
+            write_mergekit_recipe(lineup, method, start_of(opponent.space(2)), tmp_path / "it.yml")
             said = (tmp_path / "it.yml").read_text()
             assert "normalize" in said or method == "nuslerp", method  # whose weights are a ratio
     for method in ("linear", "ties"):
@@ -330,7 +330,7 @@ def test_several_numbers_of_components_are_one_study_that_goes_on(tmp_path, monk
     assert list(result.table.index) == [2, 3] and set(result.table["best other merge", "which"]) == {"linear"}
     for name in ("components.csv", "verdict.txt", "report.html", "plots/share_against_number.png", "components-3/report.html", "components-3/confusion.csv"):
         assert (tmp_path / "run" / name).is_file(), name
-    three, _, facts = compare.read_facts(tmp_path / "run" / "components-3" / "results.json")
+    three, _, facts = compare.read_comparison(tmp_path / "run" / "components-3" / "results.json")
     assert "--components 3" in facts["command"] and set(facts["experts"]) == {"rewrite", "summarize", "extract"}
     assert three.loc["expert: extract", ("rewrite", "confused")] == 1 and three.loc["expert: extract", ("rewrite", "as")] == "extract"
     assert three.loc["expert: rewrite", ("rewrite", "confused")] == 0 and three.loc["expert: rewrite", ("rewrite", "as")] == ""

@@ -481,7 +481,7 @@ def test_perplexity_scores_every_token_but_the_first_once():
     assert ev.perplexity(model, tokenizer, text) == pytest.approx(expected, rel=1e-5)
     twice = ev.perplexity(model, tokenizer, [text, text, ""], batch_size=1)
     assert twice == pytest.approx(expected, rel=1e-5)
-    windows = ev.text_windows(ids, 5)
+    windows = ev.strided_windows(ids, 5)
     context = [
         model(input_ids=torch.tensor([w["input_ids"]]))
         .logits[0]

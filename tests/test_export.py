@@ -26,7 +26,7 @@ from merge_lab.hub_folder import hub_name, read_recipe
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.mergekit_export import setting
-from merge_lab.run_folder import begin_run, bundled_path, settle
+from merge_lab.run_folder import begin_run, bundled_path, finish_replacement
 from merge_lab.systems.dam import DAMConfig, merge
 from merge_lab.systems.lora_merge import AdapterMerger, LoRAMergeConfig
 from merge_lab.systems.mask_merge import MaskMergeConfig
@@ -268,7 +268,7 @@ def test_a_replacement_of_a_living_process_is_its_own():
         shutil.rmtree("out")  # as if it was moved already
         (made.parent / "replaced").mkdir()
         (made.parent / "replaced" / EXPORT_FILE).touch()
-        assert not settle("out").exists() and made.exists()
+        assert not finish_replacement("out").exists() and made.exists()
     assert [file.name for file in Path("out").iterdir()] == ["a"]
 
 

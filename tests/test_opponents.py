@@ -217,11 +217,11 @@ def test_peft_s_combination_is_what_its_formula_says(method, weight, tmp_path, m
 
 def test_scores_of_a_row_are_evaluate_tasks_own(tmp_path):
     "Loss and exact match as the evaluation gives them, and manners that sum to 1."
-    from merge_lab.compare import Bench
+    from merge_lab.compare import Scorer
     from merge_lab.lineup import line_up
 
     config = CompareConfig([str(bundled_path(f"models/{task}")) for task in TASKS], datasets=[str(bundled_path(f"tasks/{task}")) for task in TASKS], val_rows=4, eval_samples=12, answered=8)
-    bench, lined = Bench.of(config), line_up(config.model_paths, datasets=config.datasets, rows=1)
+    bench, lined = Scorer.of(config), line_up(config.model_paths, datasets=config.datasets, rows=1)
     bench.learn_manners(lined, tmp_path / "manners.json")
     found = {(row["task"], row["split"]): row for row in bench.scores(lined.put(lined.states[0]))}
     table = evaluate_tasks(lined.model, bench.tokenizer, bench.test, answered=8, progress=False)

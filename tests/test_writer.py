@@ -16,7 +16,7 @@ from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import bundled_path
 from merge_lab.verify import READERS, compare_readers, python_of, text_tokens
-from merge_lab.writer import write_config
+from merge_lab.writer import write_model_config
 
 THETA = 54321.0  # no family's default
 
@@ -45,7 +45,7 @@ FAMILIES = {kind: config for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) i
 def configs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("configs")
     for kind, config in FAMILIES.items():
-        write_config(config, folder / kind)
+        write_model_config(config, folder / kind)
         config.save_pretrained(folder / f"{kind}-plain")
     return folder
 
