@@ -91,6 +91,8 @@ class FactoredWeights(nn.ParameterList):
             for name in ("down", "up"):
                 self.register_parameter(f"{name}_{i}", nn.Parameter(getattr(deltas[i], name), requires_grad=False))
 
+    is_shared = False  # whether all components have the same tensor
+
     def base(self, i: int) -> nn.Parameter:
         "The whole tensor below component i."
         return super().__getitem__(i)

@@ -35,6 +35,7 @@ from .components import has_adapters, on_shared_bases, read_config
 from .config import check_choice, check_options, option, Options
 from .devices import pretending
 from .distributed import frozen_bytes
+from .frozen_bits import saved_share
 from .masks import IMPLS, MODES
 from .merger import checkpoint_activations, Merger
 from .merger_config import held_paths, KINDS, MergerConfig
@@ -463,6 +464,7 @@ def estimate_memory(
     objective: Callable | None = None,  # (merger, **batch) -> {"loss": ...}; None: that of training
     ranks: int = 1,  # processes that the components are divided over; the estimate is of one of them
     paths: Sequence[str | Path] | None = None,  # components that are adapters, and what they lie beside; None: whole models
+    frozen_bits: int | None = None,  # of the components in memory: 8 or 4; None: as stored
     **merger_options,  # further fields of MergerConfig
 ) -> MemoryEstimate:
     "Peak memory of training, by parts, without allocating it. Raises `ValueError` for options that do not exist."
@@ -485,6 +487,8 @@ def estimate_memory(
         merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
     parts = read_peak(ledger, start)
+    if frozen_bits:
+        parts["components"] = int(parts["components"] * saved_share(list(merger.leaves().values()), frozen_bits))
     if ranks > 1:
         return MemoryEstimate(_divided(parts, merger, ranks), f"{title}, one of {ranks} ranks")
     return MemoryEstimate({**parts, "components": 0} if offload else parts, title)
@@ -501,9 +505,10 @@ def _cures(options: dict) -> Iterable[dict]:
         {"fused_loss": True},
         {"gradient_checkpointing": True},
         {"batch_size": 1},
+        *([{"frozen_bits": 8}] if options.get("frozen_bits", 8) is None and options.get("ranks", 1) == 1 else []),
         *([{"offload": True}] if options.get("device") == "cuda" and options.get("ranks", 1) == 1 else []),
     ]
-    yield from (cure for cure in cures if options.get(*cure) not in (None, *cure.values()))
+    yield from (cure for cure in cures if "frozen_bits" in cure or options.get(*cure) not in (None, *cure.values()))
     seq_len = options.get("seq_len", 2048)
     while seq_len > 128:
         seq_len //= 2
@@ -600,7 +605,7 @@ def fit_report(
 # %% ../nbs/30_memory.ipynb #31995a38
 _OF_RUN = {  # option of a run -> option of `estimate_memory`
     "mode": "mode", "impl": "impl", "dtype": "dtype", "target_kinds": "target_kinds", "target_modules": "target_modules",
-    "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "offload": "offload", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
+    "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "offload": "offload", "frozen_bits": "frozen_bits", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
     "per_device_train_batch_size": "batch_size",
 }
 
@@ -650,6 +655,7 @@ class MemoryConfig(Options):
     optimizer: str = option("adamw", "Optimizer of the masks", choices=OPTIMIZERS, group="Objective")
     keep_merged: bool = option(False, "Keep merged weights between micro-steps", group="Masks")
     offload: bool = option(False, "Components stay in host memory, weights are brought when they are used", group="Masks")
+    frozen_bits: int | None = option(None, "Components in memory in 8 or 4 bits a number; none given: as stored", group="Masks", choices=[8, 4])
     ranks: int = option(1, "Processes that torchrun and --shard divide the components over; the estimate is of one", low=1, high=4096, group="Device")
     device: str = option("cuda", "Whose choices are made", choices=["cuda", "cpu"], group="Device")
     budget_gib: float | None = option(None, "Memory to fit into; none given: what is free here", low=0, group="Device")

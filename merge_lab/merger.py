@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from .components import check_components, load_components
 from .config import config_from_dict, narrow, read_json
 from .constraints import OF_DELTAS
 from .devices import full, shard_like
+from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
-from .masks import masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
+from .masks import blend, masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
@@ -164,6 +165,8 @@ class Merger(nn.Module):
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.idle = _drop_idle(self.model)
+        if config.frozen_bits:
+            code_weights(list(self.leaves().values()), config.frozen_bits, self.state.anchor)
         self.init_masks(config.mask_init)
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, objective=None, **inputs):
@@ -451,6 +454,17 @@ def from_pretrained(
     merger.load_masks(folder)
     return merger
 
+# %% ../nbs/20_merger.ipynb #ef857bbf
+def _stored_weights(merger: Merger, module: str, key: str) -> list[Tensor]:
+    "One parameter of the components as their files have it, in the merger's dtype. Raises `ValueError` where the components are no files."
+    if not held_paths(merger.merger_config):
+        raise ValueError("frozen_bits: what is exported is made from the components' files, and this merger was made from models in memory. Give model_paths.")
+    if "_stored" not in vars(merger):
+        models = load_components(held_paths(merger.merger_config), factors=True)
+        vars(merger)["_stored"] = [parameter_modules(model) for model in models]
+    dtype = merger.leaves()[module].weights[key].dtype
+    return [tree[module]._parameters[key].detach().to(dtype) for tree in vars(merger)["_stored"]]
+
 # %% ../nbs/20_merger.ipynb #03a857d2
 @patch_to(Merger)
 @torch.no_grad()
@@ -463,7 +477,8 @@ def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
         if same not in seen:
             again = untied and same[0] in {weights for weights, _ in seen}  # two tensors of a file share no memory
             seen.add(same)
-            yield name, functools.partial(_merged_tensor, leaf, key, again)
+            stored = functools.partial(_stored_weights, self, name.removesuffix(f".{key}"), key) if type(leaf.weights[key]) is CodedWeights else None
+            yield name, functools.partial(_merged_tensor, leaf, key, again, stored)
     owned = tuple(f"{name}.{part}." for name, m in self.model.named_modules() if isinstance(m, MaskedModule) for part in ("weights", "masks"))
     for name, tensor in self.model.state_dict().items():
         if not name.startswith(owned):  # buffers that a checkpoint keeps
@@ -471,7 +486,12 @@ def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
 
 
 @torch.no_grad()
-def _merged_tensor(leaf: MaskedModule, key: str, copy: bool) -> Tensor:
+def _merged_tensor(
+    leaf: MaskedModule, key: str, copy: bool,
+    stored: Callable | None = None,  # gives the components' tensors as their files have them; None: the leaf has them
+) -> Tensor:
+    if stored is not None:
+        return blend(stored(), leaf.alphas(key)) if key in leaf.masks else stored()[leaf.fallback]
     with leaf.state.as_component(None):
         tensor = full(leaf.tensor(key)).detach()
     return tensor.clone() if copy and key not in leaf.masks else tensor
@@ -549,6 +569,7 @@ def save_merged(
         if is_main_process:
             _save_companions(self, Path(place), card, stored)
             prove_whole(place)
+    vars(self).pop("_stored", None)
 
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @patch_to(Merger)

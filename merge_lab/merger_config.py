@@ -151,6 +151,10 @@ class MergerConfig:
         False, "Components stay in host memory and weights are brought to the device when used: least memory, slower",
         group="Memory", resumable=True,
     )
+    frozen_bits: int | None = option(
+        None, "Components in memory in 8 or 4 bits a number: their differences; what they are measured from in 8. What is exported is made from the stored weights. None given: as stored",
+        group="Memory", choices=[8, 4],
+    )
     keep_merged: bool = option(
         False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory",
         resumable=True,

@@ -115,9 +115,11 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
         super().__post_init__()
         if len(self.model_paths) == 1:
             raise ValueError(f"model_paths={self.model_paths}: expected at least two components.")
-        for name in ("offload", "mask_decay", "keep_merged", "torch_compile"):
+        for name in ("offload", "frozen_bits", "mask_decay", "keep_merged", "torch_compile"):
             if self.shard and getattr(self, name):
                 raise ValueError(f"shard=True with {name}={getattr(self, name)!r}: they do not go together. Leave one out.")
+        if self.frozen_bits and self.torch_compile:
+            raise ValueError("frozen_bits with torch_compile=True: they do not go together. Leave one out.")
         if self.by_layer:
             _check_layerwise(self)
         if self.shard:
