@@ -30,6 +30,7 @@ from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
 from .masks import blend, masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
+from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
@@ -270,7 +271,11 @@ def from_config(cls, config: MergerConfig) -> Merger:
     "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons."
     paths = held_paths(config)
     check_components(paths)
-    return cls(list(load_components(paths, factors=True, dtype=config.dtype)), config)
+    models = list(load_components(paths, factors=True, dtype=config.dtype))
+    if config.thin_deltas:
+        with_base = anchored(config)
+        share_base(models if with_base else [*models[1:], models[0]], rounded=not with_base)
+    return cls(models, config)
 
 # %% ../nbs/20_merger.ipynb #2cbbe097
 @patch_to(Merger)

@@ -151,6 +151,9 @@ class MergerConfig:
         False, "Components stay in host memory and weights are brought to the device when used: least memory, slower",
         group="Memory", resumable=True,
     )
+    thin_deltas: bool = option(
+        True, "Hold a component that differs from the base by low-rank matrices (a merged LoRA is one) as the base plus thin factors: less memory and time", group="Memory"
+    )
     frozen_bits: int | None = option(
         None, "Components in memory in 8 or 4 bits a number: their differences; what they are measured from in 8. What is exported is made from the stored weights. None given: as stored",
         group="Memory", choices=[8, 4],
