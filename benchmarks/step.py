@@ -29,7 +29,8 @@ SHAPE = dict(
     hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
     tie_word_embeddings=True, max_position_embeddings=8192, bos_token_id=1, eos_token_id=2, pad_token_id=2,
 )  # fmt: skip
-CONTESTANTS = ("old", "old, later passes", "ours", "ours, later passes", "base given", "adapters", "adapters, later passes", "sft", "sft, adapter")
+CONTESTANTS = ("old", "old, later passes", "ours", "ours, later passes", "base given", "adapters", "adapters, later passes", "merged adapters",
+               "sft", "sft, adapter")
 
 
 def row_lengths(rows, lengths, seed=0):
@@ -43,7 +44,7 @@ def row_lengths(rows, lengths, seed=0):
 
 
 def make_models(folder, dtype):
-    "A base, two full fine-tunes 1 % away, and two adapters of rank 16 on all linears."
+    "A base, two full fine-tunes 1 % away, two adapters of rank 16 on all linears, and the same two merged into the base."
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,6 +61,7 @@ def make_models(folder, dtype):
         base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=dtype)
         adapted = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False))
         adapted.save_pretrained(folder / f"adapter-{i}")
+        adapted.merge_and_unload().save_pretrained(folder / f"merged-{i}")
 
 
 def batch_of(rows, lengths, seed):
@@ -89,10 +91,10 @@ def merger_step(folder, who, args):
         from merge_lab.objective import TeacherCache
     from merge_lab.objective import Objective
 
-    kind = "adapter" if who.startswith("adapters") else "tune"
+    kind = "adapter" if who.startswith("adapters") else "merged" if who.startswith("merged") else "tune"
     config = MergerConfig(model_paths=[str(folder / f"{kind}-{i}") for i in range(2)], dtype=args.dtype)
     if hasattr(config, "base_model"):
-        config.base_model = str(folder / "base") if who == "base given" or kind == "adapter" else "mean"
+        config.base_model = str(folder / "base") if who == "base given" or kind != "tune" else "mean"
     merger = Merger.from_config(config).train()
     merger.config.use_cache = False
     objective = Objective()
