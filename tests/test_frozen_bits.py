@@ -87,7 +87,7 @@ def test_blend_teachers_and_gradients_are_near_those_of_the_stored_weights(store
         with torch.no_grad(), plain.as_component(2), coded.as_component(2):
             base, coded_base = (merger(input_ids=inputs["input_ids"]).logits for merger in (plain, coded))
         apart = (wanted - base).norm()
-        assert ((found - coded_base) - (wanted - base)).norm() < max(near, 0.15) * apart
+        assert ((found - coded_base) - (wanted - base)).norm() < {8: 0.05, 4: 0.3}[bits] * apart
     gradients = []
     for merger in (plain, coded):
         merger.train()
@@ -168,3 +168,14 @@ def test_models_in_memory_cannot_be_exported_from_codes():
 def test_what_does_not_go_together_is_refused(option, value):
     with pytest.raises(ValueError, match=f"frozen_bits.*{option}|{option}.*frozen_bits"):
         MaskMergeConfig(frozen_bits=8, **{option: value})
+
+
+def test_two_models_of_8_billion_weights_fit_24_gib_at_8192_tokens():
+    "By estimate: shapes of Llama-3.1-8B."
+    from transformers import LlamaConfig
+
+    shape = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
+        max_position_embeddings=131072, dtype="bfloat16", tie_word_embeddings=False,
+    )  # fmt: skip
+    assert estimate_memory(shape, n_components=2, seq_len=8192, frozen_bits=8).peak_bytes < 21 * 2**30
