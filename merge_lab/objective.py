@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Objective:
     k: int | None = None  # compare on the teacher's k likeliest tokens and one bucket for the rest; None: on all tokens
     mask_reference: dict[str, Tensor] | None = None  # for mask_decay: masks to stay near; None: where they started
     angles: dict[str, Tensor] | None = None  # for angle_overlap: (n, n) angles of the task vectors, by parameter
+    hidden_layers: Sequence[int] | None = None  # decoder layers, from 0, whose states losses of states compare; None: the last hidden state
     teachers: TeacherCache | None = None  # what teachers said of samples seen before; None: each runs every time
 
     def __post_init__(self):
@@ -42,6 +44,11 @@ class Objective:
             check_choice("loss_func_name", name, L.LOSSES)
         for name in self.penalties:
             check_choice("penalty", name, L.PENALTIES)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        "Layers whose states are looked at, beside the last hidden state."
+        return tuple(self.hidden_layers or ()) if any(L.LOSSES[name].reads == "states" for name in self.losses) else ()
 
     def __call__(self, merger: Merger, input_ids, attention_mask=None, labels=None, source=None, **inputs) -> dict:
         scored = L.shift_labels(labels, attention_mask)
@@ -122,25 +129,25 @@ def _teacher_context(merger: Merger):
     return torch.no_grad() if is_sharded(merger) else torch.inference_mode()
 
 
-def _run_teacher(merger: Merger, batch: Batch, i: int, source: int, rows: Tensor) -> Tensor:  # (scored tokens of these rows, d)
+def _run_teacher(merger: Merger, batch: Batch, i: int, source: int, rows: Tensor, layers: Sequence[int] = ()) -> Tensor:  # (scored tokens of these rows, d), as `Merger.hidden` has them
     "Hidden states of component i at the scored tokens of a source; rows: truth values of the samples that it reads."
     attention = None if batch.attention_mask is None else batch.attention_mask[rows]
     with _teacher_context(merger), merger.as_component(i):
-        return merger.hidden(batch.input_ids[rows], attention)[batch.at(source)[rows]]
+        return merger.hidden(batch.input_ids[rows], attention, layers)[batch.at(source)[rows]]
 
 
 def _teacher_hidden(
-    merger: Merger, batch: Batch, i: int, source: int, cache: TeacherCache | None = None
-) -> Tensor:  # (scored tokens of the source, d)
+    merger: Merger, batch: Batch, i: int, source: int, cache: TeacherCache | None = None, layers: Sequence[int] = ()
+) -> Tensor:  # (scored tokens of the source, d), as `Merger.hidden` has them
     "Hidden states of component i at the scored tokens of a source, from the cache where it has them."
     rows = batch.rows(source)
     if cache is None:
-        return _run_teacher(merger, batch, i, source, rows)
-    at, keys = batch.at(source), sample_keys(batch, i, source)
+        return _run_teacher(merger, batch, i, source, rows, layers)
+    at, keys = batch.at(source), sample_keys(batch, i, source, layers)
     found = {r: cache.get(key) for r, key in keys.items()}
     unseen = torch.tensor([r for r, states in found.items() if states is None], dtype=torch.long, device=rows.device)
     if len(unseen):
-        states = _run_teacher(merger, batch, i, source, torch.zeros_like(rows).index_fill(0, unseen, True))
+        states = _run_teacher(merger, batch, i, source, torch.zeros_like(rows).index_fill(0, unseen, True), layers)
         for r, part in zip(unseen.tolist(), states.split(at[unseen].sum(1).tolist())):
             found[r] = part
             cache.add(keys[r], part)
@@ -162,10 +169,16 @@ def _teacher_logits(merger: Merger, batch: Batch, i: int, source: int) -> Tensor
         return merger.model(input_ids=batch.input_ids[rows], attention_mask=attention, use_cache=False).logits[batch.at(source)[rows]]
 
 # %% ../nbs/22_objective.ipynb #905c0356
+def _digest_of(layers: Sequence[int]) -> bytes:  # nothing for no layers
+    "What tells states of some layers from those of others."
+    return hashlib.blake2b(str(list(layers)).encode(), digest_size=16).digest() if layers else b""
+
+
 def sample_keys(
     batch: Batch,
     i: int,  # component that reads
     source: int,  # whose samples and scored tokens
+    layers: Sequence[int] = (),  # whose states are read beside the last
 ) -> dict[int, bytes]:  # row in the batch -> digest
     "What a component's hidden states at the scored tokens of a source depend on; padding at the end is left out."
     rows = batch.rows(source).nonzero().flatten().tolist()
@@ -175,7 +188,7 @@ def sample_keys(
     for r in rows:
         length = int(attention[r].nonzero().max()) + 1 if attention[r].any() else 0
         told = torch.stack([ids[r, :length], attention[r, :length], at[r, :length].long()])
-        keys[r] = hashlib.blake2b(told.numpy().tobytes(), digest_size=16, salt=struct.pack("<q", i)).digest()
+        keys[r] = hashlib.blake2b(told.numpy().tobytes(), digest_size=16, salt=struct.pack("<q", i), person=_digest_of(layers)).digest()
     return keys
 
 # %% ../nbs/22_objective.ipynb #e00e99d0
@@ -229,33 +242,41 @@ def _collect(found: dict[int, dict[str, Tensor]], batch: Batch, objective: Objec
     return {"loss": total, **results}
 
 # %% ../nbs/22_objective.ipynb #df0c714c
+def _states_of_layers(states: Tensor, layers: Sequence[int], d: int) -> Tensor:  # (tokens, layers, d)
+    "What losses of states compare: the chosen layers, or the last hidden state."
+    return states.unflatten(-1, (-1, d))[:, 1:] if layers else states.unsqueeze(1)
+
+
 def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[str, Tensor]:
     "Losses of the samples of source i."
-    at, topk = batch.at(i), _topk_of(merger, batch, objective, i)
+    at, topk, d, layers = batch.at(i), _topk_of(merger, batch, objective, i), merger.config.get_text_config().hidden_size, objective.layers
     student, rows, found = hidden[at], {name: L.LOSSES[name] for name in objective.losses}, {}
     asked = {row.teachers for row in rows.values() if topk is None or not row.topk}
     told = range(merger.n_components) if "all" in asked else [i] if "own" in asked else []
-    states = {j: _teacher_hidden(merger, batch, j, i, objective.teachers) for j in told}
+    states = {j: _teacher_hidden(merger, batch, j, i, objective.teachers, layers if j == i else ()) for j in told}
     heads = {j: _head_tensors(merger, j) for j in told}
+    last, lasts = student[:, :d], {j: state[:, :d] for j, state in states.items()}
     for name, row in rows.items():
         tempered = {"temperature": objective.temperature} if row.tempered else {}
-        if topk is not None and row.topk:
-            found[name] = row.topk(student, head, *topk, objective.temperature, **options)
+        if row.reads == "states":
+            found[name] = row.chunked(*(_states_of_layers(each, layers, d) for each in (student, states[i])), num_items=batch.num_items)
+        elif topk is not None and row.topk:
+            found[name] = row.topk(last, head, *topk, objective.temperature, **options)
         elif row.teachers == "own":
             weight, bias = heads[i]
-            found[name] = row.chunked(student, states[i], head, weight, teacher_bias=bias, **tempered, **options)
+            found[name] = row.chunked(last, lasts[i], head, weight, teacher_bias=bias, **tempered, **options)
         elif row.teachers == "all":
             weights, biases = zip(*heads.values())
-            found[name] = row.chunked(student, list(states.values()), head, weights, teacher_biases=biases, **tempered, **options)
+            found[name] = row.chunked(last, list(lasts.values()), head, weights, teacher_biases=biases, **tempered, **options)
         else:
             labels = [batch.labels[at]] if row.teachers == "labels" else []
-            found[name] = row.chunked(student, head, *labels, **tempered, **options)
+            found[name] = row.chunked(last, head, *labels, **tempered, **options)
     return found
 
 # %% ../nbs/22_objective.ipynb #af9cdb74
 def _fused_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "Losses with the head taken in, chunk by chunk."
-    hidden = merger.hidden(batch.input_ids, batch.attention_mask)
+    hidden = merger.hidden(batch.input_ids, batch.attention_mask, objective.layers)
     options = dict(
         **merger.logit_options(), chunk_size=objective.chunk_size, num_items=batch.num_items,
         parameters=merger.head_parameters(),
@@ -265,8 +286,8 @@ def _fused_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[st
     return _collect(found, batch, objective)
 
 # %% ../nbs/22_objective.ipynb #667a459a
-def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tensor]:
-    "Losses of the samples of source i, from the student's full logits."
+def _plain_source_losses(merger, batch, objective, logits, hidden, i) -> dict[str, Tensor]:
+    "Losses of the samples of source i, from the student's full logits, and hidden states where a loss compares them."
     at, topk = batch.at(i), _topk_of(merger, batch, objective, i)
     student, options, found = logits[at], {"num_items": batch.num_items}, {}
     given = {
@@ -278,7 +299,10 @@ def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tenso
     for name in objective.losses:
         row = L.LOSSES[name]
         tempered = {"temperature": objective.temperature} if row.tempered else {}
-        if topk is not None and row.topk:  # the logits are there already: the head is the identity
+        if row.reads == "states":
+            states, d = _teacher_hidden(merger, batch, i, i, objective.teachers, objective.layers), merger.config.get_text_config().hidden_size
+            found[name] = row.plain(*(_states_of_layers(each, objective.layers, d) for each in (hidden[at], states)), **options)
+        elif topk is not None and row.topk:  # the logits are there already: the head is the identity
             found[name] = row.topk(student, nn.Identity(), *topk, objective.temperature, **options)
         else:
             found[name] = row.plain(student, *given[row.teachers](), **tempered, **options)
@@ -288,7 +312,9 @@ def _plain_source_losses(merger, batch, objective, logits, i) -> dict[str, Tenso
 def _plain_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "The same losses from full logits."
     logits = merger.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    found = {i: _plain_source_losses(merger, batch, objective, logits, i) for i in _turns(merger, batch, objective)}
+    compares = any(L.LOSSES[name].reads == "states" for name in objective.losses)
+    hidden = merger.hidden(batch.input_ids, batch.attention_mask, objective.layers) if compares else None
+    found = {i: _plain_source_losses(merger, batch, objective, logits, hidden, i) for i in _turns(merger, batch, objective)}
     return _collect(found, batch, objective)
 
 # %% ../nbs/22_objective.ipynb #718fd1b9

@@ -218,6 +218,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     check_components([path for path in models if path])
     tokenizer = chat_tokenizer(config.model_paths[0], [path for path in models if path], config.chat_template)
     shortest = min((read_component(path) for path in models if path), key=positions_of)
+    _check_hidden_layers(config, shortest.config.get_text_config().num_hidden_layers)
     how = dict(
         max_length=int(min(config.max_length, positions_of(shortest))), seed=config.seed, source_keys=config.source_keys
     )
@@ -290,6 +291,13 @@ def _found_base(paths: list[str]) -> str | None:
     return base
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #2250d628
+def _check_hidden_layers(config: MaskMergeConfig, layers: int):
+    "Raise `ValueError` for states of a layer that the components do not have."
+    for layer in config.hidden_layers or ():
+        if not 0 <= layer < layers:
+            raise ValueError(f"hidden_layers={config.hidden_layers}: expected 0 to {layers - 1}, decoder layers of the components.")
+
+
 def _check_inputs(config: MaskMergeConfig):
     "Raise `ValueError` unless there are components and data for each."
     n, data = len(config.model_paths), len(config.dataset_configs)
