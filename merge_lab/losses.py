@@ -137,6 +137,10 @@ def _parts(index: Tensor | None, n_tokens: int, chunk_size: int) -> list[slice] 
     return index.split(chunk_size) if len(index) else ()
 
 # %% ../nbs/11_losses.ipynb #7263ba79
+def _weighted(token_loss: Callable, weights: Tensor) -> Callable:  # weights: (tokens,), of all tokens
+    return lambda logits, part: token_loss(logits, part) * weights[part]
+
+
 def chunked_linear_loss(
     hidden: Tensor,  # (..., d) hidden states after the final norm
     weight: Tensor | Callable,  # (vocab, d), or a head: hidden (tokens, d) -> logits (tokens, vocab)
@@ -150,12 +154,14 @@ def chunked_linear_loss(
     chunk_size: int | None = None,  # tokens; None: `choose_chunk_size`
     n_teachers: int = 0,  # whose logits `token_loss` makes, for the choice of the chunk
     num_items: int | Tensor | None = None,  # denominator; None: the scored tokens
+    weights: Tensor | None = None,  # (...) factors on the tokens' losses
     return_token_losses: bool = False,  # also give the (...) losses, without gradient, zero where ignored
 ) -> Tensor | tuple[Tensor, Tensor]:  # mean over the scored tokens
     "Mean loss of head(hidden), never holding the logits of more than a chunk. It cannot be differentiated twice."
     shape, flat = hidden.shape[:-1], hidden.flatten(0, -2)
     index = scored_index(mask, shape)
     head = logits_head(weight, bias, softcap, logit_scale)
+    token_loss = token_loss if weights is None else _weighted(token_loss, weights.flatten())
     n_scored = len(flat) if index is None else len(index)
     if chunk_size is None:
         chunk_size = choose_chunk_size(
@@ -425,8 +431,8 @@ def loss_of_states(
 ) -> Loss:
     "A distance to the hidden states of a sample's own component."
 
-    def mean_gap(states, teacher, mask=None, *, num_items=None):
-        apart = gaps(states, teacher).mean(-1)
+    def mean_gap(states, teacher, mask=None, *, num_items=None, weights=None):
+        apart = gaps(states, teacher).mean(-1) * (1 if weights is None else weights)
         return reduce_tokens(apart if mask is None else apart[mask], num_items=num_items)
 
     return Loss(mean_gap, mean_gap, caption, unit=unit, reads="states")
