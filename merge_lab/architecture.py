@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'WITHOUT_EFFECT', 'parameter_modules', 'layer_of', 'as_class', 'put_module', 'ending_at', 'is_conv1d',
-           'is_linear', 'input_dim', 'find_layers', 'decoder_layers', 'decoder_of', 'silence_dropout', 'forget_states',
-           'logit_options', 'logits_head', 'head_agrees']
+           'is_linear', 'input_dim', 'find_layers', 'decoder_layers', 'decoder_of', 'states_of', 'silence_dropout',
+           'forget_states', 'logit_options', 'logits_head', 'head_agrees']
 
 # %% ../nbs/06_architecture.ipynb #0e0a1a35
 import re
@@ -111,6 +111,11 @@ def decoder_of(
     embedding = model.get_input_embeddings()
     found = [child for child in model.children() if child is not embedding and any(part is embedding for part in child.modules())]
     return found[0] if len(found) == 1 else None
+
+# %% ../nbs/06_architecture.ipynb #10be17cd
+def states_of(output: Tensor | tuple) -> Tensor:  # (batch, length, d)
+    "Hidden states of what a decoder layer gives back."
+    return output[0] if isinstance(output, tuple) else output
 
 # %% ../nbs/06_architecture.ipynb #949cf384
 SETTINGS = {  # property -> names of the config's entries, over all architectures

@@ -8,10 +8,10 @@ __all__ = ['logger', 'FILE_SPLITS', 'FEWEST_TO_SPLIT', 'CARRIED', 'MARKED', 'let
            'folder_records', 'saved_dataset', 'saved_records', 'read_folder', 'source_records', 'deal_splits',
            'read_file', 'load_task', 'template_text', 'check_told', 'as_row', 'with_text_arguments', 'render',
            'template_ids', 'spoken', 'prefix_spans', 'with_end', 'assistant_spans', 'encode_chat', 'encode_text',
-           'encode_row', 'is_told', 'told_unsaid', 'told_cuts', 'told_keys', 'encode_rows', 'build_dataset',
-           'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu', 'format_choice',
-           'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row', 'check_row', 'last_assistant',
-           'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
+           'encode_row', 'is_told', 'told_unsaid', 'told_cuts', 'told_keys', 'encode_rows', 'encode_questions',
+           'build_dataset', 'validation_rows', 'take_rows', 'hold_out', 'ChatCollator', 'choice_row', 'load_mmlu',
+           'format_choice', 'length_batches', 'ANSWERS', 'answer_of', 'as_conversation', 'chat_row', 'check_row',
+           'last_assistant', 'place_of', 'prompt_of', 'prompt_row', 'QUESTIONS', 'Row']
 
 # %% ../nbs/02_chat.ipynb #16190e3e
 import filecmp
@@ -29,7 +29,7 @@ from jinja2 import TemplateError
 
 from .config import check_choice
 from merge_lab.conversations import (
-    ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, QUESTIONS, rows_of,
+    ANSWERS, answer_of, as_conversation, chat_row, check_row, conversations_of, last_assistant, prompt_of, prompt_row, question_of, QUESTIONS, rows_of,
 )
 from .logs import tqdm
 from .records import csv_rows, ending_of, json_records, place_of, placed, read_records, read_text, Row, same_splits, split_files, split_named, without_filling
@@ -48,11 +48,11 @@ def read_jsonl(path: str | Path) -> list[Row]:
     return _rows(json_records(path), path)
 
 
-def _rows(records: list[Row], source: str | Path, plain: bool = False) -> list[Row]:
+def _rows(records: list[Row], source: str | Path, plain: bool = False, asks: bool = False) -> list[Row]:
     "Conversations of records, or texts where those are wanted, too. Raises `ValueError` if there are none."
     if not records:
         raise ValueError(f"{source}: no rows. Expected lines such as {json.dumps(chat_row('Hi.', 'Hello.'))}")
-    return rows_of(records, str(source)) if plain else conversations_of(records, str(source))
+    return rows_of(records, str(source)) if plain else conversations_of(records, str(source), asks)
 
 
 def write_jsonl(path: str | Path, rows: list[dict]):
@@ -200,9 +200,10 @@ def read_file(
     path: Path,  # one file of rows
     split: str | None,  # "train", "validation", "test", or None for all rows
     plain: bool = False,  # whether rows of plain text are read, too
+    asks: bool = False,  # whether questions without an answer are read, too
 ) -> list[Row]:
     "Rows of a split of a single file. Raises `ValueError` if the file is too small to have it."
-    rows = _rows(read_records(path), path, plain)
+    rows = _rows(read_records(path), path, plain, asks)
     if split is None:
         return rows
     remedy = f"A single file is split into these; for others make a folder with train.jsonl and {split}.jsonl."
@@ -222,10 +223,11 @@ def load_task(
     seed: int = 0,  # of the sample; it does not change the splits
     cache_dir: str | None = None,  # where data of the hub is kept; None: the usual cache
     plain: bool = False,  # whether rows of plain text, `text`, are read, too
+    asks: bool = False,  # whether questions without an answer are read, too
 ) -> list[Row]:
     "Conversations: `messages`, and `tools` where there are any. Raises `ValueError` for bad rows, a missing split, or too few rows."
     place, part = Path(path).expanduser(), None if split == "all" else split
-    rows = read_file(path, part, plain) if place.is_file() else _rows(source_records(path, part, cache_dir), path, plain)
+    rows = read_file(path, part, plain, asks) if place.is_file() else _rows(source_records(path, part, cache_dir), path, plain, asks)
     if n is None:
         return rows
     if not 0 < n <= len(rows):
@@ -446,6 +448,26 @@ def encode_rows(
     told_keys(tokenizer, rows)
     return [row if source is None else row | {"source": source} for row, _ in encoded]
 
+# %% ../nbs/02_chat.ipynb #b6fd1ca8
+def encode_questions(
+    tokenizer,  # with a chat template
+    rows: list[Row],  # conversations; an answer at the end is left out
+    source: int | None = None,  # component that they belong to; None: of no component
+    max_length: int | None = None,  # tokens of a question and one of its answer
+) -> list[dict]:  # input_ids, labels that are all -100 and, where there is one, source
+    "What is asked, up to where the answer begins. Raises `ValueError` that names file and line, or the row's number, from 1, for what is too long or asks nothing."
+    encoded = []
+    for number, row in enumerate(rows, 1):
+        try:
+            ids = template_ids(tokenizer, question_of(row), add_generation_prompt=True)
+            if max_length and len(ids) >= max_length:
+                raise ValueError(f"what is asked has {len(ids)} tokens, which leaves no room for an answer in max_length={max_length}. Shorten it, or remove the row.")
+        except ValueError as error:
+            raise ValueError(f"{place_of(row, f'row {number}')}: {error}") from error
+        encoded.append({"input_ids": ids, "labels": [-100] * len(ids)} | ({} if source is None else {"source": source}))
+    told_keys(tokenizer, rows)
+    return encoded
+
 # %% ../nbs/02_chat.ipynb #0ab8892e
 def build_dataset(
     dataset_configs: dict[str, int | None],  # path or hub name -> number of samples, None for all
@@ -454,6 +476,7 @@ def build_dataset(
     max_length: int | None = None,  # tokens
     seed: int = 0,  # of the samples
     source_keys: list[int] | None = None,  # source of each dataset; None for its position
+    asks: bool = False,  # read what is asked, with or without an answer: no label is scored
 ) -> Dataset:  # columns input_ids, labels, source
     "Encoded rows of all datasets. Raises `ValueError` that names file and line."
     sources = list(range(len(dataset_configs))) if source_keys is None else list(source_keys)
@@ -463,7 +486,8 @@ def build_dataset(
         )
     encoded = []
     for source, (path, n) in zip(sources, dataset_configs.items()):
-        encoded += encode_rows(tokenizer, load_task(path, split, n, seed), source, max_length)
+        rows, encode = load_task(path, split, n, seed, asks=asks), encode_questions if asks else encode_rows
+        encoded += encode(tokenizer, rows, source, max_length)
     return Dataset.from_list(encoded)
 
 # %% ../nbs/02_chat.ipynb #b78ecc3a

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'TEXT_PARTS', 'ROLES', 'SAID', 'EMPTY', 'CHATS', 'QUESTIONS', 'ANSWERS', 'BELOW', 'SYSTEMS', 'TOOLS',
-           'UNREAD', 'MEANINGS', 'check_row', 'chat_row', 'last_assistant', 'prompt_of', 'prompt_row', 'answer_of',
-           'as_text', 'part_text', 'as_json', 'parsed', 'as_call', 'as_list', 'first_of', 'role_of', 'check_learned',
-           'calls_of', 'as_message', 'filled', 'is_conversation', 'turns_of', 'answered', 'past_turns', 'preferred',
-           'chat_of', 'texts_of', 'repeats', 'refuse_rest', 'tools_of', 'with_system', 'as_conversation',
+           'UNREAD', 'MEANINGS', 'check_row', 'chat_row', 'last_assistant', 'prompt_of', 'question_of', 'prompt_row',
+           'answer_of', 'as_text', 'part_text', 'as_json', 'parsed', 'as_call', 'as_list', 'first_of', 'role_of',
+           'check_learned', 'calls_of', 'as_message', 'filled', 'is_conversation', 'turns_of', 'answered', 'past_turns',
+           'preferred', 'chat_of', 'texts_of', 'repeats', 'refuse_rest', 'tools_of', 'with_system', 'as_conversation',
            'conversations_of', 'name_unread', 'text_row', 'texts_of_records', 'rows_of']
 
 # %% ../nbs/01_conversations.ipynb #27280bbc
@@ -41,6 +41,14 @@ def last_assistant(row: dict) -> int:
 def prompt_of(row: dict) -> list[dict]:
     "The messages before the last assistant turn: what a model is asked."
     return row["messages"][: last_assistant(row)]
+
+
+def question_of(row: dict) -> dict:
+    "The conversation up to the question that waits for an answer: without its last turn, where that is the assistant's. Raises `ValueError` where nothing is asked."
+    messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
+    if not messages:
+        raise ValueError("the conversation begins with the answer, so that nothing is asked. Put a question before it, or leave the row out.")
+    return {**row, "messages": messages}
 
 
 def prompt_row(row: dict) -> dict:
@@ -220,20 +228,23 @@ def turns_of(value, role: str, name: str, where: str) -> list[dict]:  # role: of
     return [as_message({"role": role, "content": value}, where)]
 
 # %% ../nbs/01_conversations.ipynb #40c5dd15
-def answered(values: dict, where: str) -> tuple[list[dict], list[str]]:  # messages, columns they are from
-    "A question and its answer. Raises `ValueError` if the record has neither messages nor both."
+def answered(values: dict, where: str, asks: bool = False) -> tuple[list[dict], list[str]]:  # messages, columns they are from
+    "A question and its answer, or where a record may ask only, its question. Raises `ValueError` if the record has neither messages nor these."
     asked = next((name for name in (*QUESTIONS, "input") if name in values), None)
     answer = next((name for name in ANSWERS if name in values), None)
-    if asked is None or answer is None:
+    if asked is None or answer is None and not asks:
+        hint = " Or let mask-merge have prompts answered: answers='components'." if asked not in (None, "text") else ""
         raise ValueError(
             f"{where}: expected an object with a list 'messages' (or 'conversations', 'chosen'), or one of {', '.join(QUESTIONS)} and one of "
-            f"{', '.join(ANSWERS)}, that are not empty, got keys {sorted(values)}. Rename the columns, or remove the row."
+            f"{', '.join(ANSWERS)}, that are not empty, got keys {sorted(values)}. Rename the columns, or remove the row.{hint}"
             f"{' Plain text, in which nobody is asked, is for lora, layer-merge and the router.' if asked == 'text' else ''}"
         )
     below = [name for name in BELOW if name in values and name != asked] if isinstance(values[asked], str) else []
     question = "\n\n".join(as_text(values[name], f"{where}, column {name!r}") for name in (asked, *below)) if below else values[asked]
-    said = [*past_turns(values.get("history", []), where), *turns_of(question, "user", asked, where), *turns_of(values[answer], "assistant", answer, where)]
-    return said, [asked, answer, *below, "history"]
+    said = [*past_turns(values.get("history", []), where), *turns_of(question, "user", asked, where)]
+    if answer is not None:
+        said += turns_of(values[answer], "assistant", answer, where)
+    return said, [asked, answer or ANSWERS[0], *below, "history"]
 
 
 def past_turns(history: list | str | None, where: str) -> list[dict]:
@@ -254,13 +265,13 @@ def preferred(values: dict, where: str) -> tuple[list[dict], list[str]]:  # mess
     return prompt + chosen, ["chosen", *([asked] if asked else [])]
 
 
-def chat_of(values: dict, where: str) -> tuple[list[dict], list[str]]:  # messages, columns they are from
+def chat_of(values: dict, where: str, asks: bool = False) -> tuple[list[dict], list[str]]:  # messages, columns they are from
     "The conversation of a record, by the first layout that it has. Raises `ValueError` for an empty list."
     name = next((name for name in CHATS if name in values), None)
     if name:
         turns = as_list(values[name], name, where)
         return [as_message(turn, where) for turn in turns], [name]
-    return preferred(values, where) if "chosen" in values else answered(values, where)
+    return preferred(values, where) if "chosen" in values else answered(values, where, asks)
 
 # %% ../nbs/01_conversations.ipynb #f70dae45
 def texts_of(value: object) -> list[str]:
@@ -325,17 +336,18 @@ def _is_plain(record: dict) -> bool:
 def as_conversation(
     record: dict,  # of a file or of a dataset
     where: str,  # "file:line", or dataset and row, for messages
+    asks: bool = False,  # whether a question without an answer will do
 ) -> Row:  # messages; tools if there are any
-    "A record of any layout as a conversation with an answer. Raises `ValueError` that begins with `where`."
+    "A record of any layout as a conversation, with an answer unless it may ask only. Raises `ValueError` that begins with `where`."
     if not isinstance(record, dict):
         raise ValueError(f"{where}: expected an object with a list 'messages', got {type(record).__name__}.")
     if _is_plain(record):
         return placed({"messages": [dict(turn) for turn in record["messages"]]}, where)
     values = filled(record, where)
-    messages, used = chat_of(values, where)
-    if not any(message["role"] == "assistant" for message in messages):
+    messages, used = chat_of(values, where, asks)
+    if not asks and not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"{where}: no assistant turn (roles: {roles}), so there is nothing to learn from. Add an answer, or remove the line.")
+        raise ValueError(f"{where}: no assistant turn (roles: {roles}), so there is nothing to learn from. Add an answer, remove the line, or let mask-merge have prompts answered (answers='components').")
     messages, tools = with_system(values, messages, where), tools_of(values, where)
     used += [next((name for name in names if name in values), names[0]) for names in (SYSTEMS, TOOLS)]
     refuse_rest(values, used, messages, where)
@@ -348,9 +360,10 @@ check_row = as_conversation  # an older name
 def conversations_of(
     records: Iterable[Row],
     source: str,  # what they are from, for the log
+    asks: bool = False,  # as in `as_conversation`
 ) -> list[Row]:
     "Conversations of all records; columns that are not read are logged. Raises `ValueError` as `as_conversation` does."
-    rows = [as_conversation(record, record.where) for record in records]
+    rows = [as_conversation(record, record.where, asks) for record in records]
     name_unread({str(name) for record in records for name in record if str(name).strip().lower() not in MEANINGS}, source)
     return rows
 

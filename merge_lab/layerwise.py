@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .architecture import decoder_layers, decoder_of
+from .architecture import decoder_layers, decoder_of, states_of
 from .chat import length_batches
 from .config import read_json
 from .held_out import Best, HeldOut, source_means
@@ -33,7 +33,7 @@ from .merger import held_paths, Merger
 from .objective import Objective
 from .run_folder import check_disk_space, kept_rows, resume_command, save_tensors, stopped, write_json, write_rows
 from .student import Student
-from .token_losses import work_dtype
+from .token_losses import state_gaps
 from .training import attach_watchers, HELD_OUT_FILE, last_checkpoint, MergerTrainer, objective_of, train_from, training_arguments
 
 logger = logging.getLogger(__name__)
@@ -60,11 +60,6 @@ def handing_on(
             del layer.forward
 
 # %% ../nbs/39_layerwise.ipynb #d2e749a1
-def _states(output) -> Tensor:
-    "Hidden states of what a layer gives back."
-    return output[0] if isinstance(output, tuple) else output
-
-
 class SingleLayers:
     "The decoder layers of a model, each to be run by itself. Raises `ValueError` for a decoder that does more between its layers than hand on hidden states."
 
@@ -105,7 +100,7 @@ def run(
 ) -> Tensor:  # (batch, length, d)
     "One layer."
     args, options = rest[number]
-    return _states(self.layers[number](states, *args, **options))
+    return states_of(self.layers[number](states, *args, **options))
 
 
 @patch_to(SingleLayers)
@@ -130,7 +125,7 @@ def check_single_layers(
 ):
     "Raise `ValueError` if layers that run one after the other are not the model, for example since some share keys and values."
     found = []
-    hook = layers.layers[-1].register_forward_hook(lambda module, args, output: found.append(_states(output)))
+    hook = layers.layers[-1].register_forward_hook(lambda module, args, output: found.append(states_of(output)))
     try:
         layers.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
@@ -273,9 +268,7 @@ class StreamObjective(Objective):
 
     def __call__(self, merger, input_ids, attention_mask, source, student, target, **_) -> dict:
         taken = attention_mask.bool()
-        states = merger.through(student, input_ids, attention_mask)
-        gap, whole = (each[taken].to(work_dtype(each.dtype)).square().sum(-1) for each in (states - target, target))
-        apart = gap / whole.clamp(min=1e-12)
+        apart = state_gaps(merger.through(student, input_ids, attention_mask)[taken], target[taken])
         of = source[:, None].expand_as(taken)[taken]
         results, total = {}, 0.0
         for i in range(merger.n_components):

@@ -64,6 +64,9 @@ class TrainConfig(LoopConfig):
 
     loss_func_name: str = option("kl", "What the masks are trained towards", choices=L.LOSSES, group="Objective", aliases=("loss",))
     temperature: float = option(1.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
+    hidden_layers: list[int] | None = option(
+        None, "Decoder layers (from 0) whose states the losses hidden and hidden_cosine compare; none given: what comes out of the last", group="Objective"
+    )
     mask_decay: float = option(
         0.0, "Weight of the mean squared distance of the masks to their start", low=0, high=10, group="Objective"
     )

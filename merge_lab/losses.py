@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'LOSSES', 'PENALTIES', 'choose_chunk_size', 'chunked_linear_loss', 'linear_kl_loss', 'linear_mse_loss',
            'linear_mixture_kl_loss', 'linear_entropy_loss', 'linear_ce_loss', 'linear_topk_kl_loss',
-           'linear_topk_mse_loss', 'Loss', 'loss_of_rows', 'similarity_penalty', 'l1_penalty', 'l2_penalty',
-           'overlap_penalty', 'angle_weighted_overlap', 'task_vector_angles', 'mask_decay', 'mean_over_modules',
-           'Penalty']
+           'linear_topk_mse_loss', 'Loss', 'loss_of_rows', 'loss_of_states', 'similarity_penalty', 'l1_penalty',
+           'l2_penalty', 'overlap_penalty', 'angle_weighted_overlap', 'task_vector_angles', 'mask_decay',
+           'mean_over_modules', 'Penalty']
 
 # %% ../nbs/11_losses.ipynb #caaf3906
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from .architecture import logits_head
 from .config import check_choice
 from merge_lab.token_losses import (  # noqa: F401
-    ce_loss, ce_rows, check_labels, check_same_shape, check_temperature, entropy_loss, entropy_rows, kl_loss, kl_rows, logits_loss,
-    mixture_kl_loss, mixture_rows, mixture_targets, mse_loss, mse_rows, reduce_tokens, refuse_second_derivative,
-    scaled_gradient, scored_index, shift_labels, token_losses, topk_constants, topk_kl_loss, topk_rows, topk_teacher, work_dtype,
+    ce_loss, ce_rows, check_labels, check_same_shape, check_temperature, entropy_loss, entropy_rows, jsd_rows, kl_loss, kl_rows, logits_loss,
+    mixture_kl_loss, mixture_rows, mixture_targets, mse_loss, mse_rows, reduce_tokens, refuse_second_derivative, reverse_kl_rows,
+    scaled_gradient, scored_index, shift_labels, state_angles, state_gaps, token_losses, topk_constants, topk_kl_loss, topk_rows, topk_teacher, work_dtype,
 )
 
 # %% ../nbs/11_losses.ipynb #f65600bd
@@ -137,6 +137,10 @@ def _parts(index: Tensor | None, n_tokens: int, chunk_size: int) -> list[slice] 
     return index.split(chunk_size) if len(index) else ()
 
 # %% ../nbs/11_losses.ipynb #7263ba79
+def _weighted(token_loss: Callable, weights: Tensor) -> Callable:  # weights: (tokens,), of all tokens
+    return lambda logits, part: token_loss(logits, part) * weights[part]
+
+
 def chunked_linear_loss(
     hidden: Tensor,  # (..., d) hidden states after the final norm
     weight: Tensor | Callable,  # (vocab, d), or a head: hidden (tokens, d) -> logits (tokens, vocab)
@@ -150,12 +154,14 @@ def chunked_linear_loss(
     chunk_size: int | None = None,  # tokens; None: `choose_chunk_size`
     n_teachers: int = 0,  # whose logits `token_loss` makes, for the choice of the chunk
     num_items: int | Tensor | None = None,  # denominator; None: the scored tokens
+    weights: Tensor | None = None,  # (...) factors on the tokens' losses
     return_token_losses: bool = False,  # also give the (...) losses, without gradient, zero where ignored
 ) -> Tensor | tuple[Tensor, Tensor]:  # mean over the scored tokens
     "Mean loss of head(hidden), never holding the logits of more than a chunk. It cannot be differentiated twice."
     shape, flat = hidden.shape[:-1], hidden.flatten(0, -2)
     index = scored_index(mask, shape)
     head = logits_head(weight, bias, softcap, logit_scale)
+    token_loss = token_loss if weights is None else _weighted(token_loss, weights.flatten())
     n_scored = len(flat) if index is None else len(index)
     if chunk_size is None:
         chunk_size = choose_chunk_size(
@@ -367,7 +373,7 @@ TEACHERS = {
 
 @dataclass(frozen=True)
 class Loss:
-    "What a merger can be trained towards: a row of `LOSSES`. Raises `ValueError` for teachers that there are not, or whose top-k nobody has."
+    "What a merger can be trained towards: a row of `LOSSES`. Raises `ValueError` for teachers that there are not, whose top-k nobody has, or whose states are not compared."
 
     plain: Callable  # (logits, then the teacher's logits, a list of all, labels or nothing, **options): as `kl_loss` and its like
     chunked: Callable  # the same of hidden states and head: as `linear_kl_loss`, `linear_mixture_kl_loss`, `linear_ce_loss`, `linear_entropy_loss`
@@ -375,10 +381,14 @@ class Loss:
     teachers: str = "own"  # a key of TEACHERS
     unit: str = "nats per scored token"
     tempered: bool = False  # whether both forms take a temperature
+    reads: str = "logits"  # or "states": both forms take hidden states (tokens, layers, d) of student and teacher, and no head
     topk: Callable | None = None  # (hidden, head, *stored, temperature, **options), stored as by `teacher_topk`; None: asks the whole teacher
 
     def __post_init__(self):
         check_choice("teachers", self.teachers, TEACHERS, "Use 'own' for a distance to each sample's own component.")
+        check_choice("reads", self.reads, ("logits", "states"), "Leave it out for a distance of predictions.")
+        if self.reads == "states" and self.teachers != "own":
+            raise ValueError(f"reads='states' with teachers={self.teachers!r}: expected teachers='own', the component whose states are compared.")
         if self.topk and self.teachers != "own":
             raise ValueError(f"topk with teachers={self.teachers!r}: expected teachers='own', the only ones that are stored. Leave topk out.")
 
@@ -413,6 +423,20 @@ def loss_of_rows(
 
     return Loss(plain, chunked, caption, **facts)
 
+# %% ../nbs/11_losses.ipynb #bcb4dd33
+def loss_of_states(
+    gaps: Callable,  # (states, teacher's), both (..., d) -> (...) distances
+    caption: str,  # one line, for panels and reports
+    unit: str,
+) -> Loss:
+    "A distance to the hidden states of a sample's own component."
+
+    def mean_gap(states, teacher, mask=None, *, num_items=None, weights=None):
+        apart = gaps(states, teacher).mean(-1) * (1 if weights is None else weights)
+        return reduce_tokens(apart if mask is None else apart[mask], num_items=num_items)
+
+    return Loss(mean_gap, mean_gap, caption, unit=unit, reads="states")
+
 # %% ../nbs/11_losses.ipynb #1a26643a
 def _kl_of_topk(hidden, head, log_probs, indices, tail, normaliser, temperature, **options):
     return linear_topk_kl_loss(hidden, head, log_probs, indices, tail, temperature=temperature, **options)
@@ -434,6 +458,10 @@ LOSSES: dict[str, Loss] = {
         mse_loss, linear_mse_loss, "mean squared error to the logits of each sample's own component",
         unit="squared logits per scored token", topk=_mse_of_topk,
     ),
+    "reverse_kl": loss_of_rows(reverse_kl_rows, "KL divergence from the merged model to each sample's own component", tempered=True),
+    "jsd": loss_of_rows(jsd_rows, "Jensen-Shannon divergence to each sample's own component", tempered=True),
+    "hidden": loss_of_states(state_gaps, "distance to the hidden states of each sample's own component", "relative squared distance per scored token"),
+    "hidden_cosine": loss_of_states(state_angles, "one minus the cosine to the hidden states of each sample's own component", "one minus cosine per scored token"),
 }
 
 # %% ../nbs/11_losses.ipynb #54714f2b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MASKS_FILE', 'CONFIG_FILE', 'module_kind', 'wrap', 'Merger', 'checkpoint_activations', 'read_merger_config',
-           'model_card']
+           'model_card', 'kept_states']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .architecture import decoder_of, forget_states, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout
+from .architecture import decoder_layers, decoder_of, forget_states, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout, states_of
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow, read_json
@@ -576,15 +576,44 @@ def save_merged(
             prove_whole(place)
     vars(self).pop("_stored", None)
 
+# %% ../nbs/20_merger.ipynb #a2f94c7e
+@contextmanager
+def kept_states(
+    model: nn.Module,  # transformers causal language model, wrapped or plain
+    layers: Sequence[int],  # decoder layers, from 0
+) -> Iterator[dict[int, Tensor]]:  # layer -> what it gave, (batch, length, d)
+    "Context in which the hidden states that some decoder layers give are kept. Raises `ValueError` for a layer that is not there."
+    kept, handles, there = {}, [], decoder_layers(model) if layers else ()
+    for layer in layers:
+        if not 0 <= layer < len(there):
+            raise ValueError(f"hidden layer {layer}: expected 0 to {len(there) - 1}, one of the decoder layers.")
+    try:
+        for layer in layers:
+            handles.append(there[layer].register_forward_hook(lambda _, args, output, layer=layer: kept.__setitem__(layer, states_of(output))))
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @patch_to(Merger)
-def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs) -> Tensor:  # (batch, length, d)
-    "The last hidden state, after the final norm; rows of unequal length share lines where the model can (`merge_lab.packing`)."
+def hidden(
+    self,
+    input_ids: Tensor,  # (batch, length)
+    attention_mask: Tensor | None = None,  # (batch, length)
+    layers: Sequence[int] = (),  # decoder layers, from 0, whose states are wanted, too
+    **inputs,  # of the decoder
+) -> Tensor:  # (batch, length, d); with layers (batch, length, (1 + layers) * d), the last hidden state first
+    "The last hidden state, after the final norm; rows of unequal length share lines where the model can (`merge_lab.packing`). Raises `ValueError` for a layer that is not there."
     decoder, d = decoder_of(self.model), self.config.get_text_config().hidden_size
     packed = None if inputs else lines_of(self, decoder, input_ids, attention_mask, d)
-    if packed is not None:
-        return packed.through(decoder).last_hidden_state
-    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
+    with kept_states(self.model, layers) as kept:
+        if packed is not None:
+            last = packed.through(decoder).last_hidden_state
+        else:
+            last = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
+    behind = [kept[layer] if packed is None else packed.unpack(kept[layer]) for layer in layers]
+    return torch.cat([last, *behind], -1) if behind else last
 
 
 patch_to(Merger)(logit_options)

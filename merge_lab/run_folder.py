@@ -496,7 +496,7 @@ def seal(
     checkpoint: str | Path,  # that nothing will be written into any more
 ):
     "Write down what each file of a checkpoint holds, but for its card and what other processes, which may still be at work, write."
-    files = [path for path in sorted(Path(checkpoint).iterdir()) if path.is_file() and not re.match(r"manifest\.json|README\.md|rng_state_", path.name)]
+    files = [path for path in sorted(Path(checkpoint).iterdir()) if path.is_file() and not re.match(r"manifest\.json|README\.md|rng_state_|rollouts_[1-9]", path.name)]
     write_json(Path(checkpoint) / MANIFEST, {path.name: [path.stat().st_size, sha256_of(path)] for path in files})
 
 # %% ../nbs/01_run_folder.ipynb #a6485c74

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['shift_labels', 'reduce_tokens', 'scored_index', 'work_dtype', 'scaled_gradient', 'refuse_second_derivative',
            'token_losses', 'logits_loss', 'check_same_shape', 'check_temperature', 'kl_rows', 'kl_loss',
-           'mixture_targets', 'mixture_rows', 'mixture_kl_loss', 'entropy_rows', 'entropy_loss', 'ce_rows',
-           'check_labels', 'ce_loss', 'mse_rows', 'mse_loss', 'topk_teacher', 'topk_rows', 'topk_constants',
-           'topk_kl_loss']
+           'reverse_kl_rows', 'jsd_rows', 'mixture_targets', 'mixture_rows', 'mixture_kl_loss', 'entropy_rows',
+           'entropy_loss', 'ce_rows', 'check_labels', 'ce_loss', 'mse_rows', 'mse_loss', 'state_gaps', 'state_angles',
+           'topk_teacher', 'topk_rows', 'topk_constants', 'topk_kl_loss']
 
 # %% ../nbs/09_token_losses.ipynb #03928046
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -154,11 +155,11 @@ def logits_loss(
     return losses.reshape(shape)
 
 # %% ../nbs/09_token_losses.ipynb #c9932d98
-def check_same_shape(student_logits: Tensor, teacher_logits: Tensor):
-    "Raise `ValueError` unless both have the same tokens and vocabulary."
+def check_same_shape(student_logits: Tensor, teacher_logits: Tensor, what: str = "logits"):
+    "Raise `ValueError` unless both have the same tokens and vocabulary, or features."
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
-            f"teacher logits have shape {tuple(teacher_logits.shape)}: expected {tuple(student_logits.shape)}, "
+            f"teacher {what} have shape {tuple(teacher_logits.shape)}: expected {tuple(student_logits.shape)}, "
             "that of the student. Nothing is cut to fit: bring both to one vocabulary first."
         )
 
@@ -207,6 +208,31 @@ def kl_loss(
     return logits_loss(
         student_logits, partial(kl_rows, temperature=temperature), [teacher_logits], mask, reduction, num_items
     )
+
+# %% ../nbs/09_token_losses.ipynb #f71b4f0d
+def _of_student(loss: Tensor, log_q: Tensor, g: Tensor, temperature: float):
+    "Scaled losses of rows, and the function that gives their gradient q (g - mean of g under q)."
+    def gradient():
+        q = log_q.exp()
+        return q.mul_(g - (q * g).sum(-1, keepdim=True)).mul_(temperature)
+
+    return loss * temperature**2, gradient
+
+
+def reverse_kl_rows(z: Tensor, teacher: Tensor, temperature: float):
+    "KL of the softmax of the teacher's logits to each row, which the row's own probabilities weigh."
+    log_q, log_p = _log_softmax(z, temperature), _log_softmax(teacher.to(z.dtype), temperature)
+    g = (log_q - log_p).masked_fill_(log_q == -torch.inf, 0)
+    return _of_student((log_q.exp() * g).sum(-1), log_q, g, temperature)
+
+
+def jsd_rows(z: Tensor, teacher: Tensor, temperature: float, beta: float = 0.5):
+    "Generalised Jensen-Shannon divergence of each row and the softmax of the teacher's logits; beta: the teacher's part of the mixture, above 0 and below 1."
+    log_q, log_p = _log_softmax(z, temperature), _log_softmax(teacher.to(z.dtype), temperature)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    g = (log_q - log_m).masked_fill_(log_q == -torch.inf, 0)
+    from_teacher = (log_p.exp() * (log_p - log_m).masked_fill_(log_p == -torch.inf, 0)).sum(-1)
+    return _of_student(beta * from_teacher + (1 - beta) * (log_q.exp() * g).sum(-1), log_q, (1 - beta) * g, temperature)
 
 # %% ../nbs/09_token_losses.ipynb #54604946
 def mixture_targets(
@@ -316,6 +342,27 @@ def mse_loss(
     "Mean squared error of logits over the vocabulary and the scored tokens."
     check_same_shape(student_logits, teacher_logits)
     return logits_loss(student_logits, mse_rows, [teacher_logits], mask, reduction, num_items)
+
+# %% ../nbs/09_token_losses.ipynb #aa628775
+def state_gaps(
+    states: Tensor,  # (..., d) of the student
+    teacher: Tensor,  # the same shape
+) -> Tensor:  # (...) >= 0
+    "Squared distance of hidden states over the squared length of the teacher's. Raises `ValueError` for unequal shapes."
+    check_same_shape(states, teacher, "hidden states")
+    dtype = work_dtype(states.dtype)
+    gap, whole = ((each.to(dtype)).square().sum(-1) for each in (states - teacher, teacher))
+    return gap / whole.clamp(min=1e-12)
+
+
+def state_angles(
+    states: Tensor,  # (..., d) of the student
+    teacher: Tensor,  # the same shape
+) -> Tensor:  # (...) 0 to 2
+    "One minus the cosine of hidden states. Raises `ValueError` for unequal shapes."
+    check_same_shape(states, teacher, "hidden states")
+    dtype = work_dtype(states.dtype)
+    return 1 - torch.cosine_similarity(states.to(dtype), teacher.to(dtype), dim=-1)
 
 # %% ../nbs/09_token_losses.ipynb #58cde179
 def topk_teacher(

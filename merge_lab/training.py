@@ -93,7 +93,7 @@ def default_rate(
 def objective_of(config: TrainConfig) -> Objective:
     "The objective that a config describes."
     penalties = {"mask_decay": config.mask_decay} if config.mask_decay else {}
-    return Objective({config.loss_func_name: 1.0}, config.temperature, penalties, config.logit_chunk)
+    return Objective({config.loss_func_name: 1.0}, config.temperature, penalties, config.logit_chunk, hidden_layers=config.hidden_layers)
 
 
 def _check_optimizer(name: str):
@@ -634,7 +634,8 @@ class ProgressBar(TrainerCallback):
         shown = {names.get(i, f"source {i}"): f"{value:.3f}" for i, value in sources.items()}
         best = self.history.trainer.keeper.best
         held = {"held_out": f"{best.looks[-1]['loss']:.3f}"} if best.looks else {}
-        self.bar.set_postfix(loss=f"{row['loss']:.3f}", **shown, **held, refresh=False)
+        wrote = {"wrote": f"{row['rollout_tokens']:.0f} tokens, {row['rollout_nats']:.2f} nats each"} if row.get("rollout_tokens") else {}
+        self.bar.set_postfix(loss=f"{row['loss']:.3f}", **shown, **held, **wrote, refresh=False)
         self.bar.update(state.global_step - self.bar.n)
 
     def close(self):

@@ -215,11 +215,11 @@ def test_views_of_the_registry_follow_it(softplus):
         lora_merge.LoRAMergeConfig(constrain_mode=softplus)
 
 
-def test_registries_are_asked_when_an_option_is_checked(softplus, reverse_kl, monkeypatch):
+def test_registries_are_asked_when_an_option_is_checked(softplus, hellinger, monkeypatch):
     "Also by options with names or captions of their own."
     assert DAMConfig(non_linearity=softplus).non_linearity == softplus and NON_LINEARITIES[softplus] == softplus
-    assert LayerMergeConfig(loss_func_name=reverse_kl).loss_func_name == reverse_kl
-    assert ALPHA_LOSSES[reverse_kl] is LOSSES[reverse_kl]
+    assert LayerMergeConfig(loss_func_name=hellinger).loss_func_name == hellinger
+    assert ALPHA_LOSSES[hellinger] is LOSSES[hellinger]
     monkeypatch.setitem(GATES, "hardmax", lambda logits: logits)
     assert RouterConfig(gate="hardmax").gate == "hardmax"
     monkeypatch.setitem(POLICIES, "first", "the first component's tokens")
@@ -307,40 +307,40 @@ def test_recipe_of_a_constraint_with_an_anchor_measures_adapters_from_their_base
 
 
 @pytest.fixture
-def reverse_kl():
-    assert "reverse_kl" not in LOSSES
+def hellinger():
+    assert "hellinger" not in LOSSES
     with as_they_were(LOSSES):
         execute(recipe("A loss")[0], {})
-        yield "reverse_kl"
-    for asked in (lambda: Objective({"reverse_kl": 1.0}), lambda: demo_config(loss_func_name="reverse_kl")):
-        with pytest.raises(ValueError, match="loss_func_name='reverse_kl'"):
+        yield "hellinger"
+    for asked in (lambda: Objective({"hellinger": 1.0}), lambda: demo_config(loss_func_name="hellinger")):
+        with pytest.raises(ValueError, match="loss_func_name='hellinger'"):
             asked()
-    assert "reverse_kl" not in ConfigPanel(MaskMergeConfig, checks={}).controls["loss_func_name"].choices
+    assert "hellinger" not in ConfigPanel(MaskMergeConfig, checks={}).controls["loss_func_name"].choices
 
 
-def test_recipe_of_a_loss_can_be_chosen_everywhere(reverse_kl):
-    words = ["--model_paths", "a", "b", "--dataset_configs", "{a.jsonl: null, b.jsonl: null}", "--loss_func_name", reverse_kl]
-    assert parse("mask-merge", words).loss_func_name == reverse_kl
+def test_recipe_of_a_loss_can_be_chosen_everywhere(hellinger):
+    words = ["--model_paths", "a", "b", "--dataset_configs", "{a.jsonl: null, b.jsonl: null}", "--loss_func_name", hellinger]
+    assert parse("mask-merge", words).loss_func_name == hellinger
     panel = ConfigPanel(MaskMergeConfig, checks={})
-    assert reverse_kl in panel.controls["loss_func_name"].choices
-    panel.set("loss_func_name", reverse_kl)
+    assert hellinger in panel.controls["loss_func_name"].choices
+    panel.set("loss_func_name", hellinger)
     assert "loss_func_name" not in panel.errors
-    assert adjustable("losses")[reverse_kl] == LOSSES[reverse_kl].caption
-    assert new_weights("losses", {"kl": 1.0}, {reverse_kl: 0.5}) == {"kl": 1.0, reverse_kl: 0.5}
+    assert adjustable("losses")[hellinger] == LOSSES[hellinger].caption
+    assert new_weights("losses", {"kl": 1.0}, {hellinger: 0.5}) == {"kl": 1.0, hellinger: 0.5}
 
 
 @pytest.mark.parametrize("others", [{}, {"kl": 0.5, "kl_mixture": 0.5, "ce": 0.5}])
 @pytest.mark.parametrize("k", [None, 5])
-def test_recipe_of_a_loss_is_the_formula_in_value_and_gradient(reverse_kl, others, k):
+def test_recipe_of_a_loss_is_the_formula_in_value_and_gradient(hellinger, others, k):
     "Also beside losses that see only the teachers' top-k, or all components."
     merger = Merger(tiny_experts(n=2), MergerConfig())
     merger.init_masks({"strategy": "uniform", "factors": [0.3, 0.7]})
     batch = dict(input_ids=IDS, labels=IDS, source=torch.tensor([0, 1]))
 
     def value_and_gradients(fused):
-        objective = Objective({reverse_kl: 1.0, **others}, fused=fused, k=k, chunk_size=3)
+        objective = Objective({hellinger: 1.0, **others}, fused=fused, k=k, chunk_size=3)
         found = merger(**batch, objective=objective)
-        return found[reverse_kl], torch.autograd.grad(found["loss"], [p for p in merger.parameters() if p.requires_grad])
+        return found[hellinger], torch.autograd.grad(found["loss"], [p for p in merger.parameters() if p.requires_grad])
 
     value, gradients = value_and_gradients(True)
     plain, plain_gradients = value_and_gradients(False)
@@ -349,7 +349,7 @@ def test_recipe_of_a_loss_is_the_formula_in_value_and_gradient(reverse_kl, other
     log_q = merger.model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
     with torch.no_grad():
         log_p = torch.stack([merger.component_forward(i, input_ids=IDS[i : i + 1]).logits[0, :-1] for i in (0, 1)]).log_softmax(-1)
-    wanted = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    wanted = 1 - ((log_q + log_p) / 2).exp().sum(-1).mean()
     assert_close(value, wanted.detach())
     if not others:
         assert_close(gradients, torch.autograd.grad(wanted, [p for p in merger.parameters() if p.requires_grad]), atol=1e-6, rtol=1e-4)
@@ -362,19 +362,19 @@ class Interrupt(TrainerCallback):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_recipe_of_a_loss_is_trained_resumed_and_told_of(reverse_kl, tmp_path):
+def test_recipe_of_a_loss_is_trained_resumed_and_told_of(hellinger, tmp_path):
     tasks = {str(bundled_path(f"tasks/{task}")): 16 for task in ("rewrite", "summarize")}
     config = demo_config(
-        output_dir=str(tmp_path / "run"), dataset_configs=tasks, base_model=None, loss_func_name=reverse_kl, max_steps=2, eval_samples=2,
+        output_dir=str(tmp_path / "run"), dataset_configs=tasks, base_model=None, loss_func_name=hellinger, max_steps=2, eval_samples=2,
         per_device_train_batch_size=4, save_steps=0, save_merged=False, held_out_rows=4,
     )
     with pytest.raises(RunInterrupted, match="stopped after step 1 of 2"):
         run(config, callbacks=(Interrupt(),), progress=False)
     again = config_from_yaml(MaskMergeConfig, tmp_path / "run" / "config.yaml")
-    assert again.loss_func_name == reverse_kl
+    assert again.loss_func_name == hellinger
     result = run(dataclasses.replace(again, resume=True), progress=False)
-    assert result.history.step.tolist() == [1, 2] and (result.history[reverse_kl] > 0).all()
-    caption = LOSSES[reverse_kl].caption
+    assert result.history.step.tolist() == [1, 2] and (result.history[hellinger] > 0).all()
+    caption = LOSSES[hellinger].caption
     assert caption[1:] in html.unescape((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
 
 

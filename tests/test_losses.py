@@ -1,6 +1,7 @@
 "Losses: fused against plain in value and every gradient, memory, and the rules on averages and top-k."
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -61,6 +62,15 @@ def pair(name, case, weight, logits_of, **options):
     if name == "mse":
         plain = (z - u[0])[mask].square().mean()
         return L.linear_mse_loss(hidden, *first, **options), plain
+    if name in ("reverse_kl", "jsd"):
+        fused = L.LOSSES[name].chunked(hidden, *first, temperature=tau, **options)
+        log_m = log_p[0]
+        if name == "jsd":
+            log_m = torch.logaddexp(log_q, log_p[0]) - math.log(2)
+        of_student = tau**2 * (log_q.exp() * (log_q - log_m)).sum(-1)
+        of_teacher = tau**2 * (log_p[0].exp() * (log_p[0] - log_m)).sum(-1)
+        plain = of_student if name == "reverse_kl" else (of_student + of_teacher) / 2
+        return fused, plain.mean()
     if name == "kl_mixture":
         entropies = torch.stack([-(p.exp() * p).sum(-1) for p in log_p])
         share = (-entropies).exp() / (-entropies).exp().sum(0)
@@ -97,14 +107,36 @@ def plain_head(logits, softcap=None, logit_scale=1.0):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-NAMES = [*L.LOSSES, "topk", "topk_mse"]
+OF_LOGITS = [name for name, row in L.LOSSES.items() if row.reads == "logits"]
+NAMES = [*OF_LOGITS, "topk", "topk_mse"]
 
 
 def test_the_matrix_covers_the_registry():
-    assert set(L.LOSSES) == {"kl", "kl_mixture", "entropy", "ce", "mse"}
+    of_logits = {"kl", "kl_mixture", "entropy", "ce", "mse", "reverse_kl", "jsd"}
+    assert set(OF_LOGITS) == of_logits
+    assert set(L.LOSSES) - of_logits == {"hidden", "hidden_cosine"}
 
 
-@pytest.mark.parametrize("name", L.LOSSES)
+@pytest.mark.parametrize("name", ["hidden", "hidden_cosine"])
+def test_a_loss_of_states_in_parts_is_the_whole(name):
+    row = L.LOSSES[name]
+    states, teacher = (normal(T, 3, D, seed=seed) for seed in (1, 2))
+    states.requires_grad_()
+    parts = [slice(5), slice(5, None)]
+    chunked = sum(row.chunked(states[p], teacher[p], num_items=T) for p in parts)
+    whole = row.plain(states, teacher)
+    if name == "hidden":
+        apart = (states - teacher).norm(dim=-1) / teacher.norm(dim=-1)
+        wanted = apart.square().mean()
+    else:
+        wanted = 1 - F.cosine_similarity(states, teacher, dim=-1).mean()
+    assert_close([chunked, whole], [wanted, wanted], **EXACT)
+    found = [torch.autograd.grad(loss, states)[0] for loss in (chunked, whole)]
+    assert_close(*found, **EXACT)
+    assert torch.autograd.gradcheck(row.plain, (states, teacher))
+
+
+@pytest.mark.parametrize("name", OF_LOGITS)
 def test_a_row_holds_the_same_loss_twice(name):
     case, weight, row = Case(), normal(V, D, seed=5).requires_grad_(), L.LOSSES[name]
     case.labels = torch.arange(T) % V

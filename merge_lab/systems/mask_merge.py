@@ -38,6 +38,7 @@ from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
+from ..rollouts import AnswerConfig, check_answers, divided_rows, Rollouts, RolloutTrainer, save_divided
 from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import positions_of
 from ..watch import told_run
@@ -79,15 +80,22 @@ def parse_datasets(
         raise ValueError(f"dataset_configs={value!r}: the number of samples must be a whole number, or 'all'.") from error
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #ee5034bc
+def _check_own_words(config: "MaskMergeConfig"):
+    "Raise `ValueError` for ways of training and of writing that do not go together."
+    check_answers(config)
+    if config.by_layer:
+        _check_layerwise(config)
+
+
 def _check_layerwise(config: "MaskMergeConfig"):
     "Raise `ValueError` for options that mean nothing layer by layer."
-    for name in ("shard", "torch_compile", *(() if config.finish_steps else ("mask_decay",))):
+    for name in ("shard", "torch_compile", "on_policy", *(() if config.finish_steps else ("mask_decay",))):
         if getattr(config, name):
             raise ValueError(f"train_mode='layerwise' with {name}={getattr(config, name)!r}: they do not go together. Leave one out.")
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #2b544317
 @dataclasses.dataclass
-class MaskMergeConfig(TrainConfig, MergerConfig):
+class MaskMergeConfig(AnswerConfig, TrainConfig, MergerConfig):
     "Everything a mask merge needs."
 
     dataset_configs: dict = option(
@@ -115,13 +123,12 @@ class MaskMergeConfig(TrainConfig, MergerConfig):
         super().__post_init__()
         if len(self.model_paths) == 1:
             raise ValueError(f"model_paths={self.model_paths}: expected at least two components.")
-        for name in ("offload", "frozen_bits", "mask_decay", "keep_merged", "torch_compile"):
+        for name in ("offload", "frozen_bits", "mask_decay", "keep_merged", "torch_compile", "on_policy"):
             if self.shard and getattr(self, name):
                 raise ValueError(f"shard=True with {name}={getattr(self, name)!r}: they do not go together. Leave one out.")
         if self.frozen_bits and self.torch_compile:
             raise ValueError("frozen_bits with torch_compile=True: they do not go together. Leave one out.")
-        if self.by_layer:
-            _check_layerwise(self)
+        _check_own_words(self)
         if self.shard:
             check_choice("optim", self.optim, ["adamw_torch", "adamw_torch_fused", "sgd"], "Others cannot be sharded here.")
         n, data = len(self.model_paths), len(self.dataset_configs)
@@ -194,7 +201,7 @@ class Prepared:
         "Whether this process writes: the first, where several train together."
         return self.arguments.process_index == 0
 
-# %% ../../nbs/40_systems/01_mask_merge.ipynb #0011bbba
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #460c08a8
 def whole_steps(config: MaskMergeConfig) -> MaskMergeConfig:
     "The config whose max_steps are the steps through the whole model."
     return dataclasses.replace(config, max_steps=max(config.finish_steps, 1)) if config.by_layer else config
@@ -205,7 +212,32 @@ def _check_folder(config: MaskMergeConfig, folder: Path, inputs: list, n_process
     checkpoint = check_start(config, folder, inputs, None if config.by_layer else n_processes)
     return last_checkpoint(folder) if config.by_layer and config.resume else checkpoint
 
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #9257e793
+def _read_rows(config: MaskMergeConfig, tokenizer, how: dict) -> tuple[Sequence[dict], list[dict]]:
+    "Rows that are trained on and rows that choose the masks, or what is asked in them where components answer."
+    if not config.are_written:
+        dataset = build_dataset(config.dataset_configs, tokenizer, **how)
+        return hold_out(dataset, config.dataset_configs, tokenizer, config.held_out_rows, **how)
+    return list(build_dataset(config.dataset_configs, tokenizer, asks=True, **how)) if config.dataset_configs else [], []
 
+
+def _read_tests(config: MaskMergeConfig) -> dict[str, list]:
+    "Rows that scores are taken on; prompts alone are not scored."
+    try:
+        return load_tests(list(config.dataset_configs), config.eval_split, config.eval_samples)
+    except ValueError as error:
+        if not config.are_written:
+            raise
+        logger.info("nothing is scored: %s", error)
+        return {}
+
+
+def _longest(config: MaskMergeConfig, dataset: Sequence[dict]) -> int:
+    "Tokens of the longest sample, with what a model may answer."
+    lengths = [len(row["input_ids"]) for row in dataset] + [config.answer_tokens] * (config.written_prompts > 0)
+    return max(lengths) + config.answer_tokens * (config.are_written or config.on_policy > 0)
+
+# %% ../../nbs/40_systems/01_mask_merge.ipynb #0011bbba
 def prepare(config: MaskMergeConfig) -> Prepared:
     "Check components, data, folder and disk, and touch nothing. Raises `ValueError` for options, components or data that do not fit, `OSError` for folder or disk."
     config = with_base(config)
@@ -220,18 +252,18 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     check_components([path for path in models if path])
     tokenizer = chat_tokenizer(config.model_paths[0], [path for path in models if path], config.chat_template)
     shortest = min((read_component(path) for path in models if path), key=positions_of)
+    _check_hidden_layers(config, shortest.config.get_text_config().num_hidden_layers)
     how = dict(
         max_length=int(min(config.max_length, positions_of(shortest))), seed=config.seed, source_keys=config.source_keys
     )
-    dataset = build_dataset(config.dataset_configs, tokenizer, **how)
-    dataset, held_out = hold_out(dataset, config.dataset_configs, tokenizer, config.held_out_rows, **how)
-    tests = load_tests(list(config.dataset_configs), config.eval_split, config.eval_samples)
+    dataset, held_out = _read_rows(config, tokenizer, how)
+    tests = _read_tests(config)
     for task, rows in tests.items():
         encode_task(shortest, tokenizer, task, rows)
     if config.save_merged:
         dtype = None if config.dtype == "auto" else config.dtype
         check_disk_space(folder, component_bytes(config.model_paths[0], dtype))
-    memory = _estimate(config, max(map(len, dataset["input_ids"])), arguments.world_size)
+    memory = _estimate(config, _longest(config, dataset), arguments.world_size)
     names = component_names(config.model_paths)
     return Prepared(config, folder, arguments, names, tokenizer, dataset, held_out, tests, memory, checkpoint)
 
@@ -292,6 +324,13 @@ def _found_base(paths: list[str]) -> str | None:
     return base
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #2250d628
+def _check_hidden_layers(config: MaskMergeConfig, layers: int):
+    "Raise `ValueError` for states of a layer that the components do not have."
+    for layer in config.hidden_layers or ():
+        if not 0 <= layer < layers:
+            raise ValueError(f"hidden_layers={config.hidden_layers}: expected 0 to {layers - 1}, decoder layers of the components.")
+
+
 def _check_inputs(config: MaskMergeConfig):
     "Raise `ValueError` unless there are components and data for each."
     n, data = len(config.model_paths), len(config.dataset_configs)
@@ -299,10 +338,10 @@ def _check_inputs(config: MaskMergeConfig):
         raise ValueError(f"model_paths={config.model_paths}: expected at least two components.")
     sources = config.source_keys or range(data)
     missing = [path for i, path in enumerate(config.model_paths) if i not in sources]
-    if missing:
+    if missing and not config.written_prompts:
         raise ValueError(
             f"dataset_configs: no data for {', '.join(missing)}. Name a dataset for each component, e.g. path=1000; the ancestor needs none "
-            "where base_model names it."
+            "where base_model names it. Without any data, components write their own: answers='components' with written_prompts=64."
         )
     if len({str(Path(path).absolute()) for path in config.model_paths}) < n:
         logger.warning("model_paths names a model twice: its two copies cannot be told apart by training.")
@@ -362,13 +401,17 @@ def make_trainer(
 ) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
     config, collate = ready.config, ChatCollator(ready.tokenizer)
-    trainer = MergerTrainer(
+    rows, held_out = divided_rows(merger, ready.tokenizer, ready.dataset, config, progress) if config.are_written else (ready.dataset, ready.held_out)
+    kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
+    trainer = kind(
         merger, ready.arguments, objective_of(config), ready.recompute,
-        HeldOut(ready.held_out, collate, config.per_device_train_batch_size) if ready.held_out else None,
-        train_dataset=ready.dataset, data_collator=collate, callbacks=list(callbacks),
+        HeldOut(held_out, collate, config.per_device_train_batch_size) if held_out else None,
+        train_dataset=rows, data_collator=collate, callbacks=list(callbacks), **writer,
     )
     history, stopper = attach_watchers(trainer, ready.folder, "training masks" if progress else None)
     open_together(config, ready.folder, ready.arguments)
+    if config.are_written and ready.is_main:
+        save_divided(ready.folder, rows, held_out)
     return trainer, history, stopper
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #be6e408c
@@ -378,7 +421,7 @@ def _train_layers(trainer: MergerTrainer, ready: Prepared):
     file = ready.folder / (LAYERS if config.end_to_end else "") / "history.jsonl"
     history = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, HistoryCallback))
     progress = any(isinstance(callback, ProgressBar) for callback in trainer.callback_handler.callbacks)
-    rows = train_layers(trainer.model, list(ready.dataset), trainer.data_collator, config, ready.folder, trainer.keeper.held_out, file, progress=progress)
+    rows = train_layers(trainer.model, list(trainer.train_dataset), trainer.data_collator, config, ready.folder, trainer.keeper.held_out, file, progress=progress)
     history.rows = history.rows if config.end_to_end else rows
 
 
@@ -594,7 +637,7 @@ def write_report(result: MaskMergeResult, config: MaskMergeConfig, more: tuple =
     if not PartialState().is_main_process:
         return path
     save_plots(plots, result.folder / "plots")
-    title = f"One model for {' and '.join(component_names(list(config.dataset_configs)))}"
+    title = f"One model for {' and '.join(component_names(list(config.dataset_configs)) or result.merger.names)}"
     return report_html(title, [*report_sections(result, config, plots), *more], path)
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #d25f23ea
@@ -615,7 +658,7 @@ def print_scores(result: MaskMergeResult, title: str):
 def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
     "Print the scores and where things are; after a dry run, what would be done."
     if isinstance(result, Prepared):
-        print(f"{len(result.dataset)} training samples for {', '.join(result.names)}; scores on {', '.join(result.tests) or 'nothing'}.\n")
+        print(f"{len(result.dataset)} {'prompts' if result.config.are_written else 'training samples'} for {', '.join(result.names)}; scores on {', '.join(result.tests) or 'nothing'}.\n")
         print(result.memory or "The memory could not be estimated.")
         return int(result.memory is not None and not result.memory.fits)
     print_scores(result, "Scores of the base, the components, their average and the learned masks")

@@ -1,0 +1,130 @@
+"Learning from few rows, and from what the models say themselves."
+
+import dataclasses
+import json
+import os
+import signal
+
+import pytest
+import torch
+from small_runs import small
+from transformers import TrainerCallback
+
+from merge_lab.chat import load_task, prompt_of
+from merge_lab.merger import Merger
+from merge_lab.objective import Batch, importance, label_log_probs
+from merge_lab.rollouts import read_rows_of, WRITTEN
+from merge_lab.run_folder import bundled_path, RunInterrupted
+from merge_lab.systems.mask_merge import make_trainer, prepare, run
+from merge_lab.token_losses import shift_labels
+
+
+class Interrupt(TrainerCallback):
+    "Ctrl-C in a step."
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def same_after_interruption(folder, **options):
+    "The history of a run, which one that is interrupted and resumed repeats to the number."
+    options = dict(save_merged=False, eval_samples=0, held_out_rows=4, max_steps=4) | options
+    whole = run(small(folder / "whole", **options), progress=False)
+    config = small(folder / "cut", **options)
+    with pytest.raises(RunInterrupted):
+        run(config, callbacks=(Interrupt(2),), progress=False)
+    again = run(dataclasses.replace(config, resume=True), progress=False)
+    names = [name for name in whole.history if name not in ("tokens_per_second", "memory_bytes")]
+    assert whole.history[names].equals(again.history[names])
+    masks = whole.merger.mask_state(), again.merger.mask_state()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    return whole
+
+
+@pytest.mark.parametrize("loss", ["hidden", "hidden_cosine"])
+def test_hidden_states_are_learned_and_a_run_resumes(loss, tmp_path):
+    found = same_after_interruption(tmp_path, loss_func_name=loss, hidden_layers=[0, 2], teacher_cache_gb=0.1)
+    assert found.held_out["loss"] < found.held_out["start"]
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"hidden_layers=\[9\]: expected 0 to"):
+        run(small(tmp_path, hidden_layers=[9]))
+
+
+def prompts_alone(folder, n=12):
+    "Files of questions from the bundled tasks, in two layouts, without an answer."
+    files = {}
+    for task, layout in (("rewrite", lambda text: {"prompt": text}), ("summarize", lambda text: {"messages": [{"role": "user", "content": text}]})):
+        rows = load_task(bundled_path(f"tasks/{task}"), n=n)
+        file = folder / f"{task}.jsonl"
+        file.write_text("".join(json.dumps(layout(prompt_of(row)[0]["content"])) + "\n" for row in rows))
+        files[str(file)] = None
+    return files
+
+
+OWN = dict(answers="components", answers_per_prompt=3, answer_tokens=24)
+
+
+def test_prompts_alone_are_enough(tmp_path):
+    "Components answer them; the run resumes with the very answers, also those that choose the masks."
+    found = same_after_interruption(tmp_path, dataset_configs=prompts_alone(tmp_path), **OWN)
+    assert found.held_out["loss"] < found.held_out["start"]
+    assert found.scores is None
+    rows, _ = read_rows_of(tmp_path / "whole" / "run" / WRITTEN)
+    assert len(rows) == 2 * 3 * 10 and {row["source"] for row in rows} == {0, 1}  # two of twelve are the file's validation and test rows
+
+
+def test_no_data_are_needed(tmp_path):
+    config = small(tmp_path, dataset_configs={}, written_prompts=6, save_merged=False, report=True, **OWN)
+    found = run(config, progress=False)
+    assert found.held_out["loss"] < found.held_out["start"]
+    assert "One model for rewrite and summarize" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    by_layer = small(tmp_path / "layers", dataset_configs={}, written_prompts=6, save_merged=False, train_mode="layerwise", layer_steps=4, **OWN)
+    assert run(by_layer, progress=False).history.groupby("layer").size().tolist() == [4] * 4
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_blend_learns_from_its_own_words_and_resumes(share, tmp_path):
+    "It is stopped while answers are in use, which the checkpoint holds."
+    options = dict(on_policy=share, rollout_steps=3, answer_tokens=16, loss_func_name="reverse_kl", gradient_accumulation_steps=2)
+    found = same_after_interruption(tmp_path, max_steps=5, **options)
+    wrote = found.history.rollout_tokens
+    assert wrote.notna().tolist() == [True, False, False, True, False]
+    assert (found.history.rollout_nats.dropna() > 0).all()
+
+
+def test_answers_that_serve_one_step_weigh_one(tmp_path):
+    "Their prefixes are as likely as when they were written."
+    config = small(tmp_path, on_policy=1.0, rollout_steps=1, answer_tokens=12, max_steps=1, eval_samples=0, save_merged=False)
+    merger = Merger.from_config(config)
+    trainer, _, _ = make_trainer(merger, prepare(config), progress=False)
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    batch = batches[0]
+    labels = shift_labels(batch["labels"], batch["attention_mask"])
+    aligned = Batch(batch["input_ids"], batch["attention_mask"], labels, batch["source"], 1, old_log_probs=batch["old_log_probs"])
+    weights = importance(aligned, label_log_probs(merger, aligned, trainer.objective, taught=False))
+    torch.testing.assert_close(weights, torch.ones_like(weights), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(written_prompts=4), "nobody but a component answers them"),
+        (dict(on_policy=0.5, train_mode="layerwise"), "train_mode='layerwise' with on_policy=0.5"),
+        (dict(on_policy=0.5, shard=True), "shard=True with on_policy=0.5"),
+        (dict(on_policy=1.5), "on_policy=1.5"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **options)
+
+
+def test_prompts_alone_say_what_they_are_for(tmp_path):
+    with pytest.raises(ValueError, match="answers='components'"):
+        prepare(small(tmp_path, dataset_configs=prompts_alone(tmp_path)))
