@@ -21,6 +21,7 @@ from .architecture import decoder_layers
 from .checkpoints import LOAD_LOCK
 from .config import check_choice, read_json
 from .lesson import patch_to
+from .rounding import round_weight
 from .run_folder import save_tensors, write_text
 from .writer import write_generation_config, write_tokenizer
 
@@ -55,17 +56,21 @@ def quantize_layer(
     sensitivity: dict[str, Tensor] | None,  # by name within the layer; None: all weights alike
     seed_precision: int,
     parent_precision: int,
+    hessians: dict[str, Tensor] | None = None,  # by name within the layer, (in_features, in_features): shared tables; None: a table for each row
 ) -> dict[str, Tensor]:
     "All tensors of a decoder layer, its linear weights as planes and tables. Raises `ValueError` that names the weight."
     tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
     for name, linear in layer_linears(layer).items():
+        bits = dict(seed_precision=seed_precision, parent_precision=parent_precision)
         try:
-            nested = quantize_weight(linear.weight, sensitivity and sensitivity[name], seed_precision, parent_precision)
+            if hessians is None:
+                nested = quantize_weight(linear.weight, sensitivity and sensitivity[name], **bits)
+            else:
+                nested = round_weight(linear.weight, hessians.get(name), **bits)
         except ValueError as error:
             raise ValueError(f"{prefix}.{name}: {error}") from error
         del tensors[f"{prefix}.{name}.weight"]
-        tensors[f"{prefix}.{name}.planes"] = nested.planes
-        tensors |= {f"{prefix}.{name}.table_{bits}": table for bits, table in nested.tables.items()}
+        tensors |= {f"{prefix}.{name}.{key}": tensor for key, tensor in nested.tensors().items()}
     return tensors
 
 # %% ../nbs/26_nested_model.ipynb #d9034652
@@ -98,6 +103,7 @@ def write_quantized(
     seed_precision: int = 3,
     parent_precision: int = 8,
     progress=lambda layers: layers,  # goes round the layers
+    hessians=None,  # number of a layer -> for each linear by name (in_features, in_features), or nothing; None: tables for each row
 ):
     "Write a model with nested weights, but for the layers that are there. Raises `ValueError` as `check_quantizable` does."
     check_quantizable(model)
@@ -105,7 +111,8 @@ def write_quantized(
     for n, layer in enumerate(progress(decoder_layers(model))):
         own = sensitivity and {name.split(".", 1)[1]: value for name, value in sensitivity.items() if name.split(".", 1)[0] == str(n)}
         if not layer_file(folder, n).exists():
-            save_tensors(layer_file(folder, n), quantize_layer(layer, f"{prefix}{n}", own, seed_precision, parent_precision))
+            seen = () if hessians is None else (hessians(n),)
+            save_tensors(layer_file(folder, n), quantize_layer(layer, f"{prefix}{n}", own, seed_precision, parent_precision, *seen))
     save_tensors(folder / "others.safetensors", other_tensors(model, prefix))
     write_tokenizer(tokenizer, folder)
     write_generation_config(model.generation_config, folder)
@@ -140,10 +147,11 @@ def pick_precisions(description: dict, precisions: list[int] | None) -> list[int
 
 # %% ../nbs/26_nested_model.ipynb #ed1a126b
 def load_nested(tensors: dict[str, Tensor], name: str, precisions: list[int], columns: int) -> NestedWeight:
-    "Take one weight's planes and tables out of `tensors`."
+    "Take one weight's planes, tables and scales out of `tensors`."
     planes = tensors.pop(f"{name}.planes")[: precisions[-1]].clone()
     tables = {bits: tensors.pop(f"{name}.table_{bits}") for bits in precisions}
-    return NestedWeight(planes, tables, columns)
+    scales = (tensors.pop(f"{name}.{kind}_scale", None) for kind in ("row", "block"))
+    return NestedWeight(planes, tables, columns, *scales)
 
 
 def nest_layer(

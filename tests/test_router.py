@@ -245,9 +245,10 @@ def test_a_cache_keeps_the_choice(routed):
 
 def test_nan_names_the_layer(routed):
     model, _, ids, labels = routed
-    decoder_layers(model.model)[1].mlp.up_proj.table_4[0] = float("nan")
     with model.set_precision(3):
         model.infer_forward(ids)
+    decoder_layers(model.model)[1].mlp.up_proj.row_scale[0] = float("nan")
+    model.slot.clear()
     for forward in (model.infer_forward, model.train_forward):
         with model.set_precision([3, 4]), pytest.raises(ValueError, match="decoder layer 1 gave NaN"):
             forward(ids, labels=labels)
@@ -257,7 +258,7 @@ def test_a_subset_of_precisions_is_all_that_is_loaded(quantized):
     model = LayerwiseQuantizeForCausalLM.from_quantized(quantized[0], precisions=[5, 3])
     linear = decoder_layers(model.model)[0].self_attn.q_proj
     assert model.precisions == [3, 5] and linear.planes.shape[0] == 5
-    assert [name for name, _ in linear.named_buffers()] == ["planes", "table_3", "table_5"]
+    assert [name for name, _ in linear.named_buffers()] == ["row_scale", "block_scale", "planes", "table_3", "table_5"]
     whole = LayerwiseQuantizeForCausalLM.from_quantized(quantized[0])
     ids = torch.randint(7, 60, (2, 9))
     with model.set_precision(5), whole.set_precision(5):
