@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD', 'layer_linears', 'check_quantizable', 'quantize_layer', 'layers_prefix', 'other_tensors', 'layer_file',
            'write_quantized', 'read_quantized', 'pick_precisions', 'load_nested', 'nest_layer', 'load_skeleton', 'Plan',
-           'check_finite', 'NestedModel', 'as_assignment', 'Restore', 'memory_table', 'read_bytes']
+           'check_finite', 'NestedModel', 'linear_bytes', 'split_assignment', 'as_assignment', 'Restore',
+           'memory_table', 'read_bytes']
 
 # %% ../nbs/26_nested_model.ipynb #b84ec5e1
 import json
@@ -206,7 +207,7 @@ def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool =
 class Plan:
     "What decides each layer's precision during one prompt, and what was decided."
 
-    fixed: list | None = None  # per layer: an int, integers (batch,) or probabilities (batch, precisions)
+    fixed: list | None = None  # per layer: an int, one by name for each linear, integers (batch,) or probabilities (batch, precisions)
     prompt: Tensor | None = None  # (batch, tokens) bool, what routers may see
     gate: dict | None = None  # how routers' logits become probabilities; None: hard
     record: bool = False  # keep what the routers see
@@ -233,7 +234,8 @@ class NestedModel(nn.Module):
     ):
         super().__init__()
         self.model, self.config = model.requires_grad_(False).eval(), model.config
-        self._linears = [list(layer_linears(layer, NestedLinear).values()) for layer in decoder_layers(model)]
+        self._named = [layer_linears(layer, NestedLinear) for layer in decoder_layers(model)]
+        self._linears = [list(named.values()) for named in self._named]
         self.precisions, self.slot = self._linears[0][0].precisions, self._linears[0][0].slot
         self.assignment, self.plan = None, Plan()
         for n, layer in enumerate(decoder_layers(model)):
@@ -243,8 +245,8 @@ class NestedModel(nn.Module):
     def _decider(self, n: int):
         def hook(layer, args, kwargs):
             choice = self.decide(n, args[0] if args else kwargs["hidden_states"])
-            for linear in self._linears[n]:
-                linear.choice = choice
+            for name, linear in self._named[n].items():
+                linear.choice = choice[name] if isinstance(choice, dict) else choice
 
         return hook
 
@@ -266,13 +268,38 @@ class NestedModel(nn.Module):
         "Where it computes."
         return next(self.model.parameters()).device
 
-# %% ../nbs/26_nested_model.ipynb #b8c8709c
-def as_assignment(
-    precision,  # int, sequence of ints, or integers (batch, layers)
+# %% ../nbs/26_nested_model.ipynb #8113d699
+def linear_bytes(model: NestedModel) -> dict[str, dict[int, int]]:  # "layer.name of a linear" -> bits -> bytes
+    "Bytes that a token's product with each linear reads at each precision."
+    named = ((f"{n}.{name}", linear) for n, own in enumerate(model._named) for name, linear in own.items())
+    return {name: {bits: linear.nested(bits).read_bytes(bits) for bits in model.precisions} for name, linear in named}
+
+# %% ../nbs/26_nested_model.ipynb #0896243a
+def split_assignment(
+    precision: dict[str, int],  # "layer.name of a linear": bits
     n_layers: int,
     allowed: list[int],
-) -> list:  # one entry per layer: an int, or integers (batch,)
-    "One precision per layer. Raises `ValueError` for a wrong number of layers or an unknown precision."
+    names: list[str],  # of all linears
+) -> list[dict[str, int]]:  # per layer, by name within it
+    "A precision for each linear, layer by layer. Raises `ValueError` for linears that are missing or unknown, or a precision that is not there."
+    if apart := sorted({*names} ^ {*precision}):
+        raise ValueError(f"precision: {len(apart)} linears are missing or unknown, among them {apart[0]!r}. Give one number for each of the {len(names)} linears.")
+    layers = [{} for _ in range(n_layers)]
+    for name, bits in precision.items():
+        number, _, own = name.partition(".")
+        layers[int(number)][own] = check_choice("precision", bits, allowed, "Load the model with this precision, or quantise again.")
+    return layers
+
+# %% ../nbs/26_nested_model.ipynb #b8c8709c
+def as_assignment(
+    precision,  # int, sequence of ints, integers (batch, layers), or {"layer.name of a linear": int}
+    n_layers: int,
+    allowed: list[int],
+    names: list[str] | None = None,  # of the linears, "layer.name"
+) -> list:  # one entry per layer: an int, {name: int}, or integers (batch,)
+    "One precision per layer, or for each linear. Raises `ValueError` for a wrong number of layers, other linears or an unknown precision."
+    if isinstance(precision, dict):
+        return split_assignment(precision, n_layers, allowed, names)
     if isinstance(precision, int):
         precision = [precision] * n_layers
     columns = list(precision.T) if isinstance(precision, Tensor) and precision.ndim == 2 else [int(bits) for bits in precision]
@@ -300,29 +327,33 @@ class Restore:
 @patch_to(NestedModel)
 def set_precision(
     self,
-    precision=None,  # int; one per layer; integers (batch, layers); None: by the routers
+    precision=None,  # int; one per layer; {"layer.name of a linear": int}; integers (batch, layers); None: by the routers
 ) -> Restore:
-    "Fix the precision of each layer. Raises `ValueError` for one that the model does not have."
+    "Fix the precision of each layer or linear. Raises `ValueError` for one that the model does not have."
     before = self.assignment
-    self.assignment = None if precision is None else as_assignment(precision, len(self._linears), self.precisions)
+    self.assignment = None if precision is None else as_assignment(precision, len(self._linears), self.precisions, list(linear_bytes(self)))
     return Restore(self, before)
 
 # %% ../nbs/26_nested_model.ipynb #7c2c5888
 def memory_table(model: NestedModel) -> pd.DataFrame:
-    "Bytes of the decoder layers: held, and read per token at each fixed precision."
+    "Bytes of the decoder layers: held, and read per token at each fixed precision, also as bits a weight."
     nested = [linear.nested() for linears in model._linears for linear in linears]
     weights = sum(weight.planes.shape[1] * weight.columns for weight in nested)
-    size = next(iter(nested[0].tables.values())).element_size()
+    size = nested[0].dequantize(model.precisions[0]).element_size()
     rows = [("dense", weights * size, weights * size)]
     held = sum(weight.stored_bytes() for weight in nested)
     rows += [(f"{bits} bits", held, sum(weight.read_bytes(bits) for weight in nested)) for bits in model.precisions]
-    return pd.DataFrame(rows, columns=["model", "held_bytes", "read_bytes_per_token"]).set_index("model")
+    table = pd.DataFrame(rows, columns=["model", "held_bytes", "read_bytes_per_token"]).set_index("model")
+    return table.assign(real_bits=8 * table.read_bytes_per_token / weights)
 
 
 def read_bytes(
     model: NestedModel,
     bits: Tensor,  # (samples, layers)
 ) -> Tensor:  # (samples,) bytes of the decoder layers' weights
-    "Bytes that one more token of each sample reads."
+    "Bytes that one more token of each sample reads; of the assignment, where each linear has its own."
+    if any(isinstance(column, dict) for column in model.assignment or []):
+        cost = linear_bytes(model)
+        return torch.full((len(bits),), sum(cost[f"{n}.{name}"][b] for n, own in enumerate(model.assignment) for name, b in own.items()))
     cost = [{b: sum(linear.nested(b).read_bytes(b) for linear in linears) for b in model.precisions} for linears in model._linears]
     return torch.tensor([sum(cost[n][b] for n, b in enumerate(row)) for row in bits.tolist()])
