@@ -330,7 +330,7 @@ def test_the_splits_of_every_kind_of_text_are_apart_and_complete(tmp_path):
 
 
 def router_config(folder, save_dir, **options):
-    defaults = dict(prefix_length=8, num_examples=8, num_validation=4, num_epochs=3, learning_rate=1e-2)
+    defaults = dict(prefix_length=8, num_examples=8, num_validation=4, num_epochs=3, learning_rate=1e-2, static=False)
     return RouterConfig(str(folder), save_dir=str(save_dir), **(SMALL | defaults | options))
 
 
@@ -452,7 +452,7 @@ def test_the_history_has_every_step_and_what_validation_said(tiny, tmp_path):
     assert [row["loss"] for row in published["steps"]] == history.loss.tolist()
     assert published["steps"][0]["temperature"] == 1.0
     assert list(published["steps"][0]) == ["step", "epoch", "loss", "ce", "precision", "average_bits", "temperature", "learning_rate"]
-    assert set(published["epochs"][0]) == {"loss", "ce", "precision", "average_bits", "read_bytes", "epoch"}
+    assert set(published["epochs"][0]) == {"loss", "ce", "precision", "average_bits", "read_bytes", "real_bits", "epoch"}
 
 
 def test_the_best_routers_are_kept_in_both_files(tiny, tmp_path, monkeypatch):
