@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD', 'layer_linears', 'check_quantizable', 'quantize_layer', 'layers_prefix', 'other_tensors', 'layer_file',
            'write_quantized', 'read_quantized', 'pick_precisions', 'load_nested', 'nest_layer', 'load_skeleton', 'Plan',
-           'check_finite', 'NestedModel', 'as_assignment', 'Restore', 'memory_table', 'read_bytes']
+           'check_finite', 'NestedModel', 'linear_bytes', 'split_assignment', 'as_assignment', 'Restore',
+           'memory_table', 'read_bytes']
 
 # %% ../nbs/26_nested_model.ipynb #b84ec5e1
 import json
@@ -21,6 +22,7 @@ from .architecture import decoder_layers
 from .checkpoints import LOAD_LOCK
 from .config import check_choice, read_json
 from .lesson import patch_to
+from .rounding import round_weight
 from .run_folder import save_tensors, write_text
 from .writer import write_generation_config, write_tokenizer
 
@@ -55,17 +57,21 @@ def quantize_layer(
     sensitivity: dict[str, Tensor] | None,  # by name within the layer; None: all weights alike
     seed_precision: int,
     parent_precision: int,
+    hessians: dict[str, Tensor] | None = None,  # by name within the layer, (in_features, in_features): shared tables; None: a table for each row
 ) -> dict[str, Tensor]:
     "All tensors of a decoder layer, its linear weights as planes and tables. Raises `ValueError` that names the weight."
     tensors = {f"{prefix}.{name}": tensor for name, tensor in layer.state_dict().items()}
     for name, linear in layer_linears(layer).items():
+        bits = dict(seed_precision=seed_precision, parent_precision=parent_precision)
         try:
-            nested = quantize_weight(linear.weight, sensitivity and sensitivity[name], seed_precision, parent_precision)
+            if hessians is None:
+                nested = quantize_weight(linear.weight, sensitivity and sensitivity[name], **bits)
+            else:
+                nested = round_weight(linear.weight, hessians.get(name), **bits)
         except ValueError as error:
             raise ValueError(f"{prefix}.{name}: {error}") from error
         del tensors[f"{prefix}.{name}.weight"]
-        tensors[f"{prefix}.{name}.planes"] = nested.planes
-        tensors |= {f"{prefix}.{name}.table_{bits}": table for bits, table in nested.tables.items()}
+        tensors |= {f"{prefix}.{name}.{key}": tensor for key, tensor in nested.tensors().items()}
     return tensors
 
 # %% ../nbs/26_nested_model.ipynb #d9034652
@@ -98,6 +104,7 @@ def write_quantized(
     seed_precision: int = 3,
     parent_precision: int = 8,
     progress=lambda layers: layers,  # goes round the layers
+    hessians=None,  # number of a layer -> for each linear by name (in_features, in_features), or nothing; None: tables for each row
 ):
     "Write a model with nested weights, but for the layers that are there. Raises `ValueError` as `check_quantizable` does."
     check_quantizable(model)
@@ -105,7 +112,8 @@ def write_quantized(
     for n, layer in enumerate(progress(decoder_layers(model))):
         own = sensitivity and {name.split(".", 1)[1]: value for name, value in sensitivity.items() if name.split(".", 1)[0] == str(n)}
         if not layer_file(folder, n).exists():
-            save_tensors(layer_file(folder, n), quantize_layer(layer, f"{prefix}{n}", own, seed_precision, parent_precision))
+            seen = () if hessians is None else (hessians(n),)
+            save_tensors(layer_file(folder, n), quantize_layer(layer, f"{prefix}{n}", own, seed_precision, parent_precision, *seen))
     save_tensors(folder / "others.safetensors", other_tensors(model, prefix))
     write_tokenizer(tokenizer, folder)
     write_generation_config(model.generation_config, folder)
@@ -140,10 +148,11 @@ def pick_precisions(description: dict, precisions: list[int] | None) -> list[int
 
 # %% ../nbs/26_nested_model.ipynb #ed1a126b
 def load_nested(tensors: dict[str, Tensor], name: str, precisions: list[int], columns: int) -> NestedWeight:
-    "Take one weight's planes and tables out of `tensors`."
+    "Take one weight's planes, tables and scales out of `tensors`."
     planes = tensors.pop(f"{name}.planes")[: precisions[-1]].clone()
     tables = {bits: tensors.pop(f"{name}.table_{bits}") for bits in precisions}
-    return NestedWeight(planes, tables, columns)
+    scales = (tensors.pop(f"{name}.{kind}_scale", None) for kind in ("row", "block"))
+    return NestedWeight(planes, tables, columns, *scales)
 
 
 def nest_layer(
@@ -198,7 +207,7 @@ def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool =
 class Plan:
     "What decides each layer's precision during one prompt, and what was decided."
 
-    fixed: list | None = None  # per layer: an int, integers (batch,) or probabilities (batch, precisions)
+    fixed: list | None = None  # per layer: an int, one by name for each linear, integers (batch,) or probabilities (batch, precisions)
     prompt: Tensor | None = None  # (batch, tokens) bool, what routers may see
     gate: dict | None = None  # how routers' logits become probabilities; None: hard
     record: bool = False  # keep what the routers see
@@ -225,7 +234,8 @@ class NestedModel(nn.Module):
     ):
         super().__init__()
         self.model, self.config = model.requires_grad_(False).eval(), model.config
-        self._linears = [list(layer_linears(layer, NestedLinear).values()) for layer in decoder_layers(model)]
+        self._named = [layer_linears(layer, NestedLinear) for layer in decoder_layers(model)]
+        self._linears = [list(named.values()) for named in self._named]
         self.precisions, self.slot = self._linears[0][0].precisions, self._linears[0][0].slot
         self.assignment, self.plan = None, Plan()
         for n, layer in enumerate(decoder_layers(model)):
@@ -235,8 +245,8 @@ class NestedModel(nn.Module):
     def _decider(self, n: int):
         def hook(layer, args, kwargs):
             choice = self.decide(n, args[0] if args else kwargs["hidden_states"])
-            for linear in self._linears[n]:
-                linear.choice = choice
+            for name, linear in self._named[n].items():
+                linear.choice = choice[name] if isinstance(choice, dict) else choice
 
         return hook
 
@@ -258,13 +268,38 @@ class NestedModel(nn.Module):
         "Where it computes."
         return next(self.model.parameters()).device
 
-# %% ../nbs/26_nested_model.ipynb #b8c8709c
-def as_assignment(
-    precision,  # int, sequence of ints, or integers (batch, layers)
+# %% ../nbs/26_nested_model.ipynb #8113d699
+def linear_bytes(model: NestedModel) -> dict[str, dict[int, int]]:  # "layer.name of a linear" -> bits -> bytes
+    "Bytes that a token's product with each linear reads at each precision."
+    named = ((f"{n}.{name}", linear) for n, own in enumerate(model._named) for name, linear in own.items())
+    return {name: {bits: linear.nested(bits).read_bytes(bits) for bits in model.precisions} for name, linear in named}
+
+# %% ../nbs/26_nested_model.ipynb #0896243a
+def split_assignment(
+    precision: dict[str, int],  # "layer.name of a linear": bits
     n_layers: int,
     allowed: list[int],
-) -> list:  # one entry per layer: an int, or integers (batch,)
-    "One precision per layer. Raises `ValueError` for a wrong number of layers or an unknown precision."
+    names: list[str],  # of all linears
+) -> list[dict[str, int]]:  # per layer, by name within it
+    "A precision for each linear, layer by layer. Raises `ValueError` for linears that are missing or unknown, or a precision that is not there."
+    if apart := sorted({*names} ^ {*precision}):
+        raise ValueError(f"precision: {len(apart)} linears are missing or unknown, among them {apart[0]!r}. Give one number for each of the {len(names)} linears.")
+    layers = [{} for _ in range(n_layers)]
+    for name, bits in precision.items():
+        number, _, own = name.partition(".")
+        layers[int(number)][own] = check_choice("precision", bits, allowed, "Load the model with this precision, or quantise again.")
+    return layers
+
+# %% ../nbs/26_nested_model.ipynb #b8c8709c
+def as_assignment(
+    precision,  # int, sequence of ints, integers (batch, layers), or {"layer.name of a linear": int}
+    n_layers: int,
+    allowed: list[int],
+    names: list[str] | None = None,  # of the linears, "layer.name"
+) -> list:  # one entry per layer: an int, {name: int}, or integers (batch,)
+    "One precision per layer, or for each linear. Raises `ValueError` for a wrong number of layers, other linears or an unknown precision."
+    if isinstance(precision, dict):
+        return split_assignment(precision, n_layers, allowed, names)
     if isinstance(precision, int):
         precision = [precision] * n_layers
     columns = list(precision.T) if isinstance(precision, Tensor) and precision.ndim == 2 else [int(bits) for bits in precision]
@@ -292,29 +327,33 @@ class Restore:
 @patch_to(NestedModel)
 def set_precision(
     self,
-    precision=None,  # int; one per layer; integers (batch, layers); None: by the routers
+    precision=None,  # int; one per layer; {"layer.name of a linear": int}; integers (batch, layers); None: by the routers
 ) -> Restore:
-    "Fix the precision of each layer. Raises `ValueError` for one that the model does not have."
+    "Fix the precision of each layer or linear. Raises `ValueError` for one that the model does not have."
     before = self.assignment
-    self.assignment = None if precision is None else as_assignment(precision, len(self._linears), self.precisions)
+    self.assignment = None if precision is None else as_assignment(precision, len(self._linears), self.precisions, list(linear_bytes(self)))
     return Restore(self, before)
 
 # %% ../nbs/26_nested_model.ipynb #7c2c5888
 def memory_table(model: NestedModel) -> pd.DataFrame:
-    "Bytes of the decoder layers: held, and read per token at each fixed precision."
+    "Bytes of the decoder layers: held, and read per token at each fixed precision, also as bits a weight."
     nested = [linear.nested() for linears in model._linears for linear in linears]
     weights = sum(weight.planes.shape[1] * weight.columns for weight in nested)
-    size = next(iter(nested[0].tables.values())).element_size()
+    size = nested[0].dequantize(model.precisions[0]).element_size()
     rows = [("dense", weights * size, weights * size)]
     held = sum(weight.stored_bytes() for weight in nested)
     rows += [(f"{bits} bits", held, sum(weight.read_bytes(bits) for weight in nested)) for bits in model.precisions]
-    return pd.DataFrame(rows, columns=["model", "held_bytes", "read_bytes_per_token"]).set_index("model")
+    table = pd.DataFrame(rows, columns=["model", "held_bytes", "read_bytes_per_token"]).set_index("model")
+    return table.assign(real_bits=8 * table.read_bytes_per_token / weights)
 
 
 def read_bytes(
     model: NestedModel,
     bits: Tensor,  # (samples, layers)
 ) -> Tensor:  # (samples,) bytes of the decoder layers' weights
-    "Bytes that one more token of each sample reads."
+    "Bytes that one more token of each sample reads; of the assignment, where each linear has its own."
+    if any(isinstance(column, dict) for column in model.assignment or []):
+        cost = linear_bytes(model)
+        return torch.full((len(bits),), sum(cost[f"{n}.{name}"][b] for n, own in enumerate(model.assignment) for name, b in own.items()))
     cost = [{b: sum(linear.nested(b).read_bytes(b) for linear in linears) for b in model.precisions} for linears in model._linears]
     return torch.tensor([sum(cost[n][b] for n, b in enumerate(row)) for row in bits.tolist()])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'pool_prompt', 'Routers', 'sparsemax', 'gate_probabilities', 'prompt_mask', 'RoutedOutput',
-           'LayerwiseQuantizeForCausalLM', 'scored_labels']
+           'LayerwiseQuantizeForCausalLM', 'scored_labels', 'mean_bits']
 
 # %% ../nbs/27_routed_model.ipynb #bc2666cd
 from dataclasses import dataclass
@@ -175,7 +175,9 @@ def train_forward(
     attention_mask: Tensor | None = None,  # (batch, tokens); None: all ones
     labels: Tensor | None = None,  # (batch, tokens); -100 on the prompt
 ) -> RoutedOutput:
-    "Blend of precisions, differentiable in the routers; a fixed precision is a one-hot blend."
+    "Blend of precisions, differentiable in the routers; a fixed precision is a one-hot blend. Raises `ValueError` where each linear has its own."
+    if any(isinstance(column, dict) for column in self.assignment or []):
+        raise ValueError("set_precision: each linear has a precision of its own, which is for inference. Set one for each layer, or use infer_forward.")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     labels = scored_labels(labels, mask)
     levels = self.routers.precisions
@@ -190,10 +192,17 @@ def train_forward(
     return RoutedOutput(output.loss, output.logits, probabilities @ levels, probabilities)
 
 # %% ../nbs/27_routed_model.ipynb #13be18bc
+def mean_bits(linears: dict[str, nn.Module], bits: dict[str, int]) -> float:
+    "Mean of the linears' bits, by their weights."
+    sizes = {name: linear.in_features * linear.out_features for name, linear in linears.items()}
+    return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+
 @patch_to(LayerwiseQuantizeForCausalLM)
 def hard_bits(self, batch: int) -> Tensor:  # (batch, layers)
-    "What the last pass used."
+    "What the last pass used; the mean over a layer's weights where each linear has its own."
     chosen = self.plan.fixed or [self.plan.decided[n] for n in range(len(self._linears))]
+    chosen = [mean_bits(self._named[n], column) if isinstance(column, dict) else column for n, column in enumerate(chosen)]
     return torch.stack([torch.as_tensor(column, device=self.device).expand(batch) for column in chosen], dim=1)
 
 

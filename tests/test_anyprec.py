@@ -6,12 +6,14 @@ import torch.nn.functional as F
 
 from merge_lab.anyprec import (
     NestedLinear,
+    NestedWeight,
     WeightSlot,
     nested_codes,
     pack_planes,
     quantize_weight,
     unpack_planes,
 )
+from merge_lab.rounding import round_weight
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (4, 129), (2, 1000)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -149,3 +151,57 @@ def test_a_seed_of_many_bits_is_no_worse_than_a_nested_model_of_as_many(bits):
 
     alone = quantize_weight(weight, sensitivity, bits, bits)
     assert error(alone) < 1.15 * error(quantize_weight(weight, sensitivity, 3, bits))
+
+
+def correlated(columns, generator):
+    "A Hessian of inputs whose columns are alike."
+    x = torch.randn(256, 8, generator=generator) @ torch.randn(8, columns, generator=generator)
+    x = x + 0.3 * torch.randn(256, columns, generator=generator)
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shared_tables_hold_the_model_of_every_precision(shape, dtype, calibrated):
+    generator = torch.Generator().manual_seed(sum(shape))
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    hessian = correlated(shape[1], generator) if calibrated else None
+    nested = round_weight(weight, hessian)
+    for bits in range(3, 9):
+        values = nested.dequantize(bits)
+        assert values.dtype == dtype and values.shape == shape
+        codes = unpack_planes(nested.planes, 8, shape[1]) >> (8 - bits)
+        lower = NestedWeight(pack_planes(codes, bits), nested.tables, shape[1], nested.row_scale, nested.block_scale)
+        assert torch.equal(values, lower.dequantize(bits))  # truncation is the lower precision, bit for bit
+    assert (nested.dequantize(8).double() - weight.double()).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("rows, columns", [(192, 576), (576, 576), (1536, 576), (576, 1536)])
+def test_what_is_read_beside_the_codes_is_small(rows, columns):
+    nested = round_weight(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16())
+    for bits in range(3, 9):
+        assert nested.read_bytes(bits) * 8 / (rows * columns) - bits < 0.3
+    assert nested.stored_bytes() < 1.05 * nested.read_bytes(8)
+
+
+def test_errors_are_made_good_and_rows_do_not_know_of_blocks():
+    generator = torch.Generator().manual_seed(0)
+    weight, hessian = torch.randn(48, 128, generator=generator), correlated(128, generator)
+
+    def lost(nested, bits):
+        error = nested.dequantize(bits) - weight
+        return ((error @ hessian) * error).sum()
+
+    nearest, compensated = round_weight(weight), round_weight(weight, hessian)
+    assert all(lost(compensated, bits) < 0.8 * lost(nearest, bits) for bits in (3, 4, 5, 8))
+    assert torch.equal(round_weight(weight, hessian).planes, compensated.planes)
+
+
+def test_a_row_of_zeros_and_an_input_that_never_came():
+    weight, hessian = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)), torch.eye(20)
+    weight[2], hessian[3, 3] = 0, 0
+    nested = round_weight(weight, hessian)
+    assert all((nested.dequantize(bits)[2] == 0).all() and torch.isfinite(nested.dequantize(bits)).all() for bits in range(3, 9))
+    with pytest.raises(ValueError, match="hessian holds NaN"):
+        round_weight(weight, hessian * float("nan"))

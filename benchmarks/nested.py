@@ -1,0 +1,199 @@
+"""Nested precision on a real model: bytes and divergence of every precision beside round-to-nearest and HQQ, the time of `quantize`, static mixes and headroom.
+
+    merge-lab real --output_dir runs/real                     # makes the base
+    python benchmarks/nested.py base quantize score           # a part at a time, or several; what is there is kept
+
+The base was made plain from a 4-bit grid, so its hidden channels are permuted first, which changes no logit (`same_function`); `--how none` leaves the grid as
+it is. Divergence is from the plain model's predictions in float32, on test windows. Raw data go to data/benchmarks/nested.json.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from merge_lab.architecture import decoder_layers
+from merge_lab.checkpoints import load_tokenizer
+from merge_lab.components import load_model
+from merge_lab.nested_model import layer_linears, memory_table
+from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
+from merge_lab.run_folder import write_json
+from merge_lab.same_function import leave_grid
+from merge_lab.systems.quantize import QuantizeConfig, run_quantize
+from merge_lab.text_windows import collate, text_windows, window_divergences, window_losses
+from merge_lab.writer import write_tokenizer
+
+PREFIX = 32  # tokens of a window that are not scored
+
+
+def processor_seconds() -> float:
+    "Of this process, its threads included."
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+class Bench:
+    "A base, its folder, and the file of results."
+
+    def __init__(self, options):
+        self.options, self.file = options, Path(options.output)
+        self.base = Path(options.folder) / f"base-{options.how}"
+        self.nested = Path(options.folder) / f"nested-{options.how}-{options.method}"
+        self.known = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.rows = self.known.setdefault(options.how, {})
+        self.known["about"] = {
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+            "machine": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "windows": options.windows,
+            "seq_len": options.seq_len,
+            "text": options.text,
+        }
+
+    def keep(self, key: str, **values):
+        "Write a result down."
+        self.rows.setdefault(key, {}).update(values)
+        write_json(self.file, self.known)
+        print(key, values, flush=True)
+
+    def make_base(self):
+        "The base off its grid."
+        if (self.base / "config.json").exists():
+            return
+        model = load_model(self.options.model, "auto")
+        if self.options.how != "none":
+            leave_grid(model, self.options.how)
+        model.save_pretrained(self.base)
+        write_tokenizer(load_tokenizer(self.options.model), self.base)
+
+    def quantize(self):
+        "Time and size of the folder."
+        if (self.nested / "config.json").exists():
+            return
+        begun, used = time.perf_counter(), processor_seconds()
+        config = QuantizeConfig(str(self.base), str(self.nested), method=self.options.method, num_samples=self.options.calibration, resume=self.nested.exists())
+        run_quantize(config)
+        layers = [p for layer in decoder_layers(load_model(self.base, "auto")) for p in layer.parameters()]
+        size = {
+            name: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            for name, folder in (("folder_bytes", self.nested), ("original_bytes", self.base))
+        }
+        self.keep(
+            f"quantize {self.options.method}",
+            seconds=time.perf_counter() - begun,
+            processor_seconds=processor_seconds() - used,
+            calibration=self.options.calibration,
+            layer_weights=sum(p.numel() for p in layers),
+            **size,
+        )
+
+    def draw(self):
+        "Test windows, their labels, and the plain model's logits."
+        text = text_windows(load_tokenizer(self.base), [self.options.text], self.options.seq_len, self.options.windows, "test", 0)
+        self.ids, self.labels = collate(text, PREFIX)
+        self.exact = self.logits_of(load_model(self.base, "float32"))
+        self.keep("plain", ce=window_losses(self.exact, self.labels).mean().item(), windows=len(text))
+
+    @torch.no_grad()
+    def logits_of(self, model) -> torch.Tensor:
+        "Logits of the test windows."
+        return torch.cat([model(input_ids=part).logits for part in self.ids.split(4)])
+
+    def score(self, key: str, model, **facts):
+        "Divergence and cross-entropy of a plain model."
+        found = self.logits_of(model)
+        apart = window_divergences(found, self.exact, self.labels)
+        self.keep(key, kl=apart.mean().item(), error=(apart.std() / len(apart) ** 0.5).item(), ce=window_losses(found, self.labels).mean().item(), **facts)
+
+    def wanted(self, key: str) -> bool:
+        "Whether it is not scored yet."
+        return "kl" not in self.rows.get(key, {})
+
+    def rounded(self, function) -> torch.nn.Module:
+        "The plain base with each linear's weight replaced by what a function makes of it."
+        model = load_model(self.base, "float32")
+        for layer in decoder_layers(model):
+            for linear in layer_linears(layer).values():
+                linear.weight.data.copy_(function(linear.weight.data))
+        return model
+
+
+def nearest(weight, bits, size=64):
+    "Round to nearest in groups, scale and zero in 16 bits."
+    groups = weight.unflatten(1, (-1, size))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step, low = ((high - low) / (2**bits - 1)).half().float(), low.half().float()
+    return ((groups - low) / step).round().clamp(0, 2**bits - 1).mul(step).add(low).flatten(1)
+
+
+def hqq(weight, bits, size=64):
+    "HQQ with its own settings, groups of 64."
+    from hqq.core.quantize import Quantizer
+
+    packed, facts = Quantizer.quantize(weight, nbits=bits, channel_wise=True, group_size=size, optimize=True, axis=1, device="cpu", compute_dtype=torch.float32)
+    return Quantizer.dequantize(packed, facts)
+
+
+@torch.no_grad()
+def score_nested(bench: Bench):
+    "All precisions of the folder; bytes are counted, not computed."
+    model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested)
+    table, weights = memory_table(model), bench.rows[f"quantize {bench.options.method}"]["layer_weights"]
+    for bits in model.precisions:
+        key = f"{bench.options.method} {bits}"
+        if bits in bench.options.bits and bench.wanted(key):
+            read, held = (int(table.loc[f"{bits} bits", name]) for name in ("read_bytes_per_token", "held_bytes"))
+            plain = load_model(bench.base, "float32")
+            for layer, own in zip(decoder_layers(plain), decoder_layers(model.model)):
+                for name, linear in layer_linears(layer).items():
+                    linear.weight.data.copy_(own.get_submodule(name).nested(bits).dequantize(bits))
+            bench.score(key, plain, read_bytes=read, held_bytes=held, real_bits=8 * read / weights)
+
+
+@torch.no_grad()
+def score_opponents(bench: Bench):
+    "Round-to-nearest and HQQ in groups of 64: 32 bits of scale and zero for each."
+    for name, function in (("nearest-64", nearest), ("hqq-64", hqq)):
+        for bits in bench.options.bits:
+            if (name == "nearest-64" or bits in (3, 4)) and bench.wanted(f"{name} {bits}"):
+                bench.score(f"{name} {bits}", bench.rounded(partial(function, bits=bits)), real_bits=bits + 0.5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ["base", "quantize", "score", "opponents"]
+    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("--model", default="runs/real/base")
+    parser.add_argument("--folder", default="runs/nested-benchmark", help="models that are made on the way")
+    parser.add_argument("--how", default="permute", choices=["permute", "rotate", "none"])
+    parser.add_argument("--method", default="compensated", choices=["compensated", "nearest", "clusters"])
+    parser.add_argument("--calibration", type=int, default=32, help="windows of `quantize` (default: 32)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6, 7, 8])
+    parser.add_argument("--text", default="prose")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--output", default="data/benchmarks/nested.json")
+    options = parser.parse_args()
+    bench = Bench(options)
+    bench.make_base()
+    if "quantize" in options.parts:
+        bench.quantize()
+    if {*options.parts} - {"base", "quantize"}:
+        bench.draw()
+    if "score" in options.parts:
+        score_nested(bench)
+    if "opponents" in options.parts:
+        score_opponents(bench)
+
+
+if __name__ == "__main__":
+    main()
