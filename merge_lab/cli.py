@@ -49,6 +49,8 @@ def run_preflight(config: PreflightConfig) -> int:  # exit status: 0 if they can
     for row in wrong.itertuples():
         print(f"\n{row.property}: {row.obstacle}\n  {row.remedy}")
     print("\nThese components " + ("cannot be merged as they are." if len(wrong) else "can be merged."))
+    if not len(wrong):
+        print(f"Next: merge-lab mask-merge --model_paths {' '.join(config.model_paths)} --dataset_configs DATA OF EACH")
     return int(len(wrong) > 0)
 
 
@@ -80,8 +82,9 @@ def run_align(config: AlignConfig) -> int:
     "Write the copies; all or none."
     from merge_lab.components import align_vocabulary
 
-    for folder in align_vocabulary(config.model_paths, config.output_dir, config.policy):
-        print(folder)
+    folders = align_vocabulary(config.model_paths, config.output_dir, config.policy)
+    print(*folders, sep="\n")
+    print(f"Next: merge-lab mask-merge --model_paths {' '.join(map(str, folders))} --dataset_configs DATA OF EACH")
     return 0
 
 # %% ../nbs/60_cli.ipynb #ccfb547c
@@ -293,6 +296,8 @@ def call(name: str, words: list[str]) -> int:
     if isinstance(result, int):
         return result
     status = (command.find(command.show) if command.show else show_tables)(result)
+    if command.next:
+        print(f"Next: {command.next.format(folder=result.folder)}")
     return status or 0
 
 # %% ../nbs/60_cli.ipynb #1e5b49e2

@@ -45,6 +45,7 @@ class Command:
     help: str
     positional: tuple[str, ...] = ()  # fields that are given without a flag
     show: str | None = None  # function of the module that prints the result
+    next: str = ""  # what to do then, with the result's {folder}; empty: the function that prints says it
 
     def find(self, name: str):
         "What a name of the command's module stands for."
@@ -67,7 +68,8 @@ COMMANDS = {
         "systems.dam", "DAMTrainConfig", "train", "DAM: train the coefficients and export the merge", show="show_run"
     ),
     "layer-merge": Command(
-        "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter by merging similar layers", ("model_path",)
+        "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter by merging similar layers", ("model_path",),
+        next="merge-lab verify {folder}, or merge-lab export {folder} --format gguf",
     ),
     "lora": Command("systems.lora", "LoRAPipelineConfig", "run", "fine-tune a LoRA adapter, diagnose it, merge it", show="show_result"),
     "lora-merge": Command(

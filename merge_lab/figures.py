@@ -19,8 +19,9 @@ import pandas as pd
 from matplotlib.colors import Normalize, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 
 from .run_folder import atomic_path
@@ -136,6 +137,14 @@ class LabFigure(Figure):
     "A matplotlib figure that a notebook shows without pyplot and with stable bytes."
 
     screen: ClassVar[dict] = dict(dpi=80, colours=64)  # of the picture in a notebook; files are finer
+
+    def draw(self, renderer):
+        "Draw, with text as it stands: a name may hold dollar signs, which begin no formula. Numbers of an axis may be formulas."
+        numbers = [side for axis in self.axes for side in (axis.xaxis, axis.yaxis) if isinstance(side.get_major_formatter(), (LogFormatter, ScalarFormatter))]
+        formulas = {label for side in numbers for label in side.get_ticklabels(which="both")}
+        for text in self.findobj(Text):
+            text.set_parse_math(text in formulas)
+        super().draw(renderer)
 
     def _repr_png_(self):
         return figure_to_png(self, **self.screen)

@@ -29,12 +29,13 @@ from .lesson import patch_to
 from .logs import tqdm
 from .masks import MaskedModule
 from .memory import fit_report, FitReport, load_config
-from .merger import held_paths, Merger
+from .merger import held_paths, Merger, read_masks
 from .objective import Objective
 from .run_folder import check_disk_space, kept_rows, resume_command, save_tensors, stopped, write_json, write_rows
 from .student import Student
 from .token_losses import state_gaps
 from .training import attach_watchers, HELD_OUT_FILE, last_checkpoint, MergerTrainer, objective_of, train_from, training_arguments
+from .watch import told_order
 
 logger = logging.getLogger(__name__)
 
@@ -347,7 +348,7 @@ class LayersDone:
 
     def read(self) -> int:  # layers that are done
         "Number of layers whose masks are final."
-        return read_json(self.file)["layers"] if self.file.exists() else 0
+        return int(read_json(self.file).get("layers", 0)) if self.file.exists() else 0
 
     def write(self, merger: Merger, layers: int):
         "Keep the masks and say how many layers are done; streams and steps before them go."
@@ -360,11 +361,9 @@ class LayersDone:
 
     def load(self, merger: Merger) -> int:  # layers that are done
         "Let a merger have the masks of the layers that are done."
-        from safetensors.torch import load_file
-
         done = self.read()
         if self.file.exists():
-            merger.load_mask_state(load_file(self.folder / f"masks-{done}.safetensors"))
+            merger.load_mask_state(read_masks(self.folder / f"masks-{done}.safetensors"))
         return done
 
 # %% ../nbs/39_layerwise.ipynb #4e67c5cc
@@ -505,6 +504,8 @@ def _begin(merger: Merger, held_out: HeldOut | None, config, done: LayersDone) -
     begun = done.load(merger) if config.resume else 0
     if not best.looks:
         _look(merger, held_out, best, config, 0)
+        for told in told_order(merger, held_out):
+            logger.warning("%s", told)
     if begun == 0:
         done.write(merger, 0)
     if best.looks:

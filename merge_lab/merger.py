@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MASKS_FILE', 'CONFIG_FILE', 'module_kind', 'wrap', 'Merger', 'checkpoint_activations', 'read_merger_config',
-           'model_card', 'kept_states']
+           'read_masks', 'model_card', 'kept_states']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -386,18 +386,30 @@ def saved_config(self) -> MergerConfig:
 
 
 @patch_to(Merger)
+@property
+def tied_paths(self) -> list[str]:
+    "Components whose weights the masks are trained for; of the saved config."
+    return held_paths(self.saved_config)
+
+
+@patch_to(Merger)
+def tied_weights(self) -> list[str | None]:
+    "Digest of each of them, taken once: the weights are frozen, so that a checkpoint looks at no file, and asks no hub, again."
+    known = vars(self).setdefault("_weights_digests", {})
+    return [known[path] if path in known else known.setdefault(path, weights_digest(path)) for path in self.tied_paths]
+
+
+@patch_to(Merger)
 def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; components are referred to, not copied."
     folder, masks = Path(folder), self.mask_state()  # every rank gathers, one writes
     if not is_main_process:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    values, held = dataclasses.asdict(self.saved_config), held_paths(self.saved_config)
-    paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in held]
+    values = dataclasses.asdict(self.saved_config)
+    paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in self.tied_paths]
     save_tensors(folder / MASKS_FILE, masks)
-    known = vars(self).setdefault("_weights_digests", {})  # the weights are frozen: a checkpoint looks at no file, and asks no hub, again
-    digests = [known[path] if path in known else known.setdefault(path, weights_digest(path)) for path in held]
-    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "weights": digests, "anchor": self.state.anchor})
+    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "weights": self.tied_weights(), "anchor": self.state.anchor})
 
 # %% ../nbs/20_merger.ipynb #56fdd09b
 def read_merger_config(
@@ -421,12 +433,24 @@ def read_merger_config(
     return dataclasses.replace(config, model_paths=list(model_paths[:n]), base_model=base)
 
 # %% ../nbs/20_merger.ipynb #b06f97f6
-@patch_to(Merger)
-def load_masks(self, folder: str | Path):
-    "Read the masks that `save_pretrained` wrote. Raises `FileNotFoundError` if there are none, `ValueError` if they were trained for other weights."
+def read_masks(
+    file: str | Path,  # of safetensors
+) -> dict[str, Tensor]:
+    "Masks of a file. Raises `FileNotFoundError` or `ValueError` that names it."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: no such file. Give a folder that save_pretrained wrote.") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}). Take the masks of another checkpoint.") from error
+
+
+@patch_to(Merger)
+def load_masks(self, folder: str | Path):
+    "Read the masks that `save_pretrained` wrote. Raises `FileNotFoundError` if there are none, `ValueError` if they were trained for other weights."
     if not (Path(folder) / MASKS_FILE).exists():
         raise FileNotFoundError(f"{folder} has no {MASKS_FILE}. Give a folder that save_pretrained wrote.")
     saved = read_json(Path(folder) / CONFIG_FILE) if (Path(folder) / CONFIG_FILE).exists() else {}
@@ -437,11 +461,8 @@ def load_masks(self, folder: str | Path):
             "Give base_model as it was, or load the folder by the class that wrote it (DAMMerger for DAM)."
         )
     if any(saved.get("weights", [])):
-        check_same_weights(saved["weights"], held_paths(self.merger_config), folder)
-    try:
-        masks = load_file(Path(folder) / MASKS_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"{Path(folder) / MASKS_FILE} is damaged ({error}). Take the masks of another checkpoint.") from error
+        check_same_weights(saved["weights"], self.tied_paths, folder)
+    masks = read_masks(Path(folder) / MASKS_FILE)
     for name, mask in masks.items():
         check_finite(folder, f"mask {name}", mask, MASKS_FILE)
     self.load_mask_state(masks)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'sft_defaults', 'FEW_ROWS', 'make_sft_config', 'remake', 'validate_at', 'release_memory',
-           'learned_positions_only', 'undisturbed', 'Lines', 'without_frames', 'build_trainer']
+           'learned_positions_only', 'undisturbed', 'Lines', 'without_frames', 'plain_trainer', 'build_trainer']
 
 # %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #16469d2a
 import dataclasses
+import functools
 import gc
 import logging
 import math
@@ -25,6 +26,7 @@ from .adapters import device_settings, quiet_peft
 from .config import check_names, did_you_mean
 from .logs import draws_bars, EVERY
 from .sft_data import encode_dataset, evaluation_steps, quiet_datasets
+from .trainer_state import PlainStates
 from .training import cache_as_said, check_report_to
 
 if TYPE_CHECKING:
@@ -160,6 +162,17 @@ def without_frames(
         trainer.add_callback(Lines())
 
 # %% ../nbs/39_fine_tuning/04_sft_trainer.ipynb #25f0f7ac
+@functools.cache
+def plain_trainer() -> type:
+    "Class of the trainer; trl is imported when the first is made."
+    from trl import SFTTrainer
+
+    class PlainTrainer(PlainStates, SFTTrainer):
+        "trl's trainer, whose checkpoints hold no pickles and are sealed."
+
+    return PlainTrainer
+
+
 def build_trainer(
     model: nn.Module,  # a base, or a model that has its adapter already
     tokenizer,
@@ -171,11 +184,10 @@ def build_trainer(
 ) -> "trl.SFTTrainer":
     "A trainer whose model has trainable adapters and a frozen base."
     from transformers import PrinterCallback
-    from trl import SFTTrainer
 
     with quiet_peft(), quiet_datasets(), cache_as_said(args, model.config):
         learned, asked = (None if each is None else encode_dataset(each, tokenizer, args.max_length) for each in (rows, eval_rows))
-        trainer = SFTTrainer(
+        trainer = plain_trainer()(
             model, args, train_dataset=learned, eval_dataset=asked, processing_class=tokenizer, callbacks=list(callbacks),
             peft_config=peft_config,
         )  # fmt: skip

@@ -9,12 +9,9 @@ __all__ = ['HANG_UP', 'STOPPING', 'StopCallback']
 import signal
 import threading
 import time
-from pathlib import Path
 
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
-
-from .run_folder import seal
 
 # %% ../nbs/24_stopping.ipynb #62e429f3
 HANG_UP = getattr(signal, "SIGHUP", None)  # Windows has none
@@ -22,7 +19,7 @@ STOPPING = [number for number in (signal.SIGINT, signal.SIGTERM, HANG_UP) if num
 
 
 class StopCallback(TrainerCallback):
-    "Ends training after the current step, with a checkpoint, when asked to by `stop()`, SIGINT, SIGTERM or a closed terminal; seals every checkpoint."
+    "Ends training after the current step, with a checkpoint, when asked to by `stop()`, SIGINT, SIGTERM or a closed terminal."
 
     def __init__(self):
         self.requested, self._before, self._asked = threading.Event(), {}, 0.0
@@ -47,10 +44,6 @@ class StopCallback(TrainerCallback):
             self.requested.set()  # a signal to one process stops all, after the same step
         if self.requested.is_set():
             control.should_training_stop = control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def close(self):
         "Give the signals back."

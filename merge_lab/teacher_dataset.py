@@ -30,7 +30,7 @@ from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
 from .records import split_named
-from .run_folder import check_one_process, check_outside, check_writable, clear_run, hold, is_run, LOCK, one_run, write_config, write_json
+from .run_folder import check_one_process, check_outside, check_writable, clear_run, hold, holds_files, is_run, one_run, write_config, write_json
 from .teacher_cache import STORED_TOPK
 from .token_losses import shift_labels
 
@@ -226,7 +226,7 @@ def state_of(
     held = read_any_facts(file) if file.exists() else None
     if held is not None and not changes(held, facts):
         return "complete" if held.get("complete") else "begun"
-    if folder.is_file() or folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
+    if folder.is_file() or holds_files(folder):
         differing = f"one with {changes(held, facts)}" if held else "another run" if is_run(folder) else "no DAM dataset"
         ours = held is not None or is_run(folder)
         if not (ours and overwrite):
@@ -309,6 +309,7 @@ def show_dataset(dataset):
     stored = "with stored teachers" if STORED_TOPK[0] in dataset.column_names else "without teachers"
     folder = Path(dataset.cache_files[0]["filename"]).parent
     print(f"{len(dataset)} rows of {len(set(dataset['source']))} components, {stored}, in {folder}")
+    print(f"Next: merge-lab dam-train --hf_disk_dataset_dir {folder}, with the folder of dam-merge as --untrained_merged_model_name")
 
 # %% ../nbs/37_teacher_dataset.ipynb #ce29b565
 class TopkCollator(ChatCollator):

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -31,7 +32,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.training_args import OptimizerNames
 
@@ -45,13 +45,15 @@ from .loop_config import LoopConfig, TrainConfig
 from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
+from .provenance import note_inputs
 from merge_lab.run_folder import (
-    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, check_readable, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
+    add_row, ADJUSTED, begin_run, check_going_on, check_more_steps, checkpoint_to_resume, last_checkpoint, read_adjusted, read_history, read_rows, resume_command,
     RunInterrupted, save_tensors, steps_of, write_json, write_rows,
 )
 from .stopping import StopCallback
 from .teacher_cache import TeacherCache
-from .watch import component_losses, unlike_order
+from .trainer_state import PlainStates
+from .watch import told_order
 
 _all_ = ["StopCallback", "RunInterrupted", "check_going_on", "checkpoint_to_resume", "last_checkpoint", "read_history", "resume_command"]  # once here
 logger = logging.getLogger(__name__)
@@ -198,7 +200,7 @@ def cache_as_said(
 _REFERENCE = "mask_reference.safetensors"  # of a checkpoint: the masks that mask decay pulls towards
 
 
-class MergerTrainer(Trainer):
+class MergerTrainer(PlainStates, Trainer):
     "Trainer of a merger's masks. Keeps per-step sums for the history and stops on a loss that is not finite."
 
     loss_is_scaled_for_ga = True  # the objective divides by the scored tokens of the whole step
@@ -358,11 +360,8 @@ class KeepBest(TrainerCallback):
 @patch_to(KeepBest)
 def check_order(self):
     "Warn if a component is not the best on the rows that are held out of its own data."
-    merger = self.merger
-    sources = {int(i) for batch in getattr(self.held_out, "batches", ()) for i in batch.get("source", ())}
-    if len(sources) > 1 and max(sources) < merger.n_components:
-        for told in unlike_order(component_losses(merger, self.held_out), merger.names):
-            logger.warning("%s", told)
+    for told in told_order(self.merger, self.held_out):
+        logger.warning("%s", told)
 
 # %% ../nbs/31_training.ipynb #05a3bd71
 @patch_to(KeepBest)
@@ -463,6 +462,8 @@ def _save(self, output_dir=None, state_dict=None):
         save_tensors(folder / _REFERENCE, self.objective.mask_reference)
     if self.keeper.best.masks and self.args.should_save:
         self.keeper.best.save(folder)
+    if self.objective.teachers is not None and self.args.should_save:
+        self.objective.teachers.note(folder)
 
 
 @patch_to(MergerTrainer, "save_model")
@@ -476,24 +477,22 @@ def _save_model(self, output_dir: str | None = None, _internal_call: bool = Fals
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
     self.accelerator.unwrap_model(model or self.model).load_masks(resume_from_checkpoint)
     self.keeper.best = Best.load(resume_from_checkpoint) or Best()
+    if self.objective.teachers is not None:
+        self.objective.teachers.tell_lost(resume_from_checkpoint)
     reference = Path(resume_from_checkpoint) / _REFERENCE
     if reference.exists():
         self.objective.mask_reference = load_file(reference)
 
 # %% ../nbs/31_training.ipynb #0eb9a0f9
 @patch_to(MergerTrainer)
-def _save_optimizer_and_scheduler(self, output_dir: str):
-    if not is_sharded(self.model):
-        return Trainer._save_optimizer_and_scheduler(self, output_dir)
-    state = tree_map_only(Tensor, full, self.optimizer.state_dict())
-    if self.args.should_save:
-        torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+def optimizer_state(self) -> dict:
+    "What the optimizer knows; of a sharded merger, put together from all processes."
+    return tree_map_only(Tensor, full, self.optimizer.state_dict()) if is_sharded(self.model) else self.optimizer.state_dict()
 
 
 @patch_to(MergerTrainer)
 def _load_optimizer_and_scheduler(self, checkpoint: str | None):
-    Trainer._load_optimizer_and_scheduler(self, checkpoint)
+    PlainStates._load_optimizer_and_scheduler(self, checkpoint)
     for parameter, state in self.optimizer.state.items() if checkpoint and is_sharded(self.model) else ():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -664,7 +663,6 @@ def train_from(trainer: MergerTrainer, checkpoint: Path | None):
         return
     done, asked = steps_of(checkpoint), trainer.args.max_steps
     check_more_steps(checkpoint, asked)
-    check_readable(checkpoint)
     if done != asked:
         trainer.train(resume_from_checkpoint=str(checkpoint))
         return
@@ -685,10 +683,14 @@ def held_out_facts(
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def open_together(config, folder: Path, arguments: TrainingArguments):
+def open_together(
+    config, folder: Path, arguments: TrainingArguments,
+    *read: Sequence[str | None],  # models, then texts and rows, that the run reads
+):  # fmt: skip
     "`begin_run` on one process, while the others wait. Call it when nothing is left to be refused."
     wait = PartialState().wait_for_everyone
     wait()  # until every process has seen that the folder is free
     if arguments.should_save:
         begin_run(config, folder)
+        note_inputs(folder, *read)
     wait()

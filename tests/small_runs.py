@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from merge_lab.adapters import load_base, make_lora_config, quiet_peft
 from merge_lab.cli import main
-from merge_lab.run_folder import bundled_path
+from merge_lab.run_folder import bundled_path, OPTIMIZER_FILE, save_tensors, seal, STATE_FILE, write_json
 from merge_lab.systems.mask_merge import demo_config, MaskMergeConfig
 from merge_lab.tinylm import save_tiny, tiny_experts
 
@@ -48,6 +48,17 @@ LAYERS = "layer-merge a --output_dir out --device cpu --max_steps 1"
 QUANTIZE = "quantize a --output_dir out --device cpu --dataset text.txt --max_length 8 --num_samples 2"
 ROUTER = "router q --output_dir out --device cpu --dataset text.txt --max_length 16 --prefix_length 4 --num_samples 4 --num_validation 2 --num_train_epochs 1"
 COMPARE = "compare a b --datasets chat_a chat_b --output_dir out --minutes 1"
+
+
+def sealed_checkpoint(folder, step, processes=1):
+    "What a run leaves after a step, as far as it is looked at before it is gone on from."
+    place = Path(folder) / f"checkpoint-{step}"
+    save_tensors(place / OPTIMIZER_FILE, {})
+    chance = ["rng_state.json"] if processes == 1 else [f"rng_state_{i}.json" for i in range(processes)]
+    for name in (STATE_FILE, "trainer_state.json", *chance):
+        write_json(place / name, {"global_step": step})
+    seal(place)
+    return place
 
 
 def rows(path, values):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from small_runs import stopping_at
+from small_runs import sealed_checkpoint, stopping_at
 
 from merge_lab import merger as merger_module
 from merge_lab import objective, teacher_dataset
@@ -561,10 +561,7 @@ def test_what_cannot_be_resumed_or_cleared_is_refused(lab, tmp_path):
     resumed = dataclasses.replace(config, resume=True)
     with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
         dam.train(resumed)
-    checkpoint = tmp_path / "run/checkpoint-1"
-    checkpoint.mkdir()
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
-        (checkpoint / name).touch()
+    sealed_checkpoint(tmp_path / "run", 1, processes=2)
     with pytest.raises(ValueError, match="written by 2 processes, and there are 1"):
         dam.train(resumed)
     inside = {"untrained_merged_model_name": str(tmp_path / "run"), "overwrite": True}

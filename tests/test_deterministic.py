@@ -11,8 +11,10 @@ from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE
 
 SYSTEMS = {  # words, and what the run leaves
     "mask-merge": (MERGE + TRAIN, "masks/masks.safetensors"),
+    "mask-merge layer by layer": (f"{MERGE}{TRAIN} --train_mode layerwise --layer_steps 2 --finish_steps 1", "masks/masks.safetensors"),
     "dam-train": (f"{DAM} --held_out_rows 1 --no_save_merged", "masks.safetensors"),
     "layer-merge": (f"{LAYERS} --n_pairs 1 --data_dir chat_a --num_samples 4 --held_out_rows 2 --dtype float32", "merged/model.safetensors"),
+    "layer-merge by a block": (f"{LAYERS} --strategy block --n_pairs 1 --data_dir chat_a --num_samples 4 --held_out_rows 2 --block_tries 1 --hidden_steps 2 --block_steps 2 --dtype float32", "merged/model.safetensors"),
     "lora": (f"{LORA} --eval_dataset none", "adapter_checkpoint/adapter_model.safetensors"),
     "lora-merge": (f"{ADAPTERS} --held_out_rows 1 --eval_samples 0 --no_save_merged", "masks/masks.safetensors"),
     "quantize": (QUANTIZE, "layer-00001.safetensors"),
@@ -30,7 +32,7 @@ def test_the_same_bits_twice(name, ground, monkeypatch, capsys):
     monkeypatch.chdir(ground)
     words, left = SYSTEMS[name]
     found = []
-    for place in (f"{name}-1", f"{name}-2"):
+    for place in (f"{name.replace(' ', '-')}-1", f"{name.replace(' ', '-')}-2"):
         torch.rand(7)  # chance of the process that is not the run's
         status = main([*words.replace("_dir out", f"_dir {place}").split(), "--deterministic"])
         assert status == 0, capsys.readouterr().err[-2000:]

@@ -81,8 +81,9 @@ def test_statuses_are_told():
     assert all(f"`{status}`" in readme for status in EXIT) and "--quiet" in readme
 
 
-def test_swapped_data_are_noticed_before_training(tmp_path, caplog):
+@pytest.mark.parametrize("mode", ["end_to_end", "layerwise"])
+def test_swapped_data_are_noticed_before_training(mode, tmp_path, caplog):
     data = {str(bundled_path(f"tasks/{task}")): 24 for task in ("summarize", "rewrite")}
     with caplog.at_level(logging.WARNING):
-        run(small(tmp_path, dataset_configs=data, max_steps=1, eval_samples=0, held_out_rows=4, save_merged=False), progress=False)
+        run(small(tmp_path, dataset_configs=data, train_mode=mode, max_steps=1, layer_steps=1, eval_samples=0, held_out_rows=4, save_merged=False), progress=False)
     assert "models and data look swapped: summarize knows the rows of rewrite better" in caplog.text

@@ -541,7 +541,7 @@ def test_an_interrupted_run_of_growing_ranks_stops(base):
 
 
 def test_resuming_needs_a_checkpoint(base):
-    run(quick_config(), disable_tqdm=True)
+    run(quick_config(save_steps=0), disable_tqdm=True)
     with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
         run(quick_config(resume=True))
     with pytest.raises(ValueError, match="resume=True with ranks"):

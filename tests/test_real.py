@@ -14,7 +14,7 @@ import torch
 from merge_lab import real
 from merge_lab.chat import load_task, write_jsonl
 from merge_lab.real_data import make_real_base, make_real_task, missing_packages, REAL_TASKS, split_of
-from merge_lab.run_folder import seal
+from small_runs import sealed_checkpoint
 
 needs_real = pytest.mark.skipif(
     bool(missing_packages()),
@@ -131,9 +131,7 @@ def test_a_step_that_is_done_is_not_done_again(tmp_path, monkeypatch):
     real.do_step(real.Step("merge", **reads, needs=(other,)), tmp_path)
     assert len(ran) == 4  # what it reads was made anew, so it is
     (step.folder / "config.yaml").write_text("x: 2")
-    (step.folder / "checkpoint-5").mkdir()
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
-        (step.folder / "checkpoint-5" / name).write_text("{}")
+    sealed_checkpoint(step.folder, 5)
     real.do_step(real.Step("two", ("lora",), step.folder), tmp_path)
     assert ran[-1] == ["lora", "--resume"]
     real.do_step(real.Step("three", ("lora",), step.folder, resumes=False), tmp_path)
@@ -145,16 +143,11 @@ def test_a_step_whose_only_checkpoint_is_damaged_begins_anew(tmp_path, monkeypat
     ran = []
     monkeypatch.setattr(real, "run_command", lambda words: ran.append(words) or (1.0, 2**30))
     step = real.Step("one", ("lora",), tmp_path / "one")
-    cut, older = step.folder / "checkpoint-10", step.folder / "checkpoint-5"
-    for checkpoint in (cut, older):
-        checkpoint.mkdir(parents=True)
-        for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
-            (checkpoint / name).write_text("{}")
+    cut, older = (sealed_checkpoint(step.folder, n) for n in (10, 5))
     (step.folder / "config.yaml").write_text("x: 2")
-    seal(cut)
-    (cut / "optimizer.pt").write_text("{")
+    (cut / "optimizer.json").write_text("{")
     real.do_step(step, tmp_path)
-    (older / "scheduler.pt").unlink()
+    (older / "optimizer.safetensors").unlink()
     real.do_step(dataclasses.replace(step, name="two"), tmp_path)
     assert ran == [["lora", "--resume"], ["lora", "--overwrite"]]
 

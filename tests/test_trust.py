@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,15 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from merge_lab.cli import main
 from merge_lab.components import load_model
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import alone_in, bundled_path, read_history, save_tensors, seal
-from merge_lab.systems import lora_merge
+from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors
+from merge_lab.stopping import StopCallback
+from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
 from merge_lab.tinylm import save_tiny, tiny_experts
+from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, sealed_checkpoint, small, stopping_at, TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -71,17 +77,14 @@ def test_fewer_steps_than_were_made_touch_no_adapter_merge(tmp_path, monkeypatch
     from merge_lab.run_folder import begin_run
 
     begin_run(config)
-    (made / "checkpoint-20").mkdir()
-    for name in ("optimizer.pt", "scheduler.pt"):
-        (made / "checkpoint-20" / name).write_text(name)
-    (made / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 20}')
+    sealed_checkpoint(made, 20)
     before = bytes_of(made)
     with pytest.raises(ValueError, match="has made 20 steps"):
         lora_merge.run(dataclasses.replace(config, max_steps=10, resume=True))
     assert bytes_of(made) == before
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "masks.safetensors", "rng_state.pth"])
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "optimizer.json", "trainer_state.json", "masks.safetensors", "rng_state.json", "manifest.json"])
 def test_a_file_that_a_checkpoint_lost_sends_back_to_the_one_before(copied, finished, name, caplog):
     folder = Path(copied.output_dir)
     (folder / "checkpoint-4" / name).unlink()
@@ -134,8 +137,7 @@ def test_weights_that_changed_between_stop_and_resume_are_told(finished, tmp_pat
     run(config, progress=False)
     weights = load_file(paths[0] / "model.safetensors")
     save_tensors(paths[0] / "model.safetensors", {name: 2 * weight for name, weight in weights.items()})
-    with pytest.raises(ValueError, match="its weights have changed"):
-        run(dataclasses.replace(config, resume=True, max_steps=4), progress=False)
+    refused(dataclasses.replace(config, resume=True, max_steps=4), ValueError, "model0 has changed, or is another one, since the run")
 
 
 def test_a_folder_is_one_processes_own(copied, forked):
@@ -207,10 +209,10 @@ def test_a_signal_before_training_is_told(number, tmp_path, forked):
     assert child.returncode == 130 and "interrupted" in child.stderr and "Traceback" not in child.stderr
 
 
-def test_no_place_to_write_is_said_before_the_work(finished, tmp_path):
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
+def test_no_place_to_write_is_said_before_the_work(finished, tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir(mode=0o500)
+    own = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "closed" and own(path, mode))  # root may write anywhere
     with pytest.raises(PermissionError, match="nothing may be written"):
         run(dataclasses.replace(finished, output_dir=str(tmp_path / "closed" / "run"), dry_run=True), progress=False)
 
@@ -224,30 +226,177 @@ def test_overwriting_through_a_link_clears_what_it_leads_to(copied, tmp_path):
     assert json.loads((Path(copied.output_dir) / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
 
 
-def test_a_seal_says_which_file_is_not_what_was_written(tmp_path):
-    from merge_lab.run_folder import damage_of
+class StopAt(TrainerCallback):
+    "What a scheduler does while a step is computed."
 
-    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
-        (tmp_path / name).write_text(name)
-    seal(tmp_path)
-    assert damage_of(tmp_path) == ""
-    (tmp_path / "optimizer.pt").write_text("optimizer.pT")
-    assert damage_of(tmp_path).endswith("optimizer.pt is not what was written")
-    (tmp_path / "manifest.json").write_text("{")
-    assert damage_of(tmp_path).endswith("manifest.json is damaged")
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+RUNS = {  # short runs that make checkpoints, and what their training reads
+    "mask-merge": (MERGE + TRAIN, "a/model.safetensors"),
+    "layerwise": (MERGE + TRAIN + " --train_mode layerwise --layer_steps 2", "chat_b/train.jsonl"),
+    "dam-train": (f"{DAM} --held_out_rows 1 --max_steps 2", "b/model.safetensors"),
+    "layer-merge": (f"{LAYERS} --n_pairs 1 --data_dir chat_a --num_samples 4 --held_out_rows 2 --max_steps 2", "chat_a/train.jsonl"),
+    "lora": (f"{LORA} --eval_dataset none --max_steps 2", "a/model.safetensors"),
+    "lora-merge": (f"{ADAPTERS} --held_out_rows 1 --eval_samples 0 --max_steps 2", "y/adapter_model.safetensors"),
+    "router": (ROUTER, "q/layer-00000.safetensors"),
+    "quantize": (QUANTIZE, "a/model.safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    return make_ground(tmp_path_factory.mktemp("ground"))
+
+
+@pytest.fixture
+def here(ground, tmp_path, monkeypatch):
+    "A copy of the ground that a test may spoil."
+    monkeypatch.chdir(shutil.copytree(ground, tmp_path / "ground"))
+    return tmp_path / "ground"
+
+
+def changed(place):
+    "The same file with other weights, or other rows."
+    file = Path(place)
+    if file.suffix == ".jsonl":
+        file.write_text(file.read_text() + file.read_text())
+    else:
+        save_tensors(file, {name: 2 * tensor if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()})
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_what_is_asked_to_stop_goes_on_unless_what_it_reads_has_changed(name, number, here, monkeypatch, capsys):
+    "Of every system: the step ends, a checkpoint is there, and nothing is taken up with other weights or rows."
+    words, read = RUNS[name]
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    owner, where = (quantize, "write_quantized") if name == "quantize" else (StopCallback, "on_step_end")
+    original = getattr(owner, where)
+
+    def stops(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, stops)
+        assert main(words.split()) == 130
+    signal.signal(number, before)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and ("--resume" in err)
+    assert name in ("quantize", "layerwise") or last_checkpoint(Path("out"))
+    kept = bytes_of("out")
+    source = Path(read).read_bytes()
+    changed(read)
+    assert main([*words.split(), "--resume"]) == 2
+    assert "has changed, or is another one, since the run in out was begun" in capsys.readouterr().err
+    assert bytes_of("out") == kept
+    Path(read).write_bytes(source)
+    assert main([*words.split(), "--resume"]) == 0
+    assert re.search("Next: |merge-lab router|Load them with", capsys.readouterr().out)  # what to do then
+
+
+@pytest.mark.parametrize("name", ["mask-merge", "lora-merge", "layer-merge", "quantize", "router"])
+def test_a_full_disk_is_told_with_file_and_bytes(name, here, monkeypatch, capsys):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    assert main(RUNS[name][0].split()) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and "unfinished" not in told.splitlines()[-1]
+    assert re.search(r"out\S+safetensors: could not be written .*No space left.*are needed and .* are free.*--resume", told.splitlines()[-1]), told
+
+
+def test_rows_of_a_fine_tune_are_copied_nowhere(here, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(here / "cache"))
+    before = {path.name for path in here.iterdir()}
+    assert main(RUNS["lora"][0].split()) == 0
+    assert {path.name for path in here.iterdir()} - before == {"out"}  # neither in the cache nor where the command was started
+
+
+def test_no_checkpoint_holds_a_pickle(here):
+    for name in ("mask-merge", "lora", "router"):
+        words = RUNS[name][0].replace("_dir out", f"_dir {name}")
+        assert main(f"{words} --save_steps 1".split()) == 0
+        made = {path.suffix for path in Path(name).glob("checkpoint-*/*")}
+        assert last_checkpoint(Path(name)) and not made & {".pt", ".pth", ".bin", ".pkl"}, made
+
+
+def test_masks_of_adapters_know_them(here):
+    assert main(f"{RUNS['lora-merge'][0]} --no_save_merged".split()) == 0
+    lora_merge.AdapterMerger.from_pretrained("out/masks")
+    changed("x/adapter_model.safetensors")
+    with pytest.raises(ValueError, match="trained with other weights than x has"):
+        lora_merge.AdapterMerger.from_pretrained("out/masks")
+
+
+def test_a_clearing_that_is_killed_leaves_a_run(copied, monkeypatch):
+    "Killed while it overwrites, a run can be overwritten again."
+    from merge_lab.run_folder import begin_run, is_run
+
+    folder, config = Path(copied.output_dir), dataclasses.replace(copied, resume=False, overwrite=True)
+    files = sum(1 for path in folder.iterdir() if path.name != ".lock")
+    for left in range(files):
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", stopping_at(1, shutil.rmtree))
+            patch.setattr(Path, "unlink", stopping_at(1 + left, Path.unlink))
+            with pytest.raises(KeyboardInterrupt):
+                begin_run(config)
+        assert is_run(folder)
+    begin_run(config)
+
+
+def test_a_killed_write_is_in_nobodys_way(tmp_path):
+    from merge_lab.run_folder import UNFINISHED, begin_run
+
+    config = demo_config(output_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / f"{UNFINISHED}config.yaml.x").touch()
+    folder = begin_run(config)
+    assert (folder / "config.yaml").exists()
+
+
+def test_a_run_says_that_its_teachers_are_gone(tmp_path, caplog):
+    data = {str(bundled_path(f"tasks/{task}")): 8 for task in ("rewrite", "summarize")}
+    config = small(tmp_path, dataset_configs=data, max_steps=8, save_steps=4, eval_samples=0, held_out_rows=0, save_merged=False, dtype="bfloat16")
+    with pytest.raises(RunInterrupted):
+        run(config, progress=False, callbacks=(StopAt(6),))
+    (tmp_path / "run" / "teachers-0.cache").unlink()
+    run(dataclasses.replace(config, resume=True), progress=False)
+    assert "teachers-0.cache has 0 of 16 samples" in caplog.text
+
+
+def test_a_seal_says_which_file_is_not_what_was_written(tmp_path):
+    made = sealed_checkpoint(tmp_path, 3)
+    assert damage_of(made) == ""
+    (made / "optimizer.json").write_text('{"global_step": 4}\n')
+    assert damage_of(made).endswith("optimizer.json is not what was written")
+    for told in ("{", "[]", '{"optimizer.json": 3}', '{"optimizer.json": ["a", "b"]}'):
+        (made / "manifest.json").write_text(told)
+        assert damage_of(made).endswith("manifest.json is damaged")
+    (made / "manifest.json").unlink()
+    assert damage_of(made).endswith("manifest.json is missing")
 
 
 def test_a_seal_needs_nothing_of_a_newer_python(tmp_path, monkeypatch):
     "`hashlib.file_digest` came with 3.11; 3.10 is supported."
     import hashlib
 
-    from merge_lab.run_folder import damage_of
-
     monkeypatch.delattr(hashlib, "file_digest", raising=False)
-    (tmp_path / "optimizer.pt").write_bytes(b"x" * 3_000_000)
-    seal(tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text())["optimizer.pt"][1] == hashlib.sha256(b"x" * 3_000_000).hexdigest()
-    assert damage_of(tmp_path) == ""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/more.bin").write_bytes(b"x" * 3_000_000)
+    made = sealed_checkpoint(tmp_path, 3)
+    assert json.loads((made / "manifest.json").read_text())["more.bin"][1] == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert damage_of(made) == ""
 
 
 def test_a_checkpoint_looks_at_no_component_again(tmp_path, monkeypatch):
@@ -258,3 +407,18 @@ def test_a_checkpoint_looks_at_no_component_again(tmp_path, monkeypatch):
     for step in range(3):
         merger.save_pretrained(tmp_path / f"checkpoint-{step}")
     assert looked == paths
+
+
+def test_an_audit_that_asked_nobody_is_no_good_news(tmp_path):
+    place = Path(__file__).parent.parent / "docs"
+    sys.path.insert(0, str(place))
+    try:
+        import audit
+    finally:
+        sys.path.remove(str(place))
+    skipped, fine = {"name": "torch", "skip_reason": "not found"}, {"name": "pip", "version": "1", "vulns": []}
+    bad = {"name": "urllib3", "version": "1", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2"]}]}
+    assert audit.told({"dependencies": [skipped]}) == (2, audit.NOT_ASKED.format(why="the index that answers here knows none of the 1 packages"))
+    assert audit.told({"dependencies": [skipped, fine]}) == (0, "1 packages audited, 0 known faults; 1 could not be asked about: torch.")
+    assert audit.told({"dependencies": [bad, fine]}) == (1, "urllib3 1: PYSEC-1, mended in 2\n2 packages audited, 1 known faults.")
+    assert audit.main(sys.executable, "nothing.txt") == 2  # a program that gives no report

@@ -266,3 +266,16 @@ def test_palette_keeps_every_colour_close():
 def test_what_figures_share_is_found_beside_the_pictures():
     assert set(shared.__all__) <= set(viz.__all__)
     assert all(getattr(viz, name) is getattr(shared, name) for name in shared.__all__)
+
+
+def test_a_name_may_hold_dollars(tmp_path):
+    "matplotlib takes what stands between two for a formula, and fails on what is none; numbers of an axis may be formulas."
+    names = ["a$b_{c$", "$100", "\\$x^$"]
+    for number, figure in enumerate((viz.loss_curves(history(), names), viz.alpha_trajectories(history(), names))):
+        shared.save_figure(figure, tmp_path / f"{number}.png")
+    figure, axes = shared.new_figure("$ is no ^ formula $")
+    axes[0, 0].bar(names, [1, 10, 100])
+    axes[0, 0].set_yscale("log")
+    shared.save_figure(figure, tmp_path / "bars.png")
+    assert [label.get_parse_math() for label in axes[0, 0].get_xticklabels()] == [False] * 3
+    assert any("mathdefault" in label.get_text() and label.get_parse_math() for label in axes[0, 0].get_yticklabels())

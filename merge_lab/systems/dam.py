@@ -6,9 +6,9 @@
 __all__ = ['logger', 'PUBLISHED', 'INIT_KINDS', 'NON_LINEARITIES', 'DAM_FILE', 'DAMConfig', 'take_unmerged', 'DAMMerger',
            'kind_of', 'randomise', 'merge', 'push', 'show_merge', 'check_loss', 'DAMLossConfig', 'task_angles',
            'dam_objective', 'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'inputs_of',
-           'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'loop_arguments', 'make_trainer',
-           'rows_to_score', 'check_scored', 'score_export', 'clear_export', 'DAMRun', 'train', 'show_run',
-           'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
+           'read_by', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'loop_arguments',
+           'make_trainer', 'rows_to_score', 'check_scored', 'score_export', 'clear_export', 'DAMRun', 'train',
+           'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
@@ -36,10 +36,11 @@ from ..lesson import patch_to
 from ..loop_config import LoopConfig
 from ..losses import LOSSES, PENALTIES, task_vector_angles
 from ..masks import MaskedModule
-from ..merger import Merger, module_kind, read_merger_config
+from ..merger import MASKS_FILE, Merger, module_kind, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
-from ..run_folder import begin_run, check_one_process, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json
+from ..provenance import check_same_inputs
+from ..run_folder import begin_run, check_one_process, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json, write_text
 from merge_lab.teacher_dataset import (
     chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, local_path, read_dataset, read_facts, TopkCollator,
 )
@@ -273,6 +274,7 @@ def show_merge(merger: DAMMerger):
         f"{merger.n_components} components ({', '.join(merger.names)}), base {what}: {len(merger.mask_state())} weights with "
         f"coefficients from {alphas['min'].min():.3f} to {alphas['max'].max():.3f}"
     )
+    print("Next: merge-lab dam-topk with the same models and a dataset for each, then merge-lab dam-train")
 
 # %% ../../nbs/40_systems/02_dam.ipynb #2414e83f
 _PENALTIES = {  # option -> row of PENALTIES
@@ -453,6 +455,12 @@ def inputs_of(config: DAMTrainConfig) -> list[str | None]:
     return [config.untrained_merged_model_name, config.hf_disk_dataset_dir, config.base_model, config.cache_dir, *named]
 
 
+def read_by(config: DAMTrainConfig) -> tuple[list[str], list[Path]]:  # models; data
+    "What must be the same where a run goes on, wherever it lies now."
+    merged = read_merger_config(config.untrained_merged_model_name)
+    return [*merged.model_paths, *([merged.base_model] if merged.base_model else [])], [Path(config.untrained_merged_model_name) / MASKS_FILE]
+
+
 def load_untrained(config: DAMTrainConfig) -> DAMMerger:
     "The model of dam-merge, with its models where they are now."
     paths = read_merger_config(config.untrained_merged_model_name).model_paths
@@ -543,7 +551,7 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
     models[UNIFORM] = lambda: merger.init_masks({"strategy": "uniform"}) or merger
     scores = evaluate_models(models, load_tokenizer(folder / "merged"), tests, progress=False)
     merger.load_mask_state(trained)
-    scores.to_csv(folder / "scores.csv", index=False)
+    write_text(folder / "scores.csv", scores.to_csv(index=False))
     return scores
 
 
@@ -569,10 +577,12 @@ def train(config: DAMTrainConfig) -> DAMRun:
     folder = Path(config.output_dir)
     arguments = loop_arguments(config, folder)
     checkpoint = check_start(config, folder, inputs_of(config), arguments.world_size)
+    if config.resume:
+        check_same_inputs(folder, *read_by(config))
     trainer, history, stopper = make_trainer(config, arguments)
     tests, scores = rows_to_score(config), None
     check_scored(trainer.model, tests)
-    open_together(config, folder, arguments)
+    open_together(config, folder, arguments, *read_by(config))
     merger, main = trainer.model, arguments.should_save
     if main:
         clear_export(folder)

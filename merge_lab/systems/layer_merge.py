@@ -6,8 +6,8 @@
 __all__ = ['logger', 'COMMANDED', 'THIS_RUN', 'METHOD_NAMES', 'BARS', 'HEALED', 'NO_ALPHAS', 'parse_pair', 'PairOptions',
            'BlockOptions', 'LayerMergeConfig', 'Prepared', 'read_data', 'check_mergeable', 'prepare',
            'LayerMergeResult', 'share_table', 'searched', 'find_start', 'learn', 'loop_options', 'find_block',
-           'learn_otherwise', 'first_rows', 'check_config', 'alpha_points', 'score_bars', 'make_plots', 'card_of',
-           'save_result', 'heals_these', 'made_shorter', 'run', 'MergeableLayer', 'layer_similarity',
+           'learn_otherwise', 'first_rows', 'read_by', 'check_config', 'alpha_points', 'score_bars', 'make_plots',
+           'card_of', 'save_result', 'heals_these', 'made_shorter', 'run', 'MergeableLayer', 'layer_similarity',
            'find_merge_pairs', 'replace_layers_with_mergeable', 'prepare_calibration_data', 'extract_learned_alphas',
            'fuse_mergeable_layers', 'heal', 'train_alpha_parameters', 'search_start', 'alpha_loss', 'mean_loss',
            'alpha_objective', 'best_starts', 'only_alphas', 'PairMerger', 'set_alpha', 'Shares', 'start_from',
@@ -57,6 +57,7 @@ from merge_lab.pair_training import (
     ALPHA_LOSSES, alpha_loss, alpha_objective, best_starts, mean_loss, only_alphas, PairMerger, search_start, set_alpha, Shares,
     START_ALPHAS, start_from, train_alpha_parameters,
 )
+from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import begin_run, bundled_path, check_more_steps, check_one_process, check_start, last_checkpoint, one_run, write_json, write_text
 from ..similarity import METHODS
 from ..strategies import compare_variants, shorten, STRATEGIES, UNTRAINED, Variant, VARIANTS
@@ -347,9 +348,16 @@ def first_rows(config: LayerMergeConfig, made: Prepared) -> pd.DataFrame:
     return table.drop(columns="alphas").astype({"layers": int, "parameters": int})
 
 
+def read_by(config: LayerMergeConfig) -> tuple[list, list]:  # models; data
+    "What a run reads to train."
+    return [config.model_path or bundled_path("models/deep")], [config.data_dir or bundled_path("mmlu")]
+
+
 def check_config(config: LayerMergeConfig):
     "Raise `FileExistsError`, `FileNotFoundError` or `ValueError` where the folder of a run is not as its options need it."
     check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text])
+    if config.resume:
+        check_same_inputs(config.output_dir, *read_by(config))
     if config.resume and (checkpoint := last_checkpoint(config.output_dir)) is not None:
         check_more_steps(checkpoint, config.block_steps if STRATEGIES[config.strategy].block else config.max_steps)
 
@@ -504,6 +512,7 @@ def run(
         logger.info("no data_dir: alphas are trained on the bundled questions; text like your own (--data_dir) gains more")
     made = prepare(config, progress)
     folder = begin_run(config)
+    note_inputs(folder, *read_by(config))
     original = copy.deepcopy(made.model) if config.heal_steps and config.strategy == "pairs" else made.model
     table = first_rows(config, made)
     start, model, parts = time.perf_counter(), *made_shorter(config, made, folder, on_step, progress)

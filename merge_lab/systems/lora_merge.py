@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'SHARES', 'BASELINES', 'WHY', 'LoRAMergeConfig', 'base_path', 'AdapterLinear', 'blended_factors',
            'AdapterMerger', 'write_adapter', 'save_adapter', 'peft_baselines', 'explain_baselines', 'adapter_rows',
-           'train_adapter_masks', 'check_merge_run', 'rows_to_score', 'show_result', 'run']
+           'train_adapter_masks', 'read_by', 'check_merge_run', 'rows_to_score', 'show_result', 'run']
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #da60a136
 import dataclasses
@@ -39,9 +39,10 @@ from ..losses import LOSSES
 from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, MergeState, MODES
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
 from ..merger_config import MergerConfig
+from ..provenance import check_same_inputs, note_inputs
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json,
-    write_text,
+    begin_run, bundled_path, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, whole_checkpoint,
+    write_json, write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
 from ..watch import told_run
@@ -249,6 +250,13 @@ def _load_parts(cls, config: LoRAMergeConfig) -> AdapterMerger:
     return cls(*read_adapters(load_base(base_path(config), device, config.dtype), config.adapters), config)
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #89469559
+@patch_to(AdapterMerger, "tied_paths")
+@property
+def _adapter_paths(self: AdapterMerger) -> list[str]:
+    "Adapters, of which each has a base."
+    return [str(path) for path in self.adapter_config.adapters]
+
+
 @patch_to(AdapterMerger, "save_pretrained")
 def _save_masks(self: AdapterMerger, folder: str | Path, is_main_process: bool = True):
     "Write masks and config; base and adapters are referred to, not copied."
@@ -256,7 +264,7 @@ def _save_masks(self: AdapterMerger, folder: str | Path, is_main_process: bool =
     if is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         save_tensors(folder / MASKS_FILE, masks)
-        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.adapter_config))
+        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.adapter_config) | {"weights": self.tied_weights()})
 
 
 @patch_to(AdapterMerger, "from_pretrained")
@@ -266,7 +274,8 @@ def _load_masked(cls, folder: str | Path) -> AdapterMerger:
     file = Path(folder) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}. Give a folder that save_pretrained wrote.")
-    merger = cls.from_config(config_from_dict(LoRAMergeConfig, read_json(file), str(file)))
+    values = {name: value for name, value in read_json(file).items() if name != "weights"}
+    merger = cls.from_config(config_from_dict(LoRAMergeConfig, values, str(file)))
     merger.load_masks(folder)
     return merger
 
@@ -321,9 +330,9 @@ def write_adapter(
         r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=list(pairs), task_type="CAUSAL_LM", inference_mode=True,
         base_model_name_or_path=base, fan_in_fan_out=fan_in_fan_out,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_tensors(folder / "adapter_model.safetensors", tensors)
+    with whole_checkpoint(folder) as place:
+        config.save_pretrained(str(place))
+        save_tensors(place / "adapter_model.safetensors", tensors)
     return folder
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #a71ba882
@@ -450,10 +459,17 @@ def train_adapter_masks(
     return history.frame()
 
 # %% ../../nbs/40_systems/06_lora_merge.ipynb #5727d797
+def read_by(config: LoRAMergeConfig) -> tuple[list, list]:  # models; data
+    "What a run reads to train."
+    return [*config.adapters, config.base_model], [*config.datasets, config.chat_template]
+
+
 def check_merge_run(config: LoRAMergeConfig):
     "Raise `ValueError`, or `OSError` for the folder, before anything of an older run is cleared."
     base = base_path(config) if config.overwrite else config.base_model  # what could be cleared
     check_start(config, config.output_dir, [base, *config.adapters, *config.datasets, config.chat_template], 1)
+    if config.resume:
+        check_same_inputs(config.output_dir, *read_by(config))
 
 
 def rows_to_score(config: LoRAMergeConfig) -> dict:  # task -> rows; empty: nothing is scored
@@ -517,6 +533,7 @@ def run(
         encode_task(merger, tokenizer, task, some)
     merger.to(arguments.device)
     folder = begin_run(config)
+    note_inputs(folder, *read_by(config))
     scores = [score_baselines(merger, tokenizer, tests)] if tests else []
     history = train_adapter_masks(merger, rows, tokenizer, config, callbacks, held_out)
     scores += [score_model(merger.eval(), tokenizer, tests, LEARNED)] if tests else []

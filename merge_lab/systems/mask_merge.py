@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'DEMO_TASKS', 'UNSCORED', 'LOADING', 'divide_count', 'parse_datasets', 'MaskMergeConfig', 'demo_config',
-           'Prepared', 'whole_steps', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers', 'manners',
-           'score_learned', 'make_trainer', 'train', 'check_steerable', 'MaskMergeResult', 'recipe_of', 'run',
-           'make_plots', 'save_plots', 'shares_of', 'headline', 'report_sections', 'write_report', 'print_scores',
-           'show_result', 'demo']
+           'Prepared', 'whole_steps', 'read_by', 'prepare', 'base_of', 'with_base', 'score_all', 'sample_answers',
+           'manners', 'score_learned', 'make_trainer', 'train', 'check_steerable', 'MaskMergeResult', 'recipe_of',
+           'run', 'make_plots', 'save_plots', 'shares_of', 'headline', 'report_sections', 'write_report',
+           'print_scores', 'show_result', 'demo']
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #6ecfcee7
 import dataclasses
@@ -38,6 +38,7 @@ from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
+from ..provenance import check_same_inputs
 from ..rollouts import AnswerConfig, check_answers, divided_rows, Rollouts, RolloutTrainer, save_divided
 from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import positions_of
@@ -207,9 +208,17 @@ def whole_steps(config: MaskMergeConfig) -> MaskMergeConfig:
     return dataclasses.replace(config, max_steps=max(config.finish_steps, 1)) if config.by_layer else config
 
 
-def _check_folder(config: MaskMergeConfig, folder: Path, inputs: list, n_processes: int) -> Path | None:
+def read_by(config: MaskMergeConfig) -> tuple[list[str | None], list[str]]:  # models; data
+    "What a run reads."
+    return [*config.model_paths, base_of(config)], [*config.dataset_configs, config.chat_template]
+
+
+def _check_folder(config: MaskMergeConfig, folder: Path, n_processes: int) -> Path | None:
     "The checkpoint to go on from; layer by layer a run goes on without one, too."
-    checkpoint = check_start(config, folder, inputs, None if config.by_layer else n_processes)
+    models, data = read_by(config)
+    checkpoint = check_start(config, folder, [*models, *data], None if config.by_layer else n_processes)
+    if config.resume:
+        check_same_inputs(folder, models, data)
     return last_checkpoint(folder) if config.by_layer and config.resume else checkpoint
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #9257e793
@@ -248,7 +257,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
         raise ValueError(f"train_mode='layerwise': {arguments.world_size} processes were started, and layers are trained by one. Start one.")
     if config.shard and arguments.world_size == 1:
         raise ValueError("shard=True: there is one process only. Start with torchrun --nproc-per-node=2 and the path of merge-lab.")
-    checkpoint = _check_folder(config, folder, [*models, *config.dataset_configs, config.chat_template], arguments.world_size)
+    checkpoint = _check_folder(config, folder, arguments.world_size)
     check_components([path for path in models if path])
     tokenizer = chat_tokenizer(config.model_paths[0], [path for path in models if path], config.chat_template)
     shortest = min((read_component(path) for path in models if path), key=positions_of)
@@ -409,7 +418,7 @@ def make_trainer(
         train_dataset=rows, data_collator=collate, callbacks=list(callbacks), **writer,
     )
     history, stopper = attach_watchers(trainer, ready.folder, "training masks" if progress else None)
-    open_together(config, ready.folder, ready.arguments)
+    open_together(config, ready.folder, ready.arguments, *read_by(config))
     if config.are_written and ready.is_main:
         save_divided(ready.folder, rows, held_out)
     return trainer, history, stopper

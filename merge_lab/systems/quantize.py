@@ -24,6 +24,7 @@ from ..devices import find_device
 from ..layerwise import check_single_layers, SingleLayers
 from ..logs import tqdm
 from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, write_quantized
+from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run
 from ..text_windows import text_windows, Window
 
@@ -172,6 +173,8 @@ class QuantizeConfig(Options):
 def check_folder(config: QuantizeConfig):
     "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
     check_start(config, config.output_dir, [config.model_path, *config.dataset])
+    if config.resume:
+        check_same_inputs(config.output_dir, [config.model_path], config.dataset)
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #e4ba1091
 def calibrate(
@@ -199,6 +202,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     folder = begin_run(config, config.output_dir)
+    note_inputs(folder, [config.model_path], config.dataset)
     whole = all(layer_file(folder, n).exists() for n in range(len(decoder_layers(model))))
     bits = dict(seed_precision=config.seed_precision, parent_precision=config.parent_precision)
     known = {} if whole else calibrate(config.method, model, windows)
