@@ -100,6 +100,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", help="folder of merge-lab real")
     parser.add_argument("--toys", action="store_true", help="measure the bundled pairs")
+    parser.add_argument("--pairs", nargs="+", default=["+".join(pair) for pair in TOYS], help="bundled pairs that are measured")
     parser.add_argument("--tasks", nargs="+", default=["french", "docstrings"], help="tasks of the root whose experts are merged")
     parser.add_argument("--rows", nargs="+", default=["4", "8", "16", "32", "128", "all"], help="training rows of each task")
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *FREE], choices=[*VARIANTS, *FREE])
@@ -113,7 +114,7 @@ def main():
     cases = [(variant, VARIANTS[variant], "all rows" if n is None else f"{n} rows", n, seed) for variant in asked.variants if variant in VARIANTS for n in numbers for seed in asked.seeds]
     cases += [(variant, FREE[variant], "0 rows", 0, seed) for variant in asked.variants if variant in FREE for seed in asked.seeds]
     told = "".join(f", {name} {value}" for name, value in more.items())
-    for pair in TOYS if asked.toys else ():
+    for pair in [pair.split("+") for pair in asked.pairs] if asked.toys else ():
         experts = [str(bundled_path(f"models/{task}")) for task in pair]
         tasks = [bundled_path(f"tasks/{task}") for task in pair]
         measure(experts, str(bundled_path("models/base")), tasks, cases, TOY_OPTIONS | more, Path(asked.output), "+".join(pair) + told, asked.test_rows, True)

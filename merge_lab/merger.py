@@ -636,7 +636,7 @@ def hidden(
     behind = [kept[layer] if packed is None else packed.unpack(kept[layer]) for layer in layers]
     return torch.cat([last, *behind], -1) if behind else last
 
-
+# %% ../nbs/20_merger.ipynb #5275cc93
 patch_to(Merger)(logit_options)
 
 

@@ -20,17 +20,18 @@ from .constraints import CONSTRAINTS, spherical_alpha, weight_angle, WITH_ANCHOR
 from .masks import IMPLS, MODES
 
 # %% ../nbs/18_merger_config.ipynb #87308850
-STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend")
+STRATEGIES = ("uniform", "odd_one_out", "random", "spherical", "blend", "least_squares")
 _INIT_KEYS = {
     "uniform": {"factors"},
     "odd_one_out": {"selected_idx"},
     "random": {"seed"},
     "spherical": {"parameters"},
     "blend": {"parameters", "selected_idx"},
+    "least_squares": {"rows", "ridge"},
 }
 _Value = FiniteFloat | list[FiniteFloat]
 _INIT_TYPES = {
-    "factors": list[FiniteFloat] | None, "selected_idx": int, "seed": int, "parameters": _Value | dict[str, _Value],
+    "factors": list[FiniteFloat] | None, "selected_idx": int, "seed": int, "rows": int, "ridge": FiniteFloat, "parameters": _Value | dict[str, _Value],
 }
 
 
@@ -58,6 +59,8 @@ def check_mask_init(
         raise ValueError(f"mask_init selected_idx={selected}: expected 0 to {n - 1}, one of the {n} components.")
     if strategy == "odd_one_out" and "selected_idx" not in mask_init:
         raise ValueError("mask_init odd_one_out: expected 'selected_idx', the component that gets alpha 1.")
+    if mask_init.get("rows", 1) < 1 or mask_init.get("ridge", 1.0) <= 0:
+        raise ValueError(f"mask_init {mask_init}: expected rows of 1 or more and a ridge above 0.")
     if strategy == "spherical" and n not in (None, 2):
         raise ValueError(f"mask_init 'spherical' with {n} components: expected 2. Use 'blend' for more.")
 
@@ -97,7 +100,7 @@ def initial_alphas(
         merged = [weight for i, weight in enumerate(weights) if i != anchor]
         alphas = initial_alphas(mask_init, merged, shape, name, depth, generator)
         return [*alphas[:anchor], 1 - sum(alphas), *alphas[anchor:]]
-    if strategy == "uniform":
+    if strategy in ("uniform", "least_squares"):  # the latter until a run has seen its rows
         return mask_init.get("factors") or [1 / n] * n
     if strategy == "odd_one_out":
         return [float(i == mask_init["selected_idx"]) for i in range(n)]

@@ -270,7 +270,7 @@ def _states_of_layers(states: Tensor, layers: Sequence[int], d: int) -> Tensor: 
     "What losses of states compare: the chosen layers, or the last hidden state."
     return states.unflatten(-1, (-1, d))[:, 1:] if layers else states.unsqueeze(1)
 
-
+# %% ../nbs/22_objective.ipynb #c9a4b1fe
 def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[str, Tensor]:
     "Losses of the samples of source i."
     at, topk, d, layers = batch.at(i), _topk_of(merger, batch, objective, i), merger.config.get_text_config().hidden_size, objective.layers
@@ -338,7 +338,7 @@ def _plain_source_losses(merger, batch, objective, logits, hidden, i) -> dict[st
             found[name] = L.reduce_tokens(each if weights is None else each * weights, **options)
     return found
 
-
+# %% ../nbs/22_objective.ipynb #b05c29a4
 def _plain_losses(merger: Merger, batch: Batch, objective: Objective) -> dict[str, Tensor]:
     "The same losses from full logits."
     logits = merger.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits

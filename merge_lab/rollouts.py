@@ -70,7 +70,7 @@ def _up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
     end = next((place for place, token in enumerate(ids, 1) if token in ends), len(ids))
     return list(ids[:end])
 
-
+# %% ../nbs/33_rollouts.ipynb #73001a7a
 def drawn_answers(
     model,  # transformers model or Merger
     prompts: Sequence[Sequence[int]],  # token ids
@@ -136,7 +136,7 @@ def user_turn(tokenizer) -> tuple[list[int], list[int]]:  # ids before what a us
     ends = [i for i in tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if i in tokenizer.all_special_ids]
     return list(tokenizer(before, add_special_tokens=False)["input_ids"]), ends
 
-
+# %% ../nbs/33_rollouts.ipynb #1b421bba
 def written_questions(
     merger: Merger,
     tokenizer,
@@ -180,7 +180,7 @@ def read_rows_of(file: Path) -> tuple[list[dict], dict[str, tuple[Tensor, ...]]]
     ids, labels = (parts.pop(name) for name in ("input_ids", "labels"))
     return [{"input_ids": i.tolist(), "labels": own.tolist(), "source": source} for i, own, source in zip(ids, labels, sources)], parts
 
-
+# %% ../nbs/33_rollouts.ipynb #6ff46961
 def own_rows(
     merger: Merger,
     tokenizer,
@@ -258,23 +258,27 @@ class Rollouts:
         "Whether new answers are wanted for a step, from 0."
         return step % self.config.rollout_steps == 0 or list(counts) != self.counts
 
-    def __call__(self, trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        "The micro-steps of a step, with the blend's answers in place of the first rows'."
-        rows = [rows_in(batch) for batch in batches]
-        counts = [round(self.config.on_policy * len(part)) for part in rows]
-        if self.is_due(trainer.state.global_step, counts):
-            self.write(trainer, [question_in(row) for part, n in zip(rows, counts) for row in part[:n]], counts)
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        return [self._mixed(part, end - n, end, batches[0]["input_ids"].device) for part, n, end in zip(rows, counts, ends)]
+# %% ../nbs/33_rollouts.ipynb #b3036390
+@patch_to(Rollouts)
+def __call__(self, trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    "The micro-steps of a step, with the blend's answers in place of the first rows'."
+    rows = [rows_in(batch) for batch in batches]
+    counts = [round(self.config.on_policy * len(part)) for part in rows]
+    if self.is_due(trainer.state.global_step, counts):
+        self.write(trainer, [question_in(row) for part, n in zip(rows, counts) for row in part[:n]], counts)
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [self._mixed(part, end - n, end, batches[0]["input_ids"].device) for part, n, end in zip(rows, counts, ends)]
 
-    def _mixed(self, rows: list[dict], start: int, end: int, device) -> dict[str, Tensor]:
-        "Answered rows and the rest, collated."
-        batch = self.collate([*self.rows[start:end], *rows[end - start :]])
-        old = torch.full(batch["labels"].shape, torch.nan)
-        for place, values in enumerate(self.old[start:end]):
-            old[place] = 0.0
-            old[place, : len(values)] = values
-        return {name: value.to(device) for name, value in (batch | {OLD_LOG_PROBS: old}).items()}
+
+@patch_to(Rollouts)
+def _mixed(self, rows: list[dict], start: int, end: int, device) -> dict[str, Tensor]:
+    "Answered rows and the rest, collated."
+    batch = self.collate([*self.rows[start:end], *rows[end - start :]])
+    old = torch.full(batch["labels"].shape, torch.nan)
+    for place, values in enumerate(self.old[start:end]):
+        old[place] = 0.0
+        old[place, : len(values)] = values
+    return {name: value.to(device) for name, value in (batch | {OLD_LOG_PROBS: old}).items()}
 
 # %% ../nbs/33_rollouts.ipynb #3748ab95
 @patch_to(Rollouts)
@@ -297,7 +301,7 @@ def write(
             nats -= taught.sum().item()
     trainer.sums |= {"rollout_tokens": torch.tensor(float(sum(map(len, said)))), "rollout_nats": torch.tensor(nats)}
 
-
+# %% ../nbs/33_rollouts.ipynb #28dd4077
 def log_probs_of(merger: Merger, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, Tensor]:  # (batch, length) each
     "Log-probability of each label of a collated batch under the blend, and under each row's component."
     batch = {name: value.to(merger.device) for name, value in batch.items()}

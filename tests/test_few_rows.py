@@ -128,3 +128,25 @@ def test_options_that_contradict_each_other_are_refused(options, message, tmp_pa
 def test_prompts_alone_say_what_they_are_for(tmp_path):
     with pytest.raises(ValueError, match="answers='components'"):
         prepare(small(tmp_path, dataset_configs=prompts_alone(tmp_path)))
+
+
+def test_a_start_in_closed_form_is_not_the_average_and_a_run_resumes(tmp_path):
+    options = dict(mask_init={"strategy": "least_squares", "rows": 8}, mode="vector_output", learning_rate=0.05)
+    solved = same_after_interruption(tmp_path, **options)
+    average = run(small(tmp_path / "average", **options | dict(mask_init={"strategy": "uniform"}, max_steps=1, eval_samples=0, held_out_rows=4, save_merged=False)), progress=False)
+    assert solved.held_out["start"] != average.held_out["start"]
+    starts = {name: torch.full_like(mask, 0.5) for name, mask in average.merger.mask_state().items()}
+    assert any((mask - starts[name]).abs().max() > 0.2 for name, mask in solved.merger.mask_state().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(mask_init={"strategy": "least_squares"}, constrain_mode="01"), "mask_init 'least_squares' with constrain_mode='01'"),
+        (dict(mask_init={"strategy": "least_squares", "rows": 0}), "expected rows of 1 or more"),
+        (dict(mask_init={"strategy": "least_squares", "ridge": 0.0}), "a ridge above 0"),
+    ],
+)
+def test_a_start_in_closed_form_says_what_it_needs(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        small(tmp_path, **options)

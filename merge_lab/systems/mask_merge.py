@@ -32,6 +32,7 @@ from merge_lab.evaluation import (
     confusion, encode_task, generate_answers, LEARNED, load_tests, recovered_share, score_baselines, score_model, UNIFORM, uniform_name,
 )
 from ..held_out import HeldOut, told_held_out
+from ..closed_form import check_least_squares, solve_start
 from ..layerwise import fit_layers, LAYERS, train_layers
 from ..loop_config import TrainConfig
 from ..losses import LOSSES
@@ -84,6 +85,7 @@ def parse_datasets(
 def _check_own_words(config: "MaskMergeConfig"):
     "Raise `ValueError` for ways of training and of writing that do not go together."
     check_answers(config)
+    check_least_squares(config)
     if config.by_layer:
         _check_layerwise(config)
 
@@ -411,6 +413,8 @@ def make_trainer(
     "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
     config, collate = ready.config, ChatCollator(ready.tokenizer)
     rows, held_out = divided_rows(merger, ready.tokenizer, ready.dataset, config, progress) if config.are_written else (ready.dataset, ready.held_out)
+    if config.mask_init["strategy"] == "least_squares" and not config.resume:
+        solve_start(merger, rows, config.seed, progress)
     kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
     trainer = kind(
         merger, ready.arguments, objective_of(config), ready.recompute,
