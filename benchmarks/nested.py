@@ -1,7 +1,7 @@
 """Nested precision on a real model: bytes and divergence of every precision beside round-to-nearest and HQQ, the time of `quantize`, static mixes and headroom.
 
     merge-lab real --output_dir runs/real                     # makes the base
-    python benchmarks/nested.py base quantize score           # a part at a time, or several; what is there is kept
+    python benchmarks/nested.py quantize score opponents static           # a part at a time, or several; what is there is kept
 
 The base was made plain from a 4-bit grid, so its hidden channels are permuted first, which changes no logit (`same_function`); `--how none` leaves the grid as
 it is. Divergence is from the plain model's predictions in float32, on test windows. Raw data go to data/benchmarks/nested.json.
@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from merge_lab.architecture import decoder_layers
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
-from merge_lab.nested_model import layer_linears, memory_table
+from merge_lab.nested_model import layer_linears, linear_bytes, memory_table
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.run_folder import write_json
 from merge_lab.same_function import leave_grid
+from merge_lab.static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
-from merge_lab.text_windows import collate, text_windows, window_divergences, window_losses
+from merge_lab.text_windows import collate, exact_logits, text_windows, window_divergences, window_losses
 from merge_lab.writer import write_tokenizer
 
 PREFIX = 32  # tokens of a window that are not scored
@@ -126,6 +127,15 @@ class Bench:
                 linear.weight.data.copy_(function(linear.weight.data))
         return model
 
+    def dequantized(self, model, bits: dict[str, int]) -> torch.nn.Module:
+        "The plain base with the nested weights at one precision for each linear."
+        plain = load_model(self.base, "float32")
+        for n, (layer, own) in enumerate(zip(decoder_layers(plain), decoder_layers(model.model))):
+            for name, linear in layer_linears(layer).items():
+                chosen = bits[f"{n}.{name}"]
+                linear.weight.data.copy_(own.get_submodule(name).nested(chosen).dequantize(chosen))
+        return plain
+
 
 def nearest(weight, bits, size=64):
     "Round to nearest in groups, scale and zero in 16 bits."
@@ -152,10 +162,7 @@ def score_nested(bench: Bench):
         key = f"{bench.options.method} {bits}"
         if bits in bench.options.bits and bench.wanted(key):
             read, held = (int(table.loc[f"{bits} bits", name]) for name in ("read_bytes_per_token", "held_bytes"))
-            plain = load_model(bench.base, "float32")
-            for layer, own in zip(decoder_layers(plain), decoder_layers(model.model)):
-                for name, linear in layer_linears(layer).items():
-                    linear.weight.data.copy_(own.get_submodule(name).nested(bits).dequantize(bits))
+            plain = bench.dequantized(model, dict.fromkeys(linear_bytes(model), bits))
             bench.score(key, plain, read_bytes=read, held_bytes=held, real_bits=8 * read / weights)
 
 
@@ -168,9 +175,26 @@ def score_opponents(bench: Bench):
                 bench.score(f"{name} {bits}", bench.rounded(partial(function, bits=bits)), real_bits=bits + 0.5)
 
 
+def score_static(bench: Bench):
+    "The best static mix for each linear at each budget, and what an oracle would save of it; costs are measured on training text."
+    begun, used, options = time.perf_counter(), processor_seconds(), bench.options
+    model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested, [3, 4, 5, 6, 8])
+    few = text_windows(load_tokenizer(bench.base), [options.text], options.seq_len, options.cost_windows, "train", 0)
+    measured = uniform_costs(model, few, PREFIX, exact_logits(model, few))
+    costs = rescaled(token_costs(model, few, PREFIX), measured)
+    rows = headroom(model, costs, options.budgets).to_dict("records")
+    bench.keep("headroom", seconds=time.perf_counter() - begun, processor_seconds=processor_seconds() - used, rows=rows)
+    mean, sizes = costs.sum(2).mean((0, 1)), sizes_of(model)
+    for target in options.budgets:
+        choice = best_mix(mean, sizes, budget_of(model, target))
+        bits = {name: model.precisions[k] for name, k in zip(linear_bytes(model), choice)}
+        read = sum(sizes[n, k].item() for n, k in enumerate(choice))
+        bench.score(f"static {target:g}", bench.dequantized(model, bits), read_bytes=read, real_bits=read / budget_of(model, 1), bits=bits)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["base", "quantize", "score", "opponents"]
+    parts = ["base", "quantize", "score", "opponents", "static"]
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--model", default="runs/real/base")
     parser.add_argument("--folder", default="runs/nested-benchmark", help="models that are made on the way")
@@ -181,6 +205,8 @@ def main():
     parser.add_argument("--text", default="prose")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--cost_windows", type=int, default=8, help="training windows that costs are measured on (default: 8)")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[3.5, 4.0, 4.5], help="bits a weight, tables and scales included")
     parser.add_argument("--output", default="data/benchmarks/nested.json")
     options = parser.parse_args()
     bench = Bench(options)
@@ -193,6 +219,8 @@ def main():
         score_nested(bench)
     if "opponents" in options.parts:
         score_opponents(bench)
+    if "static" in options.parts:
+        score_static(bench)
 
 
 if __name__ == "__main__":

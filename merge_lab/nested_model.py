@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .anyprec import NestedLinear, NestedWeight, quantize_weight, WeightSlot
+from .anyprec import NestedLinear, NestedWeight, NOT_CODES, quantize_weight, WeightSlot
 from .architecture import decoder_layers
 from .checkpoints import LOAD_LOCK
 from .config import check_choice, read_json
@@ -151,8 +151,7 @@ def load_nested(tensors: dict[str, Tensor], name: str, precisions: list[int], co
     "Take one weight's planes, tables and scales out of `tensors`."
     planes = tensors.pop(f"{name}.planes")[: precisions[-1]].clone()
     tables = {bits: tensors.pop(f"{name}.table_{bits}") for bits in precisions}
-    scales = (tensors.pop(f"{name}.{kind}_scale", None) for kind in ("row", "block"))
-    return NestedWeight(planes, tables, columns, *scales)
+    return NestedWeight(planes, tables, columns, *(tensors.pop(f"{name}.{kind}", None) for kind in NOT_CODES))
 
 
 def nest_layer(

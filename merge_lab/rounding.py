@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['block_scales', 'as_shares', 'seed_table', 'split_table', 'inverse_factor', 'round_columns', 'within', 'seed_choice',
-           'child_choice', 'Walk', 'round_weight']
+           'child_choice', 'keeping', 'kept_count', 'Walk', 'round_weight']
 
-# %% ../nbs/15_rounding.ipynb #b4c09dab
+# %% ../nbs/15_rounding.ipynb #463fedee
 from collections.abc import Callable
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .anyprec import check_precisions, interval_means, NestedWeight, pack_planes, seed_cuts, SHARE, sort_rows, split_cuts, spread_scale
 
-# %% ../nbs/15_rounding.ipynb #0179d31c
+# %% ../nbs/15_rounding.ipynb #5a78cdec
 def block_scales(
     weight: Tensor,  # (rows, columns), floating point
     block_size: int = 64,  # columns that share a scale, at most
@@ -29,7 +29,7 @@ def block_scales(
     share = most / row.float().clamp_min(torch.finfo(torch.float32).tiny)
     return row, (share * 256).ceil().sub(1).clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/15_rounding.ipynb #160dae39
+# %% ../nbs/15_rounding.ipynb #80c80b0c
 def as_shares(table: Tensor) -> Tensor:  # int16, of the same shape
     "A table as it is stored."
     return (table.clamp(-1, 1) * SHARE).round().to(torch.int16)
@@ -54,7 +54,7 @@ def split_table(
     means = interval_means(rows, split_cuts(rows, cuts), fallback)[0] - apart.repeat_interleave(2)
     return as_shares(means.view(-1, 2).cummax(1).values.flatten()).float() / SHARE
 
-# %% ../nbs/15_rounding.ipynb #69760f6f
+# %% ../nbs/15_rounding.ipynb #872b353e
 def inverse_factor(
     hessian: Tensor,  # (columns, columns)
     damping: float = 0.01,  # added to the diagonal, as a share of its mean; ten times as much where that is too little
@@ -72,7 +72,7 @@ def inverse_factor(
             return upper
         damping *= 10
 
-# %% ../nbs/15_rounding.ipynb #fdb25c4a
+# %% ../nbs/15_rounding.ipynb #7e068e73
 def round_columns(
     weight: Tensor,  # (columns, rows) fp32
     choose: Callable,  # column, what is wanted there (rows,) -> values and codes (rows,)
@@ -93,7 +93,7 @@ def round_columns(
         wanted[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return codes
 
-# %% ../nbs/15_rounding.ipynb #46cd1b8a
+# %% ../nbs/15_rounding.ipynb #ed95ba66
 def within(
     weight: Tensor,  # (columns, rows), as it was
     reach: Tensor | None,  # (columns, rows), how far a choice may be from it; None: any
@@ -129,7 +129,22 @@ def child_choice(weight: Tensor, scale: Tensor, table: Tensor, codes: Tensor, re
 
     return choose
 
-# %% ../nbs/15_rounding.ipynb #ce2ec977
+# %% ../nbs/15_rounding.ipynb #0137963d
+def keeping(choose: Callable, kept: dict[int, Tensor]) -> Callable:  # column -> values (rows,)
+    "The same choice, but some columns have values of their own; their codes say what they would be."
+
+    def other(j, wanted):
+        values, codes = choose(j, wanted)
+        return kept.get(j, values), codes
+
+    return other
+
+
+def kept_count(columns: int, dtype: torch.dtype, room: float = 0.09) -> int:
+    "How many columns can be kept for so many bits a weight."
+    return int(room * columns / (8 * dtype.itemsize))
+
+
 class Walk:
     "A weight on its way from the lowest precision to the highest, columns first, in the order of the walk."
 
@@ -146,7 +161,17 @@ class Walk:
             place = torch.randint(len(place), (sample,), generator=torch.Generator().manual_seed(0))
         self.place = place.to(weight.device)
         self.shares = (self.weight.flatten()[self.place] / self.scale.flatten()[self.place]).clamp(-1, 1)
-        self.codes, self.table = None, None
+        self.codes, self.table, self.kept = None, None, {}
+
+    def worst(self, count: int) -> Tensor:  # (count,) int64
+        "Columns of the weight whose errors cost most after all others made them good."
+        if self.factor is None or not count:
+            return self.order[:0]
+        return self.order[self.factor.square().sum(0).argsort(stable=True)[:count]].sort().values
+
+    def keep(self, columns: Tensor, values: Tensor):  # (kept,) and (rows, kept) as they are stored
+        "Let the walk know that these columns have no error but that of their dtype."
+        self.kept = {position: values.float().T[k] for k, position in enumerate(self.order.argsort()[columns].tolist())}
 
     def back(self) -> Tensor:  # (rows, columns) uint8
         "The codes in the order of the weight."
@@ -169,9 +194,10 @@ class Walk:
             reach = None if shift is None else scale * (shift * 2 / 2**precision)
             below = () if first else (codes,)
             choose = (seed_choice if first else child_choice)(weight, scale, self.table, *below, reach)
-            self.codes[:, part] = round_columns(weight, choose, self.factor)
+            kept = {position: values[part] for position, values in self.kept.items()}
+            self.codes[:, part] = round_columns(weight, choose if not kept else keeping(choose, kept), self.factor)
 
-# %% ../nbs/15_rounding.ipynb #192c1de0
+# %% ../nbs/15_rounding.ipynb #79ce0fb5
 @torch.no_grad()
 def round_weight(
     weight: Tensor,  # (rows, columns), floating point
@@ -188,7 +214,10 @@ def round_weight(
         raise ValueError("weight holds NaN or infinity. Check the checkpoint.")
     row_scale, block_scale = block_scales(weight, block_size)
     walk, tables = Walk(weight, spread_scale(row_scale, block_scale, weight.shape[1]), hessian, sample), {}
+    kept_columns = walk.worst(kept_count(weight.shape[1], weight.dtype))
+    kept = dict(kept=weight[:, kept_columns].contiguous(), kept_columns=kept_columns.int()) if len(kept_columns) else {}
+    walk.keep(kept_columns, weight[:, kept_columns])
     for precision in range(seed_precision, parent_precision + 1):
         walk.climb(precision, None if precision == parent_precision else shift)
         tables[precision] = as_shares(walk.table)[None]
-    return NestedWeight(pack_planes(walk.back(), parent_precision), tables, weight.shape[1], row_scale, block_scale)
+    return NestedWeight(pack_planes(walk.back(), parent_precision), tables, weight.shape[1], row_scale, block_scale, **kept)

@@ -1,12 +1,13 @@
 "Nested precision: properties that hold for any dtype, shape and sensitivity."
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from merge_lab.anyprec import (
     NestedLinear,
-    NestedWeight,
     WeightSlot,
     nested_codes,
     pack_planes,
@@ -172,14 +173,16 @@ def test_shared_tables_hold_the_model_of_every_precision(shape, dtype, calibrate
         values = nested.dequantize(bits)
         assert values.dtype == dtype and values.shape == shape
         codes = unpack_planes(nested.planes, 8, shape[1]) >> (8 - bits)
-        lower = NestedWeight(pack_planes(codes, bits), nested.tables, shape[1], nested.row_scale, nested.block_scale)
+        lower = dataclasses.replace(nested, planes=pack_planes(codes, bits))
         assert torch.equal(values, lower.dequantize(bits))  # truncation is the lower precision, bit for bit
     assert (nested.dequantize(8).double() - weight.double()).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("rows, columns", [(192, 576), (576, 576), (1536, 576), (576, 1536)])
 def test_what_is_read_beside_the_codes_is_small(rows, columns):
-    nested = round_weight(torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).bfloat16())
+    generator = torch.Generator().manual_seed(0)
+    nested = round_weight(torch.randn(rows, columns, generator=generator).bfloat16(), correlated(columns, generator))
+    assert nested.kept.shape == (rows, 3 if columns == 576 else 8)
     for bits in range(3, 9):
         assert nested.read_bytes(bits) * 8 / (rows * columns) - bits < 0.3
     assert nested.stored_bytes() < 1.05 * nested.read_bytes(8)
@@ -205,3 +208,13 @@ def test_a_row_of_zeros_and_an_input_that_never_came():
     assert all((nested.dequantize(bits)[2] == 0).all() and torch.isfinite(nested.dequantize(bits)).all() for bits in range(3, 9))
     with pytest.raises(ValueError, match="hessian holds NaN"):
         round_weight(weight, hessian * float("nan"))
+
+
+def test_a_column_that_nothing_makes_good_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    weight, hessian = torch.randn(16, 256, generator=generator).bfloat16(), correlated(256, generator)
+    hessian[7] = hessian[:, 7] = 0
+    hessian[7, 7] = 1e4  # large and like no other
+    nested = round_weight(weight, hessian)
+    assert 7 in nested.kept_columns
+    assert all(torch.equal(nested.dequantize(bits)[:, 7], weight[:, 7]) for bits in range(3, 9))
