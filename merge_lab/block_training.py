@@ -25,7 +25,7 @@ from .linear_maps import Call, catch_calls, find_writer, least_squares_map, map_
 from .loop_config import LoopConfig
 from .masks import parameter_name, plain_name
 from .objective import Objective
-from .student import constant_rate, EMPTY, held_batches, Patient, say_interrupted, student_trainer, studying, train_student, working_folder
+from .student import constant_rate, EMPTY, held_batches, Patient, teach
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +94,8 @@ class BlockSteps:
 
 
 def numbered(batches: Sequence[dict], first: int = 0) -> list[dict]:
-    "Batches that say their number."
-    return [{**batch, "call": torch.tensor([first + i])} for i, batch in enumerate(batches)]
+    "Batches that say their number, and not who teaches them."
+    return [{name: value for name, value in batch.items() if name != "source"} | {"call": torch.tensor([first + i])} for i, batch in enumerate(batches)]
 
 
 def rate_of(steps: int, learning_rate: float, **options) -> LoopConfig:
@@ -108,21 +108,19 @@ class Block:
     "A student in which one layer stands for a block, and what it learns from."
 
     student: nn.Module
-    teacher: nn.Module
+    teacher: nn.Module | Sequence[nn.Module]  # several: each of the rows whose `source` is its number
     layers: list[int]  # of the teacher
     batches: list[dict]
     held_out: list[dict]
     calls: list[Call]  # of the batches, then of those held out
 
-    def loop(self, objective: Objective, batches, held_out, loop: LoopConfig, folder, name: str = "", progress: bool = True, **told) -> pd.DataFrame:
+    def loop(
+        self, objective: Objective, batches: list[dict], held_out: list[dict], loop: LoopConfig, folder: str | Path | None, name: str = "", progress: bool = True, **told
+    ) -> pd.DataFrame:
         "Train towards one objective. Raises `RunInterrupted` if it was stopped."
         bar = f"learning from {'hidden states' if name else 'predictions'}" if progress else None
-        with working_folder(folder) as place, studying(Patient(self.student, self.teacher)) as patient:
-            trainer = student_trainer(patient, batches, objective, loop, place / name, held_out)
-            history, stopped = train_student(trainer, place / f"{name or 'history'}.jsonl", description=bar, **told)
-            if stopped:
-                say_interrupted(trainer, "layer-merge", folder)
-        return history.frame()
+        patient = Patient(self.student, self.teacher if "kl" in objective.losses else None)
+        return teach(patient, batches, objective, loop, folder, held_out, name, description=bar, **told)
 
 # %% ../nbs/39_shortening/04_block_training.ipynb #471f770f
 def begin_block(
@@ -132,6 +130,7 @@ def begin_block(
     held_out: list[dict],
     rank: int = 64,
     seed: int = 0,
+    components: Sequence[nn.Module] = (),  # whose mean the model is; they teach
 ) -> Block:
     "Catch what a block does, and put one layer in its place. Raises `ValueError` for layers that cannot be merged."
     check_block(block, len(decoder_layers(model)))
@@ -140,29 +139,32 @@ def begin_block(
     writer = find_writer(layer, calls[0])
     matrix = writer and least_squares_map(map_rows(layer, writer, calls[: len(batches)]))
     made = dict(rank=rank, writer=writer and writer.name, matrix=matrix, seed=seed)
-    return Block(with_block_layer(model, block, **made), model, list(block), batches, held_out, calls)
+    return Block(with_block_layer(model, block, components, **made), components or model, list(block), batches, held_out, calls)
 
 # %% ../nbs/39_shortening/04_block_training.ipynb #09dbd2cd
 class LearntBlock(NamedTuple):
     "What `learn_block` gives."
 
     model: nn.Module  # plain and shorter
-    coefficients: pd.DataFrame  # parameter, layer, coefficient
+    coefficients: pd.DataFrame  # parameter, layer, component where there are several, coefficient
     history: pd.DataFrame  # a row per step from predictions
     hidden: pd.DataFrame  # a row per step from hidden states
 
 
-def block_coefficients(student, block: Sequence[int]) -> pd.DataFrame:  # parameter, layer, coefficient
-    "What share every layer of a block has in each parameter."
+def block_coefficients(student) -> pd.DataFrame:  # parameter, layer, component where there are several, coefficient
+    "What share every layer (of every component) has in each parameter."
     leaves = [(plain_name(name), leaf) for name, leaf in student.named_modules() if isinstance(leaf, BlockLeaf)]
-    rows = [(parameter_name(name, key), leaf.alphas(key)) for name, leaf in leaves for key in leaf.masks]
-    return pd.DataFrame([dict(parameter=name, layer=j, coefficient=c.item()) for name, alphas in rows for j, c in zip(block, alphas)])
+    table = pd.DataFrame([
+        dict(parameter=parameter_name(name, key), layer=layer, component=component, coefficient=alpha.item())
+        for name, leaf in leaves for key in leaf.masks for (layer, component), alpha in zip(leaf.origins, leaf.alphas(key))
+    ])  # fmt: skip
+    return table if table["component"].any() else table.drop(columns="component")
 
 # %% ../nbs/39_shortening/04_block_training.ipynb #9f5e6a18
 def learn_block(
-    model,  # the original; stays as it is
+    model,  # the original, or with components their mean; stays as it is
     block: Sequence[int],  # layers in a row that become one
-    dataloader,  # batches with input_ids, attention_mask, labels
+    dataloader,  # batches with input_ids, attention_mask, labels; with components also source, the number of the one that teaches
     held_out=None,  # batches or a `HeldOut` that choose what is kept; None: the last is kept
     how: BlockSteps | None = None,
     seed: int = 0,
@@ -171,6 +173,7 @@ def learn_block(
     patience: int | None = None,  # steps from predictions without gain after which they end
     folder: str | Path | None = None,  # of a run, for history and checkpoints; None: nothing is written
     resume: bool = False,  # go on with what is there
+    components: Sequence[nn.Module] = (),  # fine-tunes whose layers are blended, all of them; none: the model's own
     **options,  # further fields of `LoopConfig`
 ) -> LearntBlock:
     "One layer in place of a block. Raises `ValueError` for layers that cannot be merged, `RunInterrupted` if it was stopped."
@@ -178,14 +181,14 @@ def learn_block(
     if not batches:
         raise ValueError(EMPTY)
     held = held_out.batches if isinstance(held_out, HeldOut) else list(held_out or ())
-    begun, rate = begin_block(model, block, batches, held, how.rank, seed), how.learning_rate
+    begun, rate = begin_block(model, block, batches, held, how.rank, seed, components), how.learning_rate
     told, history = dict(folder=folder, resume=resume, progress=progress), [pd.DataFrame()] * 2
     if how.hidden_steps:
-        objective, loop = HiddenObjective(calls=begun.calls, place=block[0]), rate_of(how.hidden_steps, rate, seed=seed, **options)
-        history[1] = begun.loop(objective, numbered(batches), numbered(held, len(batches)), loop, name="hidden", **told)
+        hidden, loop = HiddenObjective(calls=begun.calls, place=block[0]), rate_of(how.hidden_steps, rate, seed=seed, **options)
+        history[1] = begun.loop(hidden, numbered(batches), numbered(held, len(batches)), loop, name="hidden", **told)
     begun.calls.clear()
     if how.steps:
         loop = rate_of(how.steps, rate / 2, seed=seed, **options)
         history[0] = begun.loop(Objective({"kl": 1.0}, how.temperature), batches, held, loop, on_step=on_step, patience=patience, **told)
-    coefficients = block_coefficients(begun.student, block)
+    coefficients = block_coefficients(begun.student)
     return LearntBlock(fuse_block_layer(begun.student), coefficients, *history)

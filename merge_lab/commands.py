@@ -68,7 +68,7 @@ COMMANDS = {
         "systems.dam", "DAMTrainConfig", "train", "DAM: train the coefficients and export the merge", show="show_run"
     ),
     "layer-merge": Command(
-        "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter by merging similar layers", ("model_path",),
+        "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter: one layer learns to be several, or pairs are blended", ("model_path",),
         next="merge-lab verify {folder}, or merge-lab export {folder} --format gguf",
     ),
     "lora": Command("systems.lora", "LoRAPipelineConfig", "run", "fine-tune a LoRA adapter, diagnose it, merge it", show="show_result"),
@@ -103,6 +103,7 @@ class System:
     mark: str  # option that no other system's config has
     saved: str = ""  # class whose `from_pretrained` reads the run's masks
     steps: tuple[str, ...] = ()  # option that says how many steps were asked for, and its older names
+    strategies: Mapping[str, str] = dataclasses.field(default_factory=dict)  # strategy -> option that says it there instead
     history: str = "history.jsonl"
     older_history: str = ""  # what runs of older versions have in its place
     merged: str = "merged"  # folder of the plain checkpoint; empty: there is none
@@ -120,7 +121,7 @@ SYSTEMS = {  # by their commands
     "dam-train": System("untrained_merged_model_name", "merge_lab.systems.dam.DAMMerger", ("max_steps",), recipe="recipe_of"),
     "lora": System("lora_dropout", steps=("max_steps",), merged="final_merged", adapter="SmoLoRA"),
     "lora-merge": System("adapters", "merge_lab.systems.lora_merge.AdapterMerger", ("max_steps",), components="adapters"),
-    "layer-merge": System("n_pairs", steps=("max_steps", "num_steps"), pairs="alphas.csv"),
+    "layer-merge": System("n_pairs", steps=("max_steps", "num_steps"), pairs="alphas.csv", strategies={"block": "block_steps"}),
     "quantize": System("parent_precision", merged=""),
     "router": System("router_hidden", older_history="training_history.json", merged="", place="router_checkpoints"),
 }

@@ -5,25 +5,21 @@
 # %% auto #0
 __all__ = ['LAYER_NUMBERS', 'PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'depth_settings', 'set_depth', 'set_layer_index', 'shortened',
            'parameter_shapes', 'own_settings', 'shapes_outside', 'as_read', 'check_depth_free', 'remove_layers',
-           'layer_similarity', 'published_alpha', 'best_disjoint', 'check_pair_count', 'check_merge_pairs',
-           'find_merge_pairs', 'seconds_per_token', 'evaluate_depth']
+           'unusual_order', 'period_of', 'layer_similarity', 'published_alpha', 'best_disjoint', 'check_pair_count',
+           'check_merge_pairs', 'find_merge_pairs']
 
 # %% ../nbs/38_depth.ipynb #bf6e0f32
 import copy
 import math
-import statistics
-import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
 from .architecture import decoder_layers, find_layers
-from .checkpoints import config_value
 from .config import check_choice
-from .evaluation import multiple_choice, perplexity
+from .depth_scores import evaluate_depth, seconds_per_token  # noqa: F401
 from .logs import tqdm
 from .similarity import collect_outputs, similarity_matrix
 
@@ -137,6 +133,21 @@ def remove_layers(
     set_depth(model, nn.ModuleList([own[i] for i in kept]), settings)
     return model
 
+# %% ../nbs/38_depth.ipynb #7315fa65
+def unusual_order(model) -> list[str]:  # names of config values
+    "Lists of layers' settings that are not those which the architecture has for this number of layers: who goes by the number of a layer computes something else."
+    text = model.config.get_text_config()
+    said = {name: value for name, value in depth_settings(text).items() if name != "num_hidden_layers"}
+    usual = type(text).from_dict({name: value for name, value in text.to_dict().items() if name not in said})
+    return [name for name, value in said.items() if getattr(usual, name, None) != value]
+
+
+def period_of(model) -> int:  # 1: all are alike
+    "After how many layers the settings of layers repeat themselves; all of them, if they do not."
+    lists = [value for name, value in depth_settings(model.config.get_text_config()).items() if name != "num_hidden_layers"]
+    depth = len(decoder_layers(model))
+    return next((p for p in range(1, depth) if all(row[p:] == row[:-p] for row in lists)), depth)
+
 # %% ../nbs/38_depth.ipynb #d9383e76
 def layer_similarity(
     model,
@@ -215,40 +226,3 @@ def find_merge_pairs(
     if strategy == "last":
         left = [depth - 2 * (k + 1) for k in reversed(range(n_pairs))]
     return [(i, i + 1, published_alpha(similarity, i, i + 1)) for i in left]
-
-# %% ../nbs/38_depth.ipynb #db0fa6de
-@torch.no_grad()
-def seconds_per_token(
-    model,
-    length: int = 256,  # tokens of the batch
-    repeats: int = 5,  # the median of these counts
-) -> float:
-    "Time of a forward pass over one sequence, per token."
-    config, device = model.config.get_text_config(), next(model.parameters()).device
-    length = min(length, config_value(config, "max_position_embeddings", length))
-    ids = torch.arange(length, device=device)[None] % config.vocab_size
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        model(input_ids=ids)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) / length
-
-# %% ../nbs/38_depth.ipynb #fbd99754
-def evaluate_depth(
-    model,
-    tokenizer,
-    texts: Sequence[str] = (),  # held out, for perplexity; none: left out
-    mmlu_dir: str | Path | None = None,  # for accuracy on its test questions; None: left out
-    max_length: int = 512,  # tokens of a window of text
-) -> dict:  # layers, parameters, perplexity, accuracy, seconds_per_token
-    "Quality and size of a model."
-    scores = dict(layers=len(decoder_layers(model)), parameters=sum(p.numel() for p in model.parameters()))
-    if texts:
-        scores["perplexity"] = perplexity(model, tokenizer, texts, max_length)
-    if mmlu_dir is not None:
-        table = multiple_choice(model, tokenizer, mmlu_dir, progress=False)
-        scores["accuracy"] = float((table["n"] * table["accuracy"]).sum() / table["n"].sum())
-    return {**scores, "seconds_per_token": seconds_per_token(model)}

@@ -24,9 +24,7 @@ from .depth import PUBLISHED_ALPHA
 from .losses import LOSSES
 from .mergeable import alpha_parameters, alpha_table, alpha_values, as_original, logit_of, mergeable_layers, MergeableLayer
 from .objective import Objective
-from merge_lab.student import (
-    constant_rate, EMPTY, held_batches, say_interrupted, Student, student_trainer, studying, train_student, working_folder,
-)
+from .student import constant_rate, EMPTY, held_batches, Student, studying, teach
 from .training import MergerTrainer
 
 logger = logging.getLogger(__name__)
@@ -176,13 +174,10 @@ def train_alpha_parameters(
     if device is not None:
         model.to(device)
     loop = constant_rate(num_steps, learning_rate, max_grad_norm, gradient_accumulation_steps=gradient_accumulation_steps, **options)
-    with working_folder(folder) as place, studying(PairMerger(model)) as merger:
-        trainer = student_trainer(merger, dataloader, objective, loop, place, held_out)
-        trainer.add_callback(Shares(trainer, model))
-        bar = "training alphas" if progress else None
-        history, stopped = train_student(trainer, place / "history.jsonl", resume, patience, on_step, bar)
-    model.merge_record.history = history.frame()
-    if stopped:
-        say_interrupted(trainer, "layer-merge", folder)
-    logger.info("alphas before and after %d steps:\n%s", len(history.rows), alpha_table(model).to_string(index=False))
+    merger, told = PairMerger(model), dict(resume=resume, patience=patience, on_step=on_step, description="training alphas" if progress else None)
+    try:
+        teach(merger, dataloader, objective, loop, folder, held_out, watch=lambda trainer: Shares(trainer, model), **told)
+    finally:
+        model.merge_record.history = merger.history
+    logger.info("alphas before and after %d steps:\n%s", len(merger.history), alpha_table(model).to_string(index=False))
     return model

@@ -90,8 +90,9 @@ class Run:
     @property
     def wanted(self) -> int | None:
         "Steps that were asked for; None if the config does not say."
+        own = self.system.strategies.get(self.config.get("strategy"))
         try:
-            steps = int(float(next(self.config[name] for name in self.system.steps if name in self.config)))  # YAML takes 1e3 for text
+            steps = int(float(next(self.config[name] for name in ([own] if own else self.system.steps) if name in self.config)))  # YAML takes 1e3 for text
         except (OverflowError, StopIteration, TypeError, ValueError):
             return None
         return steps if steps >= 0 else None

@@ -114,12 +114,13 @@ def compare_variants(
     evaluation: dict | None = None,  # options of `evaluate_depth`
     healing: dict | None = None,  # options of `heal`: a row more for each variant; None: nothing heals
     **training,  # options of `shorten`
-) -> pd.DataFrame:  # a row per variant, the original first; alphas in a column, and the seconds it took
+) -> pd.DataFrame:  # a row per variant, the original first; alphas in a column, the seconds it took, and those of healing
     "Quality, size and cost of every way to remove the same number of layers; what the architecture does not allow is left out, and said."
     asked, rows = [check_choice("variants", name, VARIANTS) for name in variants], []
 
-    def add(name: str, made, alphas: Sequence, seconds: float):
-        rows.append(dict(variant=name, **evaluate_depth(made, tokenizer, **(evaluation or {})), alphas=alphas, seconds=seconds))
+    def add(name: str, made, alphas: Sequence, seconds: float, healed: float = 0.0):
+        cost = dict(seconds=seconds) | ({} if healing is None else dict(heal_seconds=healed))
+        rows.append(dict(variant=name, **evaluate_depth(made, tokenizer, **(evaluation or {})), alphas=alphas, **cost))
 
     add("original", model, [], 0.0)
     for name in asked:
@@ -132,6 +133,6 @@ def compare_variants(
         add(name, short, alphas, time.perf_counter() - start)
         if healing is not None:
             start = time.perf_counter()
-            healed = heal(short, dataloader_of(), teacher=model, **healing)
-            add(f"{name}, healed", healed, alphas, rows[-1]["seconds"] + time.perf_counter() - start)
+            healed = heal(short, dataloader_of(), **{"teacher": model} | healing)
+            add(f"{name}, healed", healed, alphas, rows[-1]["seconds"], time.perf_counter() - start)
     return pd.DataFrame(rows).set_index("variant")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EMPTY', 'TOLERANCE', 'LEAST', 'tidy', 'first_of', 'samples_of', 'held_batches', 'Learned', 'Student', 'studying',
            'keep_activations', 'has_stalled', 'has_levelled', 'Patience', 'Told', 'constant_rate', 'working_folder',
-           'StudentTrainer', 'student_trainer', 'train_student', 'say_interrupted', 'Patient', 'adapted', 'heal']
+           'StudentTrainer', 'student_trainer', 'train_student', 'say_interrupted', 'teach', 'with_head', 'Patient',
+           'adapted', 'heal']
 
 # %% ../nbs/38_student.ipynb #ea65b05a
 import dataclasses
@@ -17,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -36,12 +38,12 @@ EMPTY = "the dataloader is empty: there is nothing to learn from."
 
 
 def tidy(batch: dict[str, Tensor]) -> dict[str, Tensor]:  # input_ids, attention_mask, labels and what else it has
-    "The batch with -100 as label wherever no token is predicted, and one source."
+    "The batch with -100 as label wherever no token is predicted, and source 0 unless it has its own."
     ids = batch["input_ids"]
     attention = batch.get("attention_mask", torch.ones_like(ids))
     labels = torch.full_like(batch["labels"], -100)
     labels[:, 1:] = shift_labels(batch["labels"], attention)[:, :-1]
-    return batch | {"attention_mask": attention, "labels": labels, "source": torch.zeros(len(ids), dtype=torch.long)}
+    return {"source": torch.zeros(len(ids), dtype=torch.long)} | batch | {"attention_mask": attention, "labels": labels}
 
 # %% ../nbs/38_student.ipynb #7d1ed5b1
 def first_of(rows: Sequence) -> dict:
@@ -83,7 +85,7 @@ class Student(Merger):
     "A model as the trainer of mergers sees it; a subclass says what is trained and who teaches."
 
     moves_deltas = True
-    names = ("teacher",)
+    names, history = ("teacher",), pd.DataFrame()  # the history is that of `teach`
 
     def __init__(self, model: nn.Module, state: MergeState | None = None):
         nn.Module.__init__(self)
@@ -266,13 +268,50 @@ def say_interrupted(trainer: MergerTrainer, command: str, folder: Path | None):
     kept = last_checkpoint(Path(trainer.args.output_dir))
     raise stopped(trainer.state, f"what was learned is in {kept}", resume_command(command, folder))
 
+# %% ../nbs/38_student.ipynb #5d336934
+def teach(
+    student: Student,
+    dataloader,  # batches, or a loader of them
+    objective: Objective,
+    loop: LoopConfig,
+    folder: str | Path | None = None,  # of a run; None: nothing is written
+    held_out=None,  # batches that choose what is kept; None: the last state is kept
+    stage: str = "",  # its history is STAGE.jsonl and its checkpoints are in STAGE/; "": history.jsonl, and the folder itself
+    watch: Callable[[StudentTrainer], TrainerCallback] | None = None,  # makes one callback more
+    **how,  # resume, patience, on_step and description of `train_student`
+) -> pd.DataFrame:  # a row per step; also the student's `history`, which is there for one that was stopped, too
+    "One stage of learning from its first step to its last. Raises `RunInterrupted` if it was stopped, `KeyboardInterrupt` without a folder."
+    with working_folder(folder) as place, studying(student):
+        trainer = student_trainer(student, dataloader, objective, loop, place / stage, held_out)
+        if watch is not None:
+            trainer.add_callback(watch(trainer))
+        history, stopped = train_student(trainer, place / f"{stage or 'history'}.jsonl", **how)
+        student.history = history.frame()
+        if stopped:
+            say_interrupted(trainer, "layer-merge", folder)
+    return student.history
+
+# %% ../nbs/38_student.ipynb #d5ae429b
+@contextmanager
+def with_head(model: nn.Module | None, head: nn.Module | None):  # None: nothing is changed
+    "Inside the block a model has another head."
+    own = model.get_output_embeddings() if head is not None else None
+    try:
+        if own is not None:
+            model.set_output_embeddings(head)
+        yield
+    finally:
+        if own is not None:
+            model.set_output_embeddings(own)
+
 # %% ../nbs/38_student.ipynb #229dc3f1
 class Patient(Student):
-    "A model with an adapter; the teacher is another model."
+    "A model with an adapter; the teacher is another model, or several are, each of the rows whose `source` says its number."
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None = None):
+    def __init__(self, model: nn.Module, teacher: nn.Module | Sequence[nn.Module] | None = None):
         super().__init__(model)
-        self.teacher = [teacher]  # in a list, so that it is not a child
+        self.teachers = list(teacher) if isinstance(teacher, (list, tuple)) else [teacher]  # a list, so that they are no children
+        self.names = tuple(f"teacher {i}" for i in range(len(self.teachers))) if len(self.teachers) > 1 else self.names
 
     def masked_parameters(self):
         "The adapter's tensors."
@@ -282,19 +321,19 @@ class Patient(Student):
 
     def heads(self) -> list[nn.Module]:
         "The teacher's, then its own."
-        return [model.get_output_embeddings() for model in (*self.teacher, self.model) if model is not None]
+        return [model.get_output_embeddings() for model in (*self.teachers, self.model) if model is not None]
 
     @contextmanager
     def as_component(self, i: int | None):
-        "Inside the block the model is its teacher."
-        own = self.model
-        if i is not None and self.teacher[0] is not None:
-            self.model = self.teacher[0]
-        try:
-            with super().as_component(i):
+        "Inside the block the model is its teacher, with the head that holds all heads."
+        own, teacher = self.model, None if i is None else self.teachers[i]
+        head = own.get_output_embeddings() if teacher is not None else None
+        with super().as_component(i), with_head(teacher, head if isinstance(head, MaskedLinear) else None):
+            try:
+                self.model = own if teacher is None else teacher
                 yield
-        finally:
-            self.model = own
+            finally:
+                self.model = own
 
 # %% ../nbs/38_student.ipynb #0840533a
 def adapted(model: nn.Module, rank: int, seed: int):  # peft model
@@ -313,7 +352,7 @@ def heal(
     num_steps: int = 100,  # updates
     learning_rate: float = 1e-3,  # of Adam
     rank: int = 8,  # of the adapter
-    teacher=None,  # the original model: KL to it; None: cross-entropy on the text
+    teacher=None,  # the original model: KL to it; several: each teaches the rows whose `source` is its number; None: cross-entropy on the text
     temperature: float = 1.0,  # of the KL
     patience: int | None = None,  # stop when this many steps are no better than what was before
     seed: int = 0,  # of the adapter's first weights
@@ -327,11 +366,6 @@ def heal(
     if hasattr(model, "merge_record"):
         raise ValueError("the model has mergeable layers. Fuse them first (fuse_mergeable_layers).")
     whole, objective = adapted(model, rank, seed), Objective({"ce" if teacher is None else "kl": 1.0}, temperature)
-    with working_folder(folder) as place, studying(Patient(model, teacher)) as patient:
-        loop = constant_rate(num_steps, learning_rate, seed=seed, **options)
-        trainer = student_trainer(patient, dataloader, objective, loop, place / "healing", held_out)
-        bar = "healing" if progress else None
-        stopped = train_student(trainer, place / "healing.jsonl", resume, patience, description=bar)[1]
-        if stopped:
-            say_interrupted(trainer, "layer-merge", folder)
+    loop, bar = constant_rate(num_steps, learning_rate, seed=seed, **options), "healing" if progress else None
+    teach(Patient(model, teacher), dataloader, objective, loop, folder, held_out, "healing", resume=resume, patience=patience, description=bar)
     return whole.merge_and_unload()

@@ -231,6 +231,12 @@ def test_no_paths_of_a_machine_and_no_large_files():
             assert not found, f"{file.name}: {text[found.start():found.start() + 40]!r}"
 
 
+def test_no_link_is_tracked():
+    "A link to an environment in place of its folder, once merged elsewhere, takes the place of the environment there."
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.splitlines()
+    assert not [line for line in listed if line.startswith("120000")]
+
+
 def test_readme_is_made_from_the_index():
     "Word for word, with the links that `make readme` rewrites."
     link = re.compile(r"\]\(([a-z0-9_/]+\.(?:ipynb|png))\)")

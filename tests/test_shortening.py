@@ -12,13 +12,14 @@ from test_architectures import IDS, logits_of, MORE, shrunk
 from torch.testing import assert_close
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from merge_lab import block_training, cuts, linear_maps, strategies
+from merge_lab import block_training, cuts, depth_scores, linear_maps, strategies, student
 from merge_lab.architecture import decoder_layers
-from merge_lab.block_layer import fuse_block_layer, with_block_layer
+from merge_lab.block_layer import block_leaves, fuse_block_layer, mean_model, with_block_layer
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
-from merge_lab.depth import check_depth_free, remove_layers
+from merge_lab.depth import check_depth_free, period_of, remove_layers, unusual_order
 from merge_lab.run_folder import bundled_path
+from merge_lab.runs import Run
 from merge_lab.systems import layer_merge as lm
 from merge_lab.tinylm import perturb, tiny_model
 
@@ -77,6 +78,41 @@ def test_what_a_block_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
     options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neo"])
+def test_layers_of_several_fine_tunes_are_blended_fused_saved_and_read(kind, tmp_path):
+    tunes = [deep(kind) for _ in range(3)]
+    for seed, tune in enumerate(tunes):
+        perturb(tune, 0.2, seed)
+    before = [{name: tensor.clone() for name, tensor in tune.state_dict().items()} for tune in tunes]
+    mean = mean_model(tunes)
+    made = with_block_layer(mean, [1, 2, 3], tunes, rank=2)
+    whole = remove_layers(cuts.shared_copy(mean), [2, 3])
+    assert_close(logits_of(made, use_cache=False), logits_of(whole, use_cache=False), atol=1e-5, rtol=0)
+    assert {len(leaf.masks[name]) for leaf in block_leaves(made) for name in leaf.masks} == {3, 9}
+    learned = logits_of(moved(made), use_cache=False)
+    fused = fuse_block_layer(made)
+    fused.save_pretrained(tmp_path)
+    read = type(mean).from_pretrained(tmp_path, dtype=torch.float32)
+    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
+    assert not torch.allclose(learned, logits_of(whole, use_cache=False), atol=1e-3)
+    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+    assert all(torch.equal(held[name], tensor) for tune, held in zip(tunes, before) for name, tensor in tune.state_dict().items())
+
+
+def test_each_fine_tune_teaches_its_own_rows():
+    "A student that begins as one of two teachers has nothing to learn from that one's rows, and something from the other's."
+    tunes = [tiny_model("llama", num_hidden_layers=6, seed=seed).requires_grad_(False) for seed in (0, 1)]
+    apart = []
+    for source in (0, 1):
+        (batch,) = batches_of(1, top=60)
+        patient = block_training.Patient(cuts.shared_copy(tunes[0]), tunes)
+        with student.studying(patient):
+            found = patient(**student.tidy({**batch, "source": torch.full((2,), source)}), objective=block_training.Objective({"kl": 1.0}))
+        apart.append(found["loss"].item())
+    assert apart[0] == pytest.approx(0, abs=1e-6) and apart[1] > 1e-3
 
 
 @pytest.mark.parametrize("kind", MAPPED)
@@ -272,10 +308,8 @@ def test_healing_leaves_the_teacher_alone(tmp_path):
 
 
 def test_pairs_by_hand_are_for_pairs(tmp_path):
-    config = lm.LayerMergeConfig(strategy="block", merge_pairs=["3,4"], output_dir=str(tmp_path / "run"))
     with pytest.raises(ValueError, match="pairs by hand are for 'pairs'"):
-        lm.run(config, progress=False)
-    assert not (tmp_path / "run").exists()
+        lm.LayerMergeConfig(strategy="block", merge_pairs=["3,4"], output_dir=str(tmp_path / "run"))
 
 
 def test_a_run_of_a_block_that_was_stopped_goes_on(tmp_path):
@@ -295,3 +329,89 @@ def test_a_run_of_a_block_that_was_stopped_goes_on(tmp_path):
 def die_at_three(step, loss):
     if step == 3:
         raise Killed
+
+
+FAST = dict(num_samples=8, max_length=64, hidden_steps=2, block_steps=2, block_rank=2, block_tries=1, held_out_rows=4, similarity_method="cka", dtype="float32")
+
+
+def test_what_a_user_gets_is_a_learned_block_unless_an_option_of_pairs_is_given():
+    ways = {"": "block", "max_steps=9": "pairs", "merge_pairs=['3,4']": "pairs", "num_samples=9": "block", "patience=9": "block", "strategy='map', learning_rate=1.0": "map"}
+    for given, way in ways.items():
+        assert eval(f"lm.LayerMergeConfig({given})").way == way, given
+
+
+def test_a_run_goes_on_in_the_way_that_it_began(tmp_path):
+    options = dict(data_dir=str(bundled_path("tasks/rewrite")), output_dir=str(tmp_path / "run"), n_pairs=1, **FAST)
+    lm.run(lm.LayerMergeConfig(**options), progress=False)
+    with pytest.raises(ValueError, match=r"strategy='pairs' \(max_steps\): the run in .* was begun by 'block'. Give --strategy block"):
+        lm.run(lm.LayerMergeConfig(**options, resume=True, max_steps=9), progress=False)
+    again = lm.run(lm.LayerMergeConfig(**options, resume=True, max_steps=9, strategy="block"), progress=False)
+    assert len(again.coefficients) and Run(again.folder).wanted == FAST["block_steps"]
+
+
+def test_what_a_run_reads_is_not_written_over(tmp_path):
+    options = dict(data_dir=str(bundled_path("tasks/rewrite")), output_dir=str(tmp_path / "run"), strategy="remove-last", n_pairs=1, **FAST)
+    lm.run(lm.LayerMergeConfig(**options), progress=False)
+    (tmp_path / "run/other.txt").write_text("Text that is held out.")
+    config = lm.LayerMergeConfig(**options, overwrite=True, more_eval_text=[str(tmp_path / "run/other.txt")])
+    with pytest.raises(ValueError, match="other.txt"):
+        lm.run(config, progress=False)
+    assert (tmp_path / "run/other.txt").exists() and (tmp_path / "run/merged").exists()
+
+
+def test_a_run_of_several_fine_tunes_is_shorter_and_taught_by_each(tmp_path, monkeypatch):
+    paths = [str(bundled_path(f"models/{name}")) for name in ("rewrite", "summarize")]
+    tasks = [str(bundled_path(f"tasks/{name}")) for name in ("rewrite", "summarize")]
+    given = dict(model_path=paths[0], other_models=paths[1:], data_dir=tasks[0], other_data=tasks[1:], n_pairs=1, heal_steps=2, compare=True, **FAST)
+    monkeypatch.setattr(lm, "UNTRAINED", {name: row for name, row in lm.UNTRAINED.items() if row.cut == "last"})
+    result = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "run"), **given), progress=False)
+    depth = len(decoder_layers(load_model(paths[0])))
+    assert len(decoder_layers(load_model(result.folder / "merged"))) == depth - 1 and set(result.coefficients["component"]) == {0, 1}
+    assert set(result.history) >= {"loss_source_0", "loss_source_1"} and result.table.loc["this run", "heal_seconds"] > 0
+    healed = [json.loads(line) for line in (result.folder / "healing.jsonl").read_text().splitlines()]
+    assert {"loss_source_0", "loss_source_1"} <= set(healed[0]) | set(healed[1])
+    with pytest.raises(ValueError, match="expected data of every fine-tune"):
+        lm.LayerMergeConfig(**given | dict(other_data=None))
+    with pytest.raises(ValueError, match="blended by 'block' only"):
+        lm.LayerMergeConfig(**given, strategy="map")
+
+
+def test_healing_is_compared_and_has_a_cost_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(lm, "UNTRAINED", {name: row for name, row in lm.UNTRAINED.items() if row.cut == "last"})
+    (tmp_path / "text.txt").write_text("\n\n".join(f"{w} words of a text that is held out. " * 6 for w in ("Some", "Other", "More", "Few", "No")))
+    options = dict(data_dir=str(bundled_path("tasks/rewrite")), strategy="remove-last", n_pairs=1, heal_steps=2, compare=True, eval_text=str(tmp_path / "text.txt"), more_eval_text=[str(tmp_path / "text.txt")])
+    table = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "run"), **options, **FAST), progress=False).table
+    assert list(table.index) == ["original", "remove the last layers", "remove the last layers, healed", "this run"]
+    assert (table["heal_seconds"] > 0).tolist() == [False, False, True, True] and (table["cache_agrees"] == 1).all()
+    assert {"perplexity", "cloze", "seconds_per_new_token", "weight_bytes", "cache_bytes_per_token"} <= set(table)
+
+
+def test_an_order_of_layers_that_others_take_for_another_is_told(caplog):
+    kinds = {"gemma3_text": 6, "smollm3": 4, "gemma2": 2, "llama": 1}
+    for kind, period in kinds.items():
+        model = transformers.AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shrunk(CONFIG_MAPPING[kind]) | dict(num_hidden_layers=12, layer_types=None)))
+        assert (period_of(model), unusual_order(model)) == (period, [])
+        gone = remove_layers(copy.deepcopy(model), [1])
+        lm.tell_unusual(gone, [], period)
+        assert bool(unusual_order(gone)) == (period > 1) == (f"multiple of {period} layers" in caplog.text), kind
+        assert not unusual_order(remove_layers(model, range(1, 1 + period)))
+        caplog.clear()
+
+
+def test_questions_made_of_text_have_one_right_end():
+    tokenizer = load_tokenizer(bundled_path("models/deep"))
+    texts = [" ".join(f"{word}{i}" for i in range(40)) for word in ("a", "b", "c", "d", "e")]
+    copies = [f"other {text.partition(' ')[2]}" for text in texts]  # another beginning, the same end
+    questions = depth_scores.cloze_questions([*texts, *copies], 9, words=(8, 4))
+    assert len(questions) == 5 and len({right for *_, right in questions}) > 1 and all(len(set(ends)) == 4 for _, ends, _ in questions)
+    assert {begun + ends[right] for begun, ends, right in questions} == {" ".join(text.split()[:12]) for text in copies}
+    with pytest.raises(ValueError, match="positions"):
+        depth_scores.cloze_accuracy(tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=8), tokenizer, questions)
+
+
+def test_likeliness_counts_per_token_and_not_in_all(monkeypatch):
+    "Of two ends that are as likely per token, the long one is less likely as a whole, and no worse an answer."
+    tails = [[1] * 4, [1], [1], [1]]
+    monkeypatch.setattr(depth_scores, "option_tails", lambda *given: ([5], tails))
+    monkeypatch.setattr(depth_scores, "option_scores", lambda *given: [[-2.0, -1.0, -1.0, -1.0]])
+    assert depth_scores.cloze_accuracy(tiny_model("llama"), load_tokenizer(bundled_path("models/deep")), [("", ["w x y z", "a", "b", "c"], 0)]) == 1
