@@ -66,7 +66,7 @@ def encode(
     halves = torch.nn.functional.pad(codes + 8, (0, columns % 2)).to(torch.uint8)
     return Codes(halves[:, ::2] | halves[:, 1::2] << 4, scales, columns)
 
-
+# %% ../nbs/11_frozen_bits.ipynb #d1ac0965
 def decode(coded: Codes) -> Tensor:  # (rows, columns) fp32
     "The numbers that codes stand for."
     codes, columns = coded.codes, coded.columns
@@ -228,7 +228,7 @@ def code_weights(
                     coded[id(held)] = held, CodedWeights(list(held), bits, reference)
                 module.weights[name] = coded[id(held)][1]
 
-
+# %% ../nbs/11_frozen_bits.ipynb #1a783e9c
 def saved_share(
     modules: Sequence[nn.Module],  # masked ones whose weights are not coded
     bits: int,

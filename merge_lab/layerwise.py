@@ -207,7 +207,7 @@ def read(
     "States of some rows, padded with zeros."
     return nn.utils.rnn.pad_sequence([stream[self.places[at]] for at in positions], batch_first=True)
 
-
+# %% ../nbs/39_layerwise.ipynb #09580907
 @patch_to(Streams)
 def write(
     self,

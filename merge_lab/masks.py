@@ -278,7 +278,7 @@ def _sum_of_products(x, weights, alphas, bias):
         total = y if total is None else total + y
     return total if bias is None else total + bias
 
-
+# %% ../nbs/12_masks.ipynb #ce63ba03
 class _EfficientLinear(_FusedLinear):
     "Products with each component in forward; backward as fused, whose gradients do not round away what differs between weights."
 

@@ -95,7 +95,7 @@ def layer_file(folder: str | Path, n: int) -> Path:
     "Where the tensors of a decoder layer are."
     return Path(folder) / f"layer-{n:05d}.safetensors"
 
-
+# %% ../nbs/26_nested_model.ipynb #3e04195d
 def write_quantized(
     model,  # transformers causal language model
     tokenizer,
@@ -178,7 +178,7 @@ def _tensors_of(file: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file}: it cannot be read ({error}). Copy the file again, or quantise the model again.") from error
 
-
+# %% ../nbs/26_nested_model.ipynb #c8ceb49d
 def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool = False):
     "The transformers model with nested leaves, on the CPU. Raises `ValueError` if the folder lacks tensors."
     from accelerate import init_empty_weights

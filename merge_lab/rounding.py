@@ -144,7 +144,7 @@ def kept_count(columns: int, dtype: torch.dtype, room: float = 0.09) -> int:
     "How many columns can be kept for so many bits a weight."
     return int(room * columns / (8 * dtype.itemsize))
 
-
+# %% ../nbs/15_rounding.ipynb #d4668b91
 class Walk:
     "A weight on its way from the lowest precision to the highest, columns first, in the order of the walk."
 

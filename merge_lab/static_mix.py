@@ -201,7 +201,7 @@ def by_layer(costs: Tensor, model: LayerwiseQuantizeForCausalLM, dim: int = -2) 
     "Sums over the linears of each layer."
     return torch.stack([part.sum(dim) for part in costs.split([len(own) for own in model._linears], dim)], dim)
 
-
+# %% ../nbs/29_static_mix.ipynb #6f0359ea
 def headroom(
     model: LayerwiseQuantizeForCausalLM,
     costs: Tensor,  # (2 draws, windows, tokens, linears, precisions), rescaled
