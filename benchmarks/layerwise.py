@@ -1,4 +1,4 @@
-"""Mask merge end to end, layer by layer, and with frozen weights in 8 and 4 bits, on the experts of the real demo: seconds, memory, recovered share.
+"""Mask merge end to end, layer by layer, with thin deltas, and with frozen weights in 8 and 4 bits, on the experts of the real demo: seconds, memory, recovered share.
 
     merge-lab real --output_dir runs/real     # makes base, tasks and experts
     python benchmarks/layerwise.py            # merges two of them in both ways
@@ -29,9 +29,10 @@ MODES = {
     "layer by layer": ["--train_mode", "layerwise"],
     "layer by layer, 30 steps behind": ["--train_mode", "layerwise", "--finish_steps", "30"],
     "end to end": [],
-    "25 steps": ["--max_steps", "25"],
-    "25 steps, 8 bits": ["--max_steps", "25", "--frozen_bits", "8"],
-    "25 steps, 4 bits": ["--max_steps", "25", "--frozen_bits", "4"],
+    "15 steps": ["--max_steps", "15", "--thin_deltas", "False"],
+    "15 steps, thin deltas": ["--max_steps", "15"],
+    "15 steps, 8 bits": ["--max_steps", "15", "--thin_deltas", "False", "--frozen_bits", "8"],
+    "15 steps, 4 bits": ["--max_steps", "15", "--thin_deltas", "False", "--frozen_bits", "4"],
 }
 MEASURED = """
 import json, resource, sys, threading, time
@@ -72,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", default="runs/real", help="folder of merge-lab real (default: runs/real)")
     parser.add_argument("--tasks", nargs="+", default=["french", "docstrings"], help="tasks whose experts are merged")
-    parser.add_argument("--modes", nargs="+", default=[mode for mode in MODES if "25" not in mode], choices=list(MODES))
+    parser.add_argument("--modes", nargs="+", default=[mode for mode in MODES if "15" not in mode], choices=list(MODES))
     parser.add_argument("--seed", type=int, default=0, help="of the masks' training (default: 0)")
     parser.add_argument("--test_rows", type=int, default=150, help="test rows of each task (default: 150)")
     parser.add_argument("--threads", type=int, default=1)

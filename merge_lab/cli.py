@@ -106,6 +106,7 @@ def shadow_of(config_class: type) -> type:
         kind = hints[field.name]
         if type(None) in typing.get_args(kind) and {int, float} & set(typing.get_args(kind)):
             kind = str | None  # a number or "none": the config says which
+            metadata |= {"choices": [str(choice) for choice in metadata["choices"]]} if "choices" in metadata else {}
         if _is_mapping(kind):
             default = None if field.default_factory is dataclasses.MISSING else [json.dumps(field.default_factory())]
             kind, facts = list[str], dict(metadata=metadata, default_factory=lambda d=default: d)
