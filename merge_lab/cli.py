@@ -50,7 +50,7 @@ def run_preflight(config: PreflightConfig) -> int:  # exit status: 0 if they can
         print(f"\n{row.property}: {row.obstacle}\n  {row.remedy}")
     print("\nThese components " + ("cannot be merged as they are." if len(wrong) else "can be merged."))
     if not len(wrong):
-        print(f"Next: merge-lab mask-merge --model_paths {' '.join(config.model_paths)} --dataset_configs DATA OF EACH")
+        print(f"Next: merge-lab mask-merge --model_paths {' '.join(config.model_paths)} --dataset_configs DATA OF EACH", file=sys.stderr)
     return int(len(wrong) > 0)
 
 
@@ -84,7 +84,7 @@ def run_align(config: AlignConfig) -> int:
 
     folders = align_vocabulary(config.model_paths, config.output_dir, config.policy)
     print(*folders, sep="\n")
-    print(f"Next: merge-lab mask-merge --model_paths {' '.join(map(str, folders))} --dataset_configs DATA OF EACH")
+    print(f"Next: merge-lab mask-merge --model_paths {' '.join(map(str, folders))} --dataset_configs DATA OF EACH", file=sys.stderr)
     return 0
 
 # %% ../nbs/60_cli.ipynb #ccfb547c
