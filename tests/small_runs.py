@@ -46,7 +46,7 @@ TOPK = "dam-topk --base_model a --model_paths b a --datasets chat_b chat_a --out
 DAM = "dam-train --untrained_merged_model_name dam --hf_disk_dataset_dir topk --output_dir out --device cpu --max_steps 1"
 LAYERS = "layer-merge a --output_dir out --device cpu --max_steps 1"
 QUANTIZE = "quantize a --output_dir out --device cpu --dataset text.txt --max_length 8 --num_samples 2"
-ROUTER = "router q --output_dir out --device cpu --dataset text.txt --max_length 16 --prefix_length 4 --num_samples 4 --num_validation 2 --num_train_epochs 1"
+ROUTER = "router q --output_dir out --device cpu --dataset text.txt --max_length 16 --prefix_length 4 --num_samples 4 --num_validation 2 --num_train_epochs 1 --static False"
 COMPARE = "compare a b --datasets chat_a chat_b --output_dir out --minutes 1"
 
 

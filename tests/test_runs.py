@@ -110,6 +110,7 @@ def run_quantize(folder: Path):
 def run_router(folder: Path):
     router.run(
         router.RouterConfig(
+            static=False,
             model_path=str(folder.parent / "quantize"), dataset=["tasks"], seq_len=32,
             prefix_length=8, num_examples=8, num_validation=4, num_epochs=1, device="cpu",
             pretrain="none", save_dir=str(folder),
