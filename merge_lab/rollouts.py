@@ -10,7 +10,7 @@ __all__ = ['logger', 'ANSWERS_OF', 'WRITTEN', 'ROLLOUTS', 'AnswerConfig', 'check
 # %% ../nbs/33_rollouts.ipynb #c8efec5a
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -335,7 +335,7 @@ class RolloutTrainer(MergerTrainer):
         super().__init__(*args, **kwargs)
         self.writer, self.args.teacher_cache_gb = writer, 0.0  # no text comes again
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         "The batches of a step, with what the blend wrote, and how many of their tokens are scored."
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
