@@ -29,10 +29,10 @@ MODES = {
     "layer by layer": ["--train_mode", "layerwise"],
     "layer by layer, 30 steps behind": ["--train_mode", "layerwise", "--finish_steps", "30"],
     "end to end": [],
-    "15 steps": ["--max_steps", "15", "--thin_deltas", "False"],
-    "15 steps, thin deltas": ["--max_steps", "15"],
-    "15 steps, 8 bits": ["--max_steps", "15", "--thin_deltas", "False", "--frozen_bits", "8"],
-    "15 steps, 4 bits": ["--max_steps", "15", "--thin_deltas", "False", "--frozen_bits", "4"],
+    "15 steps": ["--max_steps", "15"],
+    "15 steps, thin deltas": ["--max_steps", "15", "--thin_deltas"],
+    "15 steps, 8 bits": ["--max_steps", "15", "--frozen_bits", "8"],
+    "15 steps, 4 bits": ["--max_steps", "15", "--frozen_bits", "4"],
 }
 MEASURED = """
 import json, resource, sys, threading, time

@@ -95,6 +95,8 @@ def merger_step(folder, who, args):
     config = MergerConfig(model_paths=[str(folder / f"{kind}-{i}") for i in range(2)], dtype=args.dtype)
     if hasattr(config, "base_model"):
         config.base_model = str(folder / "base") if who == "base given" or kind != "tune" else "mean"
+    if kind == "merged":
+        config.thin_deltas = True
     merger = Merger.from_config(config).train()
     merger.config.use_cache = False
     objective = Objective()

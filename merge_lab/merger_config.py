@@ -154,7 +154,7 @@ class MergerConfig:
         False, "Components stay in host memory and weights are brought to the device when used: least memory, slower",
         group="Memory", resumable=True,
     )
-    thin_deltas: bool = option(True, "Hold a component that differs from the base by low-rank matrices (a merged LoRA is one) as the base plus thin factors: less memory and time", group="Memory")
+    thin_deltas: bool = option(False, "Find components that differ from the base by low-rank matrices (merged LoRAs do), and hold them as the base plus thin factors: less memory", group="Memory")
     frozen_bits: int | None = option(None, "Components in memory in 8 or 4 bits a number: their differences; what they are measured from in 8. What is exported is made from the stored weights. None given: as stored", group="Memory", choices=[8, 4])
     keep_merged: bool = option(False, "Keep merged weights between optimizer steps: faster with accumulation, one model more", group="Memory", resumable=True)
     base_model: str | None = option(

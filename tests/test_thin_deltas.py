@@ -42,7 +42,7 @@ def factored(merger):
 
 def pair(folder, names, base):
     "The merger as it comes, and with whole weights, both with the same masks off their start."
-    config = MergerConfig([str(folder / name) for name in names], base_model=str(folder / base) if base != "mean" else base)
+    config = MergerConfig([str(folder / name) for name in names], base_model=str(folder / base) if base != "mean" else base, thin_deltas=True)
     thin, whole = Merger.from_config(config), Merger.from_config(dataclasses.replace(config, thin_deltas=False))
     draw, masks = torch.Generator().manual_seed(0), whole.mask_state()
     masks = {name: mask + 0.2 * torch.randn(mask.shape, generator=draw) for name, mask in masks.items()}
