@@ -222,8 +222,8 @@ def other_way(bench: Bench, method: str, target: float = 4.0):
     shape = len(model.routers.layers), model.config.hidden_size, model.precisions
     model.routers = Routers(*shape)
     config = RouterConfig(
-        static=False,
         "quantized",
+        static=False,
         seq_len=SEQ_LEN,
         prefix_length=PREFIX,
         batch_size=4,

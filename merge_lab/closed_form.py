@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .architecture import decoder_layers, layer_of
 from .constraints import WITH_ANCHOR
-from .factored import FactoredWeights
 from .layerwise import drawn
 from .logs import tqdm
 from .masks import MaskedLinear
@@ -59,7 +58,7 @@ def _solvable(merger: Merger) -> dict[int, dict[str, MaskedLinear]]:  # layer ->
     "Linear layers whose coefficients can be solved for."
     layers = {}
     for name, leaf in merger.leaves().items():
-        plain = isinstance(leaf, MaskedLinear) and "weight" in leaf.masks and not isinstance(leaf.weights["weight"], FactoredWeights)
+        plain = isinstance(leaf, MaskedLinear) and "weight" in leaf.masks
         if plain and layer_of(name) is not None:
             layers.setdefault(layer_of(name), {})[name] = leaf
     return layers

@@ -147,6 +147,11 @@ def _slice(tensor, dim=0, start=None, end=None, step=1):
     return _summed([part.at(slice(start * each, end * each)) for part in tensor.parts]).view(-1, *tensor.coded_shape[1:])
 
 
+def _select(tensor, dim, index):
+    rows = None if dim % tensor.ndim or tensor.ndim < 3 else _slice(tensor, 0, index % len(tensor), index % len(tensor) + 1)
+    return None if rows is None else rows[0].to(tensor.dtype)
+
+
 def _look_up(weight, ids, *_, **__):
     if not isinstance(weight, CodedTensor) or weight.ndim != 2 or weight.turned:
         return None
@@ -161,6 +166,7 @@ def _copy_to(tensor, dtype=None, device=None, **_):
 
 _OWN = {  # operation -> what answers it
     aten.slice.Tensor: _slice,
+    aten.select.int: _select,
     aten.embedding.default: _look_up,
     aten._to_copy.default: _copy_to,
     aten.detach.default: lambda tensor: tensor.like(),
@@ -169,6 +175,13 @@ _OWN = {  # operation -> what answers it
 }
 
 # %% ../nbs/11_frozen_bits.ipynb #857ca17b
+def _encoded(rows: Tensor, less: Tensor | None, bits: int) -> Codes:
+    "Codes of a matrix, or of its difference from another, made a block of rows at a time."
+    some = max(1, BLOCK // rows.shape[1])
+    parts = [encode(rows[i : i + some].float() - (0 if less is None else less[i : i + some].float()), bits) for i in range(0, len(rows), some)]
+    return Codes(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), rows.shape[1])
+
+
 class CodedWeights(nn.ParameterList):
     "The tensors of n components: a reference in 8 bits, of the others what they differ in."
 
@@ -184,8 +197,7 @@ class CodedWeights(nn.ParameterList):
         self.shape, self.dtype = tuple(tensors[0].shape), tensors[0].dtype
         first = next(iter(distinct.values()))
         for k, tensor in enumerate(distinct.values()):
-            values = tensor.detach().float() - first.detach().float() if k else tensor.detach()
-            coded = encode(values.reshape(-1, self.shape[-1]), bits if k else 8)
+            coded = _encoded(tensor.detach().reshape(-1, self.shape[-1]), first.detach().reshape(-1, self.shape[-1]) if k else None, bits if k else 8)
             for name in ("codes", "scales"):
                 self.register_parameter(f"{name}_{k}", nn.Parameter(getattr(coded, name), requires_grad=False))
 
@@ -220,13 +232,15 @@ def code_weights(
     reference: int | None = None,
 ):
     "Code the components' matrices, one place after another; tied places stay tied."
-    coded = {}
+    places = {}
     for module in modules:
         for name, held in module.weights.items():
             if type(held) is nn.ParameterList and is_coded([held[0]]):
-                if id(held) not in coded:
-                    coded[id(held)] = held, CodedWeights(list(held), bits, reference)
-                module.weights[name] = coded[id(held)][1]
+                places.setdefault(id(held), []).append((module, name))
+    for tied in places.values():
+        coded = CodedWeights(list(tied[0][0].weights[tied[0][1]]), bits, reference)
+        for module, name in tied:
+            module.weights[name] = coded
 
 # %% ../nbs/11_frozen_bits.ipynb #1a783e9c
 def saved_share(

@@ -592,6 +592,6 @@ def fit_layers(
     "Whether a run layer by layer fits. What held-out rows take, which pass all layers, is less than a step's activations end to end."
     options = dict(
         n_components=len(held_paths(config)), seq_len=max(seq_len, 2), batch_size=config.per_device_train_batch_size, dtype=config.dtype, impl=config.impl,
-        mode=config.mode, target_kinds=config.target_kinds, offload=config.offload, device=device, objective=one_layer_step, gradient_checkpointing=False,
+        mode=config.mode, target_kinds=config.target_kinds, offload=config.offload, frozen_bits=config.frozen_bits, device=device, objective=one_layer_step, gradient_checkpointing=False,
     )  # fmt: skip
     return fit_report(of_one_layer(config.model_paths[0]), budget_bytes, **options)

@@ -489,6 +489,7 @@ def estimate_memory(
     parts = read_peak(ledger, start)
     if frozen_bits:
         parts["components"] = int(parts["components"] * saved_share(list(merger.leaves().values()), frozen_bits))
+        parts["transients"] += max(p.numel() for p in merger.parameters() if not p.requires_grad) * dtype.itemsize  # a matrix that is decoded whole
     if ranks > 1:
         return MemoryEstimate(_divided(parts, merger, ranks), f"{title}, one of {ranks} ranks")
     return MemoryEstimate({**parts, "components": 0} if offload else parts, title)

@@ -272,6 +272,8 @@ def from_config(cls, config: MergerConfig) -> Merger:
     paths = held_paths(config)
     check_components(paths)
     models = list(load_components(paths, factors=True, dtype=config.dtype))
+    if config.thin_deltas and config.frozen_bits:
+        raise ValueError("frozen_bits with thin_deltas=True: they do not go together, for factors are held as they are. Leave one out.")
     if config.thin_deltas:
         with_base = anchored(config)
         share_base(models if with_base else [*models[1:], models[0]], rounded=not with_base)
@@ -491,6 +493,15 @@ def _stored_weights(merger: Merger, module: str, key: str) -> list[Tensor]:
     dtype = merger.leaves()[module].weights[key].dtype
     return [tree[module]._parameters[key].detach().to(dtype) for tree in vars(merger)["_stored"]]
 
+
+@contextmanager
+def _no_copies(merger: Merger):
+    "Behind the block no stored weights are held."
+    try:
+        yield
+    finally:
+        vars(merger).pop("_stored", None)
+
 # %% ../nbs/20_merger.ipynb #03a857d2
 @patch_to(Merger)
 @torch.no_grad()
@@ -526,7 +537,8 @@ def _merged_tensor(
 @patch_to(Merger)
 def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
-    return {name: make() for name, make in self.merged_tensors()}
+    with _no_copies(self):
+        return {name: make() for name, make in self.merged_tensors()}
 
 # %% ../nbs/20_merger.ipynb #bb939fc6
 def _empty_like(leaf_or_tensor) -> Tensor:
@@ -589,13 +601,12 @@ def save_merged(
     recipe: dict | None = None,  # options for the model card, beside those of the merger
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small, `UnreadableComponent` if what was written is not whole, and then leaves what was there."
-    with whole_checkpoint(folder) if is_main_process else nullcontext(folder) as place:
+    with whole_checkpoint(folder) if is_main_process else nullcontext(folder) as place, _no_copies(self):
         stored = write_tensors(place, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
         card = model_card(self, recipe)  # every rank gathers, one writes
         if is_main_process:
             _save_companions(self, Path(place), card, stored)
             prove_whole(place)
-    vars(self).pop("_stored", None)
 
 # %% ../nbs/20_merger.ipynb #a2f94c7e
 @contextmanager

@@ -88,7 +88,7 @@ def data_digest(
 ) -> str | None:  # 32 hex digits; None: it is not on this machine, or it is a name
     "Digest of a file, or of all files of a folder but hidden ones."
     place = Path(path).expanduser()
-    files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")] if place.is_dir() else []
+    files = [place] if place.is_file() else [file for file in sorted(place.rglob("*")) if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place).parts)] if place.is_dir() else []
     found = [_kept(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.blake2b(" ".join(found).encode(), digest_size=16).hexdigest() if found else None
 

@@ -256,7 +256,7 @@ class Rollouts:
 
     def is_due(self, step: int, counts: Sequence[int]) -> bool:
         "Whether new answers are wanted for a step, from 0."
-        return step % self.config.rollout_steps == 0 or list(counts) != self.counts
+        return step % self.config.rollout_steps == 0 or [n for n in counts if n] != [n for n in self.counts if n]
 
 # %% ../nbs/33_rollouts.ipynb #b3036390
 @patch_to(Rollouts)

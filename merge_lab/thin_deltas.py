@@ -56,9 +56,10 @@ def find_low_rank(
     "The low-rank matrix by which a weight differs from the base's, if that is all but rounding."
     most, wide = largest_rank(weight.shape) if weight.ndim == 2 else 0, torch.float64 if weight.dtype.itemsize > 2 else torch.float32
     delta = weight.to(wide) - base.to(wide) if most else None
-    noise = rounding_energy(weight) * (1 + rounded) if most else 0.0
     if not most or not delta.any() or doubtful and _surely_whole(delta, weight, most):
         return None
+    moved = torch.where(delta.any(1, keepdim=True) & delta.any(0), weight, 0)  # what did not move was not rounded
+    noise = rounding_energy(moved) * (1 + rounded)
     draw = torch.randn(delta.shape[1], most + 16, generator=torch.Generator().manual_seed(seed), dtype=delta.dtype)
     q, _ = torch.linalg.qr(delta @ draw.to(delta.device))
     u, s, v = torch.linalg.svd(q.t() @ delta, full_matrices=False)
@@ -87,7 +88,7 @@ def share_base(
     for model in models[:-1]:
         looked = found = 0
         own = parameter_modules(model)
-        for name in (name for name in below if name in own):
+        for name in (name for name in below if name in own and "weight" not in vars(own[name]).get("low_rank", {})):  # an adapter's stays its own
             pair = own[name]._parameters["weight"], below[name]._parameters["weight"]
             if pair[0] is pair[1] or pair[0].shape != pair[1].shape or tied & set(map(id, pair)) or pair[0].is_meta or torch.equal(*pair):
                 continue
@@ -99,5 +100,5 @@ def share_base(
                 vars(own[name]).setdefault("low_rank", {})["weight"] = delta
         counts.append(found)
     if any(counts):
-        logger.info("held as thin factors on the base: %s matrices of the components; thin_deltas=False holds them whole", ", ".join(map(str, counts)))
+        logger.info("held as thin factors on the base: %s matrices of the components", ", ".join(map(str, counts)))
     return counts

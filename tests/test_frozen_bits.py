@@ -158,6 +158,11 @@ def test_adapters_keep_their_factors(tmp_path):
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+def test_thin_deltas_and_frozen_bits_do_not_go_together(tmp_path):
+    with pytest.raises(ValueError, match="frozen_bits with thin_deltas"):
+        Merger.from_config(MergerConfig(**write(tmp_path, "llama"), thin_deltas=True, frozen_bits=8))
+
+
 def test_models_in_memory_cannot_be_exported_from_codes():
     merger = Merger(tiny_experts("llama", n=2), MergerConfig(frozen_bits=8, constrain_mode="identity"))
     with pytest.raises(ValueError, match="Give model_paths"):
@@ -178,4 +183,4 @@ def test_two_models_of_8_billion_weights_fit_24_gib_at_8192_tokens():
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
         max_position_embeddings=131072, dtype="bfloat16", tie_word_embeddings=False,
     )  # fmt: skip
-    assert estimate_memory(shape, n_components=2, seq_len=8192, frozen_bits=8).peak_bytes < 21 * 2**30
+    assert estimate_memory(shape, n_components=2, seq_len=8192, frozen_bits=8).peak_bytes < 22 * 2**30

@@ -100,3 +100,23 @@ def test_masks_are_read_back(merged_loras, tmp_path):
     assert factored(again) == factored(thin)
     wanted, found = thin.merged_state_dict(), again.merged_state_dict()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+def test_an_adapter_beside_a_merged_lora_stays_what_it_is(tmp_path):
+    "Its own factors are not replaced by those by which its base differs from another."
+    from peft import LoraConfig, get_peft_model
+
+    save_tiny(tiny_model("llama", **SHAPE), tmp_path / "base")
+    for i in range(2):
+        torch.manual_seed(i)
+        model = get_peft_model(tiny_model("llama", **SHAPE), LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", base_model_name_or_path=str(tmp_path / "base")))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.05)
+        model.save_pretrained(tmp_path / "adapter") if i else save_tiny(model.merge_and_unload(), tmp_path / "lora-0")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": "{tmp_path / "base"}"'))
+    thin, whole = pair(tmp_path, ["lora-0", "adapter"], "mean")
+    ids = torch.arange(3, 15).unsqueeze(0)
+    with torch.no_grad(), thin.as_component(1), whole.as_component(1):
+        assert torch.allclose(thin(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-4)

@@ -209,7 +209,7 @@ def _read_tests(config: MaskMergeConfig) -> dict[str, list]:
     except ValueError as error:
         if not config.are_written:
             raise
-        logger.info("nothing is scored: %s", error)
+        logger.warning("nothing is scored: %s", error)
         return {}
 
 
@@ -374,6 +374,11 @@ def score_learned(
     return scores, manners(merger, ready), sample_answers(merger, ready)
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #b4aef211
+def _has_masks(ready: Prepared) -> bool:
+    "Whether there are masks to go on from: a run layer by layer has some before it has a checkpoint."
+    return ready.checkpoint is not None or ready.config.resume and (ready.folder / LAYERS / "done.json").exists()
+
+
 def make_trainer(
     merger: Merger,
     ready: Prepared,
@@ -383,7 +388,7 @@ def make_trainer(
     "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
     config, collate = ready.config, ChatCollator(ready.tokenizer)
     rows, held_out = divided_rows(merger, ready.tokenizer, ready.dataset, config, progress) if config.are_written else (ready.dataset, ready.held_out)
-    if config.mask_init["strategy"] == "least_squares" and not config.resume:
+    if config.mask_init["strategy"] == "least_squares" and not _has_masks(ready):
         solve_start(merger, rows, config.seed, progress)
     kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
     trainer = kind(

@@ -26,7 +26,7 @@ from ..logs import tqdm
 from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, write_quantized
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run
-from ..text_windows import text_windows, Window
+from ..text_windows import text_paths, text_windows, Window
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +172,9 @@ class QuantizeConfig(Options):
 # %% ../../nbs/40_systems/05_quantize.ipynb #4093cfa0
 def check_folder(config: QuantizeConfig):
     "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
-    check_start(config, config.output_dir, [config.model_path, *config.dataset])
+    check_start(config, config.output_dir, [config.model_path, *text_paths(config.dataset)])
     if config.resume:
-        check_same_inputs(config.output_dir, [config.model_path], config.dataset)
+        check_same_inputs(config.output_dir, [config.model_path], text_paths(config.dataset))
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #e4ba1091
 def calibrate(
@@ -202,7 +202,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     folder = begin_run(config, config.output_dir)
-    note_inputs(folder, [config.model_path], config.dataset)
+    note_inputs(folder, [config.model_path], text_paths(config.dataset))
     whole = all(layer_file(folder, n).exists() for n in range(len(decoder_layers(model))))
     bits = dict(seed_precision=config.seed_precision, parent_precision=config.parent_precision)
     known = {} if whole else calibrate(config.method, model, windows)

@@ -44,7 +44,7 @@ from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
 from ..static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
-from ..text_windows import collate, exact_logits, score_windows, text_windows, Window, windows_at_once
+from ..text_windows import collate, exact_logits, score_windows, text_paths, text_windows, Window, windows_at_once
 from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
 _all_ = ["LayerwiseQuantizeForCausalLM"]
@@ -599,9 +599,9 @@ def fit(
 # %% ../../nbs/40_systems/05_router.ipynb #43f6d689
 def check_folder(config: RouterConfig):
     "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
-    check_start(config, config.output_dir, [config.model_path, *config.dataset])
+    check_start(config, config.output_dir, [config.model_path, *text_paths(config.dataset)])
     if config.resume:
-        check_same_inputs(config.output_dir, [config.model_path], config.dataset)
+        check_same_inputs(config.output_dir, [config.model_path], text_paths(config.dataset))
 
 
 def check_budget(precisions: list[int], target_bits: float | None):
@@ -650,7 +650,7 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     model, train, validation = load_parts(config)
     trainer = RouterTrainer(model, config, train, validation)
     folder = begin_run(config, config.output_dir)
-    note_inputs(folder, [config.model_path], config.dataset)
+    note_inputs(folder, [config.model_path], text_paths(config.dataset))
     go_on = resume_command("router", folder)
     try:
         epochs = trainer.fit(last_checkpoint(folder) if config.resume else None)
