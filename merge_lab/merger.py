@@ -268,7 +268,7 @@ def component_forward(self, i: int, **inputs):
 @patch_to(Merger)
 @classmethod
 def from_config(cls, config: MergerConfig) -> Merger:
-    "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons."
+    "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons, `ValueError` for options that do not go together."
     paths = held_paths(config)
     check_components(paths)
     models = list(load_components(paths, factors=True, dtype=config.dtype))
