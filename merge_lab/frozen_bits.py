@@ -75,7 +75,8 @@ def decode(coded: Codes) -> Tensor:  # (rows, columns) fp32
     values = codes.to(torch.float32)
     whole = columns // GROUP * GROUP
     wide = coded.scales.float()
-    values[:, :whole].unflatten(-1, (-1, GROUP)).mul_(wide[:, : whole // GROUP].unsqueeze(-1)) if whole else None
+    if whole:
+        values[:, :whole].unflatten(-1, (-1, GROUP)).mul_(wide[:, : whole // GROUP].unsqueeze(-1))
     if whole < columns:
         values[:, whole:].mul_(wide[:, -1:])
     return values
@@ -83,6 +84,12 @@ def decode(coded: Codes) -> Tensor:  # (rows, columns) fp32
 # %% ../nbs/11_frozen_bits.ipynb #13641624
 aten = torch.ops.aten
 BLOCK = 2**22  # numbers that are decoded at once
+
+
+def _row_blocks(rows: int, columns: int) -> list[slice]:
+    "Slices over the rows of a matrix that hold about a block of numbers each."
+    some = max(1, BLOCK // columns)
+    return [slice(start, start + some) for start in range(0, rows, some)]
 
 
 class CodedTensor(torch.Tensor):
@@ -109,10 +116,9 @@ class CodedTensor(torch.Tensor):
 
     def whole(self) -> Tensor:
         "All of it, decoded."
-        rows, columns = len(self.parts[0].codes), self.coded_shape[-1]
-        value, some = torch.empty(rows, columns, dtype=self.dtype, device=self.device), max(1, BLOCK // columns)
-        for start in range(0, rows, some):
-            value[start : start + some] = _summed([part.at(slice(start, start + some)) for part in self.parts])
+        value = torch.empty(len(self.parts[0].codes), self.coded_shape[-1], dtype=self.dtype, device=self.device)
+        for rows in _row_blocks(*value.shape):
+            value[rows] = _summed([part.at(rows) for part in self.parts])
         value = value.view(self.coded_shape)
         return value.t() if self.turned else value
 
@@ -175,11 +181,10 @@ _OWN = {  # operation -> what answers it
 }
 
 # %% ../nbs/11_frozen_bits.ipynb #857ca17b
-def _encoded(rows: Tensor, less: Tensor | None, bits: int) -> Codes:
+def _encoded(matrix: Tensor, less: Tensor | None, bits: int) -> Codes:
     "Codes of a matrix, or of its difference from another, made a block of rows at a time."
-    some = max(1, BLOCK // rows.shape[1])
-    parts = [encode(rows[i : i + some].float() - (0 if less is None else less[i : i + some].float()), bits) for i in range(0, len(rows), some)]
-    return Codes(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), rows.shape[1])
+    parts = [encode(matrix[rows].float() - (0 if less is None else less[rows].float()), bits) for rows in _row_blocks(*matrix.shape)]
+    return Codes(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), matrix.shape[1])
 
 
 class CodedWeights(nn.ParameterList):
@@ -221,9 +226,9 @@ class CodedWeights(nn.ParameterList):
         return not any(self.which)
 
 # %% ../nbs/11_frozen_bits.ipynb #6988e9bd
-def is_coded(tensors: Sequence[Tensor]) -> bool:
-    "Whether tensors of one place are worth coding: matrices of floating point numbers."
-    return tensors[0].ndim > 1 and tensors[0].is_floating_point() and tensors[0].numel() >= 16 * GROUP
+def is_coded(held: nn.ParameterList) -> bool:  # the components' tensors of one place
+    "Whether they are worth coding: matrices of floating point numbers, and no factors."
+    return type(held) is nn.ParameterList and held[0].ndim > 1 and held[0].is_floating_point() and held[0].numel() >= 16 * GROUP
 
 
 def code_weights(
@@ -235,7 +240,7 @@ def code_weights(
     places = {}
     for module in modules:
         for name, held in module.weights.items():
-            if type(held) is nn.ParameterList and is_coded([held[0]]):
+            if is_coded(held):
                 places.setdefault(id(held), []).append((module, name))
     for tied in places.values():
         coded = CodedWeights(list(tied[0][0].weights[tied[0][1]]), bits, reference)
@@ -248,12 +253,10 @@ def saved_share(
     bits: int,
 ) -> float:  # of the bytes of all frozen tensors
     "What is left of the memory of frozen weights when they are coded."
-    before, after, seen = 0, 0, set()
-    for held in (held for module in modules for held in module.weights.values() if id(held) not in seen and not seen.add(id(held))):
-        distinct = {id(tensor): tensor for tensor in nn.ParameterList.parameters(held)}
-        sizes = [tensor.numel() for tensor in distinct.values()]
-        own = [tensor.numel() * tensor.element_size() for tensor in distinct.values()]
-        before += sum(own)
-        small = type(held) is nn.ParameterList and is_coded([held[0]])
-        after += sum(coded_bytes(size, bits if k else 8) for k, size in enumerate(sizes)) if small else sum(own)
+    before = after = 0
+    for held in {id(held): held for module in modules for held in module.weights.values()}.values():
+        tensors = list(nn.ParameterList.parameters(held))  # each once
+        whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        before += whole
+        after += sum(coded_bytes(tensor.numel(), bits if k else 8) for k, tensor in enumerate(tensors)) if is_coded(held) else whole
     return after / before if before else 1.0

@@ -479,7 +479,7 @@ class ComponentModule(nn.Module):
     def is_shared(self, name: str) -> bool:
         "Whether all components have the same tensor, which is then held once."
         weights = self.weights[name]
-        return getattr(weights, "is_shared", all(weight is weights[0] for weight in weights))
+        return weights.is_shared if hasattr(weights, "is_shared") else all(weight is weights[0] for weight in weights)
 
     def __repr__(self):
         n = len(self.weights[self.parameter_names[0]])

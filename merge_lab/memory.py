@@ -506,10 +506,10 @@ def _cures(options: dict) -> Iterable[dict]:
         {"fused_loss": True},
         {"gradient_checkpointing": True},
         {"batch_size": 1},
-        *([{"frozen_bits": 8}] if options.get("frozen_bits", 8) is None and options.get("ranks", 1) == 1 else []),
+        *([{"frozen_bits": 8}] if options.get("frozen_bits") is None and options.get("ranks", 1) == 1 else []),
         *([{"offload": True}] if options.get("device") == "cuda" and options.get("ranks", 1) == 1 else []),
     ]
-    yield from (cure for cure in cures if "frozen_bits" in cure or options.get(*cure) not in (None, *cure.values()))
+    yield from (cure for cure in cures if all(name in options and options[name] != value for name, value in cure.items()))
     seq_len = options.get("seq_len", 2048)
     while seq_len > 128:
         seq_len //= 2

@@ -268,12 +268,10 @@ def component_forward(self, i: int, **inputs):
 @patch_to(Merger)
 @classmethod
 def from_config(cls, config: MergerConfig) -> Merger:
-    "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons, `ValueError` for options that do not go together."
+    "Check, load and wrap the components of a config. Raises `IncompatibleComponents` with the reasons."
     paths = held_paths(config)
     check_components(paths)
     models = list(load_components(paths, factors=True, dtype=config.dtype))
-    if config.thin_deltas and config.frozen_bits:
-        raise ValueError("frozen_bits with thin_deltas=True: they do not go together, for factors are held as they are. Leave one out.")
     if config.thin_deltas:
         with_base = anchored(config)
         share_base(models if with_base else [*models[1:], models[0]], rounded=not with_base)

@@ -171,10 +171,9 @@ class MergerConfig:
         for pattern in self.target_modules or ():
             check_pattern(pattern)
         if self.model_paths and self.fallback >= len(self.model_paths):
-            raise ValueError(
-                f"fallback={self.fallback}: expected 0 to {len(self.model_paths) - 1}, one of the "
-                f"{len(self.model_paths)} components."
-            )
+            raise ValueError(f"fallback={self.fallback}: expected 0 to {len(self.model_paths) - 1}, one of the {len(self.model_paths)} components.")
+        if self.thin_deltas and self.frozen_bits:
+            raise ValueError("frozen_bits with thin_deltas=True: they do not go together, for factors are held as they are. Leave one out.")
 
 # %% ../nbs/18_merger_config.ipynb #2697f192
 def measured_from_base(

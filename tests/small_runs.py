@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 from merge_lab.adapters import load_base, make_lora_config, quiet_peft
 from merge_lab.cli import main
@@ -21,6 +23,17 @@ def small(folder, **options) -> MaskMergeConfig:
         max_steps=6, eval_samples=4, per_device_train_batch_size=4, report=False,
     )  # fmt: skip
     return demo_config(output_dir=str(folder / "run"), **defaults | options)
+
+
+class SignalAt(TrainerCallback):
+    "A signal, Ctrl-C's unless another is given, while a step (from 0) is computed."
+
+    def __init__(self, step: int, number: int = signal.SIGINT):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
 
 
 def stopping_at(call: int, function):

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
-from small_runs import sealed_checkpoint, stopping_at
+from small_runs import sealed_checkpoint, SignalAt, stopping_at
 
 from merge_lab import merger as merger_module
 from merge_lab import objective, teacher_dataset
@@ -524,12 +524,6 @@ def test_resumed_run_equals_an_uninterrupted_one(lab, tmp_path):
     assert again.history.step.tolist() == [1, 2, 3, 4, 5, 6]
 
 
-class StopAtThird(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_a_run_that_is_stopped_shows_no_older_merge(lab, tmp_path, monkeypatch):
     config = train_config(lab, tmp_path / "run", max_steps=2, save_steps=2)
     dam.train(config)
@@ -542,7 +536,7 @@ def test_a_run_that_is_stopped_shows_no_older_merge(lab, tmp_path, monkeypatch):
 
     def stopping(*arguments):
         made = make(*arguments)
-        made[0].add_callback(StopAtThird)
+        made[0].add_callback(SignalAt(2))
         return made
 
     with monkeypatch.context() as patched:

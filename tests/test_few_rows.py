@@ -2,13 +2,10 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import pytest
 import torch
-from small_runs import small
-from transformers import TrainerCallback
+from small_runs import SignalAt, small
 
 from merge_lab.chat import load_task, prompt_of
 from merge_lab.merger import Merger
@@ -19,24 +16,13 @@ from merge_lab.systems.mask_merge import make_trainer, prepare, run
 from merge_lab.token_losses import shift_labels
 
 
-class Interrupt(TrainerCallback):
-    "Ctrl-C in a step."
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def same_after_interruption(folder, **options):
     "The history of a run, which one that is interrupted and resumed repeats to the number."
     options = dict(save_merged=False, eval_samples=0, held_out_rows=4, max_steps=4) | options
     whole = run(small(folder / "whole", **options), progress=False)
     config = small(folder / "cut", **options)
     with pytest.raises(RunInterrupted):
-        run(config, callbacks=(Interrupt(2),), progress=False)
+        run(config, callbacks=(SignalAt(2),), progress=False)
     again = run(dataclasses.replace(config, resume=True), progress=False)
     names = [name for name in whole.history if name not in ("tokens_per_second", "memory_bytes")]
     assert whole.history[names].equals(again.history[names])

@@ -29,6 +29,7 @@ from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.sft_data import bytes_of_token, encode_rows, longest_row, prepare_dataset, task_names
 from merge_lab.systems.lora import LoRAPipelineConfig, make_lora, run, show_result, SmoLoRA, train_with_ranks, use_curriculum
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
+from small_runs import SignalAt
 
 ARCHITECTURES = [
     "llama",
@@ -506,20 +507,12 @@ def test_what_cannot_run_clears_nothing(base, options, says):
     assert {p.name for p in folder.iterdir()} == {"config.yaml", "kept.jsonl"}
 
 
-class Interrupt(TrainerCallback):
-    "Ctrl-C in the second step."
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_an_interrupted_run_goes_on_to_the_same_adapter(base):
     before = signal.getsignal(
         signal.SIGINT
     )  # ignored where the tests run in the background
     with pytest.raises(RunInterrupted, match="stopped after step 2 of 4"):
-        run(quick_config(), [Interrupt()], disable_tqdm=True)
+        run(quick_config(), [SignalAt(1)], disable_tqdm=True)
     assert signal.getsignal(signal.SIGINT) is before
     assert pathlib.Path("run/adapter_checkpoint/adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match="seed=9, but the run in run was begun"):
@@ -536,7 +529,7 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(base):
 
 def test_an_interrupted_run_of_growing_ranks_stops(base):
     with pytest.raises(RunInterrupted, match="Growing ranks start anew"):
-        run(quick_config(ranks=[2, 4]), [Interrupt()], disable_tqdm=True)
+        run(quick_config(ranks=[2, 4]), [SignalAt(1)], disable_tqdm=True)
     assert not pathlib.Path("run/checkpoint_r4").exists()
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from merge_lab.adapters import check_adapter, load_adapter, load_base, make_lora_config, probe_logits, quiet_peft, read_adapters
 from merge_lab.chat import chat_row, load_task, write_jsonl
@@ -26,6 +24,7 @@ from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
 from merge_lab.systems.lora import LoRAPipelineConfig, run as train_adapter
 from merge_lab.systems.lora_merge import AdapterLinear, AdapterMerger, base_path, explain_baselines, LoRAMergeConfig, peft_baselines, run, save_adapter
 from merge_lab.tinylm import save_tiny, tiny_model
+from small_runs import SignalAt
 
 
 pytestmark = pytest.mark.usefixtures("nothing_deprecated")
@@ -269,18 +268,10 @@ def test_a_run_moves_masks_towards_the_right_adapter():
     assert torch.equal(probe_logits(again.model), probe_logits(merger.model))
 
 
-class Interrupt(TrainerCallback):
-    "Ctrl-C in the second step."
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_an_interrupted_run_goes_on_to_the_same_masks():
     config = ready(max_steps=4)
     with pytest.raises(RunInterrupted, match="stopped after step 2 of 4"):
-        run(config, [Interrupt()])
+        run(config, [SignalAt(1)])
     with pytest.raises(ValueError, match="mode='scalar', but the run in run"):
         run(dataclasses.replace(config, resume=True, mode="scalar"))
     resumed = run(dataclasses.replace(config, resume=True))

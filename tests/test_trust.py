@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from merge_lab.cli import main
 from merge_lab.components import load_model
@@ -25,7 +24,7 @@ from merge_lab.stopping import StopCallback
 from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
 from merge_lab.tinylm import save_tiny, tiny_experts
-from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, sealed_checkpoint, small, stopping_at, TRAIN
+from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, sealed_checkpoint, SignalAt, small, stopping_at, TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -226,17 +225,6 @@ def test_overwriting_through_a_link_clears_what_it_leads_to(copied, tmp_path):
     assert json.loads((Path(copied.output_dir) / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
 
 
-class StopAt(TrainerCallback):
-    "What a scheduler does while a step is computed."
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 RUNS = {  # short runs that make checkpoints, and what their training reads
     "mask-merge": (MERGE + TRAIN, "a/model.safetensors"),
     "layerwise": (MERGE + TRAIN + " --train_mode layerwise --layer_steps 2", "chat_b/train.jsonl"),
@@ -369,7 +357,7 @@ def test_a_run_says_that_its_teachers_are_gone(tmp_path, caplog):
     data = {str(bundled_path(f"tasks/{task}")): 8 for task in ("rewrite", "summarize")}
     config = small(tmp_path, dataset_configs=data, max_steps=8, save_steps=4, eval_samples=0, held_out_rows=0, save_merged=False, dtype="bfloat16")
     with pytest.raises(RunInterrupted):
-        run(config, progress=False, callbacks=(StopAt(6),))
+        run(config, progress=False, callbacks=(SignalAt(6, signal.SIGTERM),))
     (tmp_path / "run" / "teachers-0.cache").unlink()
     run(dataclasses.replace(config, resume=True), progress=False)
     assert "teachers-0.cache has 0 of 16 samples" in caplog.text
