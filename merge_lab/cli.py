@@ -28,7 +28,7 @@ from pathlib import Path
 from .commands import COMMANDS, Command, choose_thread_waiting, RegistryAt
 from .config import alias_names, check_names, choices_of, config_from_dict, did_you_mean, main_names, option, read_yaml, without_tokens, yaml_value
 from . import logs
-from .logs import CleanFormatter, draws_bars
+from .logs import CleanFormatter, draws_bars, is_first_process
 from .run_folder import write_text
 
 # %% ../nbs/60_cli.ipynb #24f2be13
@@ -320,7 +320,7 @@ def main(words: list[str] | None = None) -> int:  # key of EXIT
     if {"-h", "--help"} & set(words[1:]):
         print(f"{help_of(words[0])}\n{EVERYWHERE}")
         return 0
-    others = int(os.environ.get("RANK", "0")) > 0  # processes that torchrun started beside the first: they only compute
+    others = not is_first_process()  # processes that torchrun started beside the first: they only compute
     words, level = _level_of(words)
     try:
         _set_logging(logging.ERROR if others else level)

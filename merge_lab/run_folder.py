@@ -31,7 +31,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from .config import config_from_yaml, config_to_yaml, read_json, resumable_options, without_tokens
-from .logs import log_into, run_log
+from .logs import is_first_process, log_into, run_log
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -287,6 +287,7 @@ def same_bits(
         torch.backends.cudnn.benchmark = benchmark
 
 # %% ../nbs/01_run_folder.ipynb #31610b93
+_LOOK = 0.5  # seconds: to see whether a folder is free, it is held for a moment
 _held: ContextVar[dict | None] = ContextVar("held", default=None)  # folders that the run at work holds
 
 
@@ -312,16 +313,16 @@ def hold(folder: Path):
     if held is None:
         check_free(folder)
     elif key not in held:
-        held["stack"].enter_context(alone_in(folder))
+        held["stack"].enter_context(alone_in(folder, wait=_LOOK))
         held[key] = True
         sweep(folder)
 
 # %% ../nbs/01_run_folder.ipynb #6320e625
 def check_free(folder: str | Path):
-    "Raise `FileExistsError` if another process, or another run of this one, holds the folder. Nothing is made."
+    "Raise `FileExistsError` if another process, or another run of this one, holds the folder; of several that torchrun started only the first asks. Nothing is made."
     held = _held.get() or {}
-    if str(Path(folder).absolute()) not in held and (Path(folder) / LOCK).exists():
-        with alone_in(folder):
+    if is_first_process() and str(Path(folder).absolute()) not in held and (Path(folder) / LOCK).exists():
+        with alone_in(folder, wait=_LOOK):
             pass
 
 
