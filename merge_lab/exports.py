@@ -132,7 +132,7 @@ def _folder_of(path: str | Path) -> Path:
             return folder
     return find_folder(path)
 
-
+# %% ../nbs/51_exports.ipynb #d71c205c
 def find_source(
     path: str | Path,  # a run, a folder, or a hub name
     components: Sequence[str] = (),  # where components are now, the base last

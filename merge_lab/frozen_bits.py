@@ -157,7 +157,7 @@ def _select(tensor, dim, index):
     rows = None if dim % tensor.ndim or tensor.ndim < 3 else _slice(tensor, 0, index % len(tensor), index % len(tensor) + 1)
     return None if rows is None else rows[0].to(tensor.dtype)
 
-
+# %% ../nbs/11_frozen_bits.ipynb #d4bc7240
 def _look_up(weight, ids, *_, **__):
     if not isinstance(weight, CodedTensor) or weight.ndim != 2 or weight.turned:
         return None
@@ -186,7 +186,7 @@ def _encoded(matrix: Tensor, less: Tensor | None, bits: int) -> Codes:
     parts = [encode(matrix[rows].float() - (0 if less is None else less[rows].float()), bits) for rows in _row_blocks(*matrix.shape)]
     return Codes(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), matrix.shape[1])
 
-
+# %% ../nbs/11_frozen_bits.ipynb #86ae3e57
 class CodedWeights(nn.ParameterList):
     "The tensors of n components: a reference in 8 bits, of the others what they differ in."
 

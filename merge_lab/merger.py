@@ -391,7 +391,7 @@ def tied_paths(self) -> list[str]:
     "Components whose weights the masks are trained for; of the saved config."
     return held_paths(self.saved_config)
 
-
+# %% ../nbs/20_merger.ipynb #207b40db
 @patch_to(Merger)
 def tied_weights(self) -> list[str | None]:
     "Digest of each of them, taken once: the weights are frozen, so that a checkpoint looks at no file, and asks no hub, again."
@@ -519,7 +519,7 @@ def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
         if not name.startswith(owned):  # buffers that a checkpoint keeps
             yield plain_name(name), functools.partial(full, tensor)
 
-
+# %% ../nbs/20_merger.ipynb #3e70dec1
 @torch.no_grad()
 def _merged_tensor(
     leaf: MaskedModule, key: str, copy: bool,

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from merge_lab import layerwise
+from merge_lab.checkpoints import component_bytes
 from merge_lab.layerwise import LAYERS, SingleLayers, check_single_layers
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
@@ -138,3 +139,10 @@ def test_what_means_nothing_is_refused_and_the_estimate_is_of_one_layer(tmp_path
             by_layer(tmp_path, **{name: value})
     peaks = [prepare(by_layer(tmp_path, train_mode=mode)).memory.tried[0][1].peak_bytes for mode in ("layerwise", "end_to_end")]
     assert peaks[0] < 0.75 * peaks[1]
+
+
+def test_on_a_gpu_all_layers_are_counted_unless_they_are_offloaded(tmp_path):
+    config = by_layer(tmp_path)
+    held, away = (layerwise.fit_layers(dataclasses.replace(config, offload=offload), 64, "cuda", 2**40).tried[0][1].parts["components"] for offload in (False, True))
+    models = [*config.model_paths, *([config.base_model] if config.base_model else [])]
+    assert away == 0 and held == pytest.approx(sum(component_bytes(path, config.dtype) for path in models), rel=0.02)

@@ -470,7 +470,7 @@ def load_untrained(config: DAMTrainConfig) -> DAMMerger:
         config.untrained_merged_model_name, [local_path(path, config.cache_dir) for path in paths]
     )
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #7ee418fb
 def check_models(folder: Path, found: Sequence[str], wanted: Sequence[str]):
     "Raises `ValueError` if a dataset has data of other models, or of the same in another order."
     moved = sorted(found) == sorted(wanted)  # names say nothing where models lie elsewhere now
