@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from .architecture import as_class, input_dim, put_module
 from .config import check_choice
 from .constraints import constrain, OF_DELTAS, unconstrain, weight_angle, WITH_ANGLE
-from .devices import bring, device_type, full, shard_like
+from .devices import bring, device_type, full, row_blocks, shard_like
 from .factored import component_linear, factored_blend, factored_linear
 from .factors import FactoredWeights, rows_of
 from .lesson import patch_to
@@ -58,11 +58,7 @@ _BLOCK = {"cpu": 2**19, "cuda": 2**22}  # elements of a weight that are handled 
 
 def _row_blocks(weight: Tensor, device_type: str = "cpu") -> list[slice]:
     "Slices over dimension 0 that hold about a block of elements each."
-    block = _BLOCK.get(device_type, 2**22)
-    if weight.ndim < 2 or weight.numel() <= block:
-        return [slice(None)]
-    rows = max(1, block * len(weight) // weight.numel())
-    return [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    return row_blocks(weight.shape, _BLOCK.get(device_type, 2**22))
 
 
 def _broadcast(alpha: Tensor, weight: Tensor) -> Tensor:
