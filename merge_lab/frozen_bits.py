@@ -206,6 +206,17 @@ class CodedWeights(nn.ParameterList):
         "Codes of the k-th distinct tensor; the first is the reference."
         return Codes(getattr(self, f"codes_{k}"), getattr(self, f"scales_{k}"), self.shape[-1])
 
+    def _apply(self, fn, recurse: bool = True):
+        "Move or convert: what is decoded is of another dtype then, codes and scales are what they were."
+        some = next(self.parameters()).detach()
+        self.dtype = fn(some.new_empty(0, dtype=self.dtype)).dtype
+
+        def kept(tensor: Tensor) -> Tensor:
+            empty = fn(tensor.new_empty(0))
+            return fn(tensor) if empty.dtype == tensor.dtype else tensor.to(empty.device)
+
+        return super()._apply(kept, recurse)
+
     def __len__(self) -> int:
         return len(self.which)
 

@@ -208,6 +208,7 @@ def teacher_topk(
     fused: bool = True,  # take the head apart from the body
     chunk_size: int | None = None,  # tokens whose logits exist at once
     cache: TeacherCache | None = None,  # of hidden states; for fused
+    uniform: Tensor | None = None,  # (tokens,) in [0, 1): half of the k tokens are drawn, see `drawn_teacher`; None: the k likeliest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log-probabilities and indices (tokens, k); log tail mass, log-normaliser (tokens,)
     "The k likeliest tokens of component i at the scored tokens of its rows, the mass that they leave, and what leads to logits."
     if fused:
@@ -217,7 +218,11 @@ def teacher_topk(
         parts = (head(part) for part in states.split(size))
     else:
         parts = [_teacher_logits(merger, batch, i, i)]
-    found = [(*L.topk_teacher(z, k, temperature), (z.to(L.work_dtype(z.dtype)) / temperature).logsumexp(-1)) for z in parts]
+    found, done = [], 0
+    for z in parts:
+        kept = L.topk_teacher(z, k, temperature) if uniform is None else L.drawn_teacher(z, k, uniform[done : done + len(z)], temperature)
+        found.append((*kept, (z.to(L.work_dtype(z.dtype)) / temperature).logsumexp(-1)))
+        done += len(z)
     return tuple(torch.cat(each) for each in zip(*found))
 
 # %% ../nbs/22_objective.ipynb #fc987fea
