@@ -165,7 +165,7 @@ _MAKING, _OLD = "unfinished", "replaced"  # in the hidden folder: what is made, 
 def _abandoned(folder: Path) -> Iterator[Path]:
     "Hidden folders of `whole_folder` beside a folder, each held; those of processes at work are passed over."
     for work in folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ():
-        held = {path.name for path in work.iterdir()} if work.is_dir() else set()
+        held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)} if work.is_dir() else set()
         if not held or not held <= {LOCK, _MAKING, _OLD} or not held & {LOCK, _OLD}:
             continue  # not ours, or just begun
         try:
