@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import pickletools
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import merge_lab
 from merge_lab.cli import main
 from merge_lab.components import load_model
 from merge_lab.merger import Merger
@@ -317,6 +320,22 @@ def test_no_checkpoint_holds_a_pickle(here):
         assert main(f"{words} --save_steps 1".split()) == 0
         made = {path.suffix for path in Path(name).glob("checkpoint-*/*")}
         assert last_checkpoint(Path(name)) and not made & {".pt", ".pth", ".bin", ".pkl"}, made
+
+
+def test_the_one_pickle_is_for_published_instructions_and_runs_nothing(here):
+    "Routers are read from safetensors; `torch.load(\"best_router_checkpoint.pt\")` is what others were told to write."
+    assert main(f"{RUNS['router'][0]} --save_steps 1".split()) == 0
+    with zipfile.ZipFile("out/best_router_checkpoint.pt") as file:
+        (name,) = [name for name in file.namelist() if name.endswith("data.pkl")]
+        made = {argument for opcode, argument, _ in pickletools.genops(file.read(name)) if "GLOBAL" in opcode.name or opcode.name == "INST"}
+    assert made == {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
+    told = torch.load("out/best_router_checkpoint.pt", weights_only=True)["model_state_dict"]
+    assert all(torch.equal(told[name], tensor) for name, tensor in load_file("out/best_router_checkpoint.safetensors").items())
+
+
+def test_nothing_is_unpickled():
+    for file in Path(merge_lab.__file__).parent.rglob("*.py"):
+        assert not re.search(r"torch\.load\(|pickle\.loads?\(|Unpickler|allow_pickle=True|weights_only=False|joblib", file.read_text(encoding="utf-8")), file
 
 
 def test_masks_of_adapters_know_them(here):
