@@ -278,6 +278,7 @@ CASES = {
     "an index that leaves the folder": (MERGE, lambda: index(lambda m: m.update({next(iter(m)): "../a/model.safetensors"})), "outside its folder"),
     "an index to the root": (MERGE, lambda: index(lambda m: m.update({next(iter(m)): "/etc/passwd"})), "outside its folder"),
     "an index to the folder itself": (MERGE, lambda: index(lambda m: m.update({next(iter(m)): ".."})), "index|outside its folder"),
+    "a tensor in two shards": (MERGE, lambda: (shards("b"), tensors("b/model-00001-of-00002.safetensors", lambda t: t | {"model.norm.weight": torch.ones(32)})), "model.norm.weight stands in model-00002-of-00002.safetensors and in another shard"),
     "an index that names what no shard has": (MERGE, lambda: index(lambda m: m.update(extra="model-00001-of-00002.safetensors")), "no shard holds extra"),
     # data
     "data that are not there": (MERGE.replace("chat_b", "nowhere"), None, "nowhere"),

@@ -22,7 +22,7 @@ from merge_lab.cli import main
 from merge_lab.components import load_model
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors
+from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors, sweep, UNFINISHED
 from merge_lab.stopping import StopCallback
 from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
@@ -360,6 +360,28 @@ def test_a_clearing_that_is_killed_leaves_a_run(copied, monkeypatch):
                 begin_run(config)
         assert is_run(folder)
     begin_run(config)
+
+
+def test_what_safetensors_had_begun_is_swept_after_a_kill(tmp_path):
+    "It writes by way of a hidden file of its own; the limit kills in the middle of that."
+    import resource
+
+    if not (child := os.fork()):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        save_tensors(tmp_path / "run" / "masks.safetensors", {"x": torch.ones(2**16)})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert [path.name.startswith(UNFINISHED) for path in (tmp_path / "run").iterdir()] == [True]
+    sweep(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_who_may_read_other_new_files_may_read_weights(here):
+    assert main(["align", "a", "b", "--output_dir", "out"]) == 0
+    assert main(["export", "a", "--output_dir", "plain", "--tokens", "8"]) == 0
+    Path("new").touch()
+    files = [*Path("out").rglob("*.*"), *Path("plain").glob("*.*")]
+    assert {path.stat().st_mode for path in files if path.is_file()} == {Path("new").stat().st_mode}
 
 
 def test_a_killed_write_is_in_nobodys_way(tmp_path):
