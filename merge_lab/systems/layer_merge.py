@@ -441,6 +441,9 @@ def check_config(config: LayerMergeConfig):
     "Raise `FileExistsError`, `FileNotFoundError` or `ValueError` where the folder of a run is not as its options need it."
     many = [*(config.other_models or ()), *(config.other_data or ()), *(config.more_eval_text or ())]
     check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text, *many])
+    for place in config.other_data or ():
+        if not Path(place).expanduser().exists():
+            raise FileNotFoundError(f"other_data={place!r}: there is no such file or folder.")
     check_same_way(config)
     if config.resume:
         check_same_inputs(config.output_dir, *read_by(config))

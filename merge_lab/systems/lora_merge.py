@@ -27,7 +27,7 @@ from merge_lab.adapters import (
 from ..architecture import layer_of
 from ..chat import build_dataset, ChatCollator, hold_out
 from ..chat_templates import chat_tokenizer
-from ..checkpoints import component_names, load_tokenizer
+from ..checkpoints import component_names, load_tokenizer, read_component
 from ..config import check_choice, check_options, config_from_dict, option, read_json
 from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
@@ -44,7 +44,7 @@ from merge_lab.run_folder import (
     begin_run, bundled_path, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, whole_checkpoint,
     write_json, write_text,
 )
-from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
+from ..training import attach_watchers, check_hidden_layers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
 from ..watch import told_run
 
 logger = logging.getLogger(__name__)
@@ -470,6 +470,8 @@ def check_merge_run(config: LoRAMergeConfig):
     check_start(config, config.output_dir, [base, *config.adapters, *config.datasets, config.chat_template], 1)
     if config.resume:
         check_same_inputs(config.output_dir, *read_by(config))
+    if config.hidden_layers:
+        check_hidden_layers(config, read_component(base_path(config)).config.get_text_config().num_hidden_layers)
 
 
 def rows_to_score(config: LoRAMergeConfig) -> dict:  # task -> rows; empty: nothing is scored
