@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'TOLERANCE', 'LEAST', 'tidy', 'first_of', 'samples_of', 'held_batches', 'Learned', 'Student', 'studying',
-           'keep_activations', 'has_stalled', 'has_levelled', 'Patience', 'Told', 'constant_rate', 'working_folder',
-           'StudentTrainer', 'student_trainer', 'train_student', 'say_interrupted', 'teach', 'with_head', 'Patient',
-           'adapted', 'heal']
+           'keep_activations', 'has_stalled', 'has_levelled', 'Patience', 'Told', 'constant_rate', 'rate_of',
+           'working_folder', 'StudentTrainer', 'student_trainer', 'train_student', 'say_interrupted', 'teach',
+           'with_head', 'Patient', 'adapted', 'heal']
 
 # %% ../nbs/38_student.ipynb #ea65b05a
 import dataclasses
@@ -198,6 +198,12 @@ def constant_rate(
     return LoopConfig(learning_rate=learning_rate, max_steps=num_steps, **{**fixed, **options})
 
 
+def rate_of(steps: int, learning_rate: float, **options) -> LoopConfig:
+    "Adam whose rate rises for a twentieth of the steps and falls to nothing; options are further fields of `LoopConfig`."
+    falling = dict(lr_scheduler_type="cosine", warmup_steps=steps // 20, max_grad_norm=1.0)
+    return constant_rate(steps, learning_rate, **{**falling, **options})
+
+
 @contextmanager
 def working_folder(folder: Path | None) -> Iterator[Path]:
     "The folder, or one that is gone after the block."
@@ -350,7 +356,7 @@ def heal(
     model,  # plain and shorter
     dataloader,  # batches with input_ids, attention_mask, labels
     num_steps: int = 100,  # updates
-    learning_rate: float = 1e-3,  # of Adam
+    learning_rate: float = 1e-3,  # of Adam, at its height: it falls to nothing
     rank: int = 8,  # of the adapter
     teacher=None,  # the original model: KL to it; several: each teaches the rows whose `source` is its number; None: cross-entropy on the text
     temperature: float = 1.0,  # of the KL
@@ -366,6 +372,6 @@ def heal(
     if hasattr(model, "merge_record"):
         raise ValueError("the model has mergeable layers. Fuse them first (fuse_mergeable_layers).")
     whole, objective = adapted(model, rank, seed), Objective({"ce" if teacher is None else "kl": 1.0}, temperature)
-    loop, bar = constant_rate(num_steps, learning_rate, seed=seed, **options), "healing" if progress else None
+    loop, bar = rate_of(num_steps, learning_rate, seed=seed, **options), "healing" if progress else None
     teach(Patient(model, teacher), dataloader, objective, loop, folder, held_out, "healing", resume=resume, patience=patience, description=bar)
     return whole.merge_and_unload()

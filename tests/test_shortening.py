@@ -266,7 +266,7 @@ def test_coefficients_map_and_residuals_are_all_learned(made, dtype):
     begun = block_training.begin_block(model, [4, 5, 6], batches[:2], [], rank=4)
     before = {name: parameter.clone() for name, parameter in begun.student.named_parameters() if parameter.requires_grad}
     objective = block_training.HiddenObjective(calls=begun.calls, place=4)
-    begun.loop(objective, block_training.numbered(batches[:2]), [], block_training.rate_of(3, 1e-2), None, "hidden", progress=False)
+    begun.loop(objective, block_training.numbered(batches[:2]), [], student.rate_of(3, 1e-2), None, "hidden", progress=False)
     after = dict(begun.student.named_parameters())
     assert {name.rpartition(".")[2] for name in before} >= {"weight", "matrix", "left", "right"}
     assert all(parameter.dtype == torch.float32 and not torch.equal(parameter, after[name]) for name, parameter in before.items())
@@ -307,6 +307,24 @@ def test_healing_leaves_the_teacher_alone(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in made.model.state_dict().items())
 
 
+def test_the_rate_of_healing_falls_to_nothing(monkeypatch):
+    "And no step is made at a rate of nothing, however few there are."
+    rates = []
+
+    class Noted(student.StudentTrainer):
+        def training_step(self, *args, **kwargs):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(student, "StudentTrainer", Noted)
+    short, whole = (tiny_model("llama", num_hidden_layers=n) for n in (2, 3))
+    lm.heal(copy.deepcopy(short), batches_of(8, top=60), 24, teacher=whole, progress=False)
+    assert max(rates) == rates[1] == 1e-3 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 2e-5
+    rates.clear()
+    lm.heal(short, batches_of(8, top=60), 2, teacher=whole, progress=False)
+    assert rates[0] == 1e-3
+
+
 def test_pairs_by_hand_are_for_pairs(tmp_path):
     with pytest.raises(ValueError, match="pairs by hand are for 'pairs'"):
         lm.LayerMergeConfig(strategy="block", merge_pairs=["3,4"], output_dir=str(tmp_path / "run"))
@@ -338,6 +356,23 @@ def test_what_a_user_gets_is_a_learned_block_unless_an_option_of_pairs_is_given(
     ways = {"": "block", "max_steps=9": "pairs", "merge_pairs=['3,4']": "pairs", "num_samples=9": "block", "patience=9": "block", "strategy='map', learning_rate=1.0": "map"}
     for given, way in ways.items():
         assert eval(f"lm.LayerMergeConfig({given})").way == way, given
+
+
+@pytest.mark.parametrize("strategy", ["block", "map", "remove-last"])
+def test_more_than_half_of_the_layers_go_where_no_pairs_are_needed(strategy, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "merge_lab.strategies")
+    options = dict(data_dir=str(bundled_path("tasks/rewrite")), n_pairs=8, strategy=strategy, compare=strategy == "remove-last", **FAST)
+    result = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "run"), **options), progress=False)
+    assert len(decoder_layers(load_model(result.folder / "merged"))) == 4
+    assert "8 layers shorter" in (result.folder / "merged/README.md").read_text()
+    if options["compare"]:
+        assert "remove the least influence" in result.table.index and "uniform 0.5: left out. 8 layers are to go, and there are 0 pairs" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["pairs", "remove-same"])
+def test_pairs_have_room_for_half_of_the_layers(strategy, tmp_path):
+    with pytest.raises(ValueError, match="n_pairs=7: expected 1 to 6; each of 12 layers is in one pair at most"):
+        lm.prepare(lm.LayerMergeConfig(data_dir=str(bundled_path("tasks/rewrite")), n_pairs=7, strategy=strategy, output_dir=str(tmp_path / "run"), **FAST))
 
 
 def test_a_run_goes_on_in_the_way_that_it_began(tmp_path):
