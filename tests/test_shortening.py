@@ -62,6 +62,17 @@ def moved(student, by=0.02):
     return student
 
 
+def assert_fused_is(fused, learned, folder):
+    "A fused model, and the one that is read of its files, have the logits of the trained form; it generates the same with and without a cache."
+    assert_close(logits_of(fused, use_cache=False), learned, atol=1e-5, rtol=0)
+    fused.save_pretrained(folder)
+    read, info = type(fused).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
+    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_a_block_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
     model = deep(kind)
@@ -69,15 +80,17 @@ def test_what_a_block_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
     student = moved(with_block_layer(model, [1, 2, 3], rank=2))
     learned = logits_of(student, use_cache=False)
     assert not torch.allclose(learned, logits_of(remove_layers(cuts.shared_copy(model), [2, 3]), use_cache=False), atol=1e-4)
-    fused = fuse_block_layer(student)
-    assert_close(logits_of(fused, use_cache=False), learned, atol=1e-5, rtol=0)
-    fused.save_pretrained(tmp_path)
-    read, info = type(model).from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
-    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+    assert_fused_is(fuse_block_layer(student), learned, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_pairs_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
+    model = lm.replace_layers_with_mergeable(deep(kind), [(1, 2, 0.8), (3, 4, 0.3)], "given", per_module=True)
+    learned = logits_of(moved(model, 1.0), use_cache=False)
+    fused = lm.fuse_mergeable_layers(model)
+    assert len(decoder_layers(fused)) == 4
+    assert_fused_is(fused, learned, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neo"])
