@@ -377,7 +377,8 @@ def test_more_than_half_of_the_layers_go_where_no_pairs_are_needed(strategy, tmp
     options = dict(data_dir=str(bundled_path("tasks/rewrite")), n_pairs=8, strategy=strategy, compare=strategy == "remove-last", **FAST)
     result = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "run"), **options), progress=False)
     assert len(decoder_layers(load_model(result.folder / "merged"))) == 4
-    assert "8 layers shorter" in (result.folder / "merged/README.md").read_text()
+    card = (result.folder / "merged/README.md").read_text()
+    assert "8 layers shorter" in card and "Adapters that were trained on the original do not fit" in card
     if options["compare"]:
         assert "remove the least influence" in result.table.index and "uniform 0.5: left out. 8 layers are to go, and there are 0 pairs" in caplog.text
 

@@ -560,7 +560,7 @@ def card_of(result: LayerMergeResult) -> str:
     how = "Each pair of layers is one: a blend of their frozen weights with trained shares" if lines else f"Made by: {STRATEGIES[result.config.way].title}"
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}, {fewer} {'layer' if fewer == 1 else 'layers'} shorter", "",
-        how + healed, "", *head,
+        how + healed, "", "Adapters that were trained on the original do not fit: layers have other numbers here, and peft loads such an adapter without a word.", "", *head,
         "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "```", "",
     ])  # fmt: skip
 
