@@ -59,11 +59,11 @@ def token_tree(rows: Sequence[Sequence[int]]) -> TokenTree:  # token ids
     return TokenTree(torch.tensor([ids]), torch.tensor([depths]), seen, places)
 
 # %% ../nbs/34_quick_look.ipynb #0030077a
-OPERATIONS = 1e11  # of a pass: about a second on two cores
+OPERATIONS = 8e10  # of a pass: about a second on one core
 
 
 def tokens_allowed(
-    parameters: int,  # of one model
+    parameters: int,  # of a model's decoder layers
     operations: float = OPERATIONS,
 ) -> float:
     "How many tokens may go through a model in a look; infinite where operations are."
@@ -108,7 +108,8 @@ class HeldBlend:
     "The blended weights of a merger's linears, made anew where their alphas have changed."
 
     def __init__(self, merger: Merger):
-        owners = {id(leaf.masks[key]): name for name, leaf, key in merger.masked_parameters()}
+        self.masked = list(merger.masked_parameters())
+        owners = {id(leaf.masks[key]): name for name, leaf, key in self.masked}
         linears = {name: leaf for name, leaf in merger.leaves().items() if isinstance(leaf, MaskedLinear) and "weight" in leaf.masks}
         self.linears = {name: (leaf, owners[id(leaf.masks["weight"])]) for name, leaf in linears.items()}  # a tied head has another's mask
         self.state = merger.state
@@ -125,9 +126,9 @@ class HeldBlend:
         return sum(tensor.nbytes for tensor in self._held.values())
 
     @torch.no_grad()
-    def moved(self, merger: Merger) -> list[str]:
+    def moved(self) -> list[str]:
         "Names of the masked parameters whose alphas are no longer those of the last call."
-        now = {name: torch.stack(leaf.alphas(key)) for name, leaf, key in merger.masked_parameters()}
+        now = {name: torch.stack(leaf.alphas(key)) for name, leaf, key in self.masked}
         before, self._alphas = self._alphas, now
         return [name for name, alphas in now.items() if name not in before or not torch.equal(before[name], alphas)]
 
@@ -266,8 +267,8 @@ class QuickLook:
     ):
         self.tokenizer, self.blend = tokenizer, HeldBlend(merger)
         encoded = {task: encode_task(merger, tokenizer, task, rows) for task, rows in tasks.items()}
-        weights = sum(leaf.weights[key][0].numel() for leaf in merger.leaves().values() for key in leaf.parameter_names)
-        share = tokens_allowed(weights, operations) / len(tasks)
+        weights = sum(leaf.weights[key][0].numel() for name, leaf in merger.leaves().items() for key in leaf.parameter_names if layer_of(name) is not None)
+        share = tokens_allowed(max(weights, 1), operations) / len(tasks)
         chosen = {task: choose_rows([row["input_ids"] for row in rows], share) for task, rows in encoded.items()}
         self.tasks = [task for task, numbers in chosen.items() for _ in numbers]
         self.rows = [encoded[task][number] for task, numbers in chosen.items() for number in numbers]
@@ -279,6 +280,12 @@ class QuickLook:
         self.parts = cut_model(merger)
         with evaluating(merger):
             self.as_tree = self.as_tree and self.parts is not None and parts_agree(self.parts, merger, torch.tensor([shortest[0]], device=merger.device))
+
+    @property
+    def told(self) -> str:
+        "What the loss is measured on, in words."
+        of_rows = f"{len(self.rows)} rows" if len(self.rows) == self.of_rows else f"{len(self.rows)} of {self.of_rows} rows"
+        return f"{self.scored:,} scored tokens of {of_rows}"
 
     @property
     def scored(self) -> int:
@@ -311,7 +318,7 @@ def _trees(self, merger: Merger, kept: Sequence[dict], first: int) -> tuple[Tens
 def _through(self, merger: Merger) -> tuple[dict[str, float], list[str]]:
     "A look with the merger as it is."
     component = merger.state.component is not None
-    moved = [] if component else self.blend.moved(merger)
+    moved = [] if component else self.blend.moved()
     self.blend.refresh(moved)
     with evaluating(merger), self.blend.lent():
         if self.as_tree:
