@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .architecture import decoder_layers, decoder_of, layer_of, logits_head
+from .architecture import decoder_layers, decoder_of, layer_of, logits_head, states_of
 from .chat import ChatCollator
 from .evaluation import encode_task, prompt_ids
 from .lesson import patch_to
@@ -275,11 +275,15 @@ class QuickLook:
         self.of_rows = sum(map(len, encoded.values()))
         self.prompts = [prompt_ids(tokenizer, row, f"row {number}") for number, row in enumerate(prompts, 1)]
         self.asked = ask_trees(self.rows, self.prompts, max(256, merger.config.get_text_config().hidden_size))
-        shortest = sorted({tuple(row["input_ids"]) for row in self.rows}, key=len)[:2]
-        self.as_tree, self.replays = tree_agrees(merger, shortest)
+        linears = sum(leaf.weights["weight"][0].nbytes for leaf, _ in self.blend.linears.values())
+        shortest, *_, longest = sorted([row["input_ids"] for row in self.rows], key=len) * 2  # a long one may reach beyond a window
+        self.as_tree, self.replays = tree_agrees(merger, [shortest, longest])
         self.parts = cut_model(merger)
         with evaluating(merger):
-            self.as_tree = self.as_tree and self.parts is not None and parts_agree(self.parts, merger, torch.tensor([shortest[0]], device=merger.device))
+            self.as_tree = self.as_tree and self.parts is not None and parts_agree(self.parts, merger, torch.tensor([shortest], device=merger.device))
+
+        states = self.tokens * merger.config.get_text_config().hidden_size * len(decoder_layers(merger.model)) if self.as_tree else 0
+        self.estimated_bytes = linears + states * merger.config.dtype.itemsize  # what `bytes` will be
 
     @property
     def told(self) -> str:
@@ -291,6 +295,11 @@ class QuickLook:
     def scored(self) -> int:
         "Tokens whose loss is taken."
         return sum(len(asked.at) for asked in self.asked)
+
+    @property
+    def bytes(self) -> int:
+        "Memory that stays taken between two looks: the blend, and what each layer gave."
+        return self.blend.bytes + sum(states_of(output).nbytes for asked in self.asked for output in asked.kept.values())
 
     @property
     def tokens(self) -> int:
