@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['NOTES_FILE', 'MODEL_OPTIONS', 'TOLD_FILE', 'read_notes', 'write_notes', 'told_paths', 'find_lineage', 'used_by',
-           'run_table', 'arrange', 'trash_of', 'find_trash', 'delete_run', 'restore_run', 'empty_trash', 'RunTable']
+           'run_table', 'arrange', 'trash_of', 'find_trash', 'delete_run', 'restore_run', 'empty_trash', 'RunTable',
+           'RunsConfig', 'print_table', 'run_runs']
 
-# %% ../nbs/37_run_table.ipynb #7ed2af9e
+# %% ../nbs/37_run_table.ipynb #b95793ab
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from .config import check_choice, read_json
+from .config import check_choice, option, read_json
 from .provenance import INPUTS_FILE
 from .run_folder import alone_in, is_run, write_json
 from .merger import CONFIG_FILE
@@ -217,6 +219,8 @@ def restore_run(
     name = trash["run"][0] if name is None else check_choice("run", name, trash["run"])
     entry = trash.loc[trash["run"] == name, "place"].iloc[0]
     place = Path(os.path.normpath(Path(os.path.abspath(folder)) / name))
+    if Path(os.path.abspath(folder)).parent not in place.parents:
+        raise ValueError(f"{entry / TOLD_FILE} names {place}, which is no place beside the runs. Move {entry / 'run'} by hand.")
     if place.exists():
         raise FileExistsError(f"{place} is there again, so the deleted run cannot go back to it. Move one of the two.")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -267,3 +271,60 @@ class RunTable(RunBrowser):
     def empty_trash(self) -> list[str]:
         "Delete for good what is in the trash."
         return empty_trash(self.folder)
+
+# %% ../nbs/37_run_table.ipynb #243e0e0b
+@dataclass
+class RunsConfig:
+    "Runs to list, note something of, delete or restore."
+
+    names: list[str] = option([], "Runs, as the table lists them; none: the table", group="Runs")
+    folder: str = option("runs", "Folder of the runs", group="Runs")
+    sort: str = option("", "Column to sort by; empty: newest first", group="Table")
+    descending: bool = option(False, "Largest first", group="Table")
+    group: str = option("", "Column whose equal values stand together", group="Table")
+    system: str = option("", "Runs of this system only", group="Table")
+    tag: str = option("", "Runs with this tag only", group="Table")
+    text: str = option("", "Runs with this text somewhere in their row only", group="Table")
+    lineage: bool = option(False, "Print what each run was made of instead", group="Table")
+    note: str | None = option(None, "Note this of the run", group="Notes")
+    tags: list[str] | None = option(None, "Tags of the runs, in place of those they have; none: no tags", group="Notes")
+    delete: bool = option(False, "Move the runs to the trash beside the folder", group="Deletion")
+    used: bool = option(False, "Delete runs that other runs are made of, too", group="Deletion")
+    undo: bool = option(False, "Bring deleted runs back, the last one unless some are named", group="Deletion")
+    empty_trash: bool = option(False, "Delete for good what is in the trash", group="Deletion")
+
+
+def print_table(config: RunsConfig):
+    "The table that a config asks for, or the lineage."
+    runs = RunTable(config.folder)
+    where = {name: value for name, value in {"system": config.system, "tags": config.tag}.items() if value}
+    rows = runs.arranged(sort=config.sort, descending=config.descending, where=where, text=config.text, group=config.group)
+    if config.lineage:
+        told = runs.lineage()
+        told = told[told["run"].isin(rows.index)]
+        print("\n".join(f"{row.run} is made of {row.of}{f' ({row.part})' if row.part else ''}" for row in told.itertuples()) or "no run is made of another")
+    else:
+        print(rows.reset_index().to_string(index=False, na_rep="", max_colwidth=40) if len(rows) else f"no runs in {config.folder} that fit")
+    if gone := runs.trash()["run"].tolist():
+        print(f"\nIn the trash: {', '.join(gone)}. --undo brings back, --empty_trash deletes for good.")
+
+
+def run_runs(config: RunsConfig) -> int:  # exit status
+    "What `merge-lab runs` does. Raises `ValueError` for what does not go together, or a run that is not there."
+    runs, noted = RunTable(config.folder), config.note is not None or config.tags is not None
+    if config.delete + config.undo + config.empty_trash + noted > 1:
+        raise ValueError("delete, undo, empty_trash and note or tags: give one of them at a time.")
+    if (config.delete or noted) and not config.names:
+        raise ValueError("no run was named. Write its name behind `merge-lab runs`.")
+    for name in config.names:
+        if noted:
+            runs.note(name, config.note, config.tags)
+        if config.delete:
+            print(f"{name} is in the trash: {runs.delete(name, config.used)}")
+    if config.undo:
+        print(*(f"{runs.undo(name)} is back" for name in config.names or [None]), sep="\n")
+    if config.empty_trash:
+        print(*(f"{name} is deleted for good" for name in runs.empty_trash()), sep="\n")
+    if not (config.delete or config.undo or config.empty_trash):
+        print_table(config)
+    return 0
