@@ -23,7 +23,7 @@ from .depth import decoder_layers, remove_layers
 from .held_out import HeldOut
 from .linear_maps import Call, catch_calls, find_writer, least_squares_map, map_block, map_rows
 from .loop_config import LoopConfig
-from .masks import parameter_name, plain_name
+from .leaves import parameter_name, plain_name
 from .objective import Objective
 from .student import EMPTY, held_batches, Patient, rate_of, teach
 
