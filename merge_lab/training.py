@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'UNIT_RATE', 'HELD_OUT_FILE', 'NO_MODULE', 'relative_spread', 'delta_unit', 'default_rate', 'objective_of',
-           'check_report_to', 'check_hidden_layers', 'MergerArguments', 'training_arguments', 'compiled_layers',
-           'cache_as_said', 'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite',
-           'alpha_summary', 'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar',
-           'attach_watchers', 'train_from', 'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted',
-           'check_going_on', 'checkpoint_to_resume', 'last_checkpoint', 'read_history', 'resume_command']
+           'check_report_to', 'MergerArguments', 'training_arguments', 'compiled_layers', 'cache_as_said',
+           'MergerTrainer', 'sees_samples_again', 'kept_teachers', 'KeepBest', 'first_nonfinite', 'alpha_summary',
+           'set_learning_rate', 'note_adjusted', 'adjust_again', 'HistoryCallback', 'ProgressBar', 'attach_watchers',
+           'train_from', 'held_out_facts', 'open_together', 'StopCallback', 'RunInterrupted', 'check_going_on',
+           'checkpoint_to_resume', 'last_checkpoint', 'read_history', 'resume_command']
 
 # %% ../nbs/31_training.ipynb #fb4413b5
 import dataclasses
@@ -111,16 +111,6 @@ def check_report_to(name: str):
     check_choice("report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     if name not in ("none", "all", *get_available_reporting_integrations()):
         raise ValueError(f"report_to={name!r}: {name} is not installed. Install it (pip install {name}), or leave report_to='none'.")
-
-
-def check_hidden_layers(
-    config: TrainConfig,
-    layers: int,  # decoder layers of what is trained
-):
-    "Raise `ValueError` for states of a layer that there is not."
-    for layer in config.hidden_layers or ():
-        if not 0 <= layer < layers:
-            raise ValueError(f"hidden_layers={config.hidden_layers}: expected 0 to {layers - 1}, decoder layers of the components.")
 
 # %% ../nbs/31_training.ipynb #11d0f588
 _OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps", "deterministic"}

@@ -34,7 +34,7 @@ from ..devices import set_seed
 from ..evaluation import encode_task, LEARNED, load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
 from ..lesson import patch_to
-from ..loop_config import TrainConfig
+from ..loop_config import check_hidden_layers, TrainConfig
 from ..losses import LOSSES
 from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, MergeState, MODES
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
@@ -44,7 +44,7 @@ from merge_lab.run_folder import (
     begin_run, bundled_path, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, whole_checkpoint,
     write_json, write_text,
 )
-from ..training import attach_watchers, check_hidden_layers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
+from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
 from ..watch import told_run
 
 logger = logging.getLogger(__name__)

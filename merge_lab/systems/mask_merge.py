@@ -33,7 +33,7 @@ from merge_lab.evaluation import (
 from ..held_out import HeldOut, told_held_out
 from ..closed_form import check_least_squares, solve_start
 from ..layerwise import fit_layers, LAYERS, train_layers
-from ..loop_config import TrainConfig
+from ..loop_config import check_hidden_layers, TrainConfig
 from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
@@ -45,7 +45,7 @@ from ..scoring import positions_of
 from ..watch import told_run
 from ..writer import write_tokenizer
 from merge_lab.training import (
-    attach_watchers, check_hidden_layers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, ProgressBar, StopCallback, train_from,
+    attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, ProgressBar, StopCallback, train_from,
     training_arguments,
 )
 
