@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from small_runs import small
+from small_runs import small, stopping_at
 from test_architectures import BATCH, LEFT_OUT, family
 from torch.testing import assert_close
 from transformers import TrainerCallback
@@ -116,6 +116,17 @@ def test_steps_through_the_whole_model_may_follow(whole, tmp_path):
     result = run(by_layer(tmp_path, finish_steps=6), progress=False)
     assert len(result.history) == 6 and len(read_rows(tmp_path / "run" / LAYERS / "history.jsonl")) == 32
     assert result.held_out["start"] == pytest.approx(whole[0].held_out["loss"]) and result.held_out["loss"] < result.held_out["start"]
+
+
+def test_a_run_that_is_cut_between_its_two_parts_sees_the_same_rows(tmp_path, monkeypatch):
+    options = dict(finish_steps=3, layer_steps=2, per_device_train_batch_size=1)
+    wanted = run(by_layer(tmp_path / "whole", **options), progress=False).merger.mask_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "_told_best", stopping_at(1, layerwise._told_best))
+        with pytest.raises(KeyboardInterrupt):
+            run(by_layer(tmp_path, **options), progress=False)
+    masks = run(by_layer(tmp_path, resume=True, **options), progress=False).merger.mask_state()
+    assert all(torch.equal(masks[name], mask) for name, mask in wanted.items())
 
 
 def test_steps_that_are_too_large_are_taken_back_and_halved(tmp_path):

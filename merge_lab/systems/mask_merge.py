@@ -407,6 +407,7 @@ def _train_layers(trainer: MergerTrainer, ready: Prepared):
     progress = any(isinstance(callback, ProgressBar) for callback in trainer.callback_handler.callbacks)
     rows = train_layers(trainer.model, list(trainer.train_dataset), trainer.data_collator, config, ready.folder, trainer.keeper.held_out, file, progress=progress)
     history.rows = history.rows if config.end_to_end else rows
+    set_seed(config.seed)  # layers have seeds of their own: rows come in the same order whether they were trained now or before
 
 
 def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
