@@ -126,6 +126,7 @@ def test_headline_of_the_readme_is_that_of_the_raw_data():
     found.loader.exec_module(headline)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert headline.table() in readme and headline.fill(readme, headline.table()) == readme, "make readme writes it anew"
+    assert headline.kills() in readme and headline.fill(readme, headline.kills(), headline.KILLS, headline.END_OF_KILLS) == readme, "make readme writes it anew"
     assert headline.shown([0.9, 0.94]) == "0.920 ±0.020 (2)" and headline.shown([]) == "-"
     with pytest.raises(ValueError, match="no place for the table"):
         headline.fill("# A page", "")
