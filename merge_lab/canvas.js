@@ -44,7 +44,7 @@ function button(text, key, press, disabled = false, more = "") {
 
 function legend(scale) {
   if (!scale) return null;
-  const stops = scale.colours.map((colour) => make("span", { class: "mlc-stop", style: { background: colour } }));
+  const stops = scale.colours.map((colour) => make("span", { class: "mlc-shade", style: { background: colour } }));
   return make("div", { class: "mlc-legend" }, make("span", {}, scale.low), make("span", { class: "mlc-stops" }, stops), make("span", {}, `${scale.high}  ${scale.label}`));
 }
 
@@ -194,7 +194,7 @@ function renderChat(model, el, ask) {
   el.append(root);
   const system = make("input", { type: "text", class: "mlc-system", placeholder: "none", "aria-label": "instructions to all voices (system)" });
   root.append(make("label", { class: "mlc-wide" }, "instructions ", system));
-  const past = section(root, "mlc-past", (messages) => messages.map((message) => make("div", { class: `mlc-message mlc-${message.role}` }, make("b", {}, message.role), make("span", {}, message.text))));
+  const past = section(root, "mlc-past", (messages) => messages.map((message) => make("div", { class: `mlc-message mlc-from-${message.role}` }, make("b", {}, message.role), make("span", {}, message.text))));
   const answers = section(root, "mlc-answers", (voices, busy) => voices.map((voice, place) => make("div", { class: "mlc-voice" },
     make("div", { class: "mlc-head" }, voice.name, make("span", { class: `mlc-state mlc-is-${voice.state}` }, voice.state)),
     make("div", { class: "mlc-said-text", "aria-live": "polite" }, voice.text), voice.error ? make("div", { class: "mlc-trouble" }, voice.error) : null,

@@ -7,10 +7,10 @@ __all__ = ['DEPTHS', 'FILTERS', 'Dials', 'Given', 'Outcome', 'MergeExplorer']
 
 # %% ../nbs/35_explorer.ipynb #3596fb54
 import dataclasses
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import pandas as pd
 
@@ -95,12 +95,12 @@ class MergeExplorer(Viewed):
         prompts: int = 2,  # of each task, answered at each merge
         rows: int = 24,  # of each task, for the loss
         use: Callable[[dict], None] | None = None,  # takes a mask_init over, e.g. into a panel
-        lock=None,  # of a Bench
+        lock=None,  # of a Bench; None: one of its own, which whoever asks the same merger takes too
     ):
         self.merger, self.tokenizer, self.use_with = merger, tokenizer, use
         self.tasks = {task: list(given)[:rows] for task, given in tasks.items()}
         self.prompts = [row for given in self.tasks.values() for row in given[:prompts]]
-        self.lock = nullcontext() if lock is None else lock
+        self.lock = threading.RLock() if lock is None else lock
         self.dials, self.visits = Dials(), []
         self.listeners, self.followers = [], []  # called with the explorer after a merge, and with each move's dials
         self.outcome, self.error = None, None  # of the newest merge

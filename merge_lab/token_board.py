@@ -10,6 +10,7 @@ __all__ = ['REFERENCE', 'MERGED', 'Step', 'Cell', 'Row', 'Sheet', 'Numbers', 'la
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pandas as pd
 import torch
@@ -105,7 +106,7 @@ def module_sheet(numbers: Numbers, step: Step, bins: int = 16) -> Sheet:
     for name in step.parameters:
         size, short = len(numbers.alphas[name]), ".".join(name.removesuffix(".weight").split(".")[-2:])
         edges = sorted({round(i * size / bins) for i in range(bins + 1)})
-        cells = [numbers.cell(f"{short} {a} to {b - 1}", [Place(name, a, b)], Step(short, (name,))) for a, b in zip(edges, edges[1:])]
+        cells = [numbers.cell(f"{short} {a} to {b - 1}", [Place(name, a, b)], Step(short, (name,))) for a, b in pairwise(edges)]
         rows.append(Row(short, cells, Step(short, (name,))))
     return Sheet([""] * bins, rows)
 
@@ -116,7 +117,7 @@ def column_sheet(numbers: Numbers, step: Step, wide: int = 32, most: int = 512) 
     start, end = step.start, len(numbers.alphas[name]) if step.end is None else step.end
     each, sheet = -(-(end - start) // most), Sheet([""] * min(wide, end - start), [])
     edges = [*range(start, end, each), end]
-    parts = list(zip(edges, edges[1:]))
+    parts = list(pairwise(edges))
     for first in range(0, len(parts), wide):
         cells = []
         for a, b in parts[first : first + wide]:
