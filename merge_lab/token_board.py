@@ -174,7 +174,7 @@ def _look(self, merger: Merger):
     self.names = self.found.models
     self.candidates = [self.found.candidates(tokenizer, token) for token in range(len(self.found.texts))]
 
-
+# %% ../nbs/37_token_board.ipynb #25f6a2b5
 @patch_to(TokenBoard)
 def _work(self):
     "Do what is asked for; the newest wish counts."
@@ -193,7 +193,7 @@ def _work(self):
         self.error = error.with_traceback(None)  # whose frames would keep the merger
     self._tell()
 
-# %% ../nbs/37_token_board.ipynb #427630e0
+# %% ../nbs/37_token_board.ipynb #dd60d12d
 @patch_to(TokenBoard)
 def refresh(self, what: str = "answer"):
     "Take the numbers anew, in a thread: all of them, or those of the pinned token."
@@ -222,17 +222,17 @@ def pin(self, token: int):
     self.pinned = token
     self.refresh("token")
 
-# %% ../nbs/37_token_board.ipynb #2a3df6b8
+# %% ../nbs/37_token_board.ipynb #03df12a9
 @patch_to(TokenBoard)
 def choose(self, component: int):
     "Look at another component's coefficients. Raises `ValueError` if there is none."
-    n = len(self.influence.alphas[next(iter(self.influence.alphas))]) if self.influence else 2
-    if component not in [i for i in range(n) if self.influence is None or i != self.influence.anchor]:
-        raise ValueError(f"component {component}: expected one of the merger's.")
+    n = 0 if self.found is None else self.found.n_components
+    if not 0 <= component < n:
+        raise ValueError(f"component {component}: expected 0 to {n - 1}, once there was an answer.")
     self.component = component
     self._tell()
 
-
+# %% ../nbs/37_token_board.ipynb #e136f138
 @patch_to(TokenBoard)
 @property
 def sheet(self) -> Sheet | None:  # None before the first answer
@@ -256,7 +256,7 @@ def back(self, depth: int = 0):
     self.path = self.path[:depth]
     self._tell()
 
-# %% ../nbs/37_token_board.ipynb #5cf1af33
+# %% ../nbs/37_token_board.ipynb #4412e1c4
 @patch_to(TokenBoard)
 def shift(self, top: int, bottom: int, left: int, right: int, by: float):  # rows and columns of the sheet, the last ones included
     "Give the component more of a region of the sheet; the merge follows, and with it the answer. Raises `ValueError` as the brush does."
