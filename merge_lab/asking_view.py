@@ -53,7 +53,7 @@ class AskingView:
             self._drawn = now
             self.canvas.shown = asking_data(self.asking)
 
-
+# %% ../nbs/36_asking_view.ipynb #cbdd688e
 @patch_to(AskingView)
 def act(self, message: dict):
     "Do what a user asks for; what is wrong with it is shown."

@@ -89,7 +89,7 @@ class Brush:
         with standing(self.explorer) as merger:
             return merger.mask_state()
 
-
+# %% ../nbs/36_brush.ipynb #5a629355
 @patch_to(Brush)
 def shift(
     self,
@@ -110,7 +110,7 @@ def shift(
     self.past.append(self.explorer.given or self.explorer.dials)
     self.explorer.show("a brush", masks)
 
-# %% ../nbs/36_brush.ipynb #fbc57f6e
+# %% ../nbs/36_brush.ipynb #0367bf06
 @patch_to(Brush)
 def undo(self) -> bool:  # whether there was something to take back
     "Go back to where the explorer stood before the last shift."

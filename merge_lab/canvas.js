@@ -44,7 +44,7 @@ function button(text, key, press, disabled = false, more = "") {
 
 function legend(scale) {
   if (!scale) return null;
-  const stops = scale.colours.map((colour) => make("span", { class: "mlc-stop", style: { background: colour } }));
+  const stops = scale.colours.map((colour) => make("span", { class: "mlc-shade", style: { background: colour } }));
   return make("div", { class: "mlc-legend" }, make("span", {}, scale.low), make("span", { class: "mlc-stops" }, stops), make("span", {}, `${scale.high}  ${scale.label}`));
 }
 
@@ -91,17 +91,23 @@ function drawCandidates(state, place) {
 
 // --- grids --------------------------------------------------------------------------------------------------------
 
-const within = (selected, name, row, column) => selected && row >= selected.top && row <= selected.bottom && column >= selected.left && column <= selected.right;
+// A row of one cell is as wide as all columns: it is brushed by whatever brushes its row, and a brush that begins or ends there takes all columns.
+const within = (selected, row, column, alone) => selected && row >= selected.top && row <= selected.bottom && (alone || (column >= selected.left && column <= selected.right));
 
-function span(from, to) {
-  return { top: Math.min(from[0], to[0]), bottom: Math.max(from[0], to[0]), left: Math.min(from[1], to[1]), right: Math.max(from[1], to[1]) };
+function span(grid, from, to) {
+  const ends = [from, to].map(([row, column]) => (grid.rows[row].cells.length === 1 ? [0, grid.columns.length - 1] : [column, column]));
+  const [top, bottom] = [Math.min(from[0], to[0]), Math.max(from[0], to[0])];
+  return { top, bottom, left: Math.min(ends[0][0], ends[1][0]), right: Math.max(ends[0][1], ends[1][1]) };
+}
+
+function mark(rows, chosen) {
+  rows.forEach((row, r) => row.forEach((cell, c) => cell.classList.toggle("mlc-selected", Boolean(within(chosen, r, c, row.length === 1)))));
 }
 
 function drawGrid(grid, selected, ask, select) {
   if (!grid) return null;
   let anchor = null;
   const cells = grid.rows.map((row) => []);
-  const mark = (chosen) => cells.forEach((row, r) => row.forEach((cell, c) => cell.classList.toggle("mlc-selected", Boolean(within(chosen, grid.name, r, c)))));
   const open = (row, column) => ask("open", { row, column });
   const go = (event, r, c) => {
     const steps = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] };
@@ -110,12 +116,12 @@ function drawGrid(grid, selected, ask, select) {
       const column = Math.min(Math.max(c + steps[event.key][1], 0), cells[row].length - 1);
       if (event.shiftKey) {
         anchor = anchor ?? [r, c];
-        select(span(anchor, [row, column]), mark);
+        select(span(grid, anchor, [row, column]));
       } else anchor = null;
       cells[row][column].focus();
     } else if (event.key === "Enter") open(r, c);
-    else if (event.key === " ") select(span([r, c], [r, c]), mark);
-    else if (event.key === "Escape") select(null, mark);
+    else if (event.key === " ") select(span(grid, [r, c], [r, c]));
+    else if (event.key === "Escape") select(null);
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -127,7 +133,7 @@ function drawGrid(grid, selected, ask, select) {
         "aria-label": cell.tip, colspan: row.cells.length === 1 && grid.columns.length > 1 ? String(grid.columns.length) : undefined,
         style: { background: cell.colour },
         onpointerdown: (event) => { anchor = [r, c]; event.preventDefault(); element.focus(); },
-        onpointerenter: (event) => { if (anchor && event.buttons & 1) select(span(anchor, [r, c]), mark); },
+        onpointerenter: (event) => { if (anchor && event.buttons & 1) select(span(grid, anchor, [r, c])); },
         onpointerup: () => { if (anchor && anchor[0] === r && anchor[1] === c) open(r, c); anchor = null; },
         onkeydown: (event) => go(event, r, c),
       });
@@ -139,7 +145,7 @@ function drawGrid(grid, selected, ask, select) {
   });
   const head = make("tr", {}, make("th", {}), grid.columns.map((column) => make("th", { class: "mlc-column" }, make("span", {}, column))));
   const table = make("table", { class: `mlc-grid mlc-grid-${grid.name}`, role: "grid", "aria-label": grid.title }, make("thead", {}, head), make("tbody", {}, body));
-  mark(selected);
+  mark(cells, selected);
   return [make("div", { class: "mlc-head" }, grid.title), table, legend(grid.scale), grid.note ? make("div", { class: "mlc-hint" }, grid.note) : null];
 }
 
@@ -160,8 +166,7 @@ function renderTokens(model, el, ask) {
   root.append(both);
   const select = (chosen) => {
     local.selected = chosen;
-    for (const table of both.querySelectorAll(".mlc-grid")) [...table.tBodies[0].rows].forEach((row, r) =>
-      [...row.querySelectorAll(".mlc-cell")].forEach((cell, c) => cell.classList.toggle("mlc-selected", Boolean(within(chosen, "", r, c)))));
+    for (const table of both.querySelectorAll(".mlc-grid")) mark([...table.tBodies[0].rows].map((row) => [...row.querySelectorAll(".mlc-cell")]), chosen);
     brush(model.get("shown").undo, chosen);
   };
   const alphas = section(both, "mlc-side", (grid) => drawGrid(grid, local.selected, ask, select));
@@ -171,7 +176,7 @@ function renderTokens(model, el, ask) {
   root.append(fixed);
   const brush = section(fixed, "mlc-inline", (undo, chosen) => [
     button("Shift", "shift", () => ask("shift", { ...local.selected, by: Number(by.value) }), !chosen), button(`Undo (${undo})`, "undo", () => ask("undo"), !undo),
-    make("span", { class: "mlc-hint" }, chosen ? `${(chosen.bottom - chosen.top + 1) * (chosen.right - chosen.left + 1)} cells are brushed` : "drag over cells of a map (or Shift and arrow keys) to brush a region; click a cell (or Enter) to look into it")]);
+    make("span", { class: "mlc-hint" }, chosen ? `${both.querySelectorAll(".mlc-grid-alpha .mlc-selected").length} cells are brushed` : "drag over cells of a map (or Shift and arrow keys) to brush a region; click a cell (or Enter) to look into it")]);
   let depth = null;
   return () => {
     const state = model.get("shown");
@@ -194,7 +199,7 @@ function renderChat(model, el, ask) {
   el.append(root);
   const system = make("input", { type: "text", class: "mlc-system", placeholder: "none", "aria-label": "instructions to all voices (system)" });
   root.append(make("label", { class: "mlc-wide" }, "instructions ", system));
-  const past = section(root, "mlc-past", (messages) => messages.map((message) => make("div", { class: `mlc-message mlc-${message.role}` }, make("b", {}, message.role), make("span", {}, message.text))));
+  const past = section(root, "mlc-past", (messages) => messages.map((message) => make("div", { class: `mlc-message mlc-from-${message.role}` }, make("b", {}, message.role), make("span", {}, message.text))));
   const answers = section(root, "mlc-answers", (voices, busy) => voices.map((voice, place) => make("div", { class: "mlc-voice" },
     make("div", { class: "mlc-head" }, voice.name, make("span", { class: `mlc-state mlc-is-${voice.state}` }, voice.state)),
     make("div", { class: "mlc-said-text", "aria-live": "polite" }, voice.text), voice.error ? make("div", { class: "mlc-trouble" }, voice.error) : null,

@@ -17,7 +17,7 @@ import traitlets
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path("../merge_lab").resolve()
 KINDS = ("tokens", "chat")  # what `canvas.js` can draw
 
-
+# %% ../nbs/34_canvas.ipynb #3dcc1b40
 class Canvas(anywidget.AnyWidget):
     "Shows plain data, and calls back with what a user does."
 
@@ -50,7 +50,7 @@ class Canvas(anywidget.AnyWidget):
         data, *metadata = super()._repr_mimebundle_(**kwargs)
         return (data | {"text/html": self._repr_html_()}, *metadata)
 
-# %% ../nbs/34_canvas.ipynb #3e437960
+# %% ../nbs/34_canvas.ipynb #14b4822d
 DOORS = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|createContextualFragment|srcdoc|\beval\(|new Function|\bimport\b|fetch\(|https?://|url\(")
 
 

@@ -10,6 +10,7 @@ __all__ = ['REFERENCE', 'MERGED', 'Step', 'Cell', 'Row', 'Sheet', 'Numbers', 'la
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pandas as pd
 import torch
@@ -105,7 +106,7 @@ def module_sheet(numbers: Numbers, step: Step, bins: int = 16) -> Sheet:
     for name in step.parameters:
         size, short = len(numbers.alphas[name]), ".".join(name.removesuffix(".weight").split(".")[-2:])
         edges = sorted({round(i * size / bins) for i in range(bins + 1)})
-        cells = [numbers.cell(f"{short} {a} to {b - 1}", [Place(name, a, b)], Step(short, (name,))) for a, b in zip(edges, edges[1:])]
+        cells = [numbers.cell(f"{short} {a} to {b - 1}", [Place(name, a, b)], Step(short, (name,))) for a, b in pairwise(edges)]
         rows.append(Row(short, cells, Step(short, (name,))))
     return Sheet([""] * bins, rows)
 
@@ -116,7 +117,7 @@ def column_sheet(numbers: Numbers, step: Step, wide: int = 32, most: int = 512) 
     start, end = step.start, len(numbers.alphas[name]) if step.end is None else step.end
     each, sheet = -(-(end - start) // most), Sheet([""] * min(wide, end - start), [])
     edges = [*range(start, end, each), end]
-    parts = list(zip(edges, edges[1:]))
+    parts = list(pairwise(edges))
     for first in range(0, len(parts), wide):
         cells = []
         for a, b in parts[first : first + wide]:
@@ -173,7 +174,7 @@ def _look(self, merger: Merger):
     self.names = self.found.models
     self.candidates = [self.found.candidates(tokenizer, token) for token in range(len(self.found.texts))]
 
-
+# %% ../nbs/37_token_board.ipynb #25f6a2b5
 @patch_to(TokenBoard)
 def _work(self):
     "Do what is asked for; the newest wish counts."
@@ -192,7 +193,7 @@ def _work(self):
         self.error = error.with_traceback(None)  # whose frames would keep the merger
     self._tell()
 
-# %% ../nbs/37_token_board.ipynb #427630e0
+# %% ../nbs/37_token_board.ipynb #dd60d12d
 @patch_to(TokenBoard)
 def refresh(self, what: str = "answer"):
     "Take the numbers anew, in a thread: all of them, or those of the pinned token."
@@ -221,17 +222,17 @@ def pin(self, token: int):
     self.pinned = token
     self.refresh("token")
 
-# %% ../nbs/37_token_board.ipynb #2a3df6b8
+# %% ../nbs/37_token_board.ipynb #03df12a9
 @patch_to(TokenBoard)
 def choose(self, component: int):
     "Look at another component's coefficients. Raises `ValueError` if there is none."
-    n = len(self.influence.alphas[next(iter(self.influence.alphas))]) if self.influence else 2
-    if component not in [i for i in range(n) if self.influence is None or i != self.influence.anchor]:
-        raise ValueError(f"component {component}: expected one of the merger's.")
+    n = 0 if self.found is None else self.found.n_components
+    if not 0 <= component < n:
+        raise ValueError(f"component {component}: expected 0 to {n - 1}, once there was an answer.")
     self.component = component
     self._tell()
 
-
+# %% ../nbs/37_token_board.ipynb #e136f138
 @patch_to(TokenBoard)
 @property
 def sheet(self) -> Sheet | None:  # None before the first answer
@@ -255,7 +256,7 @@ def back(self, depth: int = 0):
     self.path = self.path[:depth]
     self._tell()
 
-# %% ../nbs/37_token_board.ipynb #5cf1af33
+# %% ../nbs/37_token_board.ipynb #4412e1c4
 @patch_to(TokenBoard)
 def shift(self, top: int, bottom: int, left: int, right: int, by: float):  # rows and columns of the sheet, the last ones included
     "Give the component more of a region of the sheet; the merge follows, and with it the answer. Raises `ValueError` as the brush does."
