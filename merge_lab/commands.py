@@ -87,6 +87,7 @@ COMMANDS = {
     "verify": Command("verify", "VerifyConfig", "run", "read a checkpoint back, here and in other libraries", ("path",), show="show_verified"),
     "export": Command("export", "ExportConfig", "run", "a finished merge as hf, gguf, mergekit recipe, adapter or masks", ("path",), show="show_exported"),
     "push": Command("export", "PushConfig", "run_push", "send masks with their recipe, or an export, to a hub", ("path",)),
+    "runs": Command("run_table", "RunsConfig", "run_runs", "runs of the past: sort, filter, note, tag, lineage, delete and restore", ("names",)),
     "demo": Command("cli", "DemoConfig", "run_demo", "merge the bundled experts: the main job in about a minute"),
     "compare": Command("compare", "CompareConfig", "run", "opponents, tuned, beside learned masks: what to use for these models", ("model_paths",), show="show_result"),
     "ablate": Command("ablations", "AblationConfig", "run", "what of learned masks matters: one choice changed at a time", ("model_paths",), show="show_result"),

@@ -14,7 +14,8 @@ __all__ = ['GREEDY', 'UNIFORM', 'LEARNED', 'TOGETHER', 'METRICS', 'OF_ANSWERS', 
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -85,6 +86,13 @@ def answer_room(
     return max(lengths) + margin
 
 
+def _note_answers(answers: list[str], batch: Sequence[int], tokenizer, length: int, said: Tensor) -> list[str]:  # length: of the prompts; said: (B, T)
+    "The answers, with those of a batch as far as they are said."
+    for position, text in zip(batch, tokenizer.batch_decode(said[:, length:], skip_special_tokens=True)):
+        answers[position] = text
+    return answers
+
+
 def answer_batches(
     prompts: Sequence[Sequence[int]],  # token ids
     room: int,  # new tokens of an answer
@@ -119,6 +127,7 @@ def generate_answers(
     progress: bool = False,
     bar: tqdm | None = None,  # of the caller; moved on by one for every row
     max_tokens_per_batch: int | None = MAX_TOKENS,  # rows x (longest prompt + answer); None for no limit
+    watch: Callable[[list[str]], bool] | None = None,  # takes the answers so far after every token; True: nobody wants the rest
 ) -> list[str]:
     "Greedy answers in the order of the rows, without special tokens. Raises `ValueError` for a prompt that leaves no room."
     room = max_new_tokens or answer_room(tokenizer, rows)
@@ -133,10 +142,13 @@ def generate_answers(
         for batch, new in answer_batches(prompts, room, positions_of(model), batch_size, max_tokens_per_batch):
             ids, mask = (tensor.to(model.device) for tensor in pad_left([prompts[p] for p in batch], pad))
             options = dict(GREEDY, max_new_tokens=new, pad_token_id=pad, eos_token_id=ends)
-            said = model.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :]
-            for position, text in zip(batch, tokenizer.batch_decode(said, skip_special_tokens=True)):
-                answers[position] = text
+            note = partial(_note_answers, answers, batch, tokenizer, ids.shape[1])
+            if watch is not None:
+                options["stopping_criteria"] = [lambda said, scores, **_: torch.full((len(said),), bool(watch(note(said))), device=said.device)]
+            note(model.generate(input_ids=ids, attention_mask=mask, **options))
             bar.update(len(batch))
+            if watch is not None and watch(answers):
+                break
     return answers
 
 # %% ../nbs/32_evaluation.ipynb #6e22c8b9

@@ -118,9 +118,10 @@ def merge_html(explorer: MergeExplorer) -> dict[str, str]:  # by widget
     if explorer.error is not None:
         return {"status": block(f"✗ {type(explorer.error).__name__}: {explorer.error}", "trouble")}
     outcome = explorer.outcome
+    rest = f"all in {outcome.seconds:.1f} s" if outcome.done else "answers …"
     whose = f", masks of {explorer.given.name}" if outcome.mask_init is None and explorer.given else ""
     return {
-        "status": block(f"merge {explorer.worker.runs + 1}: {outcome.seconds:.1f} s{whose}", "line"),
+        "status": block(f"merge {explorer.worker.runs + 1}: loss in {outcome.loss_seconds:.1f} s on {outcome.looked}, {rest}{whose}", "line"),
         "scores": scores_html(outcome.scores),
         "path": path_svg(explorer.visits) if explorer.visits else "",
         "heatmap": alpha_svg(outcome.alphas, explorer.names, least_span=1.0),

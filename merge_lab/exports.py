@@ -279,7 +279,7 @@ def write_plain(
         try:
             if not half:
                 return _blended(source, folder, dtype, tokens)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # blended in float32, rounded once
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=run_folder.UNFINISHED) as place:  # blended in float32, rounded once
                 return [*_blended(source, Path(place), "float32", tokens)[:-1], *rewritten(place, folder, dtype, tokens)]
         except (FileNotFoundError, ValueError) as error:
             if source.plain is None or "Nothing was written" in str(error):

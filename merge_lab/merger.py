@@ -29,7 +29,8 @@ from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
-from .masks import blend, masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
+from .leaves import masked_class, parameter_name, plain_name, put_leaf
+from .masks import blend, MaskedModule, MergeState
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['logger', 'UNFINISHED', 'LOCK', 'PREFERENCES', 'ADJUSTED', 'MANIFEST', 'OPTIMIZER_FILE', 'STATE_FILE', 'RNG_FILE',
-           'readable', 'room_for', 'atomic_path', 'write_text', 'write_json', 'sweep', 'alone_in', 'finish_replacement',
-           'whole_folder', 'save_tensors', 'whole_checkpoint', 'same_bits', 'one_run', 'hold', 'check_free',
-           'check_writable', 'check_one_process', 'check_disk_space', 'holds_files', 'is_run', 'check_run',
-           'check_outside', 'clear_run', 'write_config', 'begin_run', 'check_resumed', 'read_rows', 'kept_rows',
-           'write_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped', 'resume_command',
-           'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint', 'checkpoint_to_resume',
-           'check_readable', 'steps_of', 'check_more_steps', 'check_going_on', 'check_start', 'bundled_path']
+           'readable', 'room_for', 'share_files', 'atomic_path', 'write_text', 'write_json', 'sweep', 'alone_in',
+           'finish_replacement', 'whole_folder', 'save_tensors', 'whole_checkpoint', 'same_bits', 'one_run', 'hold',
+           'check_free', 'check_writable', 'check_one_process', 'check_disk_space', 'holds_files', 'is_run',
+           'check_run', 'check_outside', 'clear_run', 'write_config', 'begin_run', 'check_resumed', 'read_rows',
+           'kept_rows', 'write_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped',
+           'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
+           'checkpoint_to_resume', 'check_readable', 'steps_of', 'check_more_steps', 'check_going_on', 'check_start',
+           'bundled_path']
 
 # %% ../nbs/01_run_folder.ipynb #4b2ba51d
 import dataclasses
@@ -23,6 +24,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 import tempfile
 import typing
 from collections.abc import Iterator
@@ -94,20 +96,22 @@ def _umask() -> int:
     return mask
 
 
+def share_files(folder: str | Path):
+    "Give the files of a folder the rights that other new files have: safetensors writes its own for their owner alone."
+    for path in Path(folder).iterdir():
+        if path.is_file():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o666 & ~_umask())
+
+
 @contextmanager
 def atomic_path(path: str | Path):  # final place of the file
-    "Yield a temporary path beside `path`; rename it over `path` if the block succeeds, remove it if not."
+    "Yield a temporary path in a folder of its own beside `path`; rename it over `path` if the block succeeds, remove all of it if not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{UNFINISHED}{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp's are for the owner alone
-        os.replace(name, path)
-    finally:
-        if os.path.exists(name):
-            os.unlink(name)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED, ignore_cleanup_errors=True) as place:
+        yield Path(place) / path.name
+        share_files(place)
+        os.replace(Path(place) / path.name, path)
 
 
 def write_text(path: str | Path, text: str):
@@ -135,8 +139,7 @@ def sweep(folder: str | Path):
         _remove(left)
 
 # %% ../nbs/01_run_folder.ipynb #abfe2744
-LOCK = ".lock"  # in a folder that one process at a time works in
-PREFERENCES = "preferences.jsonl"  # in a run's folder: which answers its user picked; no run clears it
+LOCK, PREFERENCES = ".lock", "preferences.jsonl"  # in a folder that one process at a time works in; a user's choices, which no run clears
 
 
 @contextmanager
@@ -166,7 +169,7 @@ _MAKING, _OLD = "unfinished", "replaced"  # in the hidden folder: what is made, 
 def _abandoned(folder: Path) -> Iterator[Path]:
     "Hidden folders of `whole_folder` beside a folder, each held; those of processes at work are passed over."
     for work in folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ():
-        held = {path.name for path in work.iterdir()} if work.is_dir() else set()
+        held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)} if work.is_dir() else set()
         if not held or not held <= {LOCK, _MAKING, _OLD} or not held & {LOCK, _OLD}:
             continue  # not ours, or just begun
         try:
@@ -256,6 +259,7 @@ def whole_checkpoint(
         _remove(left)
     with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED, ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
+        share_files(temporary)
         made = sorted(Path(temporary).iterdir(), key=lambda path: path.name in _READ_FIRST)
         if any(path.suffix == ".safetensors" for path in made):
             for name in _READ_FIRST & {path.name for path in made}:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODULE_ORDER', 'CURVES', 'DASHES', 'HEAR', 'RUN_COMMAND', 'read_config', 'Run', 'read_steps', 'module_place',
-           'read_alphas', 'read_pair_alphas', 'find_runs', 'alike_rows', 'compare_alphas', 'columns_of', 'shared_name',
-           'draw_curve', 'compare_runs', 'check_fit', 'RunBrowser', 'BrowserView', 'terminal_lines', 'share_done',
-           'CommandRun', 'CommandRunView']
+           'read_alphas', 'read_pair_alphas', 'is_trash', 'find_runs', 'alike_rows', 'compare_alphas', 'columns_of',
+           'shared_name', 'draw_curve', 'compare_runs', 'check_fit', 'RunBrowser', 'BrowserView', 'terminal_lines',
+           'share_done', 'CommandRun', 'CommandRunView']
 
 # %% ../nbs/36_runs.ipynb #7071588e
 import atexit
@@ -208,11 +208,16 @@ def lm_eval(self) -> str:  # empty: nobody asked
     return ", ".join(found.values())
 
 # %% ../nbs/36_runs.ipynb #b430a88a
+def is_trash(name: str) -> bool:
+    "Whether a folder's name is that of a trash of runs."
+    return name.startswith(".") and name.endswith(".trash")
+
+
 def find_runs(folder: str | Path = "runs") -> pd.DataFrame:  # index run; columns system, steps, wanted, loss, alphas, merged, lm_eval
     "Runs below a folder, and beside it those of systems that have a place of their own, newest first."
     files = {"config.yaml", *(name for system in SYSTEMS.values() for name in (system.history, system.older_history) if name)}
     roots = [Path(folder), *(Path(folder).parent / system.place for system in SYSTEMS.values() if system.place)]
-    places = {file.parent for name in files for root in roots for file in root.rglob(name)}
+    places = {file.parent for name in files for root in roots for file in root.rglob(name) if not any(map(is_trash, file.parts))}
     rows = []
     for run in sorted(map(Run, places), key=lambda run: (run.changed, run.folder), reverse=True):
         history = run.history()

@@ -34,13 +34,15 @@ MAX_TOKENS = 16_384  # of a batch, padding included  # what an evaluation takes 
 @contextmanager
 def evaluating(model):
     "Evaluation mode without gradients; afterwards the model is in the mode it came in."
-    was_training = model.training
-    model.eval()
+    was_training, training = model.training, any(module.training for module in model.modules())
+    if training:  # a walk that sets what is set takes longer
+        model.eval()
     try:
         with torch.no_grad():
             yield model
     finally:
-        model.train(was_training)
+        if training:
+            model.train(was_training)
 
 
 def positions_of(model) -> float:

@@ -33,6 +33,11 @@ class LatestWorker:
         self._pending, self._busy, self._thread, self._changed = [], False, None, 0.0
         self._turn = threading.Condition()
 
+    @property
+    def newer(self) -> bool:
+        "Whether a newer value waits: what the work does is no longer wanted."
+        return bool(self._pending)
+
     def wait(self, timeout: float = 60.0) -> bool:  # False if it took longer
         "Wait until nothing is left to do."
         with self._turn:
