@@ -139,8 +139,7 @@ def sweep(folder: str | Path):
         _remove(left)
 
 # %% ../nbs/01_run_folder.ipynb #abfe2744
-LOCK = ".lock"  # in a folder that one process at a time works in
-PREFERENCES = "preferences.jsonl"  # in a run's folder: which answers its user picked; no run clears it
+LOCK, PREFERENCES = ".lock", "preferences.jsonl"  # in a folder that one process at a time works in; a user's choices, which no run clears
 
 
 @contextmanager
