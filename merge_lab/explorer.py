@@ -155,8 +155,9 @@ def _steps(
     known = self._components(merger)
     losses, starts = look.take(merger)
 
-    def now(answers: list[str] = [f"{start} …" for start in starts]) -> bool:
-        return show({**known["scores"], "merged": losses}, {**known["answers"], "merged": answers})
+    def now(answers: list[str] | None = None) -> bool:
+        begun = [f"{start} …" for start in starts] if answers is None else answers
+        return show({**known["scores"], "merged": losses}, {**known["answers"], "merged": begun})
 
     for ask in (self._component_loss, self._component_answers):
         for i, name in enumerate(known["names"]):

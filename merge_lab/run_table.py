@@ -24,7 +24,6 @@ from .provenance import INPUTS_FILE
 from .run_folder import alone_in, is_run, write_json
 from .merger import CONFIG_FILE
 from .runs import find_runs, Run, RunBrowser
-from .lesson import patch_to
 
 # %% ../nbs/37_run_table.ipynb #e32892a7
 NOTES_FILE = "notes.json"  # in a run's folder
