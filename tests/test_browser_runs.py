@@ -50,8 +50,9 @@ def names(page) -> list[str]:
 
 
 def test_the_grid_sorts_and_filters_and_asks_no_server(page):
-    assert len(names(page)) == 12 and page.locator(".ml-browser .dt-scroll-head th button.dtcc-button_searchDropdown").count() == 12
+    assert len(names(page)) == 12
     picture(page, ".ml-browser", "8-run-table")
+    assert page.locator(".ml-browser .dt-scroll-head th .dtcc button").count() >= 12  # a filter of its own beside each head
     page.locator(".ml-browser .dt-scroll-head th .dt-column-title", has_text="loss").first.click()
     page.wait_for_function("() => [...document.querySelectorAll('.ml-browser .dt-scroll-body tbody td:first-child')][0].innerText === 'run-00'")
     assert names(page)[:3] == ["run-00", "run-07", "run-02"]  # 0.5, 1.5, 2.5
