@@ -40,7 +40,7 @@ class LoopConfig(Options):
     save_steps: int = option(100, "Optimizer steps between checkpoints; 0: none, unless the run is stopped", low=0, group="Output", resumable=True, recipe=False)
     save_total_limit: int = option(2, "Checkpoints that are kept", low=1, group="Output", resumable=True, recipe=False)
     logging_steps: int = option(10, "Optimizer steps between lines to report_to", low=1, group="Output", resumable=True, recipe=False)
-    report_to: str = option("none", "tensorboard, wandb or none", group="Output", resumable=True, recipe=False)
+    report_to: str = option("none", "Where it is told as it goes: tensorboard, trackio (local, no account), wandb or none", group="Output", resumable=True, recipe=False)
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in backward: less memory, a third more time; none given: if it would not fit otherwise",
         group="Memory", resumable=True,

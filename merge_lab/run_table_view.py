@@ -104,7 +104,9 @@ def grid_frame(table: pd.DataFrame) -> pd.DataFrame:  # as from `run_table`
     frame = table.reset_index()[SHOWN]
     for name in ("alphas", "merged"):
         frame[name] = frame[name].map({True: "✓", False: ""})
-    return frame.assign(wanted=pd.to_numeric(frame["wanted"]), loss=frame["loss"].round(4)).rename(columns=HEADS)
+    frame = frame.assign(wanted=pd.to_numeric(frame["wanted"]), loss=frame["loss"].round(4))
+    empty = [name for name in ("wanted", "lm_eval") if frame[name].replace("", None).isna().all()]
+    return frame.drop(columns=empty).rename(columns=HEADS)
 
 
 def make_grid(frame: pd.DataFrame):  # None: itables is not installed
@@ -114,7 +116,7 @@ def make_grid(frame: pd.DataFrame):  # None: itables is not installed
     except ImportError:
         return None
     return ITable(frame, select=True, paging=False, scrollY="300px", scrollX=True, scrollCollapse=True, layout={"topStart": "search", "bottomStart": "info"},
-                  columnControl=["order", "searchDropdown"], ordering={"indicators": False, "handler": True}, showIndex=False, style="width:100%;margin:0", classes="display nowrap compact")
+                  columnControl=["order", "searchDropdown"], showIndex=False, style="width:100%;margin:0", classes="display nowrap compact")
 
 # %% ../nbs/38_run_table_view.ipynb #82e36730
 class RunTableView(BrowserView):
