@@ -97,7 +97,7 @@ def _enough(watch: Callable, note: Callable, said: Tensor, scores, **_) -> Tenso
     "Whether who watches wants no more, as transformers asks it."
     return torch.full((len(said),), bool(watch(note(said))), device=said.device)
 
-
+# %% ../nbs/32_evaluation.ipynb #2040fb7f
 def answer_batches(
     prompts: Sequence[Sequence[int]],  # token ids
     room: int,  # new tokens of an answer

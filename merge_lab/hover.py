@@ -9,6 +9,7 @@ __all__ = ['Box', 'STRIPS', 'MOST', 'Mark', 'tick_name', 'axis_name', 'cell_boxe
 # %% ../nbs/34_hover.ipynb #e793d521
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -89,7 +90,7 @@ def curves_of(axis: Axes) -> dict[str, Line2D]:  # name -> line in the axis's ow
     bare = [line for line in axis.lines if line.get_transform() == axis.transData and len(line.get_xdata()) > 2]
     return {axis_name(axis.yaxis) + (f" {i + 1}" if len(bare) > 1 else ""): line for i, line in enumerate(bare)}
 
-
+# %% ../nbs/34_hover.ipynb #2136fe20
 def curve_boxes(axis: Axes) -> Iterator[Box]:
     "The steps of an axis's curves, each a strip from bottom to top, and points that no line joins."
     values, frame = {}, axis.get_window_extent()
@@ -104,18 +105,18 @@ def curve_boxes(axis: Axes) -> Iterator[Box]:
                 values.setdefault(x, {})[name] = y
     steps = sorted(values)[:: -(-len(values) // STRIPS) or 1]
     pixels = [axis.transData.transform((x, 0 if axis.get_yscale() == "linear" else 1))[0] for x in steps]
-    edges = [frame.x0, *((a + b) / 2 for a, b in zip(pixels, pixels[1:])), frame.x1]
+    edges = [frame.x0, *((a + b) / 2 for a, b in pairwise(pixels)), frame.x1]
     for x, left, right in zip(steps, edges, edges[1:]):
         yield left, frame.y0, right, frame.y1, f"{axis_name(axis.xaxis)} {tick_name(axis.xaxis, x)}: " + ", ".join(f"{name} {y:.4g}" for name, y in values[x].items())
 
-
+# %% ../nbs/34_hover.ipynb #43a90336
 def bin_boxes(axis: Axes) -> Iterator[Box]:
     "The bins of an axis's histograms, each a strip."
     steps = {str(patch.get_label()): patch.get_data() for patch in axis.patches if isinstance(patch, StepPatch) and not str(patch.get_label()).startswith("_")}
     if not steps:
         return
     edges, frame = next(iter(steps.values())).edges, axis.get_window_extent()
-    for i, (low, high) in enumerate(zip(edges, edges[1:])):
+    for i, (low, high) in enumerate(pairwise(edges)):
         left, right = (axis.transData.transform((edge, 0))[0] for edge in (low, high))
         told = ", ".join(f"{name}: {data.values[i]:.4g}" for name, data in steps.items() if i < len(data.values))
         yield left, frame.y0, right, frame.y1, f"{axis_name(axis.xaxis)} {low:.3g} to {high:.3g}: {told}"

@@ -682,13 +682,11 @@ def fused_head_agrees(self) -> bool:
 @patch_to(Merger)
 def summary(self) -> dict:  # components, base, mode, constrain_mode, coefficients, alphas by kind of module, model
     "What a merge is made of, in plain values."
-    table = self.alphas()
-    kinds = {}
-    for kind, rows in table.groupby("kind"):
+    kinds, config = {}, self.merger_config
+    for kind, rows in self.alphas().groupby("kind"):
         leaf, key = next((leaf, key) for name, leaf, key in self.masked_parameters() if name.rpartition(".")[0].rsplit(".", 1)[-1] == kind)
         means = ", ".join(f"{self.names[i]} {mean:.3g}" for i, mean in rows.groupby("component")["mean"].mean().items())
         kinds[kind] = f"{rows['module'].nunique()} x {self.n_components} alphas of shape {tuple(leaf.masks[key].shape[1:])}; mean {means}"
-    config = self.merger_config
     facts = dict(components=list(self.names), base=config.base_model, mode=config.mode, constrain_mode=config.constrain_mode)
     return {**facts, "coefficients": self.n_coefficients, "alphas": kinds, "model": f"{type(self.model).__name__}, {len(decoder_layers(self.model))} layers"}
 

@@ -67,7 +67,7 @@ def lineage_path(x: float, y: float, left: float, top: float, step: float) -> st
     gap = top + 16
     return f"M{x:g},{y:g} C{x + 20:g},{y:g} {x + 12:g},{gap:g} {x + 36:g},{gap:g} L{left - 34:g},{gap:g} C{left - 12:g},{gap:g} {left - 20:g},{top:g} {left:g},{top:g}"
 
-
+# %% ../nbs/38_run_table_view.ipynb #81548c82
 def lineage_svg(
     table: pd.DataFrame,  # as from `run_table`
     lineage: pd.DataFrame,  # as from `find_lineage`
@@ -176,7 +176,7 @@ def _positions(self) -> list[int]:
     "Rows of the grid that are chosen."
     return [position for position, run in enumerate(self._frame.get("run", ())) if run in self.choice.value]
 
-
+# %% ../nbs/38_run_table_view.ipynb #e197d009
 @patch_to(RunTableView)
 def _clicked(self, positions: Sequence[int]):
     "Choose the runs whose rows were clicked."
@@ -214,7 +214,7 @@ def _carry_out(self, name: str, runs: tuple[str, ...]) -> str:  # what is said o
         return f"✓ noted of {', '.join(runs)}"
     return self._delete(runs)
 
-
+# %% ../nbs/38_run_table_view.ipynb #23f333bc
 @patch_to(RunTableView)
 def _delete(self, runs: tuple[str, ...]) -> str:
     "Delete runs; those that are others' components at a second click."
@@ -244,7 +244,7 @@ def box(self):
     box.add_class("ml-browser")
     return box
 
-
+# %% ../nbs/38_run_table_view.ipynb #60db2cbb
 @patch_to(RunTable)
 def view(self):
     "The table as widgets."
