@@ -41,7 +41,7 @@ from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
 from .lesson import patch_to
 from .logs import tqdm
-from .loop_config import LoopConfig, TrainConfig
+from .loop_config import check_account, LoopConfig, TrainConfig
 from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
@@ -106,24 +106,12 @@ def _check_optimizer(name: str):
         raise ValueError(f"optim={name!r}: transformers has no such optimizer. Nearest: {', '.join(near)}.")
 
 
-def _has_account() -> bool:
-    "Whether Weights & Biases would begin: it was told to stay offline, or knows who somebody is. It asks no server and nobody."
-    import wandb
-
-    return wandb.setup().settings.mode != "online" or bool(wandb.login(prompt=False))
-
-
 def check_report_to(name: str):
     "Raise `ValueError` for a tracker that transformers does not know, that is not installed, or that has no account to write to."
     check_choice("report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     if name not in ("none", "all", *get_available_reporting_integrations()):
         raise ValueError(f"report_to={name!r}: {name} is not installed. Install it (pip install {name}), or leave report_to='none'.")
-    if name == "wandb" and not _has_account():
-        raise ValueError(
-            "report_to='wandb': it knows no account on this machine, so the run would end at its first step. Set WANDB_MODE=offline in the environment "
-            "to keep everything here, log in once (wandb login), or take report_to='trackio', which needs no account."
-        )
-
+    check_account(name)
 
 # %% ../nbs/31_training.ipynb #11d0f588
 _OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps", "deterministic"}
