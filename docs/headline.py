@@ -1,4 +1,4 @@
-"""The table at the top of the README, made from the raw data of comparisons. `make readme` runs this before the page is made."""
+"""The table at the top of the README, made from the raw data of comparisons, and how often runs were killed. `make readme` runs this before the page is made."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 BEGIN, END = "<!-- headline: made by docs/headline.py -->\n", "<!-- end of headline -->"
+KILLS, END_OF_KILLS = "<!-- kills: made by docs/headline.py -->\n", "<!-- end of kills -->"
 REAL = {"SmolLM2, 2 experts": "french+docstrings", "SmolLM2, 3 experts": "french+docstrings+german"}
 TOYS = {"2 toys": "toy-pair", "3 toys": "toy-triple", "4 toys": "toy-six-4", "5 toys": "toy-six-5", "6 toys": "toy-six"}
 ROWS = ("learned masks", "one model trained on all data", "mergekit, best setting", "RegMean++", "plain average")
@@ -56,12 +57,23 @@ def table(root: Path = ROOT) -> str:
     return "\n".join([*lines, ""])
 
 
-def fill(text: str, made: str) -> str:
-    "The text with a new table. Raises `ValueError` if it has no place for one."
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"no place for the table: expected lines {BEGIN.strip()!r} and {END!r}. Put them where it shall stand.")
-    head, rest = text.split(BEGIN, 1)
-    return head + BEGIN + "\n" + made + "\n" + END + rest.split(END, 1)[1]
+def kills(root: Path = ROOT) -> str:
+    "How often runs were killed, and what came of it."
+    facts = json.loads((root / "data" / "benchmarks" / "kills.json").read_text(encoding="utf-8"))
+    rows = facts["counts"].values()
+    hits, identical, refused, corrupt, mixed = (sum(row[name] for row in rows) for name in ("hits", "identical", "refused", "corrupt", "mixed"))
+    return (
+        f"Killed or stopped at random {hits} times, {len(rows)} kinds of runs and exports ended with the same bytes as undisturbed ones {identical} times, and said {refused} times that there was no checkpoint yet\n"
+        f"to go on from, to be begun anew; {corrupt} files were corrupt and {mixed} checkpoints were mixed (`{facts['command']}`).\n"
+    )
+
+
+def fill(text: str, made: str, begin: str = BEGIN, end: str = END) -> str:
+    "The text with a new table, or another part. Raises `ValueError` if it has no place for it."
+    if begin not in text or end not in text:
+        raise ValueError(f"no place for the table: expected lines {begin.strip()!r} and {end!r}. Put them where it shall stand.")
+    head, rest = text.split(begin, 1)
+    return head + begin + "\n" + made + "\n" + end + rest.split(end, 1)[1]
 
 
 if __name__ == "__main__":
@@ -70,4 +82,6 @@ if __name__ == "__main__":
     for cell in notebook["cells"]:
         if BEGIN in (text := "".join(cell["source"])):
             cell["source"] = fill(text, table()).splitlines(keepends=True)
+        if KILLS in text:
+            cell["source"] = fill(text, kills(), KILLS, END_OF_KILLS).splitlines(keepends=True)
     page.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,14 +7,13 @@ __all__ = ['logger', 'check_device', 'SMALL', 'presets', 'rank_by_task', 'lora_d
            'cpu_likes_bf16', 'stored_in_bf16', 'device_settings', 'default_dtype', 'load_base', 'skeleton',
            'linear_names', 'find_target_modules', 'lora_for_task', 'check_targets', 'make_lora_config',
            'trainable_parameters', 'check_fits', 'load_adapter', 'check_adapter', 'read_factors', 'check_same_base',
-           'check_only_deltas', 'read_adapters', 'probe_logits', 'fixed_loss', 'merge_verdict', 'share_files',
-           'merge_adapter', 'alpha_at', 'adapter_layers', 'grow_rank']
+           'check_only_deltas', 'read_adapters', 'probe_logits', 'fixed_loss', 'merge_verdict', 'merge_adapter',
+           'alpha_at', 'adapter_layers', 'grow_rank']
 
 # %% ../nbs/39_fine_tuning/03_adapters.ipynb #96b84be2
 import logging
 import math
 import re
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ from .config import check_choice, check_names
 from .devices import best_device, find_device
 from .memory import free_memory
 from .origins import check_finite, prove_whole
-from .run_folder import _umask
+from .run_folder import share_files  # noqa: F401 - it was here
 from .scoring import positions_of, row_nats
 from .sft_data import encode_dataset, layout_of
 from .weight_files import unwrapped
@@ -379,13 +378,6 @@ def merge_verdict(
     remedy = "In fp32 it should change nothing: look at the adapter." if dtype == "float32" else "Use precision fp32 to write it in fp32."
     return False, f"{changed}: more than 2 % + 0.01, with weights in {dtype}. {remedy}"
 
-# %% ../nbs/39_fine_tuning/03_adapters.ipynb #db3d944f
-def share_files(folder: str | Path):
-    "Give the files of a folder the rights that other new files have: safetensors writes its own for their owner alone."
-    for path in Path(folder).iterdir():
-        if path.is_file():
-            path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o666 & ~_umask())
-
 # %% ../nbs/39_fine_tuning/03_adapters.ipynb #86a5cc17
 def _answers(model: nn.Module, asked: dict | None) -> tuple[Tensor, float | None]:  # probe logits, loss
     "What a model says, computed in fp32 if there is room, so that rounding of weights is all that differs."
@@ -423,7 +415,6 @@ def merge_adapter(
     merged = merge_layers(adapted)
     after = _answers(merged, asked)
     save_plain(merged, out_dir, tokenizer, check=prove_whole)
-    share_files(out_dir)
     unit = "answer token" if asked and layout_of(rows) == "messages" else "token"
     report = _merge_report(before, after, str(merged.dtype).removeprefix("torch."), unit)
     logger.info("merged %s into %s: logits differ by %.2g at most, of %.3g", adapter, out_dir, report["max_logit_difference"], report["max_logit"])

@@ -17,7 +17,8 @@ from .architecture import is_conv1d, is_linear, parameter_modules
 from .cuts import shared_copy
 from .depth import decoder_layers, remove_layers, set_layer_index
 from .mergeable import leaf_pairs, write_leaves
-from .masks import blend, masked_class, MaskedModule, MaskedOwner, MergeState, put_leaf
+from .leaves import masked_class, MaskedOwner, put_leaf
+from .masks import blend, MaskedModule, MergeState
 
 # %% ../nbs/39_shortening/03_block_layer.ipynb #4549978b
 def with_residual(

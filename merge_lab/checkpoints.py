@@ -336,7 +336,7 @@ def _tokens_and_rules(backend) -> dict:  # of a tokenizers.Tokenizer
     tokens = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
     return dict(tokens=dict(tokens), rules=rules)
 
-
+# %% ../nbs/03_checkpoints.ipynb #07b06833
 @functools.lru_cache(maxsize=4)
 def _tokenizer_of(content: bytes) -> dict:  # nobody changes it: components of one base have one and the same
     "`tokens` and `rules` of a tokenizer.json."
@@ -422,7 +422,7 @@ def _namer(model, rules: list) -> Callable[[str], tuple[str, str | None]]:
 
     return named
 
-
+# %% ../nbs/03_checkpoints.ipynb #66bdb60c
 def headers_in_memory(
     model,  # of transformers, without weights
     headers: dict[str, TensorHeader],  # by name in the files

@@ -350,7 +350,7 @@ def stoppable():
         for number, before in ours.items():
             signal.signal(number, before)
 
-
+# %% ../nbs/60_cli.ipynb #308c2f15
 def is_full_disk(
     error: BaseException,  # that ended a command
 ) -> bool:

@@ -138,6 +138,8 @@ VIEWS = {  # by class: a function of its object
     "ConfigPanel": "merge_lab.panel_view.panel_view",
     "TrainingSession": "merge_lab.session_view.session_view",
     "MergeExplorer": "merge_lab.explorer_view.explorer_view",
+    "TokenBoard": "merge_lab.token_view.token_view",
+    "Asking": "merge_lab.asking_view.asking_view",
 }
 
 

@@ -66,7 +66,7 @@ def candidates_of(table: pd.DataFrame) -> pd.DataFrame:  # of `comparison_table`
     "Rows that are merges, without base and experts."
     return table[[name != "base" and not name.startswith("expert: ") for name in table.index]]
 
-
+# %% ../nbs/38_comparison.ipynb #6f3c128a
 def comparison_table(
     scores: pd.DataFrame,  # columns seed, model, task, split, loss, and of METRICS and manners what was measured
     costs: pd.DataFrame,  # columns seed, model, seconds, peak_bytes, trained, trials

@@ -442,7 +442,7 @@ def _by_plain_names(folder: Path, rules: dict[str, str], **options) -> tuple[nn.
         model._weight_conversions = model._weight_conversions[len(rules) :]
     return model, info
 
-
+# %% ../nbs/08_components.ipynb #1420ef1d
 def load_model(
     path: str | Path,  # folder or hub name
     dtype: str | torch.dtype = "float32",  # 'auto' for the checkpoint's own

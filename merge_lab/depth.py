@@ -6,7 +6,7 @@
 __all__ = ['LAYER_NUMBERS', 'PUBLISHED_ALPHA', 'PAIR_STRATEGIES', 'depth_settings', 'set_depth', 'set_layer_index', 'shortened',
            'parameter_shapes', 'own_settings', 'shapes_outside', 'as_read', 'check_depth_free', 'remove_layers',
            'unusual_order', 'period_of', 'layer_similarity', 'published_alpha', 'best_disjoint', 'check_pair_count',
-           'check_merge_pairs', 'find_merge_pairs']
+           'check_layer_count', 'check_merge_pairs', 'find_merge_pairs']
 
 # %% ../nbs/38_depth.ipynb #bf6e0f32
 import copy
@@ -194,6 +194,12 @@ def check_pair_count(n_pairs: int, depth: int):
     "Raise `ValueError` if a model has too few layers for so many pairs."
     if not 1 <= n_pairs <= depth // 2:
         raise ValueError(f"n_pairs={n_pairs}: expected 1 to {depth // 2}; each of {depth} layers is in one pair at most.")
+
+
+def check_layer_count(n: int, depth: int):
+    "Raise `ValueError` if a model has too few layers for so many to go, in whatever way."
+    if not 1 <= n < depth:
+        raise ValueError(f"n_pairs={n}: expected 1 to {depth - 1} layers to take away, of {depth}.")
 
 
 def check_merge_pairs(merge_pairs: Sequence[tuple], depth: int) -> list[tuple]:

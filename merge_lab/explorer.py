@@ -7,10 +7,10 @@ __all__ = ['DEPTHS', 'FILTERS', 'EACH', 'Dials', 'Given', 'Outcome', 'MergeExplo
 
 # %% ../nbs/35_explorer.ipynb #3596fb54
 import dataclasses
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import pandas as pd
 
@@ -99,13 +99,13 @@ class MergeExplorer(Viewed):
         prompts: int = 2,  # of each task, answered at each merge
         rows: int = 24,  # of each task, for the loss
         use: Callable[[dict], None] | None = None,  # takes a mask_init over, e.g. into a panel
-        lock=None,  # of a Bench
+        lock=None,  # of a Bench; None: one of its own, which whoever asks the same merger takes too
         operations: float = OPERATIONS,  # of a pass over the rows: the rows that fit are scored; infinite: all
     ):
         self.merger, self.tokenizer, self.use_with, self.operations = merger, tokenizer, use, operations
         self.tasks = {task: list(given)[:rows] for task, given in tasks.items()}
         self.prompts = [row for given in self.tasks.values() for row in given[:prompts]]
-        self.lock = nullcontext() if lock is None else lock
+        self.lock = threading.RLock() if lock is None else lock
         self.dials, self.visits = Dials(), []
         self.listeners, self.followers = [], []  # called with the explorer when more is known of a merge, and with each move's dials
         self.outcome, self.error = None, None  # of the newest merge

@@ -132,7 +132,7 @@ def _folder_of(path: str | Path) -> Path:
             return folder
     return find_folder(path)
 
-
+# %% ../nbs/51_exports.ipynb #d71c205c
 def find_source(
     path: str | Path,  # a run, a folder, or a hub name
     components: Sequence[str] = (),  # where components are now, the base last
@@ -279,7 +279,7 @@ def write_plain(
         try:
             if not half:
                 return _blended(source, folder, dtype, tokens)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # blended in float32, rounded once
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=run_folder.UNFINISHED) as place:  # blended in float32, rounded once
                 return [*_blended(source, Path(place), "float32", tokens)[:-1], *rewritten(place, folder, dtype, tokens)]
         except (FileNotFoundError, ValueError) as error:
             if source.plain is None or "Nothing was written" in str(error):

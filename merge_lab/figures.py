@@ -152,7 +152,7 @@ class LabFigure(Figure):
     def _repr_png_(self):
         return figure_to_png(self, **self.screen)
 
-
+# %% ../nbs/33_figures.ipynb #f45e8856
 def new_figure(
     title: str,  # says what to see; wrapped to the width
     rows: int = 1,

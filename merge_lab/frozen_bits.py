@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .devices import row_blocks
+
 # %% ../nbs/11_frozen_bits.ipynb #cffedb73
 GROUP = 64  # numbers of a row that share a scale
 LEVELS = {8: 127, 4: 7}  # largest code, by bits
@@ -86,12 +88,6 @@ aten = torch.ops.aten
 BLOCK = 2**22  # numbers that are decoded at once
 
 
-def _row_blocks(rows: int, columns: int) -> list[slice]:
-    "Slices over the rows of a matrix that hold about a block of numbers each."
-    some = max(1, BLOCK // columns)
-    return [slice(start, start + some) for start in range(0, rows, some)]
-
-
 class CodedTensor(torch.Tensor):
     "A frozen tensor that is a sum of codes. Whole it is of `dtype`; rows come in fp32, so that a blend of rows is rounded once."
 
@@ -117,7 +113,7 @@ class CodedTensor(torch.Tensor):
     def whole(self) -> Tensor:
         "All of it, decoded."
         value = torch.empty(len(self.parts[0].codes), self.coded_shape[-1], dtype=self.dtype, device=self.device)
-        for rows in _row_blocks(*value.shape):
+        for rows in row_blocks(value.shape, BLOCK):
             value[rows] = _summed([part.at(rows) for part in self.parts])
         value = value.view(self.coded_shape)
         return value.t() if self.turned else value
@@ -157,7 +153,7 @@ def _select(tensor, dim, index):
     rows = None if dim % tensor.ndim or tensor.ndim < 3 else _slice(tensor, 0, index % len(tensor), index % len(tensor) + 1)
     return None if rows is None else rows[0].to(tensor.dtype)
 
-
+# %% ../nbs/11_frozen_bits.ipynb #d4bc7240
 def _look_up(weight, ids, *_, **__):
     if not isinstance(weight, CodedTensor) or weight.ndim != 2 or weight.turned:
         return None
@@ -183,10 +179,10 @@ _OWN = {  # operation -> what answers it
 # %% ../nbs/11_frozen_bits.ipynb #857ca17b
 def _encoded(matrix: Tensor, less: Tensor | None, bits: int) -> Codes:
     "Codes of a matrix, or of its difference from another, made a block of rows at a time."
-    parts = [encode(matrix[rows].float() - (0 if less is None else less[rows].float()), bits) for rows in _row_blocks(*matrix.shape)]
+    parts = [encode(matrix[rows].float() - (0 if less is None else less[rows].float()), bits) for rows in row_blocks(matrix.shape, BLOCK)]
     return Codes(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]), matrix.shape[1])
 
-
+# %% ../nbs/11_frozen_bits.ipynb #86ae3e57
 class CodedWeights(nn.ParameterList):
     "The tensors of n components: a reference in 8 bits, of the others what they differ in."
 
@@ -209,6 +205,17 @@ class CodedWeights(nn.ParameterList):
     def part(self, k: int) -> Codes:
         "Codes of the k-th distinct tensor; the first is the reference."
         return Codes(getattr(self, f"codes_{k}"), getattr(self, f"scales_{k}"), self.shape[-1])
+
+    def _apply(self, fn, recurse: bool = True):
+        "Move or convert: what is decoded is of another dtype then, codes and scales are what they were."
+        some = next(self.parameters()).detach()
+        self.dtype = fn(some.new_empty(0, dtype=self.dtype)).dtype
+
+        def kept(tensor: Tensor) -> Tensor:
+            empty = fn(tensor.new_empty(0))
+            return fn(tensor) if empty.dtype == tensor.dtype else tensor.to(empty.device)
+
+        return super()._apply(kept, recurse)
 
     def __len__(self) -> int:
         return len(self.which)

@@ -13,6 +13,7 @@ from pathlib import Path
 from .checkpoints import read_component
 from .components import common_dtype
 from .exports import Source, tokenizer_place, words_for, write_plain
+from .run_folder import UNFINISHED
 from .verify import compare_readings, convert_to_gguf, read_whole, READERS, told_by, told_of
 
 # %% ../nbs/52_gguf_export.ipynb #06f45893
@@ -64,7 +65,7 @@ def write_gguf(
     folder = Path(folder)
     if (given := tokenizer_place(source)) is not None:
         check_tokenizer(given)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as work:
         plain = Path(work) / (Path(source.name).name or "model")
         proven = write_plain(source, plain, "auto" if dtype == "q8_0" else dtype, tokens)
         model = read_whole(plain)

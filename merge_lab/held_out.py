@@ -107,10 +107,14 @@ class Best:
             self.loss, self.step, self.masks = losses["loss"], step, masks()
         return better
 
+    def has_risen_by(self, share: float) -> bool:
+        "Whether the last look is worse than the start by more than a share of it, or no number."
+        return bool(self.looks) and not self.looks[-1]["loss"] <= self.start + share * abs(self.start)
+
     @property
     def has_risen(self) -> bool:
         "Whether the last look is worse than the start, or no number."
-        return bool(self.looks) and not self.looks[-1]["loss"] <= self.start
+        return self.has_risen_by(0.0)
 
     def facts(self) -> dict:
         "All but the masks."

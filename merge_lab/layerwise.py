@@ -28,7 +28,7 @@ from .held_out import Best, HeldOut, source_means
 from .lesson import patch_to
 from .logs import tqdm
 from .masks import MaskedModule
-from .memory import fit_report, FitReport, load_config
+from .memory import fit_report, FitReport, load_config, n_parameters
 from .merger import held_paths, Merger, read_masks
 from .objective import Objective
 from .run_folder import check_disk_space, kept_rows, resume_command, save_tensors, stopped, write_json, write_rows
@@ -246,7 +246,7 @@ def pass_rows(
                 batch = streams.batch(positions)
                 streams.write(to, positions, function(positions, *(batch[name].to(merger.device) for name in ("input_ids", "attention_mask"))))
 
-
+# %% ../nbs/39_layerwise.ipynb #63cc1c15
 def go_on(
     merger: Merger,
     layers: SingleLayers,
@@ -589,9 +589,12 @@ def fit_layers(
     device: str = "cuda",  # "cuda" or "cpu"
     budget_bytes: int | None = None,  # None: what is free here
 ) -> FitReport:
-    "Whether a run layer by layer fits. What held-out rows take, which pass all layers, is less than a step's activations end to end."
+    "Whether a run layer by layer fits: one layer's step, and on a GPU all layers' weights unless they are offloaded. What held-out rows take, which pass all layers, is less than a step's activations end to end."
+    whole = load_config(config.model_paths[0])
+    one = of_one_layer(whole)
     options = dict(
         n_components=len(held_paths(config)), seq_len=max(seq_len, 2), batch_size=config.per_device_train_batch_size, dtype=config.dtype, impl=config.impl,
         mode=config.mode, target_kinds=config.target_kinds, offload=config.offload, frozen_bits=config.frozen_bits, device=device, objective=one_layer_step, gradient_checkpointing=False,
+        held_share=n_parameters(whole) / n_parameters(one) if device == "cuda" else 1.0,
     )  # fmt: skip
-    return fit_report(of_one_layer(config.model_paths[0]), budget_bytes, **options)
+    return fit_report(one, budget_bytes, **options)

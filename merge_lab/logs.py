@@ -38,7 +38,7 @@ def draws_bars(stream=None) -> bool:  # stream: of the bars; None: stderr
     stream = sys.stderr if stream is None else stream
     return bool(os.environ.get(BARS)) or any(cls.__module__ == "tqdm.notebook" for cls in auto.tqdm.__mro__) or bool(getattr(stream, "isatty", bool)())
 
-
+# %% ../nbs/00_logs.ipynb #1f81c12e
 class tqdm(auto.tqdm):
     "A bar of the library of this name; where none can be drawn, a line of the log every `EVERY` seconds."
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .architecture import logits_head
 from .config import check_choice
 from merge_lab.token_losses import (  # noqa: F401
-    ce_loss, ce_rows, check_labels, check_same_shape, check_temperature, entropy_loss, entropy_rows, jsd_rows, kl_loss, kl_rows, logits_loss,
+    ce_loss, ce_rows, check_labels, check_same_shape, check_temperature, drawn_teacher, entropy_loss, entropy_rows, jsd_rows, kl_loss, kl_rows, logits_loss,
     mixture_kl_loss, mixture_rows, mixture_targets, mse_loss, mse_rows, reduce_tokens, refuse_second_derivative, reverse_kl_rows,
     scaled_gradient, scored_index, shift_labels, state_angles, state_gaps, token_losses, topk_constants, topk_kl_loss, topk_rows, topk_teacher, work_dtype,
 )
@@ -383,6 +383,7 @@ class Loss:
     tempered: bool = False  # whether both forms take a temperature
     reads: str = "logits"  # or "states": both forms take hidden states (tokens, layers, d) of student and teacher, and no head
     topk: Callable | None = None  # (hidden, head, *stored, temperature, **options), stored as by `teacher_topk`; None: asks the whole teacher
+    drawn: bool = False  # whether topk may be given weights of tokens that were drawn, see `drawn_teacher`
 
     def __post_init__(self):
         check_choice("teachers", self.teachers, TEACHERS, "Use 'own' for a distance to each sample's own component.")
@@ -448,7 +449,7 @@ def _mse_of_topk(hidden, head, log_probs, indices, tail, normaliser, temperature
 
 
 LOSSES: dict[str, Loss] = {
-    "kl": Loss(kl_loss, linear_kl_loss, "KL divergence to each sample's own component", tempered=True, topk=_kl_of_topk),
+    "kl": Loss(kl_loss, linear_kl_loss, "KL divergence to each sample's own component", tempered=True, topk=_kl_of_topk, drawn=True),
     "kl_mixture": Loss(
         mixture_kl_loss, linear_mixture_kl_loss, "KL divergence to an entropy-weighted mixture of all components", "all", tempered=True
     ),

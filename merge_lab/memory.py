@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'PARTS', 'OPTIMIZERS', 'RESERVE', 'Ledger', 'read_peak', 'MemoryUse', 'MemoryEstimate', 'memory_in_use',
-           'track_memory', 'load_config', 'training_step', 'estimate_memory', 'FitReport', 'free_memory', 'fit_report',
-           'fit_run', 'MemoryConfig', 'run', 'show_fit', 'readable']
+           'track_memory', 'n_parameters', 'load_config', 'training_step', 'estimate_memory', 'FitReport',
+           'free_memory', 'fit_report', 'fit_run', 'MemoryConfig', 'run', 'show_fit', 'readable']
 
 # %% ../nbs/30_memory.ipynb #2cbd7f16
 import dataclasses
@@ -380,6 +380,11 @@ def _pretend_models(config, n: int, dtype: torch.dtype, paths: Sequence[str | Pa
     return list(map(load, range(n))) if paths is None else list(on_shared_bases(paths, load))
 
 
+def n_parameters(config) -> int:  # config: of transformers
+    "Parameters of a model of this config; tied ones count once."
+    return sum(p.numel() for p in _pretend_models(config, 1, torch.bfloat16)[0].parameters())
+
+
 def _pretend_batch(batch_size: int, seq_len: int, n: int, vocab_size: int) -> dict[str, Tensor]:
     "A batch without padding in which every token is scored and the sources take turns."
     ids = (torch.arange(batch_size * seq_len) % vocab_size).view(batch_size, seq_len)
@@ -465,6 +470,7 @@ def estimate_memory(
     ranks: int = 1,  # processes that the components are divided over; the estimate is of one of them
     paths: Sequence[str | Path] | None = None,  # components that are adapters, and what they lie beside; None: whole models
     frozen_bits: int | None = None,  # of the components in memory: 8 or 4; None: as stored
+    held_share: float = 1.0,  # of components that lie on the device over those of this config, where it stands for one layer of many
     **merger_options,  # further fields of MergerConfig
 ) -> MemoryEstimate:
     "Peak memory of training, by parts, without allocating it. Raises `ValueError` for options that do not exist."
@@ -473,9 +479,7 @@ def estimate_memory(
     config = load_config(config)
     dtype = as_dtype(dtype)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    merger_config = MergerConfig(
-        mode=mode, impl=impl, target_kinds=list(target_kinds), keep_merged=keep_merged, **merger_options
-    )
+    merger_config = MergerConfig(mode=mode, impl=impl, target_kinds=list(target_kinds), keep_merged=keep_merged, **merger_options)
     _check_possible(merger_config, seq_len, batch_size, ranks)
     objective = objective or _default_objective(loss, fused_loss, logit_chunk)
     vocab_size = config.get_text_config().vocab_size
@@ -487,6 +491,7 @@ def estimate_memory(
         merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
     parts = read_peak(ledger, start)
+    parts["components"] = int(parts["components"] * held_share)
     if frozen_bits:
         parts["components"] = int(parts["components"] * saved_share(list(merger.leaves().values()), frozen_bits))
         parts["transients"] += max(p.numel() for p in merger.parameters() if not p.requires_grad) * dtype.itemsize  # a matrix that is decoded whole

@@ -27,7 +27,8 @@ from merge_lab.depth import (
     check_depth_free, check_merge_pairs, decoder_layers, depth_settings, PUBLISHED_ALPHA, published_alpha, set_depth, set_layer_index,
     shortened,
 )
-from .masks import masked_class, MaskedLinear, MaskedModule, MaskedOwner, MergeState, plain_name, put_leaf, take_leaf
+from .leaves import masked_class, MaskedOwner, plain_name, put_leaf, take_leaf
+from .masks import MaskedLinear, MaskedModule, MergeState
 
 logger = logging.getLogger(__name__)
 

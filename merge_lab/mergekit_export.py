@@ -25,7 +25,7 @@ from .hub_folder import hub_name
 from .merger import Merger
 from .merger_config import anchored, held_paths
 from .opponents import run_mergekit
-from .run_folder import write_text
+from .run_folder import UNFINISHED, write_text
 from .verify import stored_in
 from .writer import stored_groups
 
@@ -157,7 +157,7 @@ def write_mergekit(
     wanted = merger.config.dtype if dtype == "auto" else getattr(torch, dtype)
     text = yaml.safe_dump(as_yaml(merger, wanted), sort_keys=False, allow_unicode=True)
     del merger
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=UNFINISHED) as work:
         write_text(folder / "mergekit_config.yml", f"# mergekit-yaml mergekit_config.yml OUT --copy-tokenizer\n{text}")
         run_mergekit(folder / "mergekit_config.yml", Path(work) / "theirs", f"{REFUSED} Nothing was written.")
         write_plain(source, Path(work) / "ours", dtype, tokens)

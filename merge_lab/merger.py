@@ -29,7 +29,8 @@ from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
-from .masks import blend, masked_class, MaskedModule, MergeState, parameter_name, plain_name, put_leaf
+from .leaves import masked_class, parameter_name, plain_name, put_leaf
+from .masks import blend, MaskedModule, MergeState
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
@@ -391,7 +392,7 @@ def tied_paths(self) -> list[str]:
     "Components whose weights the masks are trained for; of the saved config."
     return held_paths(self.saved_config)
 
-
+# %% ../nbs/20_merger.ipynb #207b40db
 @patch_to(Merger)
 def tied_weights(self) -> list[str | None]:
     "Digest of each of them, taken once: the weights are frozen, so that a checkpoint looks at no file, and asks no hub, again."
@@ -519,7 +520,7 @@ def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
         if not name.startswith(owned):  # buffers that a checkpoint keeps
             yield plain_name(name), functools.partial(full, tensor)
 
-
+# %% ../nbs/20_merger.ipynb #3e70dec1
 @torch.no_grad()
 def _merged_tensor(
     leaf: MaskedModule, key: str, copy: bool,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import losses as L
 from .config import check_choice
 from .distributed import is_sharded
+from .frozen_bits import CodedTensor
 from .merger import Merger
 from .teacher_cache import STORED_TOPK, TeacherCache
 
@@ -160,11 +161,16 @@ def _teacher_hidden(
     return torch.cat([states.to(rows.device) for states in found.values()])
 
 # %% ../nbs/22_objective.ipynb #675d485e
-def _head_tensors(merger: Merger, i: int) -> tuple[Tensor, Tensor | None]:
+def _head_tensors(
+    merger: Merger,
+    i: int,
+    decoded: bool = True,  # whether codes are decoded here, once for all chunks of tokens
+) -> tuple[Tensor, Tensor | None]:
     "Weight and bias of component i's head."
     head = merger.model.get_output_embeddings()
     with merger.as_component(i):
-        return head.tensor("weight"), head.tensor("bias") if "bias" in head.weights else None
+        weight, bias = head.tensor("weight"), head.tensor("bias") if "bias" in head.weights else None
+    return weight.whole() if decoded and isinstance(weight, CodedTensor) else weight, bias
 
 
 def _teacher_logits(merger: Merger, batch: Batch, i: int, source: int) -> Tensor:  # (scored tokens, vocab)
@@ -208,6 +214,7 @@ def teacher_topk(
     fused: bool = True,  # take the head apart from the body
     chunk_size: int | None = None,  # tokens whose logits exist at once
     cache: TeacherCache | None = None,  # of hidden states; for fused
+    uniform: Tensor | None = None,  # (tokens,) in [0, 1): half of the k tokens are drawn, see `drawn_teacher`; None: the k likeliest
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # log-probabilities and indices (tokens, k); log tail mass, log-normaliser (tokens,)
     "The k likeliest tokens of component i at the scored tokens of its rows, the mass that they leave, and what leads to logits."
     if fused:
@@ -217,7 +224,11 @@ def teacher_topk(
         parts = (head(part) for part in states.split(size))
     else:
         parts = [_teacher_logits(merger, batch, i, i)]
-    found = [(*L.topk_teacher(z, k, temperature), (z.to(L.work_dtype(z.dtype)) / temperature).logsumexp(-1)) for z in parts]
+    found, done = [], 0
+    for z in parts:
+        kept = L.topk_teacher(z, k, temperature) if uniform is None else L.drawn_teacher(z, k, uniform[done : done + len(z)], temperature)
+        found.append((*kept, (z.to(L.work_dtype(z.dtype)) / temperature).logsumexp(-1)))
+        done += len(z)
     return tuple(torch.cat(each) for each in zip(*found))
 
 # %% ../nbs/22_objective.ipynb #fc987fea
@@ -278,7 +289,7 @@ def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[s
     asked = {row.teachers for row in rows.values() if topk is None or not row.topk}
     told = range(merger.n_components) if "all" in asked else [i] if "own" in asked else []
     states = {j: _teacher_hidden(merger, batch, j, i, objective.teachers, layers if j == i else ()) for j in told}
-    heads = {j: _head_tensors(merger, j) for j in told}
+    heads = {j: _head_tensors(merger, j, len(told) == 1) for j in told}
     if batch.weights is not None:
         options = options | {"weights": batch.weights[at]}
     last, lasts = student[:, :d], {j: state[:, :d] for j, state in states.items()}

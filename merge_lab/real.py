@@ -94,7 +94,7 @@ def read_steps(folder: Path) -> dict[str, dict]:  # name -> told, seconds, peak_
     file = folder / STEPS_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-
+# %% ../nbs/61_real.ipynb #5630858a
 def in_main_names(told: list) -> list:
     "What a result depends on, with flags by the options' main names: older demos noted others."
     words, *needs = told

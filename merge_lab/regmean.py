@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn, Tensor
 
-from .architecture import decoder_layers, ending_at, is_conv1d, is_linear, layer_of
+from .architecture import decoder_layers, ending_at, is_conv1d, is_linear, layer_of, summing_grams
 from .lineup import average, Lineup
 from .scoring import evaluating
 
@@ -62,21 +62,11 @@ def collect_grams(
     until: nn.Module | None = None,  # what comes after this module is not computed
 ) -> dict[str, Tensor]:  # (in, in) each, float64, mean over tokens
     "Gram matrices of what goes into some linears."
-    grams, tokens = {}, sum(len(row["input_ids"]) for row in rows)
-
-    def catch(name, inputs):
-        x = inputs[0].flatten(0, -2).double()
-        grams[name] = grams.get(name, 0) + x.T @ x / tokens
-
-    hooks = [module.register_forward_pre_hook(lambda _, inputs, name=name: catch(name, inputs)) for name, module in modules.items()]
-    try:
-        with evaluating(model):
-            for batch in same_length(rows):
-                with ending_at(until):
-                    model(input_ids=torch.tensor(batch, device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    with evaluating(model), summing_grams(modules, tokens) as grams:
+        for batch in same_length(rows):
+            with ending_at(until):
+                model(input_ids=torch.tensor(batch, device=model.device), use_cache=False)
     return {name: gram.cpu() for name, gram in grams.items()}
 
 # %% ../nbs/39_opponents/02_regmean.ipynb #3ef3d21f

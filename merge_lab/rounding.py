@@ -104,7 +104,7 @@ def within(
     low, high = weight - reach, weight + reach
     return lambda j, wanted: wanted.clamp(low[j], high[j])
 
-
+# %% ../nbs/15_rounding.ipynb #315fc010
 def seed_choice(weight: Tensor, scale: Tensor, table: Tensor, reach: Tensor | None) -> Callable:
     "Nearest value of a table; all tensors but the table (columns, rows)."
     middles, near = (table[1:] + table[:-1]) / 2, within(weight, reach)

@@ -52,7 +52,7 @@ def _permute_values(value: nn.Linear, output: nn.Linear, head_dim: int, generato
     _reorder(value.bias, order)
     _reorder(output.weight, reads, 1)
 
-
+# %% ../nbs/07_same_function.ipynb #721048eb
 @torch.no_grad()
 def permute_channels(
     model,  # transformers causal language model, changed in place
@@ -111,7 +111,7 @@ def _turn_layer(layer: nn.Module, turn: Tensor):
         if bias is not None:
             bias.copy_(bias.double() @ turn)
 
-
+# %% ../nbs/07_same_function.ipynb #e4ff0857
 @torch.no_grad()
 def rotate_channels(
     model,  # transformers causal language model, changed in place

@@ -80,7 +80,7 @@ def all_settings(space: Mapping[str, Dial]) -> list[dict] | None:  # None: a dia
         return None
     return [dict(zip(space, values)) for values in itertools.product(*(dial.choices for dial in space.values()))]
 
-
+# %% ../nbs/39_opponents/04_search.ipynb #934fc2d8
 def propose(
     space: Mapping[str, Dial],
     trials: Sequence[dict],  # rows of the file

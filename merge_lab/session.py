@@ -143,6 +143,13 @@ def start_at(self, mask_init: dict):
 
 
 @patch_to(Bench)
+@property
+def given(self) -> bool:
+    "Whether the next run starts from masks of a run of the past, whatever `mask_init` says."
+    return self._start is not None
+
+
+@patch_to(Bench)
 def ready(self) -> Merger:
     "The merger with the masks that a run starts from."
     with self.lock:

@@ -80,7 +80,7 @@ def batch_token_costs(
             handle.remove()
     return costs
 
-
+# %% ../nbs/29_static_mix.ipynb #bd6dcf15
 def token_costs(
     model: LayerwiseQuantizeForCausalLM,
     windows: list[Window],

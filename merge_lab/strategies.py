@@ -45,6 +45,11 @@ class Variant:
         "Whether there is more to it than choosing layers and a formula."
         return self.learn is not None or self.block
 
+    @property
+    def needs_pairs(self) -> bool:
+        "Whether pairs say which layers go; other ways take a number of them."
+        return self.start is not None or not (self.block or self.cut or self.map)
+
 # %% ../nbs/39_shortening/06_strategies.ipynb #7fc22e2e
 STRATEGIES = {
     "block": Variant(block=True, title="learned block"),
@@ -77,15 +82,19 @@ def learned_block(model, n: int, batches: Sequence[dict], **options):  # plain
 # %% ../nbs/39_shortening/06_strategies.ipynb #fd0fdf33
 def shorten(
     model,  # changed in place by some
-    merge_pairs: Sequence[tuple],  # as many layers go as there are pairs
+    merge_pairs: Sequence[tuple],  # with two layers each; may be empty where a variant needs none
     variant: Variant,
     dataloader=None,  # calibration; for all but fixed pairs and the last layers
     similarity: pd.DataFrame | None = None,  # for the published rule
     how: BlockSteps | None = None,  # for a learned block
+    n: int | None = None,  # layers that go; None: as many as there are pairs
     **training,  # options of `train_alpha_parameters`
 ) -> tuple:  # the plain, shorter model; its pairs with their alphas
-    "Make a model shorter in one of the `VARIANTS`' ways. Raises `ValueError` where an architecture does not allow it."
-    n, batches = len(merge_pairs), [] if variant.start or dataloader is None else list(dataloader)
+    "Make a model shorter in one of the `VARIANTS`' ways. Raises `ValueError` where an architecture does not allow it, or where pairs are missing."
+    n = len(merge_pairs) if n is None else n
+    if variant.needs_pairs and len(merge_pairs) != n:
+        raise ValueError(f"{n} layers are to go, and there are {len(merge_pairs)} pairs: a layer is in one pair at most. Take away fewer, or in a way without pairs.")
+    batches = [] if variant.start or dataloader is None else list(dataloader)
     if variant.block:
         shared = {name: value for name, value in training.items() if name in ("held_out", "seed", "progress")}
         return learned_block(model, n, batches, how=how, **shared), []

@@ -36,7 +36,9 @@ def mergebench(
     layout: str | Mapping,  # the base, or base, root and domains
 ) -> dict:  # options of a comparison
     "What MergeBench's layout names. Raises `ValueError` for a name that it does not have, or data that cannot be read."
-    layout = {"base": layout} if isinstance(layout, str) else dict(layout)
+    layout = {"base": layout} if isinstance(layout, str) else layout
+    if not isinstance(layout, Mapping) or not isinstance(layout.get("domains", []), list):
+        raise ValueError(f"mergebench={layout!r}: expected a base, or base, root and a list of domains.")
     for name in layout:
         check_choice("mergebench", name, ["base", "root", "domains"])
     if not layout.get("base"):

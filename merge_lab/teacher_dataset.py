@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['DATASET_FILE', 'local_path', 'DAMTopkConfig', 'encoded_rows', 'tokenizer_of', 'load_teacher', 'stored_types',
-           'stored_teacher', 'dataset_features', 'with_teacher', 'write_parts', 'file_stamps', 'row_stamps',
-           'dataset_facts', 'read_any_facts', 'changes', 'state_of', 'open_dataset', 'check_topk', 'check_folder',
-           'check_k', 'create_dataset_topk_logits', 'show_dataset', 'TopkCollator', 'read_facts', 'check_stored',
-           'read_dataset']
+           'random_numbers', 'stored_teacher', 'dataset_features', 'with_teacher', 'write_parts', 'file_stamps',
+           'row_stamps', 'dataset_facts', 'read_any_facts', 'changes', 'state_of', 'open_dataset', 'check_topk',
+           'check_folder', 'check_k', 'create_dataset_topk_logits', 'show_dataset', 'TopkCollator', 'read_facts',
+           'check_stored', 'read_dataset']
 
 # %% ../nbs/37_teacher_dataset.ipynb #6388e4a7
 import dataclasses
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .components import check_components, load_model
 from .config import check_options, main_names, option, Options, read_json, resumable_options
 from .devices import find_device
 from .logs import tqdm
+from .losses import LOSSES
 from .merger import Merger
 from .merger_config import MergerConfig
 from .objective import Batch, teacher_topk
@@ -49,6 +51,10 @@ class DAMTopkConfig(Options):
     "Which data teaches what, and how much of each teacher is stored."
 
     k: int = option(50, "Tokens of each teacher's distribution that are stored", low=1, group="Teachers")
+    rest: str = option(
+        "bucket", "What is known beyond them: the mass of the rest, or half of the k tokens are drawn from it: noise in place of a bias, for the loss kl", group="Teachers",
+        choices=["bucket", "drawn"],
+    )
     datasets: list[str] = option([], "One dataset per model: folder, file of rows, hub name or hub name:config", group="Data", aliases=("dataset_names",))
     model_paths: list[str] = option([], "Models, in the order of dam-merge", group="Components", aliases=("model_ids",))
     base_model: str = option("", "Base model", group="Components", aliases=("base_model_name", "base_model_id"))
@@ -104,19 +110,27 @@ def stored_types(teacher: Merger, k: int) -> dict[str, torch.dtype]:  # of the c
     return dict(zip(STORED_TOPK, (real, torch.int32, real, torch.float32)))
 
 
+def random_numbers(rows: list[dict], lengths: list[int], seed: int) -> Tensor:  # (sum of lengths,) in [0, 1)
+    "One for each scored token, by the row alone: whatever rows it runs with, it is stored alike."
+    seeds = [zlib.crc32(repr((seed, row["source"], list(row["input_ids"]))).encode()) for row in rows]
+    return torch.cat([torch.rand(length, generator=torch.Generator().manual_seed(own)) for own, length in zip(seeds, lengths)])
+
+
 def stored_teacher(
     teacher: Merger,  # of one component
     rows: list[dict],  # encoded
     collate: ChatCollator,
     k: int,
     temperature: float,
+    seed: int | None = None,  # of what is drawn; None: nothing is, the rest is one bucket
 ) -> list[dict]:  # the four columns of each row
     "What is stored of a teacher for these rows."
     inputs = {name: value.to(teacher.device) for name, value in collate(rows).items()}
     labels = shift_labels(inputs["labels"], inputs["attention_mask"])
     batch = Batch(inputs["input_ids"], inputs["attention_mask"], labels, torch.zeros_like(inputs["source"]), 1)
-    found = teacher_topk(teacher, batch, 0, k, temperature, fused=teacher.fused_head_agrees())
     lengths = batch.scored.sum(1).tolist()
+    uniform = None if seed is None else random_numbers(rows, lengths, seed).to(teacher.device)
+    found = teacher_topk(teacher, batch, 0, k, temperature, fused=teacher.fused_head_agrees(), uniform=uniform)
     types = stored_types(teacher, k).values()
     split = [part.cpu().to(dtype).split(lengths) for part, dtype in zip(found, types)]
     return [{name: part.flatten().numpy() for name, part in zip(STORED_TOPK, parts)} for parts in zip(*split)]
@@ -136,7 +150,7 @@ def with_teacher(config: DAMTopkConfig, teacher: Merger, rows: list[dict], colla
     found = []
     for start in range(0, len(rows), config.batch_size):
         batch = rows[start : start + config.batch_size]
-        stored = stored_teacher(teacher, batch, collate, config.k, config.temperature)
+        stored = stored_teacher(teacher, batch, collate, config.k, config.temperature, config.seed if config.rest == "drawn" else None)
         found += [row | columns for row, columns in zip(batch, stored)]
         bar.update(len(batch))
     return found
@@ -212,7 +226,8 @@ def changes(held: dict, facts: dict) -> str:  # as a message says it; empty: non
     "What a dataset was made with otherwise. Files that are not here now, or that were not looked at then, do not count."
     before = held.get("files", {})
     changed = [path for path, now in facts["files"].items() if now is not None and before.get(path, now) != now]
-    options = [name for name in facts if name != "files" and held.get(name) != facts[name]]
+    unsaid = {field.name: field.default for field in dataclasses.fields(DAMTopkConfig)}  # by a version that had not got the option
+    options = [name for name in facts if name != "files" and held.get(name, unsaid[name]) != facts[name]]
     return ", ".join([*(f"other {name}" for name in options), *(f"an older {path}" for path in changed)])
 
 # %% ../nbs/37_teacher_dataset.ipynb #9be8ce8b
@@ -345,8 +360,8 @@ def read_facts(folder: str | Path) -> dict:
     return facts
 
 
-def check_stored(folder: str | Path, columns: Sequence[str], temperature: float):
-    "Raises `ValueError` if a dataset holds no teachers, or not at this temperature."
+def check_stored(folder: str | Path, columns: Sequence[str], temperature: float, losses: Sequence[str] = ()):
+    "Raises `ValueError` if a dataset holds no teachers, not at this temperature, or not as these losses (keys of `LOSSES`) want them."
     facts = read_facts(folder)
     if not facts["compute_logits"]:
         raise ValueError(f"{folder} holds no teachers. Run dam-topk with compute_logits, or set generate_logits_on_fly.")
@@ -357,16 +372,20 @@ def check_stored(folder: str | Path, columns: Sequence[str], temperature: float)
             f"temperature={temperature}: the teachers in {folder} were stored at {facts['temperature']}. "
             "Use that one, or store them again."
         )
+    unfit = [name for name in losses if LOSSES[name].topk and not LOSSES[name].drawn]
+    if facts.get("rest") == "drawn" and unfit:
+        raise ValueError(f"{folder} holds tokens that were drawn, whose weights are no logits: {unfit[0]} cannot use them. Train with kl, or store the teachers with --rest bucket.")
 
 # %% ../nbs/37_teacher_dataset.ipynb #7b9045f8
 def read_dataset(
     folder: str | Path,
     tokenizer,  # whose padding the batches have
     temperature: float | None,  # of training; None: without what is stored of the teachers
+    losses: Sequence[str] = (),  # that are trained with
 ) -> tuple["datasets.Dataset", ChatCollator]:  # noqa: F821
     "The rows, and what makes batches of them. Raises `ValueError` as `read_facts`, `saved_dataset` and `check_stored` do."
     facts, dataset = read_facts(folder), saved_dataset(folder).with_format("numpy")
     if temperature is None:
         return dataset.select_columns(["input_ids", "labels", "source"]), ChatCollator(tokenizer)
-    check_stored(folder, dataset.column_names, temperature)
+    check_stored(folder, dataset.column_names, temperature, losses)
     return dataset, TopkCollator(tokenizer, facts["k"])

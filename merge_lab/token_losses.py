@@ -7,7 +7,7 @@ __all__ = ['shift_labels', 'reduce_tokens', 'scored_index', 'work_dtype', 'scale
            'token_losses', 'logits_loss', 'check_same_shape', 'check_temperature', 'kl_rows', 'kl_loss',
            'reverse_kl_rows', 'jsd_rows', 'mixture_targets', 'mixture_rows', 'mixture_kl_loss', 'entropy_rows',
            'entropy_loss', 'ce_rows', 'check_labels', 'ce_loss', 'mse_rows', 'mse_loss', 'state_gaps', 'state_angles',
-           'topk_teacher', 'topk_rows', 'topk_constants', 'topk_kl_loss']
+           'topk_teacher', 'drawn_teacher', 'topk_rows', 'topk_constants', 'topk_kl_loss']
 
 # %% ../nbs/09_token_losses.ipynb #03928046
 import math
@@ -378,6 +378,35 @@ def topk_teacher(
     top, indices = log_p.topk(k, -1)
     tail = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1)
     return top, indices, tail
+
+# %% ../nbs/09_token_losses.ipynb #28e02e4e
+def _distinct(drawn: Tensor, taken: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:  # tokens (..., s), no two alike; times each was drawn (..., s)
+    "Draws without doubles: in place of one stands a token that was not drawn, zero times."
+    times = (drawn.unsqueeze(-1) == drawn.unsqueeze(-2)).sum(-1)
+    double = torch.cat([torch.zeros_like(drawn[..., :1], dtype=torch.bool), drawn[..., 1:] == drawn[..., :-1]], -1)
+    spare = log_p.scatter(-1, torch.cat([taken, drawn], -1), -torch.inf).topk(drawn.shape[-1], -1).indices
+    nth = (double.cumsum(-1) - 1).clamp(min=0)
+    return torch.where(double, spare.gather(-1, nth), drawn), times.masked_fill(double, 0)
+
+
+def drawn_teacher(
+    logits: Tensor,  # (..., vocab) of the teacher
+    k: int,  # tokens to keep, at most vocab; half of them are drawn
+    uniform: Tensor,  # (...) in [0, 1), a random number for each
+    temperature: float = 1.0,  # > 0; training must use the same
+) -> tuple[Tensor, Tensor, Tensor]:  # log-weights (..., k), indices (..., k), log of the mass left over (...): none
+    "As `topk_teacher`, but what is left is not one bucket: half of the tokens are drawn from it and share its mass. Raises `ValueError` if `k` does not fit the vocabulary."
+    top, taken, left = topk_teacher(logits, k, temperature)
+    s = k // 2
+    top, taken = top[..., : k - s], taken[..., : k - s]
+    log_p = torch.log_softmax(logits.detach().to(work_dtype(logits.dtype)) / temperature, -1)
+    upto = log_p.double().exp().scatter(-1, taken, 0).cumsum(-1)
+    mass = upto[..., -1:]
+    at = (torch.arange(s, device=logits.device) + uniform.double().unsqueeze(-1)) / s
+    drawn = torch.searchsorted(upto, at * mass, right=True).clamp(max=logits.shape[-1] - 1)
+    tokens, times = _distinct(drawn, taken, log_p)
+    found = (times * mass / s).log().to(top.dtype)
+    return torch.cat([top, found], -1), torch.cat([taken, tokens], -1), torch.full_like(left, -torch.inf)
 
 # %% ../nbs/09_token_losses.ipynb #9ea21216
 def _derived_tail(log_probs: Tensor, vocab_size: int) -> Tensor:

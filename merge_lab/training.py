@@ -205,6 +205,7 @@ class MergerTrainer(PlainStates, Trainer):
     "Trainer of a merger's masks. Keeps per-step sums for the history and stops on a loss that is not finite."
 
     loss_is_scaled_for_ga = True  # the objective divides by the scored tokens of the whole step
+    slack = 0.0  # share of its start by which the held-out loss may rise before steps become smaller
 
     def __init__(
         self,
@@ -304,7 +305,7 @@ HELD_OUT_FILE = "held_out.json"  # in a run's folder
 
 
 class KeepBest(TrainerCallback):
-    "Looks at held-out rows, keeps the best masks and goes back to them where the loss has risen above its start."
+    "Looks at held-out rows, keeps the best masks and goes back to them where the loss has risen above its start, by more than the trainer lets it."
 
     def __init__(self, trainer: "MergerTrainer", held_out: HeldOut | None):
         self.trainer, self.held_out, self.best = trainer, held_out, Best()
@@ -351,7 +352,7 @@ class KeepBest(TrainerCallback):
         if self.held_out is None or seen or not is_due(step, every, state.max_steps):
             return
         self.look(step)
-        if self.best.has_risen:
+        if self.best.has_risen_by(self.trainer.slack):
             self.recover(step)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -155,7 +155,7 @@ def environment(
                 mark.write_text(" ".join(packages), encoding="utf-8")
     return python
 
-
+# %% ../nbs/39_verify.ipynb #f1a2234a
 def _make_environment(name: str, packages: Sequence[str], python: Path):
     "Make it anew, whatever is there."
     folder = python.parent.parent
@@ -378,7 +378,7 @@ def text_tokens(
 
     return load_tokenizer(folder).encode("\n".join(topics[name] for name in sorted(topics)))[:n]
 
-
+# %% ../nbs/39_verify.ipynb #a493769e
 def run(config: VerifyConfig) -> pd.DataFrame:  # index reader; columns as in `compare_readers`
     "Read a checkpoint back, here and elsewhere. Raises `ValueError` or `FileNotFoundError` for one that is not whole."
     if not config.path:

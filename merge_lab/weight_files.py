@@ -166,7 +166,11 @@ def read_headers(
         obstacle = f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:3])}."
         raise UnreadableComponent(folder, obstacle, "Download or copy the missing files.")
     for shard in shards:
-        tensors.update(read_header(folder / shard))
+        held = read_header(folder / shard)
+        if twice := sorted(set(held) & set(tensors)):
+            obstacle = f"{twice[0]} stands in {shard} and in another shard, and readers do not agree on which is meant ({len(twice)} such tensors)."
+            raise UnreadableComponent(folder, obstacle, "Leave each tensor in one shard: load the model where it is right, and save it anew.")
+        tensors.update(held)
     absent = sorted(set(weight_map) - set(tensors))
     if absent:
         obstacle = f"no shard holds {absent[0]}, which the index names ({len(absent)} such tensors)."

@@ -7,6 +7,7 @@ environment that a library reads while it is imported. Tests of what is imported
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -154,7 +155,8 @@ def keep(connection: socket.socket) -> dict:
             os.close(stream)  # or a pipe would not end with the process
         connection.sendall(process.to_bytes(4, "big"))
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        connection.sendall(code.to_bytes(4, "big", signed=True))
+        with contextlib.suppress(BrokenPipeError):  # who asked was killed
+            connection.sendall(code.to_bytes(4, "big", signed=True))
         os._exit(0)
     connection.close()
     os.setsid()

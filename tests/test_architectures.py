@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from merge_lab.components import preflight
 from merge_lab.loop_config import LoopConfig
-from merge_lab.masks import MaskedOwner
+from merge_lab.leaves import MaskedOwner
 from merge_lab.mergeable import extract_learned_alphas, fuse_mergeable_layers, replace_layers_with_mergeable
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig

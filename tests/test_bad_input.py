@@ -140,6 +140,8 @@ class Runs:
 
 
 RESUME = MERGE.replace("--output_dir out", "--output_dir run") + TRAIN + " --resume --save_steps 1"
+BLOCK = f"{LAYERS} --strategy block --n_pairs 1 --data_dir chat_a"
+SUITE = "compare --suite s.yaml --output_dir out"
 UNTOUCHED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 # ---- the table: name -> words of the command, what is spoiled before, and what the answer says
@@ -276,6 +278,7 @@ CASES = {
     "an index that leaves the folder": (MERGE, lambda: index(lambda m: m.update({next(iter(m)): "../a/model.safetensors"})), "outside its folder"),
     "an index to the root": (MERGE, lambda: index(lambda m: m.update({next(iter(m)): "/etc/passwd"})), "outside its folder"),
     "an index to the folder itself": (MERGE, lambda: index(lambda m: m.update({next(iter(m)): ".."})), "index|outside its folder"),
+    "a tensor in two shards": (MERGE, lambda: (shards("b"), tensors("b/model-00001-of-00002.safetensors", lambda t: t | {"model.norm.weight": torch.ones(32)})), "model.norm.weight stands in model-00002-of-00002.safetensors and in another shard"),
     "an index that names what no shard has": (MERGE, lambda: index(lambda m: m.update(extra="model-00001-of-00002.safetensors")), "no shard holds extra"),
     # data
     "data that are not there": (MERGE.replace("chat_b", "nowhere"), None, "nowhere"),
@@ -414,6 +417,55 @@ CASES = {
     "comparing a method of none": (f"{COMPARE} --methods magic", None, "magic"),
     "comparing a recipe that is not there": (f"{COMPARE} --recipes none.yml", None, "none.yml"),
     "comparing a recipe that is spoiled": (f"{COMPARE} --recipes r.yml", lambda: put("r.yml", "merge_method: [linear"), "r.yml"),
+    "comparing one model": (COMPARE.replace("a b", "a"), None, "expected at least two models"),
+    "comparing more models than there are": (f"{COMPARE} --components 2 5", None, "there are 2 models"),
+    "comparing by no metric": (f"{COMPARE} --metric beauty", None, "--metric"),
+    "comparing what is trained by none": (f"{COMPARE} --trained magic", None, "trained='magic'"),
+    "a suite that is a list": (SUITE, lambda: put("s.yaml", "- a"), "s.yaml.*got list"),
+    "a suite with a number for models": (SUITE, lambda: put("s.yaml", "model_paths: 3"), "model_paths=3"),
+    "a suite of models that are gone": (SUITE, lambda: put("s.yaml", "model_paths: [a, nowhere]\ndatasets: [chat_a, chat_b]"), "nowhere"),
+    "a suite of recipes that are gone": (SUITE, lambda: put("s.yaml", "model_paths: [a, b]\ndatasets: [chat_a, chat_b]\nrecipes: [r.yml]"), "r.yml"),
+    "a suite in a layout of none": (SUITE, lambda: put("s.yaml", "mergebench: {a: b}"), "mergebench='a'"),
+    "a suite in a layout that is a number": (SUITE, lambda: put("s.yaml", "mergebench: 3"), "mergebench=3: expected a base"),
+    "a suite of domains that are a text": (SUITE, lambda: put("s.yaml", "mergebench: {base: b, domains: math}"), "a list of domains"),
+    "resuming a merge as a comparison": (COMPARE.replace("_dir out", "_dir run") + " --resume", None, "run/config.yaml"),
+    "ablating nothing": ("ablate --output_dir out", None, "expected at least two models"),
+    "ablating along no axis": (f"{COMPARE} --axes beauty".replace("compare", "ablate"), None, "axes='beauty'"),
+    "ablating with fewer data": (COMPARE.replace("compare", "ablate").replace("chat_a chat_b", "chat_a"), None, "datasets"),
+    # components in few bits or thin, answers and prompts of the models' own, layer by layer
+    "components in bits of none": (f"{MERGE} --frozen_bits 3", None, "--frozen_bits"),
+    "components in bits, and thin": (f"{MERGE} --frozen_bits 4 --thin_deltas", None, "frozen_bits with thin_deltas"),
+    "components in bits, and divided": (f"{MERGE} --frozen_bits 8 --shard", None, "shard=True with frozen_bits=8"),
+    "components in bits, and compiled": (f"{MERGE} --frozen_bits 8 --torch_compile", None, "frozen_bits with torch_compile"),
+    "thin deltas from one of the components": (f"{MERGE} --thin_deltas --source_keys 0 1 --base_model a", None, "base_model a is among them"),
+    "answers of nobody": (f"{MERGE} --answers parrots", None, "--answers"),
+    "answers without a token": (f"{MERGE} --answers components --answer_tokens 0", None, "answer_tokens=0"),
+    "answers colder than cold": (f"{MERGE} --answers components --answer_temperature -1", None, "answer_temperature=-1"),
+    "prompts that nobody answers": (f"{MERGE} --written_prompts 4", None, "written_prompts=4 with answers='data'"),
+    "neither data nor prompts": ("mask-merge --model_paths a b --output_dir out --answers components", None, "no data for a, b.*written_prompts"),
+    "more of the blend's answers than rows": (f"{MERGE} --on_policy 1.5", None, "on_policy=1.5"),
+    "the blend's answers without a teacher": (f"{MERGE} --on_policy 0.5 --loss_func_name ce", None, "nobody scores what the blend writes"),
+    "the blend's answers that are learned in no step": (f"{MERGE} --on_policy 0.5 --rollout_steps 0", None, "rollout_steps=0"),
+    "the blend's answers layer by layer": (f"{MERGE} --train_mode layerwise --on_policy 0.5", None, "train_mode='layerwise' with on_policy"),
+    "layer by layer in no step": (f"{MERGE} --train_mode layerwise --layer_steps 0", None, "layer_steps=0"),
+    "layers of none to compare": (f"{MERGE} --loss_func_name hidden --hidden_layers 9", None, "hidden_layers=.9.: expected 0 to 1"),
+    "layers of none of adapters": (f"{ADAPTERS} --loss_func_name hidden --hidden_layers 9", None, "hidden_layers=.9.: expected 0 to 1"),
+    # ways of shortening
+    "a way of shortening that is none": (f"{LAYERS} --strategy cut", None, "--strategy"),
+    "a block of pairs": (f"{BLOCK} --merge_pairs 0,1", None, "merge_pairs with strategy='block'"),
+    "a block of all layers": (BLOCK.replace("n_pairs 1", "n_pairs 40"), None, "n_pairs=40"),
+    "a block that is not tried": (f"{BLOCK} --block_tries 0", None, "block_tries=0"),
+    "further fine-tunes in pairs": (f"{LAYERS} --strategy pairs --n_pairs 1 --other_models b --other_data chat_b", None, "blended by 'block' only"),
+    "further fine-tunes without data": (f"{BLOCK} --other_models b", None, "1 other_models, 0 other_data"),
+    "further fine-tunes that are not there": (f"{BLOCK} --other_models nowhere --other_data chat_b", None, "nowhere: no such folder"),
+    "further fine-tunes of another depth": (f"{BLOCK} --other_models c --other_data chat_b", lambda: (shutil.copytree("b", "c"), edit("c/config.json", num_hidden_layers=1)), "differ in layers"),
+    "data of further fine-tunes that are not there": (f"{BLOCK} --other_models b --other_data nowhere", None, "other_data='nowhere'"),
+    # exports
+    "exporting a rank of no adapter": ("export run --format hf --rank 2", None, "rank=2 with format='hf'"),
+    "exporting a type that the form has not": ("export run --format hf --dtype q8_0", None, "dtype of format hf='q8_0'"),
+    "exporting a toy for llama.cpp": ("export run --format gguf", None, "llama.cpp has none of that type"),
+    "exporting a recipe of many coefficients": ("export run --format mergekit", None, "32 coefficients"),
+    "exporting an adapter of full rank": ("export run --format adapter --base_model a", None, "no LoRA adapter holds it"),
 }
 
 

@@ -4,23 +4,15 @@ MERGE_LAB_SCREENSHOTS=folder keeps a screenshot of every panel.
 """
 
 import functools
-import json
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from servers import CHROMIUM, FLAGS, jupyter_lab, PATIENCE, READY
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 420  # seconds: the machine may be busy with other things
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 if CHROMIUM is None:
     reason = "no Chromium is installed (apt-get install chromium)"
@@ -29,17 +21,6 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 
-SETTINGS = {
-    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
-        "fetchNews": "false",
-        "checkForUpdates": False,
-        "doNotDisturbMode": True,
-    },
-    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {
-        "windowingMode": "none"
-    },
-}
-FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
 STATUS = ".ml-explorer .ml-status"
 PROBE = """
 import torch
@@ -81,23 +62,6 @@ RAN = """() => {
   const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
   return cells.filter(c => c.type === 'code').every(c => c.executionCount !== null);
 }"""
-READY = """async () => {
-  const widget = jupyterapp.shell.currentWidget;
-  if (!widget || !widget.context) return false;
-  await widget.context.ready;
-  await widget.sessionContext.ready;
-  await widget.sessionContext.session.kernel.info;
-  return true;
-}"""
-
-
-def write_settings(folder: Path):
-    for name, value in SETTINGS.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(value))
-
-
 def make_workbench(folder: Path):
     "A copy of the workbench with one more cell, which asks the kernel something."
     notebook = nbformat.read(ROOT / "nbs/workbench.ipynb", 4)
@@ -113,51 +77,8 @@ def lab(tmp_path_factory):
     "Address and folder of a JupyterLab of its own."
     folder, home = (tmp_path_factory.mktemp(name) for name in ("work", "home"))
     make_workbench(folder)
-    write_settings(home / "settings")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    own = {
-        "JUPYTER_CONFIG_DIR": home / "config",
-        "JUPYTER_DATA_DIR": home / "data",
-        "JUPYTERLAB_SETTINGS_DIR": home / "settings",
-        "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
-        "IPYTHONDIR": home / "ipython",
-        "PYTHONPATH": ROOT,
-        "OMP_NUM_THREADS": 1,
-        "HF_HUB_OFFLINE": 1,
-    }
-    environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
-    command += ["--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
-    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    command += ["--LabApp.expose_app_in_browser=True"]
-    command += [
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
-    log = (home / "log").open("w")
-    server = subprocess.Popen(
-        command, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_server(address, server, home / "log")
+    with jupyter_lab(folder, home) as address:
         yield address, folder
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-        log.close()
-
-
-def wait_for_server(address: str, server, log: Path):
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end and server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/api", timeout=5)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,7 @@ import html
 import importlib.util
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import tokenize
@@ -21,7 +19,7 @@ import pytest
 import torch
 import yaml
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from merge_lab import merger as merger_module
 from merge_lab.cli import AlignConfig, help_of, main, parse, usage
@@ -45,6 +43,7 @@ from merge_lab.systems.router import GATES, RouterConfig
 from merge_lab.tinylm import architectures, save_tiny, tiny_experts
 from merge_lab.vocabulary import POLICIES
 from merge_lab.widgets import ConfigPanel
+from small_runs import SignalAt
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -127,6 +126,7 @@ def test_headline_of_the_readme_is_that_of_the_raw_data():
     found.loader.exec_module(headline)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert headline.table() in readme and headline.fill(readme, headline.table()) == readme, "make readme writes it anew"
+    assert headline.kills() in readme and headline.fill(readme, headline.kills(), headline.KILLS, headline.END_OF_KILLS) == readme, "make readme writes it anew"
     assert headline.shown([0.9, 0.94]) == "0.920 ±0.020 (2)" and headline.shown([]) == "-"
     with pytest.raises(ValueError, match="no place for the table"):
         headline.fill("# A page", "")
@@ -355,13 +355,6 @@ def test_recipe_of_a_loss_is_the_formula_in_value_and_gradient(hellinger, others
         assert_close(gradients, torch.autograd.grad(wanted, [p for p in merger.parameters() if p.requires_grad]), atol=1e-6, rtol=1e-4)
 
 
-class Interrupt(TrainerCallback):
-    "Ctrl-C in the first step."
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_recipe_of_a_loss_is_trained_resumed_and_told_of(hellinger, tmp_path):
     tasks = {str(bundled_path(f"tasks/{task}")): 16 for task in ("rewrite", "summarize")}
     config = demo_config(
@@ -369,7 +362,7 @@ def test_recipe_of_a_loss_is_trained_resumed_and_told_of(hellinger, tmp_path):
         per_device_train_batch_size=4, save_steps=0, save_merged=False, held_out_rows=4,
     )
     with pytest.raises(RunInterrupted, match="stopped after step 1 of 2"):
-        run(config, callbacks=(Interrupt(),), progress=False)
+        run(config, callbacks=(SignalAt(0),), progress=False)
     again = config_from_yaml(MaskMergeConfig, tmp_path / "run" / "config.yaml")
     assert again.loss_func_name == hellinger
     result = run(dataclasses.replace(again, resume=True), progress=False)

@@ -1096,3 +1096,14 @@ def test_a_short_run_wins_back_what_the_average_loses(tmp_path):
     for name in ("summarize", "extract"):
         assert scores["merged", name] >= 0.9 * scores[name, name] > 0
         assert lost.exact_match[name] < 0.7 * scores[name, name]
+
+
+def test_drawn_teachers_train_as_stored_ones_and_only_for_kl(lab, tmp_path):
+    "Half of the k tokens are drawn from what the others leave; weights that are no logits are refused for the loss that wants logits."
+    dataset = dam.create_dataset_topk_logits(dataclasses.replace(lab["topk"], output_dir=str(tmp_path / "drawn"), rest="drawn"))
+    weights = torch.tensor(dataset[0]["topk_log_probs"]).view(-1, 8).exp()
+    assert_close(weights.sum(-1), torch.ones(len(weights)), atol=2e-3, rtol=0)
+    options = dict(hf_disk_dataset_dir=str(tmp_path / "drawn"), max_steps=2, save_merged=False)
+    assert dam.train(train_config(lab, tmp_path / "run", **options)).history.loss.gt(0).all()
+    with pytest.raises(ValueError, match="drawn, whose weights are no logits: mse cannot use them"):
+        dam.train(train_config(lab, tmp_path / "mse", use_mse=True, **options))

@@ -12,6 +12,8 @@ from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE
 SYSTEMS = {  # words, and what the run leaves
     "mask-merge": (MERGE + TRAIN, "masks/masks.safetensors"),
     "mask-merge layer by layer": (f"{MERGE}{TRAIN} --train_mode layerwise --layer_steps 2 --finish_steps 1", "masks/masks.safetensors"),
+    "mask-merge of few bits": (f"{MERGE}{TRAIN} --frozen_bits 4", "masks/masks.safetensors"),
+    "mask-merge on its own words": (f"{MERGE}{TRAIN} --answers components --answers_per_prompt 1 --answer_tokens 4 --on_policy 0.5 --no_save_merged", "masks/masks.safetensors"),
     "dam-train": (f"{DAM} --held_out_rows 1 --no_save_merged", "masks.safetensors"),
     "layer-merge": (f"{LAYERS} --n_pairs 1 --data_dir chat_a --num_samples 4 --held_out_rows 2 --dtype float32", "merged/model.safetensors"),
     "layer-merge by a block": (f"{LAYERS} --strategy block --n_pairs 1 --data_dir chat_a --num_samples 4 --held_out_rows 2 --block_tries 1 --hidden_steps 2 --block_steps 2 --dtype float32", "merged/model.safetensors"),

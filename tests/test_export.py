@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -194,6 +195,18 @@ def test_a_killed_export_leaves_the_earlier_one():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert [file.read_text() for file in Path("out").iterdir()] == ["before"]
     assert not any(Path().glob("*/config.json"))
+
+
+@pytest.mark.parametrize("place, options", [("merge_lab.mergekit_export.run_mergekit", {"format": "mergekit"}), ("merge_lab.exports.rewritten", {"dtype": "bfloat16"})])
+def test_what_an_export_works_with_goes_with_the_next_one_after_a_kill(place, options):
+    family()
+    masks()
+    if not (child := os.fork()):
+        with mock.patch(place, lambda *_: os._exit(9)):
+            run(ExportConfig("masks", output_dir="out", **options))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and list(Path().glob(".out.*/*/*"))
+    run(ExportConfig("masks", output_dir="out"))
+    assert sorted(path.name for path in Path().iterdir()) == ["base", "masks", "one", "out", "two"]
 
 
 def killed_between_renames(folder, text):

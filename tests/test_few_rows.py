@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from merge_lab.merger import Merger
 from merge_lab.objective import Batch, importance, label_log_probs
 from merge_lab.rollouts import read_rows_of, WRITTEN
 from merge_lab.run_folder import bundled_path, RunInterrupted
-from merge_lab.systems.mask_merge import make_trainer, prepare, run
+from merge_lab.systems.mask_merge import make_trainer, prepare, run, show_result
 from merge_lab.token_losses import shift_labels
 
 
@@ -104,6 +105,7 @@ def test_answers_that_serve_one_step_weigh_one(tmp_path):
         (dict(on_policy=0.5, train_mode="layerwise"), "train_mode='layerwise' with on_policy=0.5"),
         (dict(on_policy=0.5, shard=True), "shard=True with on_policy=0.5"),
         (dict(on_policy=1.5), "on_policy=1.5"),
+        (dict(on_policy=0.5, loss_func_name="ce"), "nobody scores what the blend writes"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message, tmp_path):
@@ -114,6 +116,14 @@ def test_options_that_contradict_each_other_are_refused(options, message, tmp_pa
 def test_prompts_alone_say_what_they_are_for(tmp_path):
     with pytest.raises(ValueError, match="answers='components'"):
         prepare(small(tmp_path, dataset_configs=prompts_alone(tmp_path)))
+
+
+def test_a_dry_run_says_what_components_write(tmp_path, capsys):
+    alone = small(tmp_path, dataset_configs={}, answers="components", written_prompts=4, eval_samples=0, dry_run=True)
+    show_result(run(alone))
+    assert capsys.readouterr().out.startswith("4 prompts that each component writes for ")
+    show_result(run(dataclasses.replace(alone, dataset_configs=prompts_alone(tmp_path))))
+    assert re.match(r"\d+ prompts and 4 prompts that each component writes for ", capsys.readouterr().out)
 
 
 def test_a_start_in_closed_form_is_not_the_average_and_a_run_resumes(tmp_path):

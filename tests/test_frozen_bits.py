@@ -184,3 +184,18 @@ def test_two_models_of_8_billion_weights_fit_24_gib_at_8192_tokens():
         max_position_embeddings=131072, dtype="bfloat16", tie_word_embeddings=False,
     )  # fmt: skip
     assert estimate_memory(shape, n_components=2, seq_len=8192, frozen_bits=8).peak_bytes < 22 * 2**30
+
+
+def test_a_teachers_head_is_decoded_once_for_all_chunks_of_tokens(monkeypatch):
+    decoded, whole = [], CodedTensor.whole
+    monkeypatch.setattr(CodedTensor, "whole", lambda tensor: (decoded.append(tensor.shape), whole(tensor))[1])
+    merger = Merger(tiny_experts("llama", n=2), MergerConfig(frozen_bits=8))
+    ids = torch.arange(36).view(4, 9)
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, source=torch.arange(4) % 2)
+    counts = []
+    for size in (None, 4):
+        decoded.clear()
+        with torch.no_grad():
+            Objective(fused=True, chunk_size=size)(merger, **batch)
+        counts.append(len(decoded))
+    assert counts[0] == counts[1]

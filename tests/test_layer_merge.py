@@ -780,7 +780,8 @@ def test_the_command_line_says_what_is_wrong(capsys, tmp_path, monkeypatch):
     cases = {
         "--merge_pairs 5,12": "pair (5, 12): expected layers 0 to 11",
         "--merge_pairs 3,4 4,5": "a layer can be in one pair only",
-        "--n_pairs 7": "n_pairs=7: expected 1 to 6",
+        "--strategy pairs --n_pairs 7": "n_pairs=7: expected 1 to 6",
+        "--n_pairs 12": "n_pairs=12: expected 1 to 11 layers to take away, of 12",
         "--data_dir nowhere": "data_dir='nowhere': there is no such file",
         "--merge_pairs 3-4": "'3-4' is not a pair",
         "--pair_strategy best": "invalid choice: 'best'",

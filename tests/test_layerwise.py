@@ -6,13 +6,14 @@ import signal
 
 import pytest
 import torch
-from small_runs import small
+from small_runs import small, stopping_at
 from test_architectures import BATCH, LEFT_OUT, family
 from torch.testing import assert_close
 from transformers import TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from merge_lab import layerwise
+from merge_lab.checkpoints import component_bytes
 from merge_lab.layerwise import LAYERS, SingleLayers, check_single_layers
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
@@ -117,6 +118,17 @@ def test_steps_through_the_whole_model_may_follow(whole, tmp_path):
     assert result.held_out["start"] == pytest.approx(whole[0].held_out["loss"]) and result.held_out["loss"] < result.held_out["start"]
 
 
+def test_a_run_that_is_cut_between_its_two_parts_sees_the_same_rows(tmp_path, monkeypatch):
+    options = dict(finish_steps=3, layer_steps=2, per_device_train_batch_size=1)
+    wanted = run(by_layer(tmp_path / "whole", **options), progress=False).merger.mask_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(layerwise, "_told_best", stopping_at(1, layerwise._told_best))
+        with pytest.raises(KeyboardInterrupt):
+            run(by_layer(tmp_path, **options), progress=False)
+    masks = run(by_layer(tmp_path, resume=True, **options), progress=False).merger.mask_state()
+    assert all(torch.equal(masks[name], mask) for name, mask in wanted.items())
+
+
 def test_steps_that_are_too_large_are_taken_back_and_halved(tmp_path):
     result = run(by_layer(tmp_path, learning_rate=1.0), progress=False)
     rows = read_rows(tmp_path / "run" / "history.jsonl")
@@ -138,3 +150,10 @@ def test_what_means_nothing_is_refused_and_the_estimate_is_of_one_layer(tmp_path
             by_layer(tmp_path, **{name: value})
     peaks = [prepare(by_layer(tmp_path, train_mode=mode)).memory.tried[0][1].peak_bytes for mode in ("layerwise", "end_to_end")]
     assert peaks[0] < 0.75 * peaks[1]
+
+
+def test_on_a_gpu_all_layers_are_counted_unless_they_are_offloaded(tmp_path):
+    config = by_layer(tmp_path)
+    held, away = (layerwise.fit_layers(dataclasses.replace(config, offload=offload), 64, "cuda", 2**40).tried[0][1].parts["components"] for offload in (False, True))
+    models = [*config.model_paths, *([config.base_model] if config.base_model else [])]
+    assert away == 0 and held == pytest.approx(sum(component_bytes(path, config.dtype) for path in models), rel=0.02)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +24,7 @@ from merge_lab.systems.mask_merge import demo_config, headline, LEARNED, MaskMer
 from merge_lab.tinylm import save_tiny, tiny_model
 
 import small_runs
+from small_runs import SignalAt
 
 
 def small(folder, **options):
@@ -110,15 +109,8 @@ def test_interrupt_then_resume_equals_an_uninterrupted_run(tmp_path):
     whole = run(small(tmp_path / "whole", **options), progress=False)
     config = small(tmp_path / "cut", save_steps=0, **options)
 
-    from transformers import TrainerCallback
-
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(RunInterrupted, match="stopped after step 4 of 6.*--resume"):
-        run(config, callbacks=(Interrupt(),), progress=False)
+        run(config, callbacks=(SignalAt(3),), progress=False)
     config.resume = True
     resumed = run(config, progress=False)
     for name, mask in whole.merger.mask_state().items():

@@ -18,6 +18,7 @@ from merge_lab.block_layer import block_leaves, fuse_block_layer, mean_model, wi
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
 from merge_lab.depth import check_depth_free, period_of, remove_layers, unusual_order
+from merge_lab.held_out import HeldOut
 from merge_lab.run_folder import bundled_path
 from merge_lab.runs import Run
 from merge_lab.systems import layer_merge as lm
@@ -62,6 +63,17 @@ def moved(student, by=0.02):
     return student
 
 
+def assert_fused_is(fused, learned, folder):
+    "A fused model, and the one that is read of its files, have the logits of the trained form; it generates the same with and without a cache."
+    assert_close(logits_of(fused, use_cache=False), learned, atol=1e-5, rtol=0)
+    fused.save_pretrained(folder)
+    read, info = type(fused).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
+    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_a_block_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
     model = deep(kind)
@@ -69,15 +81,17 @@ def test_what_a_block_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
     student = moved(with_block_layer(model, [1, 2, 3], rank=2))
     learned = logits_of(student, use_cache=False)
     assert not torch.allclose(learned, logits_of(remove_layers(cuts.shared_copy(model), [2, 3]), use_cache=False), atol=1e-4)
-    fused = fuse_block_layer(student)
-    assert_close(logits_of(fused, use_cache=False), learned, atol=1e-5, rtol=0)
-    fused.save_pretrained(tmp_path)
-    read, info = type(model).from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
-    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+    assert_fused_is(fuse_block_layer(student), learned, tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_pairs_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
+    model = lm.replace_layers_with_mergeable(deep(kind), [(1, 2, 0.8), (3, 4, 0.3)], "given", per_module=True)
+    learned = logits_of(moved(model, 1.0), use_cache=False)
+    fused = lm.fuse_mergeable_layers(model)
+    assert len(decoder_layers(fused)) == 4
+    assert_fused_is(fused, learned, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neo"])
@@ -266,7 +280,7 @@ def test_coefficients_map_and_residuals_are_all_learned(made, dtype):
     begun = block_training.begin_block(model, [4, 5, 6], batches[:2], [], rank=4)
     before = {name: parameter.clone() for name, parameter in begun.student.named_parameters() if parameter.requires_grad}
     objective = block_training.HiddenObjective(calls=begun.calls, place=4)
-    begun.loop(objective, block_training.numbered(batches[:2]), [], block_training.rate_of(3, 1e-2), None, "hidden", progress=False)
+    begun.loop(objective, block_training.numbered(batches[:2]), [], student.rate_of(3, 1e-2), None, "hidden", progress=False)
     after = dict(begun.student.named_parameters())
     assert {name.rpartition(".")[2] for name in before} >= {"weight", "matrix", "left", "right"}
     assert all(parameter.dtype == torch.float32 and not torch.equal(parameter, after[name]) for name, parameter in before.items())
@@ -307,6 +321,44 @@ def test_healing_leaves_the_teacher_alone(tmp_path):
     assert all(torch.equal(before[name], tensor) for name, tensor in made.model.state_dict().items())
 
 
+def test_the_rate_of_healing_falls_to_nothing(monkeypatch):
+    "And no step is made at a rate of nothing, however few there are."
+    rates = []
+
+    class Noted(student.StudentTrainer):
+        def training_step(self, *args, **kwargs):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(student, "StudentTrainer", Noted)
+    short, whole = (tiny_model("llama", num_hidden_layers=n) for n in (2, 3))
+    lm.heal(copy.deepcopy(short), batches_of(8, top=60), 24, teacher=whole, progress=False)
+    assert max(rates) == rates[1] == 1e-3 and rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 2e-5
+    rates.clear()
+    lm.heal(short, batches_of(8, top=60), 2, teacher=whole, progress=False)
+    assert rates[0] == 1e-3
+
+
+class Scripted(HeldOut):
+    "Held-out rows whose losses are known beforehand."
+
+    def __call__(self, merger, objective):
+        loss = self.losses.pop(0)
+        return {"loss": loss, "source_0": loss}
+
+
+@pytest.mark.parametrize(("losses", "halved"), [([0.324, 0.326, 0.325, 0.31, 0.3], False), ([0.324, 0.35, 0.35, 0.31, 0.3], True)])
+def test_healing_may_begin_with_a_little_noise(losses, halved, caplog):
+    "What a block has learned is at its best on held-out rows; a rate that is halved for a few thousandths leaves nothing to heal with."
+    caplog.set_level(logging.WARNING, "merge_lab")
+    held = student.held_batches(batches_of(1, top=60))
+    scripted = Scripted(held.batches, student.first_of, 1, 0)
+    scripted.losses = losses
+    short, whole = (tiny_model("llama", num_hidden_layers=n) for n in (2, 3))
+    lm.heal(short, batches_of(8, top=60), 8, teacher=whole, progress=False, held_out=scripted, eval_steps=10, save_steps=0)
+    assert ("learning rate 0.0005 instead of 0.001" in caplog.text) == halved
+
+
 def test_pairs_by_hand_are_for_pairs(tmp_path):
     with pytest.raises(ValueError, match="pairs by hand are for 'pairs'"):
         lm.LayerMergeConfig(strategy="block", merge_pairs=["3,4"], output_dir=str(tmp_path / "run"))
@@ -338,6 +390,24 @@ def test_what_a_user_gets_is_a_learned_block_unless_an_option_of_pairs_is_given(
     ways = {"": "block", "max_steps=9": "pairs", "merge_pairs=['3,4']": "pairs", "num_samples=9": "block", "patience=9": "block", "strategy='map', learning_rate=1.0": "map"}
     for given, way in ways.items():
         assert eval(f"lm.LayerMergeConfig({given})").way == way, given
+
+
+@pytest.mark.parametrize("strategy", ["block", "map", "remove-last"])
+def test_more_than_half_of_the_layers_go_where_no_pairs_are_needed(strategy, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "merge_lab.strategies")
+    options = dict(data_dir=str(bundled_path("tasks/rewrite")), n_pairs=8, strategy=strategy, compare=strategy == "remove-last", **FAST)
+    result = lm.run(lm.LayerMergeConfig(output_dir=str(tmp_path / "run"), **options), progress=False)
+    assert len(decoder_layers(load_model(result.folder / "merged"))) == 4
+    card = (result.folder / "merged/README.md").read_text()
+    assert "8 layers shorter" in card and "Adapters that were trained on the original do not fit" in card
+    if options["compare"]:
+        assert "remove the least influence" in result.table.index and "uniform 0.5: left out. 8 layers are to go, and there are 0 pairs" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["pairs", "remove-same"])
+def test_pairs_have_room_for_half_of_the_layers(strategy, tmp_path):
+    with pytest.raises(ValueError, match="n_pairs=7: expected 1 to 6; each of 12 layers is in one pair at most"):
+        lm.prepare(lm.LayerMergeConfig(data_dir=str(bundled_path("tasks/rewrite")), n_pairs=7, strategy=strategy, output_dir=str(tmp_path / "run"), **FAST))
 
 
 def test_a_run_goes_on_in_the_way_that_it_began(tmp_path):

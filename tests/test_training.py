@@ -22,7 +22,7 @@ from merge_lab.teacher_cache import TeacherCache
 from merge_lab.tinylm import tiny_experts
 from merge_lab.training import StopCallback
 
-from small_runs import small
+from small_runs import SignalAt, small
 
 
 class Poison(TrainerCallback):
@@ -173,13 +173,8 @@ def test_a_run_goes_on_from_the_very_teachers_that_it_began_with(tmp_path):
     )
     whole, _ = masks_and_taught(small(tmp_path / "whole", **options))
 
-    class Interrupt(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 13:
-                os.kill(os.getpid(), signal.SIGINT)
-
     config = small(tmp_path / "cut", **options)
-    masks_and_taught(config, callbacks=(Interrupt(),))
+    masks_and_taught(config, callbacks=(SignalAt(13),))
     kept = tmp_path / "cut" / "run" / "teachers-0.cache"
     with open(kept, "ab") as file:
         file.write(b"half a record, as a kill leaves it")

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import pickletools
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import merge_lab
 from merge_lab.cli import main
 from merge_lab.components import load_model
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
-from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors
+from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors, sweep, UNFINISHED
 from merge_lab.stopping import StopCallback
 from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
@@ -319,6 +322,22 @@ def test_no_checkpoint_holds_a_pickle(here):
         assert last_checkpoint(Path(name)) and not made & {".pt", ".pth", ".bin", ".pkl"}, made
 
 
+def test_the_one_pickle_is_for_published_instructions_and_runs_nothing(here):
+    "Routers are read from safetensors; `torch.load(\"best_router_checkpoint.pt\")` is what others were told to write."
+    assert main(f"{RUNS['router'][0]} --save_steps 1".split()) == 0
+    with zipfile.ZipFile("out/best_router_checkpoint.pt") as file:
+        (name,) = [name for name in file.namelist() if name.endswith("data.pkl")]
+        made = {argument for opcode, argument, _ in pickletools.genops(file.read(name)) if "GLOBAL" in opcode.name or opcode.name == "INST"}
+    assert made == {"collections OrderedDict", "torch FloatStorage", "torch._utils _rebuild_tensor_v2"}
+    told = torch.load("out/best_router_checkpoint.pt", weights_only=True)["model_state_dict"]
+    assert all(torch.equal(told[name], tensor) for name, tensor in load_file("out/best_router_checkpoint.safetensors").items())
+
+
+def test_nothing_is_unpickled():
+    for file in Path(merge_lab.__file__).parent.rglob("*.py"):
+        assert not re.search(r"torch\.load\(|pickle\.loads?\(|Unpickler|allow_pickle=True|weights_only=False|joblib", file.read_text(encoding="utf-8")), file
+
+
 def test_masks_of_adapters_know_them(here):
     assert main(f"{RUNS['lora-merge'][0]} --no_save_merged".split()) == 0
     lora_merge.AdapterMerger.from_pretrained("out/masks")
@@ -341,6 +360,28 @@ def test_a_clearing_that_is_killed_leaves_a_run(copied, monkeypatch):
                 begin_run(config)
         assert is_run(folder)
     begin_run(config)
+
+
+def test_what_safetensors_had_begun_is_swept_after_a_kill(tmp_path):
+    "It writes by way of a hidden file of its own; the limit kills in the middle of that."
+    import resource
+
+    if not (child := os.fork()):
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        save_tensors(tmp_path / "run" / "masks.safetensors", {"x": torch.ones(2**16)})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert [path.name.startswith(UNFINISHED) for path in (tmp_path / "run").iterdir()] == [True]
+    sweep(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_who_may_read_other_new_files_may_read_weights(here):
+    assert main(["align", "a", "b", "--output_dir", "out"]) == 0
+    assert main(["export", "a", "--output_dir", "plain", "--tokens", "8"]) == 0
+    Path("new").touch()
+    files = [*Path("out").rglob("*.*"), *Path("plain").glob("*.*")]
+    assert {path.stat().st_mode for path in files if path.is_file()} == {Path("new").stat().st_mode}
 
 
 def test_a_killed_write_is_in_nobodys_way(tmp_path):

@@ -495,7 +495,7 @@ def bench_of(panel, loaded):
 def session_of(panel, bench, **options):
     def make(callbacks):
         ready = prepare(panel.config)
-        return make_trainer(bench.ready(), ready, callbacks, progress=False)
+        return make_trainer(bench.ready(), ready, callbacks, progress=False, given=bench.given)
 
     return TrainingSession(make, bench=bench, **options)
 
@@ -1001,6 +1001,17 @@ def test_a_run_starts_from_loaded_masks_until_mask_init_is_changed(lab, other):
     bench.start_at(dict(panel.values["mask_init"]))  # the same alphas, but a hand's
     means = bench.ready().alphas().groupby("component")["mean"].mean()
     assert means.tolist() == pytest.approx([0.4, 0.6], abs=1e-3)
+
+
+def test_loaded_masks_are_not_solved_for(lab, other):
+    panel, bench, _ = lab
+    panel.set("mask_init", {"strategy": "least_squares", "rows": 2})
+    other[1].load("other")
+    assert bench.given
+    make_trainer(bench.ready(), prepare(panel.config), progress=False, given=bench.given)
+    assert same(bench.merger.mask_state(), other[0])
+    panel.set("mask_init", {"strategy": "least_squares", "rows": 3})
+    assert not bench.given
 
 
 def test_another_merger_takes_the_place_of_the_first(lab):

@@ -28,7 +28,7 @@ def outputs(notebook, kind):
 def test_every_panel_is_there_and_no_cell_complains(executed):
     notebook, _, _ = executed
     views = outputs(notebook, "application/vnd.jupyter.widget-view+json")
-    assert len(views) == 6  # options, dials, training, runs, options and run of another
+    assert len(views) == 8  # options, dials, tokens, training, conversation, runs, options and run of another
     streams = [o for c in notebook.cells for o in c.get("outputs", []) if o.get("name")]
     assert not [o["text"] for o in streams if o["name"] == "stderr"]
 

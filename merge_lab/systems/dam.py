@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'PUBLISHED', 'INIT_KINDS', 'NON_LINEARITIES', 'DAM_FILE', 'DAMConfig', 'take_unmerged', 'DAMMerger',
            'kind_of', 'randomise', 'merge', 'push', 'show_merge', 'check_loss', 'DAMLossConfig', 'task_angles',
-           'dam_objective', 'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig', 'recipe_of', 'inputs_of',
-           'read_by', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer', 'loop_arguments',
-           'make_trainer', 'rows_to_score', 'check_scored', 'score_export', 'clear_export', 'DAMRun', 'train',
-           'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
+           'weighted_losses', 'dam_objective', 'momentum_filter', 'MoFOAdamW', 'NoiseGate', 'DAMTrainConfig',
+           'recipe_of', 'inputs_of', 'read_by', 'load_untrained', 'check_models', 'load_training_data', 'dam_optimizer',
+           'loop_arguments', 'make_trainer', 'rows_to_score', 'check_scored', 'score_export', 'clear_export', 'DAMRun',
+           'train', 'show_run', 'DAMTopkConfig', 'create_dataset_topk_logits', 'TopkCollator']
 
 # %% ../../nbs/40_systems/02_dam.ipynb #aab3e00d
 import dataclasses
@@ -347,16 +347,21 @@ def task_angles(merger: DAMMerger) -> dict[str, Tensor]:  # by parameter, (n, n)
     return found
 
 
+def weighted_losses(config: DAMLossConfig) -> dict[str, float]:  # keys of LOSSES -> weight
+    "The losses that a config asks for, by name or by its switches."
+    if config.loss_func_name:
+        return {config.loss_func_name: 1.0}
+    switches = {"kl": config.use_kl, "mse": config.use_mse, "entropy": config.use_entropy}
+    return {name: getattr(config, f"{name}_weight") for name, on in switches.items() if on}
+
+
 def dam_objective(config: DAMLossConfig, merger: DAMMerger) -> Objective:
     "The objective that a config describes."
-    switches = {"kl": config.use_kl, "mse": config.use_mse, "entropy": config.use_entropy}
-    losses = {name: getattr(config, f"{name}_weight") for name, on in switches.items() if on}
-    losses = {config.loss_func_name: 1.0} if config.loss_func_name else losses
     penalties = {name: getattr(config, field) for field, name in _PENALTIES.items() if getattr(config, field)}
     k = config.k if config.generate_logits_on_fly and not config.use_all_logits else None
     check_k(k or 1, merger.config.get_text_config().vocab_size)
     return Objective(
-        losses, config.temperature, penalties, config.logit_chunk, k=k,
+        weighted_losses(config), config.temperature, penalties, config.logit_chunk, k=k,
         angles=task_angles(merger) if any(PENALTIES[name].takes == "angles" for name in penalties) else None,
     )
 
@@ -470,7 +475,7 @@ def load_untrained(config: DAMTrainConfig) -> DAMMerger:
         config.untrained_merged_model_name, [local_path(path, config.cache_dir) for path in paths]
     )
 
-
+# %% ../../nbs/40_systems/02_dam.ipynb #7ee418fb
 def check_models(folder: Path, found: Sequence[str], wanted: Sequence[str]):
     "Raises `ValueError` if a dataset has data of other models, or of the same in another order."
     moved = sorted(found) == sorted(wanted)  # names say nothing where models lie elsewhere now
@@ -487,7 +492,7 @@ def load_training_data(config: DAMTrainConfig, merger: DAMMerger):  # dataset an
     found, n_models = read_facts(folder)["model_paths"], merger.n_components - merger.use_base_model
     wanted = merger.model_ids or merger.merger_config.model_paths[:n_models]
     check_models(folder, component_names(found), component_names(wanted))
-    return read_dataset(folder, load_tokenizer(merger.base_path), None if config.generate_logits_on_fly else config.temperature)
+    return read_dataset(folder, load_tokenizer(merger.base_path), None if config.generate_logits_on_fly else config.temperature, weighted_losses(config))
 
 # %% ../../nbs/40_systems/02_dam.ipynb #c82ce58e
 def dam_optimizer(config: DAMTrainConfig, merger: DAMMerger) -> torch.optim.Optimizer | None:

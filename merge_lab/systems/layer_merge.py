@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'COMMANDED', 'AUTO', 'ONLY_PAIRS', 'THIS_RUN', 'METHOD_NAMES', 'BARS', 'HEALED', 'NO_ALPHAS', 'parse_pair',
            'PairOptions', 'pair_options', 'check_strategy', 'told_pairs', 'BlockOptions', 'LayerMergeConfig',
-           'Prepared', 'read_data', 'check_mergeable', 'read_evaluation', 'load_what_is_shortened', 'prepare',
-           'LayerMergeResult', 'share_table', 'searched', 'find_start', 'learn', 'loop_options', 'find_block',
-           'learn_otherwise', 'healing_options', 'first_rows', 'read_by', 'check_same_way', 'check_config',
-           'alpha_points', 'score_bars', 'make_plots', 'card_of', 'save_result', 'heals_these', 'healed',
-           'made_shorter', 'tell_unusual', 'run', 'MergeableLayer', 'layer_similarity', 'find_merge_pairs',
-           'replace_layers_with_mergeable', 'prepare_calibration_data', 'extract_learned_alphas',
+           'Prepared', 'read_data', 'check_mergeable', 'read_evaluation', 'load_what_is_shortened', 'check_fewer',
+           'choose_pairs', 'prepare', 'LayerMergeResult', 'share_table', 'searched', 'find_start', 'learn',
+           'loop_options', 'find_block', 'learn_otherwise', 'healing_options', 'first_rows', 'read_by',
+           'check_same_way', 'check_config', 'alpha_points', 'score_bars', 'make_plots', 'card_of', 'save_result',
+           'heals_these', 'healed', 'made_shorter', 'tell_unusual', 'run', 'MergeableLayer', 'layer_similarity',
+           'find_merge_pairs', 'replace_layers_with_mergeable', 'prepare_calibration_data', 'extract_learned_alphas',
            'fuse_mergeable_layers', 'heal', 'train_alpha_parameters', 'search_start', 'alpha_loss', 'mean_loss',
            'alpha_objective', 'best_starts', 'only_alphas', 'PairMerger', 'set_alpha', 'Shares', 'start_from',
            'START_ALPHAS', 'ALPHA_LOSSES', 'compare_variants', 'shorten', 'Variant', 'VARIANTS', 'STRATEGIES',
@@ -44,7 +44,7 @@ from ..checkpoints import load_tokenizer
 from ..components import load_components, load_model, preflight
 from ..config import card_options, check_options, config_from_yaml, option, Options, RowsWhere
 from merge_lab.depth import (
-    check_depth_free, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
+    check_depth_free, check_layer_count, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
     PAIR_STRATEGIES, period_of, PUBLISHED_ALPHA, published_alpha, remove_layers, unusual_order,
 )
 from ..cuts import shared_copy
@@ -106,7 +106,7 @@ class PairOptions(Options):
         "auto", "How it is made shorter: by a learned block, by pairs, or in a way that is not trained; auto: pairs where an option of pairs is given, else block",
         choices=ChainMap(AUTO, COMMANDED), group="Model", resumable=True,
     )
-    n_pairs: int = option(3, "Layers to remove, by pairs or otherwise; merge_pairs has its own number", low=1, high=64, group="Pairs")
+    n_pairs: int = option(3, "Layers to remove, by pairs (at most half of all) or otherwise; merge_pairs has its own number", low=1, high=64, group="Pairs")
     pair_strategy: str = option("similarity", "How pairs are chosen", choices=PAIR_STRATEGIES, group="Pairs")
     merge_pairs: list[str] | None = option(
         None, "Pairs by hand, each into,removed or into,removed,alpha, e.g. 18,19,0.622; none given: chosen", group="Pairs"
@@ -218,6 +218,11 @@ class LayerMergeConfig(BlockOptions):
         "The strategy, and for auto what it stands for."
         return self.strategy if self.strategy != "auto" else "pairs" if pair_options(self) else "block"
 
+    @property
+    def fewer(self) -> int:
+        "How many layers go."
+        return len(self.merge_pairs or ()) or self.n_pairs
+
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #e0fe6353
 @dataclass
 class Prepared:
@@ -280,19 +285,36 @@ def load_what_is_shortened(config: LayerMergeConfig) -> tuple[nn.Module, list[nn
     return mean_model(components), components
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #94c72ee7
+def check_fewer(config: LayerMergeConfig, by_hand: Sequence[tuple], depth: int):
+    "Raise `ValueError` where a model has too few layers for what is asked, or pairs do not fit it."
+    if by_hand:
+        check_merge_pairs(by_hand, depth)
+    elif STRATEGIES[config.way].needs_pairs:
+        check_pair_count(config.n_pairs, depth)
+    else:
+        check_layer_count(config.n_pairs, depth)
+
+
+def choose_pairs(config: LayerMergeConfig, similarity: pd.DataFrame, by_hand: Sequence[tuple]) -> list[tuple]:  # (into, removed, initial alpha)
+    "The pairs of a run; none where more layers go than pairs have room for, which other ways allow."
+    if not by_hand and config.n_pairs > len(similarity) // 2:
+        return []
+    pairs = find_merge_pairs(similarity, config.n_pairs, by_hand or config.pair_strategy)
+    if config.alpha_init_strategy == "similarity":
+        pairs = [(a, b, published_alpha(similarity, a, b) if alpha is None else alpha) for a, b, alpha in pairs]
+    return pairs
+
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #c063a14a
 def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     "Load model and data, measure similarity, choose pairs. Raises `ValueError` for what does not fit together."
     evaluation, by_hand = read_evaluation(config), [parse_pair(text) for text in config.merge_pairs or ()]
     tokenizer = load_tokenizer(config.model_path or bundled_path("models/deep"))
     loader, held_out = read_data(config, tokenizer)
     model, components = load_what_is_shortened(config)
-    depth = len(decoder_layers(model))
-    check_merge_pairs(by_hand, depth) if by_hand else check_pair_count(config.n_pairs, depth)
+    check_fewer(config, by_hand, len(decoder_layers(model)))
     check_mergeable(model, by_hand, config.alpha_init_strategy)
     similarity = layer_similarity(model, loader(), config.similarity_method, seed=config.seed, progress=progress)
-    pairs = find_merge_pairs(similarity, config.n_pairs, by_hand or config.pair_strategy)
-    if config.alpha_init_strategy == "similarity":
-        pairs = [(a, b, published_alpha(similarity, a, b) if alpha is None else alpha) for a, b, alpha in pairs]
+    pairs = choose_pairs(config, similarity, by_hand)
     if config.way == "pairs":
         check_mergeable(model, pairs, config.alpha_init_strategy)
     return Prepared(tokenizer, model, loader, held_out, evaluation, pairs, similarity, components)
@@ -396,7 +418,7 @@ def learn_otherwise(
     "Make the model shorter without pairs; the shorter one, the tables of steps and of blocks tried, and coefficients."
     batches, row = list(made.loader()), STRATEGIES[config.way]
     if not row.block:
-        return shorten(shared_copy(made.model), made.pairs, row, batches, seed=config.seed)[0], *[pd.DataFrame()] * 3
+        return shorten(shared_copy(made.model), made.pairs, row, batches, seed=config.seed, n=config.fewer)[0], *[pd.DataFrame()] * 3
     tried = find_block(config, made, batches, folder)
     block = range(int(tried["first"][0]), int(tried["last"][0]) + 1)
     logger.info("layers %d to %d become one", block[0], block[-1])
@@ -421,7 +443,7 @@ def first_rows(config: LayerMergeConfig, made: Prepared) -> pd.DataFrame:
     fixed, healing = list(UNTRAINED) if config.compare else [], None
     if config.heal_steps:
         healing = healing_options(config, made) | dict(num_steps=config.heal_steps, save_steps=0, progress=False, teacher=made.components or made.model)
-    table = compare_variants(made.model, made.tokenizer, made.pairs, made.loader, fixed, made.similarity, made.evaluation, healing)
+    table = compare_variants(made.model, made.tokenizer, made.pairs, made.loader, fixed, made.similarity, made.evaluation, healing, n=config.fewer)
     return table.drop(columns="alphas").astype({"layers": int, "parameters": int})
 
 
@@ -441,6 +463,9 @@ def check_config(config: LayerMergeConfig):
     "Raise `FileExistsError`, `FileNotFoundError` or `ValueError` where the folder of a run is not as its options need it."
     many = [*(config.other_models or ()), *(config.other_data or ()), *(config.more_eval_text or ())]
     check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text, *many])
+    for place in config.other_data or ():
+        if not Path(place).expanduser().exists():
+            raise FileNotFoundError(f"other_data={place!r}: there is no such file or folder.")
     check_same_way(config)
     if config.resume:
         check_same_inputs(config.output_dir, *read_by(config))
@@ -533,12 +558,12 @@ def card_of(result: LayerMergeResult) -> str:
     front = ({} if Path(path).exists() or not result.config.model_path else {"base_model": path}) | {"library_name": "transformers", "tags": ["merge", "merge_lab"]}
     pairs = result.alphas.groupby(["into", "removed"], sort=False)["after"].agg(["mean", "min", "max"])
     lines = [f"| {into} + {gone} | {row['mean']:.3f} | {row['min']:.3f} | {row['max']:.3f} |" for (into, gone), row in pairs.iterrows()]
-    fewer, healed = len(lines) or result.config.n_pairs, ", healed by LoRA." if result.config.heal_steps else "."
+    fewer, healed = result.config.fewer, ", healed by LoRA." if result.config.heal_steps else "."
     head = ["| layers | mean share of the first | smallest | largest |", "|---|---|---|---|", *lines, ""] if lines else []
     how = "Each pair of layers is one: a blend of their frozen weights with trained shares" if lines else f"Made by: {STRATEGIES[result.config.way].title}"
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}, {fewer} {'layer' if fewer == 1 else 'layers'} shorter", "",
-        how + healed, "", *head,
+        how + healed, "", "Adapters that were trained on the original do not fit: layers have other numbers here, and peft loads such an adapter without a word.", "", *head,
         "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(), "```", "",
     ])  # fmt: skip
 

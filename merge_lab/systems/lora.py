@@ -27,7 +27,7 @@ from transformers import TrainerState
 
 from merge_lab.adapters import (
     alpha_at, device_settings, fixed_loss, grow_rank, load_adapter, load_base, lora_for_task, make_lora_config, merge_adapter, presets,
-    rank_by_task, share_files, skeleton, trainable_parameters,
+    rank_by_task, skeleton, trainable_parameters,
 )
 from ..chat_templates import chat_tokenizer
 from ..checkpoints import load_tokenizer, read_component
@@ -38,7 +38,7 @@ from ..lesson import patch_to
 from ..packing import eager_attention, shared_lines, SHORT
 from ..provenance import check_same_inputs, note_inputs
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_one_process, check_start, checkpoint_to_resume, one_run, resume_command, steps_of, stopped, whole_checkpoint, write_json, write_text,
+    begin_run, bundled_path, check_one_process, check_start, checkpoint_to_resume, one_run, resume_command, share_files, steps_of, stopped, whole_checkpoint, write_json, write_text,
 )
 from merge_lab.sft_data import (
     bytes_of_token, check_padding, count_words, curriculum, encode_dataset, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
@@ -376,7 +376,6 @@ def save_adapter(lora: SmoLoRA, folder: str | Path):
     with whole_checkpoint(folder) as place:
         lora.model.save_pretrained(str(place))
         write_card(place, lora.base_model_name, recorded(lora.output_dir).get("recipe", {}))
-        share_files(place)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #38d92631
 def model_to_train(lora: SmoLoRA) -> nn.Module:

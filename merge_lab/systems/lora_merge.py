@@ -27,14 +27,14 @@ from merge_lab.adapters import (
 from ..architecture import layer_of
 from ..chat import build_dataset, ChatCollator, hold_out
 from ..chat_templates import chat_tokenizer
-from ..checkpoints import component_names, load_tokenizer
+from ..checkpoints import component_names, load_tokenizer, read_component
 from ..config import check_choice, check_options, config_from_dict, option, read_json
 from ..constraints import OF_ANY_NUMBER
 from ..devices import set_seed
 from ..evaluation import encode_task, LEARNED, load_tests, score_baselines, score_model
 from ..held_out import HeldOut, told_held_out
 from ..lesson import patch_to
-from ..loop_config import TrainConfig
+from ..loop_config import check_hidden_layers, TrainConfig
 from ..losses import LOSSES
 from ..masks import alpha_shape, masked_linear, MaskedLinear, MaskedModule, MergeState, MODES
 from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
@@ -470,6 +470,8 @@ def check_merge_run(config: LoRAMergeConfig):
     check_start(config, config.output_dir, [base, *config.adapters, *config.datasets, config.chat_template], 1)
     if config.resume:
         check_same_inputs(config.output_dir, *read_by(config))
+    if config.hidden_layers:
+        check_hidden_layers(config, read_component(base_path(config)).config.get_text_config().num_hidden_layers)
 
 
 def rows_to_score(config: LoRAMergeConfig) -> dict:  # task -> rows; empty: nothing is scored

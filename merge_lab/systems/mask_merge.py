@@ -33,7 +33,7 @@ from merge_lab.evaluation import (
 from ..held_out import HeldOut, told_held_out
 from ..closed_form import check_least_squares, solve_start
 from ..layerwise import fit_layers, LAYERS, train_layers
-from ..loop_config import TrainConfig
+from ..loop_config import check_hidden_layers, TrainConfig
 from ..losses import LOSSES
 from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 def _check_own_words(config: "MaskMergeConfig"):
     "Raise `ValueError` for ways of training and of writing that do not go together."
     check_answers(config)
+    if config.on_policy and LOSSES[config.loss_func_name].teachers == "labels":
+        raise ValueError(f"on_policy={config.on_policy} with loss_func_name={config.loss_func_name!r}: nobody scores what the blend writes. Choose a loss with a teacher, e.g. 'reverse_kl'.")
     if config.frozen_bits and config.torch_compile:
         raise ValueError("frozen_bits with torch_compile=True: they do not go together. Leave one out.")
     check_least_squares(config)
@@ -233,7 +235,7 @@ def prepare(config: MaskMergeConfig) -> Prepared:
     check_components([path for path in models if path])
     tokenizer = chat_tokenizer(config.model_paths[0], [path for path in models if path], config.chat_template)
     shortest = min((read_component(path) for path in models if path), key=positions_of)
-    _check_hidden_layers(config, shortest.config.get_text_config().num_hidden_layers)
+    check_hidden_layers(config, shortest.config.get_text_config().num_hidden_layers)
     how = dict(
         max_length=int(min(config.max_length, positions_of(shortest))), seed=config.seed, source_keys=config.source_keys
     )
@@ -305,13 +307,6 @@ def _found_base(paths: list[str]) -> str | None:
     return base
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #2250d628
-def _check_hidden_layers(config: MaskMergeConfig, layers: int):
-    "Raise `ValueError` for states of a layer that the components do not have."
-    for layer in config.hidden_layers or ():
-        if not 0 <= layer < layers:
-            raise ValueError(f"hidden_layers={config.hidden_layers}: expected 0 to {layers - 1}, decoder layers of the components.")
-
-
 def _check_inputs(config: MaskMergeConfig):
     "Raise `ValueError` unless there are components and data for each."
     n, data = len(config.model_paths), len(config.dataset_configs)
@@ -384,11 +379,12 @@ def make_trainer(
     ready: Prepared,
     callbacks: tuple = (),  # further TrainerCallbacks, e.g. those of a widget
     progress: bool = True,  # whether to draw a bar
+    given: bool = False,  # whether the merger's masks are what is started from, whatever mask_init says
 ) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
     "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
     config, collate = ready.config, ChatCollator(ready.tokenizer)
     rows, held_out = divided_rows(merger, ready.tokenizer, ready.dataset, config, progress) if config.are_written else (ready.dataset, ready.held_out)
-    if config.mask_init["strategy"] == "least_squares" and not _has_masks(ready):
+    if config.mask_init["strategy"] == "least_squares" and not (given or _has_masks(ready)):
         solve_start(merger, rows, config.seed, progress)
     kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
     trainer = kind(
@@ -411,6 +407,7 @@ def _train_layers(trainer: MergerTrainer, ready: Prepared):
     progress = any(isinstance(callback, ProgressBar) for callback in trainer.callback_handler.callbacks)
     rows = train_layers(trainer.model, list(trainer.train_dataset), trainer.data_collator, config, ready.folder, trainer.keeper.held_out, file, progress=progress)
     history.rows = history.rows if config.end_to_end else rows
+    set_seed(config.seed)  # layers have seeds of their own: rows come in the same order whether they were trained now or before
 
 
 def train(trainer: MergerTrainer, stopper: StopCallback, ready: Prepared):
@@ -643,10 +640,17 @@ def print_scores(result: MaskMergeResult, title: str):
     print(f"\n{title} (loss in nats per answer token)\n\n{table.to_string(float_format='{:.3f}'.format)}\n")
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #1810da62
+def _told_rows(ready: Prepared) -> str:
+    "What a run learns from."
+    written = ready.config.written_prompts
+    told = [f"{len(ready.dataset)} {'prompts' if ready.config.are_written else 'training samples'}"] if len(ready.dataset) or not written else []
+    return " and ".join([*told, *([f"{written} prompts that each component writes"] if written else [])])
+
+
 def show_result(result: MaskMergeResult | Prepared) -> int:  # exit status
     "Print the scores and where things are; after a dry run, what would be done."
     if isinstance(result, Prepared):
-        print(f"{len(result.dataset)} {'prompts' if result.config.are_written else 'training samples'} for {', '.join(result.names)}; scores on {', '.join(result.tests) or 'nothing'}.\n")
+        print(f"{_told_rows(result)} for {', '.join(result.names)}; scores on {', '.join(result.tests) or 'nothing'}.\n")
         print(result.memory or "The memory could not be estimated.")
         return int(result.memory is not None and not result.memory.fits)
     print_scores(result, "Scores of the base, the components, their average and the learned masks")

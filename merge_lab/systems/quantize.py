@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anyprec import check_precisions
-from ..architecture import decoder_layers
+from ..architecture import decoder_layers, summing_grams
 from ..checkpoints import load_tokenizer
 from ..components import load_model
 from ..config import check_options, option, Options
@@ -75,26 +75,12 @@ class LayerHessians:
     def pass_layer(self) -> dict[str, Tensor]:  # by name within the layer, (in_features, in_features) fp32
         "Let all windows go through the next layer. Raises `ValueError` if it gives NaN or infinity."
         linears = layer_linears(self.layers.layers[self.done])
-        total = {name: 0.0 for name in linears}
-        tokens = sum(states.shape[:2].numel() for states in self.states)
-
-        def add(name):
-            def hook(module, args):
-                x = args[0].flatten(0, -2).float()
-                total[name] += x.T @ x / tokens
-
-            return hook
-
-        handles = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
-        try:
+        with summing_grams(linears, sum(states.shape[:2].numel() for states in self.states), torch.float32) as grams:
             self.states = [self.layers.run(self.done, states, rest) for states, rest in zip(self.states, self.rests)]
-        finally:
-            for handle in handles:
-                handle.remove()
         for states in self.states:
             check_finite(f"decoder layer {self.done}", states)
         self.done += 1
-        return total
+        return {name: grams.get(name, 0.0) for name in linears}
 
     def __call__(self, n: int) -> dict[str, Tensor]:
         "Hessians of layer `n`; layers are asked for in their order."
