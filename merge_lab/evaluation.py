@@ -93,6 +93,11 @@ def _note_answers(answers: list[str], batch: Sequence[int], tokenizer, length: i
     return answers
 
 
+def _enough(watch: Callable, note: Callable, said: Tensor, scores, **_) -> Tensor:  # (B,) bool
+    "Whether who watches wants no more, as transformers asks it."
+    return torch.full((len(said),), bool(watch(note(said))), device=said.device)
+
+# %% ../nbs/32_evaluation.ipynb #2040fb7f
 def answer_batches(
     prompts: Sequence[Sequence[int]],  # token ids
     room: int,  # new tokens of an answer
@@ -144,7 +149,7 @@ def generate_answers(
             options = dict(GREEDY, max_new_tokens=new, pad_token_id=pad, eos_token_id=ends)
             note = partial(_note_answers, answers, batch, tokenizer, ids.shape[1])
             if watch is not None:
-                options["stopping_criteria"] = [lambda said, scores, **_: torch.full((len(said),), bool(watch(note(said))), device=said.device)]
+                options["stopping_criteria"] = [partial(_enough, watch, note)]
             note(model.generate(input_ids=ids, attention_mask=mask, **options))
             bar.update(len(batch))
             if watch is not None and watch(answers):

@@ -155,8 +155,9 @@ def _steps(
     known = self._components(merger)
     losses, starts = look.take(merger)
 
-    def now(answers: list[str] = [f"{start} …" for start in starts]) -> bool:
-        return show({**known["scores"], "merged": losses}, {**known["answers"], "merged": answers})
+    def now(answers: list[str] | None = None) -> bool:
+        begun = [f"{start} …" for start in starts] if answers is None else answers
+        return show({**known["scores"], "merged": losses}, {**known["answers"], "merged": begun})
 
     for ask in (self._component_loss, self._component_answers):
         for i, name in enumerate(known["names"]):
@@ -165,7 +166,7 @@ def _steps(
     with look.blend.lent():
         return now(generate_answers(merger, self.tokenizer, self.prompts, watch=now))
 
-
+# %% ../nbs/35_explorer.ipynb #0f863b8d
 @patch_to(MergeExplorer)
 def _component_loss(self, merger: Merger, look: QuickLook, i: int, name: str, now: Callable[[], bool]) -> bool:
     "Score a component, once."
@@ -263,7 +264,7 @@ def _tell_or_say(self, error: Exception | None = None):  # of the merge
         self.error = trouble.with_traceback(None)
         self._tell()
 
-
+# %% ../nbs/35_explorer.ipynb #7181ffe7
 @patch_to(MergeExplorer)
 def _work(self, wanted: Dials | Given):
     "Merge, as far as nobody wants another."

@@ -678,3 +678,23 @@ def fused_head_agrees(self) -> bool:
     ids = torch.arange(4, device=self.device).unsqueeze(0) % self.config.get_text_config().vocab_size
     with self.as_component(0):
         return head_agrees(self.hidden(ids), self.model.get_output_embeddings(), self.logit_options(), self.model(input_ids=ids, use_cache=False).logits)
+
+# %% ../nbs/20_merger.ipynb #4c884a72
+@patch_to(Merger)
+def summary(self) -> dict:  # components, base, mode, constrain_mode, coefficients, alphas by kind of module, model
+    "What a merge is made of, in plain values."
+    kinds, config = {}, self.merger_config
+    for kind, rows in self.alphas().groupby("kind"):
+        leaf, key = next((leaf, key) for name, leaf, key in self.masked_parameters() if name.rpartition(".")[0].rsplit(".", 1)[-1] == kind)
+        means = ", ".join(f"{self.names[i]} {mean:.3g}" for i, mean in rows.groupby("component")["mean"].mean().items())
+        kinds[kind] = f"{rows['module'].nunique()} x {self.n_components} alphas of shape {tuple(leaf.masks[key].shape[1:])}; mean {means}"
+    facts = dict(components=list(self.names), base=config.base_model, mode=config.mode, constrain_mode=config.constrain_mode)
+    return {**facts, "coefficients": self.n_coefficients, "alphas": kinds, "model": f"{type(self.model).__name__}, {len(decoder_layers(self.model))} layers"}
+
+
+@patch_to(Merger)
+def __treescope_repr__(self, path, subtree_renderer):
+    "How treescope shows a merger: no tensors, which treescope 0.1.10 cannot show with torch 2.13."
+    from treescope import repr_lib
+
+    return repr_lib.render_object_constructor(type(self), self.summary(), path, subtree_renderer)

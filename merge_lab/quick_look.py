@@ -19,7 +19,7 @@ from .architecture import decoder_layers, decoder_of, layer_of, logits_head, sta
 from .chat import ChatCollator
 from .evaluation import encode_task, prompt_ids
 from .lesson import patch_to
-from .masks import blend_into, MaskedLinear
+from .masks import blend, MaskedLinear
 from .merger import Merger
 from .scoring import cut_model, evaluating, parts_agree, row_nats
 
@@ -37,7 +37,7 @@ class TokenTree:
         "What transformers takes for attention that is no triangle."
         return torch.zeros(self.seen.shape, dtype=dtype).masked_fill_(~self.seen, torch.finfo(dtype).min)[None, None]
 
-
+# %% ../nbs/34_quick_look.ipynb #4c6df40e
 def token_tree(rows: Sequence[Sequence[int]]) -> TokenTree:  # token ids
     "A tree of rows."
     found, ids, depths, above, places = {}, [], [], [], []
@@ -142,7 +142,7 @@ def refresh(self, names: Sequence[str]):
         if held is None or type(leaf.weights["weight"]) is not nn.ParameterList:
             self._held[name] = leaf.tensor("weight") if held is None or owner in names else held
         elif owner in names:
-            blend_into(held, list(leaf.weights["weight"]), leaf.alphas("weight"))
+            blend(list(leaf.weights["weight"]), leaf.alphas("weight"), held)
 
 
 @patch_to(HeldBlend)
@@ -234,7 +234,7 @@ class Asked:
     ends: dict[int, int]  # prompt -> its last token in the tree
     kept: dict[int, object] = dataclasses.field(default_factory=dict)  # what each layer gave for the blend
 
-
+# %% ../nbs/34_quick_look.ipynb #ac6ea42d
 def ask_trees(
     rows: Sequence[dict],  # input_ids and labels, -100 where nothing is scored
     prompts: Sequence[Sequence[int]],  # token ids
@@ -339,7 +339,7 @@ def _through(self, merger: Merger) -> tuple[dict[str, float], list[str]]:
     own = {task: torch.tensor([other == task for other in self.tasks]) for task in dict.fromkeys(self.tasks)}
     return {task: (nats[rows].sum() / counts[rows].sum()).item() for task, rows in own.items()}, starts
 
-
+# %% ../nbs/34_quick_look.ipynb #bf8fb821
 @patch_to(QuickLook)
 def take(
     self,

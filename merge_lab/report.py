@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 import merge_lab
 from .config import check_choice
 from .figures import figure_to_png, need_columns
+from .hover import hover_marks
 from .run_folder import write_text
 from .viz import METRICS, wide_scores
 
@@ -62,6 +63,16 @@ BLOCK_STYLE = """
 figure { margin: 1.6rem 0 2rem; }
 .caption { color: var(--muted); font-size: 0.92rem; line-height: 1.5; max-width: 44rem; margin-top: 0.6rem; }
 .scroll { overflow-x: auto; }
+.table .scroll { padding-bottom: 2px;
+  background: linear-gradient(to right, var(--paper) 30%, transparent) left, linear-gradient(to left, var(--paper) 30%, transparent) right,
+  linear-gradient(to right, #6b747e55, transparent) left, linear-gradient(to left, #6b747e55, transparent) right;
+  background-size: 40px 100%, 40px 100%, 14px 100%, 14px 100%; background-repeat: no-repeat; background-attachment: local, local, scroll, scroll; }
+.table .scroll::-webkit-scrollbar { height: 12px; } .table .scroll::-webkit-scrollbar-track { background: var(--card); border-radius: 6px; }
+.table .scroll::-webkit-scrollbar-thumb { background: var(--muted); border-radius: 6px; border: 3px solid var(--card); }
+@media (min-width: 60rem) { .table { width: max-content; min-width: 100%; max-width: calc(100vw - 4rem); margin-left: 50%; transform: translateX(-50%); } }
+.shown { position: relative; width: fit-content; max-width: 100%; }
+.marks { position: absolute; inset: 0; width: 100%; height: 100%; }
+.marks rect { fill: transparent; } .marks rect:hover { fill: #8a949e44; }
 .plot img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
 @media (max-width: 40rem) { .plot .wide { max-width: none; width: max(100%, 31rem); } }
 .headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.8rem; margin: 1.8rem 0; }
@@ -250,7 +261,7 @@ class Table(Section):
     better: dict[str, str] | None = None  # column -> "higher" or "lower"; {} marks nothing
     digits: int = 3
     template: ClassVar[str] = (
-        '<figure class="table"><div class="scroll"><table><thead>\n'
+        '<figure class="table"><div class="scroll" tabindex="0" role="region" aria-label="Table"><table><thead>\n'
         "{% for row in head %}{% set bottom = loop.last %}<tr>{% if named and loop.first %}<th rowspan=\"{{ head | length }}\">{{ corner }}</th>{% endif %}\n"
         "{% for text, span, unit in row %}<th {% if span > 1 %}colspan=\"{{ span }}\" {% endif %}"
         "class=\"{{ kinds[loop.index0] if bottom else 'group' }}\">{{ text }}"
@@ -303,9 +314,12 @@ class Plot(Section):
     caption: str = ""
     dpi: int = 150  # the picture is shown at 96 dots an inch, so text stays crisp when zoomed
     template: ClassVar[str] = (
-        '<figure class="plot"><div class="scroll"><picture>'
+        '<figure class="plot"><div class="scroll" tabindex="0"><div class="shown"><picture>'
         '{% if dark %}<source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{{ dark }}">{% endif %}'
-        '<img alt="{{ alt }}" width="{{ width }}" {% if width > 620 %}class="wide" {% endif %}src="data:image/png;base64,{{ light }}"></picture></div>'
+        '<img alt="{{ alt }}" width="{{ width }}" {% if width > 620 %}class="wide" {% endif %}src="data:image/png;base64,{{ light }}"></picture>'
+        '{% if marks %}<svg class="marks" viewBox="0 0 1 1" preserveAspectRatio="none" aria-hidden="true">'
+        '{% for mark in marks %}<rect x="{{ "%.4f" | format(mark.left) }}" y="{{ "%.4f" | format(mark.top) }}" '
+        'width="{{ "%.4f" | format(mark.width) }}" height="{{ "%.4f" | format(mark.height) }}"><title>{{ mark.text }}</title></rect>{% endfor %}</svg>{% endif %}</div></div>'
         '{% if section.caption %}<figcaption class="caption">{{ section.caption | inline }}</figcaption>{% endif %}</figure>'
     )
 
@@ -314,10 +328,11 @@ class Plot(Section):
         light = figure_to_png(self.figure, self.dpi)
         ours = self.figure.get_gid() == "merge_lab"
         dark = figure_to_png(self.figure, self.dpi, dark=True) if ours else b""
+        marks = hover_marks(self.figure)
         pixels = int.from_bytes(light[16:20], "big")  # width, from the PNG's header
         alt = " ".join(self.figure.get_suptitle().split()) or self.caption or "figure"
         encoded = {name: base64.b64encode(data).decode() for name, data in (("light", light), ("dark", dark))}
-        return dict(encoded, alt=alt, width=round(pixels * 96 / self.dpi * 1.15))
+        return dict(encoded, alt=alt, marks=marks, width=round(pixels * 96 / self.dpi * 1.15))
 
 # %% ../nbs/35_report.ipynb #3912bf68
 @dataclass

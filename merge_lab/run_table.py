@@ -24,7 +24,6 @@ from .provenance import INPUTS_FILE
 from .run_folder import alone_in, is_run, write_json
 from .merger import CONFIG_FILE
 from .runs import find_runs, Run, RunBrowser
-from .lesson import patch_to
 
 # %% ../nbs/37_run_table.ipynb #e32892a7
 NOTES_FILE = "notes.json"  # in a run's folder
@@ -38,7 +37,7 @@ def read_notes(folder: str | Path) -> dict:  # note: text; tags: list of words
     except (AttributeError, OSError, TypeError, ValueError):
         return {"note": "", "tags": []}
 
-
+# %% ../nbs/37_run_table.ipynb #98f75b60
 def write_notes(
     folder: str | Path,
     note: str | None = None,  # None: as it is
@@ -95,7 +94,7 @@ def _leads_to(path: str, places: Sequence[Path], runs: dict[Path, str]) -> tuple
                 return runs[folder], found.relative_to(folder).as_posix()
     return None
 
-
+# %% ../nbs/37_run_table.ipynb #8243db81
 def find_lineage(
     folder: str | Path = "runs",
     names: Iterable[str] | None = None,  # of the runs; None: all
@@ -134,7 +133,7 @@ def run_table(folder: str | Path = "runs") -> pd.DataFrame:  # index run; column
     more = {"changed": changed, "tags": [", ".join(notes[n]["tags"]) for n in table.index], "note": [notes[n]["note"] for n in table.index]}
     return table.assign(**more, made_of=[made_of[n] for n in table.index])
 
-
+# %% ../nbs/37_run_table.ipynb #fecb14e6
 def arrange(
     table: pd.DataFrame,  # as from `run_table`
     sort: str = "",  # a column; empty: as it is, newest first
@@ -293,7 +292,7 @@ class RunsConfig:
     undo: bool = option(False, "Bring deleted runs back, the last one unless some are named", group="Deletion")
     empty_trash: bool = option(False, "Delete for good what is in the trash", group="Deletion")
 
-
+# %% ../nbs/37_run_table.ipynb #b9ec672f
 def print_table(config: RunsConfig):
     "The table that a config asks for, or the lineage."
     runs = RunTable(config.folder)
@@ -308,7 +307,7 @@ def print_table(config: RunsConfig):
     if gone := runs.trash()["run"].tolist():
         print(f"\nIn the trash: {', '.join(gone)}. --undo brings back, --empty_trash deletes for good.")
 
-
+# %% ../nbs/37_run_table.ipynb #0a0611bd
 def run_runs(config: RunsConfig) -> int:  # exit status
     "What `merge-lab runs` does. Raises `ValueError` for what does not go together, or a run that is not there."
     runs, noted = RunTable(config.folder), config.note is not None or config.tags is not None

@@ -41,7 +41,7 @@ from .distributed import decoder_layers, is_sharded
 from .held_out import Best, HeldOut, is_due
 from .lesson import patch_to
 from .logs import tqdm
-from .loop_config import LoopConfig, TrainConfig
+from .loop_config import check_account, LoopConfig, TrainConfig
 from .memory import memory_in_use
 from .merger import Merger
 from .objective import Objective
@@ -107,10 +107,11 @@ def _check_optimizer(name: str):
 
 
 def check_report_to(name: str):
-    "Raise `ValueError` for a tracker that transformers does not know, or that is not installed."
+    "Raise `ValueError` for a tracker that transformers does not know, that is not installed, or that has no account to write to."
     check_choice("report_to", name, ["none", "all", *INTEGRATION_TO_CALLBACK])
     if name not in ("none", "all", *get_available_reporting_integrations()):
         raise ValueError(f"report_to={name!r}: {name} is not installed. Install it (pip install {name}), or leave report_to='none'.")
+    check_account(name)
 
 # %% ../nbs/31_training.ipynb #11d0f588
 _OURS = {"logit_chunk", "device", "save_steps", "gradient_checkpointing", "torch_compile", "learning_rate", "held_out_rows", "eval_steps", "deterministic"}

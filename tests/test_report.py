@@ -92,7 +92,7 @@ def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags, ignore_default_args=["--hide-scrollbars"])
         yield browser
         browser.close()
 
@@ -127,3 +127,32 @@ def test_page_in_a_browser(browser, written, scheme, width):
     assert shown[0] and shown[1] > 0 and overflow <= 0 and config
     assert (sources[0] == sources[1]) is (scheme == "dark")
     assert (paper == "rgb(255, 255, 255)") is (scheme == "light")
+
+
+def test_wide_tables_scroll_where_one_sees_it_and_figures_answer(browser, tmp_path):
+    random = np.random.default_rng(0)
+    tasks = [f"task <{i}>" for i in range(6)]
+    scores = pd.DataFrame([(m, t, random.random(), random.random()) for m in ("base", "merged") for t in tasks], columns=["model", "task", "exact_match", "loss"])
+    history = pd.DataFrame({"step": range(1, 21), "loss": np.linspace(2, 1, 20), "source": 0})
+    sections = [
+        report.Table(report.score_table(scores.query("task < 'task <3>'"))), report.Table(report.score_table(scores)),
+        report.Plot(viz.task_matrix(scores)), report.Plot(viz.loss_curves(history)),
+    ]  # fmt: skip
+    written = report.report_html("Wide", sections, tmp_path / "r.html")
+    with browser.new_page(viewport=dict(width=1100, height=800)) as page:
+        page.goto(written.as_uri())
+        narrow, wide = page.evaluate("[...document.querySelectorAll('.table .scroll')].map(s => [s.clientWidth, s.scrollWidth, s.offsetHeight - s.clientHeight, s.getBoundingClientRect().right])")
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert narrow[0] >= narrow[1] and narrow[2] < 8  # it fits, with the page's margins
+        assert wide[0] < wide[1] and wide[2] >= 8 and wide[3] <= 1100  # a bar that is always there
+        page.locator(".table .scroll").nth(1).focus()
+        page.keyboard.press("End")
+        page.keyboard.down("ArrowRight")
+        page.wait_for_function("document.querySelectorAll('.table .scroll')[1].scrollLeft > 0")
+        cells, steps = (figure.locator(".marks rect") for figure in page.locator(".plot").all())
+        assert cells.count() == 12 and steps.count() == 20
+        assert "base, task <0>: " in cells.first.text_content() and "step 1: " in steps.first.text_content()
+        picture, mark = page.locator(".plot img").nth(1).bounding_box(), steps.nth(10).bounding_box()
+        assert picture["x"] < mark["x"] and mark["x"] + mark["width"] <= picture["x"] + picture["width"] + 1
+        steps.nth(10).hover()
+        assert page.evaluate("document.querySelectorAll('.marks')[1].querySelectorAll('rect')[10].matches(':hover')")

@@ -98,7 +98,7 @@ class LoRAPipelineConfig(Options):
     warmup_steps: int = option(0, "Steps of rising learning rate", low=0, high=10_000, group="Training")
     max_length: int = option(1024, "Tokens of a row; longer ones are cut", low=8, high=131_072, log=True, group="Training")
     logging_steps: int = option(10, "Steps between log entries", low=1, high=10_000, log=True, group="Training", resumable=True, recipe=False)
-    report_to: str = option("none", "tensorboard, wandb or none; what is named must be installed", group="Training", resumable=True, recipe=False)
+    report_to: str = option("none", "Where it is told as it goes: tensorboard, trackio (local, no account), wandb or none; what is named must be installed", group="Training", resumable=True, recipe=False)
     seed: int = option(0, "Of the adapter, the order and the samples", group="Training", aliases=("random_state",))
     deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
 
