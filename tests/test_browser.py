@@ -355,7 +355,7 @@ def watch_pictures(page, wanted: int) -> list[set[str]]:
 def test_runs_are_listed_and_compared(page):
     press(page, ".ml-browser", "Refresh")
     wait_text(page, ".ml-browser", "text.includes('workbench')")
-    page.locator(".ml-browser select").select_option(["workbench", "script"])
+    page.locator(".ml-browser select[multiple]").select_option(["workbench", "script"])
     press(page, ".ml-browser", "Compare")
     wait_text(page, ".ml-browser-status", "text.includes('2 compared')")
     page.wait_for_function(
@@ -365,7 +365,7 @@ def test_runs_are_listed_and_compared(page):
     picture(page, ".ml-browser", "7-runs")
     press(page, ".ml-browser", "Load masks")
     wait_text(page, ".ml-browser-status", "text.includes('choose one run')")
-    page.locator(".ml-browser select").select_option(["script"])
+    page.locator(".ml-browser select[multiple]").select_option(["script"])
     press(page, ".ml-browser", "Load masks")
     wait_text(
         page, ".ml-browser-status", "text.includes('starts from the masks of script')"
@@ -391,7 +391,7 @@ def test_another_system_runs_from_its_panel(page, lab):
         " return all.length >= 3 && all.every(i => i.naturalWidth); }"
     )
     press(page, ".ml-browser", "Refresh")
-    page.locator(".ml-browser select").select_option(["shorter", "script"])
+    page.locator(".ml-browser select[multiple]").select_option(["shorter", "script"])
     press(page, ".ml-browser", "Compare")
     wait_text(
         page,

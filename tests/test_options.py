@@ -239,7 +239,7 @@ def test_a_panel_shows_its_view_whatever_was_imported(forked):
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_each_view_is_that_of_its_class(name):
-    home = {"ConfigPanel": "panel", "TrainingSession": "session", "MergeExplorer": "explorer"}[name]
+    home = {"ConfigPanel": "panel", "TrainingSession": "session", "MergeExplorer": "explorer", "TokenBoard": "token_board", "Asking": "asking"}[name]
     cls, view = find_object(f"merge_lab.{home}.{name}"), find_object(VIEWS[name])
     assert issubclass(cls, Viewed) and "view" not in vars(cls)
     (hint,) = [parameter.annotation for parameter in inspect.signature(view).parameters.values()]

@@ -172,7 +172,7 @@ def test_every_system_is_known_by_one_option():
     for kind, system in SYSTEMS.items():
         assert [name for name in fields if system.mark in fields[name]] == [kind]
         assert not system.steps or system.steps[0] in fields[kind]
-    assert set(SYSTEMS) == set(COMMANDS) - {"align", "memory", "preflight", "verify", "export", "push", "demo", "compare", "ablate", "eval", "real"}
+    assert set(SYSTEMS) == set(COMMANDS) - {"align", "memory", "preflight", "verify", "export", "push", "demo", "compare", "ablate", "eval", "real", "runs"}
 
 
 def test_what_a_run_leaves_is_told_by_the_row_of_its_system(monkeypatch, tmp_path):
