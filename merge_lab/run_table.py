@@ -43,10 +43,13 @@ def write_notes(
     note: str | None = None,  # None: as it is
     tags: Iterable[str] | None = None,  # words; None: as they are
 ) -> dict:  # as from `read_notes`
-    "Note something of a run. Raises `FileNotFoundError` where there is no run, `ValueError` for a tag that is no word."
+    "Note something of a run. Raises `FileNotFoundError` where there is no run, `ValueError` for a tag that is no word, or notes that are damaged: they are not written over."
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such run. Notes lie in a run's folder.")
-    values = read_notes(folder)
+    values, file = read_notes(folder), Path(folder) / NOTES_FILE
+    held = read_json(file) if file.exists() else {}
+    if not isinstance(held, dict) or not isinstance(held.get("tags", []), list):
+        raise ValueError(f"{file}: these notes are damaged. Mend or remove the file; nothing was written.")
     if tags is not None:
         tags = sorted(set(tags))
         for tag in tags:

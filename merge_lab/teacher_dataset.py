@@ -280,6 +280,8 @@ def check_topk(config: DAMTopkConfig):
         )
     paths = [local_path(path, config.cache_dir) for path in (*config.model_paths, config.base_model)]
     check_components(paths)
+    if config.rest == "drawn" and config.k < 2:
+        raise ValueError(f"k={config.k} with rest='drawn': half of the tokens are drawn. Take k=2 at least, or rest='bucket'.")
     check_k(config.k, read_component(paths[-1]).text_config.vocab_size)
     find_device(config.device)
     for source in range(len(config.datasets)):

@@ -395,7 +395,9 @@ def drawn_teacher(
     uniform: Tensor,  # (...) in [0, 1), a random number for each
     temperature: float = 1.0,  # > 0; training must use the same
 ) -> tuple[Tensor, Tensor, Tensor]:  # log-weights (..., k), indices (..., k), log of the mass left over (...): none
-    "As `topk_teacher`, but what is left is not one bucket: half of the tokens are drawn from it and share its mass. Raises `ValueError` if `k` does not fit the vocabulary."
+    "As `topk_teacher`, but what is left is not one bucket: half of the tokens are drawn from it and share its mass. Raises `ValueError` if `k` does not fit the vocabulary, or is 1."
+    if k < 2:
+        raise ValueError(f"k={k}: half of the tokens are drawn, so at least 2 must be kept. Use k=50, or keep the rest as a bucket.")
     top, taken, left = topk_teacher(logits, k, temperature)
     s = k // 2
     top, taken = top[..., : k - s], taken[..., : k - s]

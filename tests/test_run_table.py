@@ -7,7 +7,7 @@ import pytest
 
 from merge_lab import run_table
 from merge_lab.cli import main
-from merge_lab.run_table import delete_run, empty_trash, find_lineage, find_trash, read_notes, restore_run, RunTable, trash_of, write_notes
+from merge_lab.run_table import NOTES_FILE, delete_run, empty_trash, find_lineage, find_trash, read_notes, restore_run, RunTable, trash_of, write_notes
 from merge_lab.run_table_view import grid_frame, lineage_columns, lineage_svg, make_grid
 from merge_lab.runs import find_runs
 
@@ -124,3 +124,11 @@ def test_thirty_runs_are_drawn_apart_and_names_are_text(tmp_path):
     place = {name: i for i, column in enumerate(columns) for name in column}
     assert len(place) == 31 and all(place[row.of] < place[row.run] for row in lineage.itertuples())
     assert "<img" not in make_grid(grid_frame(table))._dt_args["data_json"]
+
+
+def test_damaged_notes_are_not_written_over(tmp_path):
+    for text in ('{"note": "precious", "tags": ["x"],', '{"note": "precious", "tags": 5}'):
+        (tmp_path / NOTES_FILE).write_text(text)
+        with pytest.raises(ValueError, match="notes.json"):
+            write_notes(tmp_path, tags=["new"])
+        assert (tmp_path / NOTES_FILE).read_text() == text
