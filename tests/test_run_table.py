@@ -96,6 +96,9 @@ def test_a_trash_that_was_tampered_with_restores_nothing_elsewhere_and_empties_o
 def test_damaged_notes_hide_no_run(runs):
     (runs / "both/notes.json").write_text('{"note": "cut o')
     assert read_notes(runs / "both") == {"note": "", "tags": []} and RunTable(runs).table().loc["both", "note"] == ""
+    with pytest.raises(ValueError, match="these notes are damaged|notes.json"):
+        write_notes(runs / "both", tags=["again"])
+    (runs / "both/notes.json").unlink()
     RunTable(runs).note("both", tags=["again"])
     assert read_notes(runs / "both")["tags"] == ["again"]
 
