@@ -61,10 +61,11 @@ def kills(root: Path = ROOT) -> str:
     "How often runs were killed, and what came of it."
     facts = json.loads((root / "data" / "benchmarks" / "kills.json").read_text(encoding="utf-8"))
     rows = facts["counts"].values()
+    least, most = min(row["hits"] for row in rows), max(row["hits"] for row in rows)
     hits, identical, refused, corrupt, mixed = (sum(row[name] for row in rows) for name in ("hits", "identical", "refused", "corrupt", "mixed"))
     return (
-        f"Killed or stopped at random {hits} times, {len(rows)} kinds of runs and exports ended with the same bytes as undisturbed ones {identical} times, and said {refused} times that there was no checkpoint yet\n"
-        f"to go on from, to be begun anew; {corrupt} files were corrupt and {mixed} checkpoints were mixed (`{facts['command']}`).\n"
+        f"Killed or stopped at random {hits} times ({least} to {most} of a kind), {len(rows)} kinds of runs and exports ended with the main file of undisturbed ones, byte for byte, {identical} times, and refused {refused} times\n"
+        f"to go on where no whole checkpoint was there yet; {corrupt} files were corrupt and {mixed} checkpoints were mixed (`{facts['command']}`).\n"
     )
 
 
