@@ -551,7 +551,7 @@ def _pass_layers(merger, layers, streams, done, begun, config, go_on_with, progr
         for number in range(begun, total):
             rows, asked_to_stop = train_layer(merger, layers, streams, number, config)
             if asked_to_stop:
-                raise stopped(None, f"{number} of {total} layers are done, and their masks are in {done.folder}", go_on_with)
+                raise stopped(None, f"{number} of {total} layers are done, and their masks are in {done.folder}", go_on_with, f"in layer {number + 1} of {total}")
             yield rows
             if number + 1 < total:
                 go_on(merger, layers, streams, number, streams.open(f"student-{number}"), streams.open(f"student-{number + 1}"), False)

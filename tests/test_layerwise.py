@@ -105,7 +105,7 @@ def test_a_signal_stops_it_and_says_how_to_go_on(whole, tmp_path, monkeypatch):
         own(trainer, checkpoint)
 
     monkeypatch.setattr(layerwise, "train_from", asked_to_stop)
-    with pytest.raises(RunInterrupted, match="2 of 4 layers are done.*--resume"):
+    with pytest.raises(RunInterrupted, match="^stopped in layer 3 of 4; 2 of 4 layers are done.*--resume"):
         run(by_layer(tmp_path), progress=False)
     run(by_layer(tmp_path, resume=True), progress=False)
     masks, wanted = (Merger.from_pretrained(folder / "masks").mask_state() for folder in (tmp_path / "run", whole[1]))

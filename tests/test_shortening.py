@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -15,8 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from merge_lab import block_training, cuts, depth_scores, linear_maps, strategies, student
 from merge_lab.architecture import decoder_layers
 from merge_lab.block_layer import block_leaves, fuse_block_layer, mean_model, with_block_layer
+from merge_lab.calibration import prepare_calibration_data
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.components import load_model
+from merge_lab.cuts import shared_copy
 from merge_lab.depth import check_depth_free, period_of, remove_layers, unusual_order
 from merge_lab.held_out import HeldOut
 from merge_lab.run_folder import bundled_path
@@ -466,6 +469,40 @@ def test_an_order_of_layers_that_others_take_for_another_is_told(caplog):
         assert bool(unusual_order(gone)) == (period > 1) == (f"multiple of {period} layers" in caplog.text), kind
         assert not unusual_order(remove_layers(model, range(1, 1 + period)))
         caplog.clear()
+
+
+def test_what_is_as_long_as_the_model_is_deep_by_chance_is_not_of_its_layers():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shrunk(transformers.LlamaConfig) | dict(num_hidden_layers=3, eos_token_id=[1, 2, 3])))
+    model.config.architectures = ["LlamaForCausalLM"]
+    short = remove_layers(model, [0])
+    assert short.config.eos_token_id == [1, 2, 3] and not unusual_order(short)
+    short = remove_layers(short, [0])  # as many layers as architectures
+    assert short.config.architectures == ["LlamaForCausalLM"] and not unusual_order(short)
+
+
+def test_pairs_are_chosen_by_what_they_cost_where_similarity_cannot_tell(monkeypatch):
+    model, tokenizer = load_model(bundled_path("models/deep"), dtype="float32"), load_tokenizer(bundled_path("models/deep"))
+    batches = list(prepare_calibration_data(tokenizer, bundled_path("tasks/rewrite"), 8, 4, 64))
+    similarity = pd.DataFrame(0.5, range(12), range(12))
+    similarity.loc[3, 4] = 0.52  # by the noise of an estimate; 3 and 4 were not grown from one layer
+    config = lm.LayerMergeConfig(strategy="pairs", n_pairs=1)
+    likely = lm.choose_pairs(config, similarity, [])
+    chosen = lm.best_pairs(dataclasses.replace(config, pair_tries=11), model, batches, similarity, likely)
+    assert [pair[:2] for pair in likely] == [(3, 4)]
+    costs = {}
+    for into in range(11):
+        blend = lm.replace_layers_with_mergeable(shared_copy(model), [(into, into + 1)], "uniform")
+        costs[into] = min(lm.mean_loss(set_shares(blend, share), batches) for share in (0.02, 0.5, 0.98))
+    assert chosen[0][:2] == (min(costs, key=costs.get), min(costs, key=costs.get) + 1) and costs[chosen[0][0]] < costs[3]
+    assert lm.best_pairs(dataclasses.replace(config, pair_tries=1), model, batches, similarity, likely) == likely
+    monkeypatch.setattr(lm, "can_merge", lambda model, pairs, strategy: pairs[0][0] > 9)
+    assert [pair[:2] for pair in lm.best_pairs(dataclasses.replace(config, pair_tries=11), model, batches, similarity, likely)] == [(10, 11)]
+
+
+def set_shares(model, share: float):
+    for layer in lm.mergeable_layers(model).values():
+        lm.set_alpha(layer, share)
+    return model
 
 
 def test_questions_made_of_text_have_one_right_end():

@@ -6,16 +6,16 @@
 __all__ = ['logger', 'COMMANDED', 'AUTO', 'ONLY_PAIRS', 'THIS_RUN', 'METHOD_NAMES', 'BARS', 'HEALED', 'NO_ALPHAS', 'parse_pair',
            'PairOptions', 'pair_options', 'check_strategy', 'told_pairs', 'BlockOptions', 'LayerMergeConfig',
            'Prepared', 'read_data', 'check_mergeable', 'read_evaluation', 'load_what_is_shortened', 'check_fewer',
-           'choose_pairs', 'prepare', 'LayerMergeResult', 'share_table', 'searched', 'find_start', 'learn',
-           'loop_options', 'find_block', 'learn_otherwise', 'healing_options', 'first_rows', 'read_by',
-           'check_same_way', 'check_config', 'alpha_points', 'score_bars', 'make_plots', 'card_of', 'save_result',
-           'heals_these', 'healed', 'made_shorter', 'tell_unusual', 'run', 'MergeableLayer', 'layer_similarity',
-           'find_merge_pairs', 'replace_layers_with_mergeable', 'prepare_calibration_data', 'extract_learned_alphas',
-           'fuse_mergeable_layers', 'heal', 'train_alpha_parameters', 'search_start', 'alpha_loss', 'mean_loss',
-           'alpha_objective', 'best_starts', 'only_alphas', 'PairMerger', 'set_alpha', 'Shares', 'start_from',
-           'START_ALPHAS', 'ALPHA_LOSSES', 'compare_variants', 'shorten', 'Variant', 'VARIANTS', 'STRATEGIES',
-           'alpha_parameters', 'alpha_values', 'logit_of', 'mergeable_layers', 'remove_layers', 'as_original',
-           'PUBLISHED_ALPHA']
+           'choose_pairs', 'can_merge', 'best_pairs', 'prepare', 'LayerMergeResult', 'share_table', 'searched',
+           'find_start', 'learn', 'loop_options', 'find_block', 'learn_otherwise', 'healing_options', 'first_rows',
+           'read_by', 'check_same_way', 'check_config', 'alpha_points', 'score_bars', 'make_plots', 'card_of',
+           'save_result', 'heals_these', 'healed', 'made_shorter', 'tell_unusual', 'run', 'MergeableLayer',
+           'layer_similarity', 'find_merge_pairs', 'replace_layers_with_mergeable', 'prepare_calibration_data',
+           'extract_learned_alphas', 'fuse_mergeable_layers', 'heal', 'train_alpha_parameters', 'search_start',
+           'alpha_loss', 'mean_loss', 'alpha_objective', 'best_starts', 'only_alphas', 'PairMerger', 'set_alpha',
+           'Shares', 'start_from', 'START_ALPHAS', 'ALPHA_LOSSES', 'compare_variants', 'shorten', 'Variant', 'VARIANTS',
+           'STRATEGIES', 'alpha_parameters', 'alpha_values', 'logit_of', 'mergeable_layers', 'remove_layers',
+           'as_original', 'PUBLISHED_ALPHA']
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #5cf9fa5d
 import copy
@@ -27,7 +27,7 @@ import math
 import shutil
 import time
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,7 @@ from ..components import load_components, load_model, preflight
 from ..config import card_options, check_options, config_from_yaml, option, Options, RowsWhere
 from merge_lab.depth import (
     check_depth_free, check_layer_count, check_merge_pairs, check_pair_count, decoder_layers, evaluate_depth, find_merge_pairs, layer_similarity,
-    PAIR_STRATEGIES, period_of, PUBLISHED_ALPHA, published_alpha, remove_layers, unusual_order,
+    likely_pairs, PAIR_STRATEGIES, period_of, PUBLISHED_ALPHA, published_alpha, remove_layers, unusual_order,
 )
 from ..cuts import shared_copy
 from ..depth_scores import cloze_questions
@@ -61,7 +61,7 @@ from ..merger import checkpoint_activations
 from ..origins import prove_whole
 from merge_lab.pair_training import (
     ALPHA_LOSSES, alpha_loss, alpha_objective, best_starts, mean_loss, only_alphas, PairMerger, search_start, set_alpha, Shares,
-    START_ALPHAS, start_from, train_alpha_parameters,
+    START_ALPHAS, start_from, train_alpha_parameters, try_pairs,
 )
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import begin_run, bundled_path, check_more_steps, check_one_process, check_start, last_checkpoint, one_run, write_json, write_text
@@ -108,6 +108,7 @@ class PairOptions(Options):
     )
     n_pairs: int = option(3, "Layers to remove, by pairs (at most half of all) or otherwise; merge_pairs has its own number", low=1, high=64, group="Pairs")
     pair_strategy: str = option("similarity", "How pairs are chosen", choices=PAIR_STRATEGIES, group="Pairs")
+    pair_tries: int = option(8, "How many choices of pairs are measured, the most similar first; for similarity only", low=1, high=1024, group="Pairs")
     merge_pairs: list[str] | None = option(
         None, "Pairs by hand, each into,removed or into,removed,alpha, e.g. 18,19,0.622; none given: chosen", group="Pairs"
     )
@@ -138,7 +139,7 @@ class PairOptions(Options):
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #470a8bc9
 ONLY_PAIRS = (
-    "pair_strategy", "merge_pairs", "alpha_init_strategy", "search_start", "blend", "per_module", "max_steps", "learning_rate", "gradient_accumulation_steps",
+    "pair_strategy", "pair_tries", "merge_pairs", "alpha_init_strategy", "search_start", "blend", "per_module", "max_steps", "learning_rate", "gradient_accumulation_steps",
     "loss_func_name", "max_grad_norm", "gradient_checkpointing",
 )
 
@@ -304,6 +305,33 @@ def choose_pairs(config: LayerMergeConfig, similarity: pd.DataFrame, by_hand: Se
         pairs = [(a, b, published_alpha(similarity, a, b) if alpha is None else alpha) for a, b, alpha in pairs]
     return pairs
 
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #c1a3486b
+def can_merge(model, pairs: Sequence[tuple], strategy: str) -> bool:
+    "Whether `check_mergeable` lets them pass."
+    try:
+        check_mergeable(model, pairs, strategy)
+    except ValueError:
+        return False
+    return True
+
+
+def best_pairs(
+    config: LayerMergeConfig,
+    model: nn.Module,  # stays as it is
+    batches: Iterable[dict],  # calibration
+    similarity: pd.DataFrame,
+    pairs: list[tuple],  # the most similar
+    progress: bool = False,
+) -> list[tuple]:  # (into, removed, initial alpha)
+    "Of the most similar choices of pairs, the one that costs least where it is measured; what a model cannot merge is left out."
+    if config.pair_strategy != "similarity" or config.pair_tries == 1:
+        return pairs
+    choices = [choice for choice in likely_pairs(similarity, len(pairs), config.pair_tries) if can_merge(model, choice, config.alpha_init_strategy)]
+    tried = try_pairs(model, choices, batches, config.loss_func_name, config.temperature, progress=progress)
+    told = "; ".join(f"{row.pairs}: {row.loss:.4f}" for row in tried.itertuples())
+    logger.info("pairs by measured loss, the best first: %s", told)
+    return choices[int(tried["choice"][0])]
+
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #c063a14a
 def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     "Load model and data, measure similarity, choose pairs. Raises `ValueError` for what does not fit together."
@@ -317,6 +345,7 @@ def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     pairs = choose_pairs(config, similarity, by_hand)
     if config.way == "pairs":
         check_mergeable(model, pairs, config.alpha_init_strategy)
+        pairs = pairs if by_hand else best_pairs(config, model, loader(), similarity, pairs, progress)
     return Prepared(tokenizer, model, loader, held_out, evaluation, pairs, similarity, components)
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #5580c620
