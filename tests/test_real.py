@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from merge_lab import real
 from merge_lab.chat import load_task, write_jsonl
 from merge_lab.real_data import make_real_base, make_real_task, missing_packages, REAL_TASKS, split_of
+from merge_lab.run_folder import bundled_path
 from small_runs import sealed_checkpoint
 
 needs_real = pytest.mark.skipif(
@@ -38,6 +40,38 @@ def test_the_base_answers_and_is_a_plain_checkpoint(base):
     model, tokenizer = load_model(base), load_tokenizer(base)
     said = complete(model, tokenizer, "What is the capital of France?", 12)
     assert "Paris" in said
+
+
+@needs_real
+def test_the_guides_six_steps_run_as_written(base, tmp_path, monkeypatch):
+    "The example of the guide to learnable alpha, with fewer steps, and questions in its ./data."
+    from merge_lab.systems.layer_merge import (
+        extract_learned_alphas, fuse_mergeable_layers, prepare_calibration_data, replace_layers_with_mergeable, train_alpha_parameters,
+    )  # fmt: skip
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shutil.copytree(bundled_path("mmlu"), tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    merge_pairs = [(18, 19, 0.622), (20, 21, 0.622)]
+    model = replace_layers_with_mergeable(model, merge_pairs, alpha_init_strategy="similarity")
+    calibration_dataloader = prepare_calibration_data(tokenizer=tokenizer, data_dir="./data", num_samples=50, batch_size=4)
+    model = train_alpha_parameters(
+        model=model, dataloader=calibration_dataloader, num_steps=2, learning_rate=1e-3, device="cpu", gradient_accumulation_steps=1
+    )
+    learned_alphas = extract_learned_alphas(model, merge_pairs)
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        trained = model(**ids).logits
+    model = fuse_mergeable_layers(model)
+    assert [pair[:2] for pair in learned_alphas] == [(18, 19), (20, 21)]
+    assert all(0 < abs(alpha - 0.622) < 0.01 for _, _, alpha in learned_alphas)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_hidden_layers == 28
+    model.save_pretrained("fused")
+    again = AutoModelForCausalLM.from_pretrained("fused")
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, trained) and torch.equal(again(**ids).logits, trained)
+    assert torch.equal(*(again.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=cached) for cached in (True, False)))
 
 
 @needs_real

@@ -97,7 +97,7 @@ def test_what_pairs_learned_is_what_is_fused_saved_and_read(kind, tmp_path):
     assert_fused_is(fused, learned, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen2", "qwen3_moe", "gpt_neo"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_layers_of_several_fine_tunes_are_blended_fused_saved_and_read(kind, tmp_path):
     tunes = [deep(kind) for _ in range(3)]
     for seed, tune in enumerate(tunes):
@@ -109,13 +109,8 @@ def test_layers_of_several_fine_tunes_are_blended_fused_saved_and_read(kind, tmp
     assert_close(logits_of(made, use_cache=False), logits_of(whole, use_cache=False), atol=1e-5, rtol=0)
     assert {len(leaf.masks[name]) for leaf in block_leaves(made) for name in leaf.masks} == {3, 9}
     learned = logits_of(moved(made), use_cache=False)
-    fused = fuse_block_layer(made)
-    fused.save_pretrained(tmp_path)
-    read = type(mean).from_pretrained(tmp_path, dtype=torch.float32)
-    assert_close(logits_of(read, use_cache=False), learned, atol=1e-5, rtol=0)
     assert not torch.allclose(learned, logits_of(whole, use_cache=False), atol=1e-3)
-    options = dict(attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(*(read.generate(IDS, use_cache=cached, **options) for cached in (True, False)))
+    assert_fused_is(fuse_block_layer(made), learned, tmp_path)
     assert all(torch.equal(held[name], tensor) for tune, held in zip(tunes, before) for name, tensor in tune.state_dict().items())
 
 
