@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .architecture import is_conv1d, is_linear, parameter_modules
 from .cuts import shared_copy
+from .factors import low_rank_factors, LowRank
 from .depth import decoder_layers, remove_layers, set_layer_index
 from .mergeable import leaf_pairs, write_leaves
 from .leaves import masked_class, MaskedOwner, put_leaf
@@ -32,7 +33,7 @@ def with_residual(
         weight = weight.to(matrix.dtype)
         weight = weight @ matrix.T if turned and weight.ndim == 2 else matrix @ weight
     if weight.ndim == 2 and "left" in factors:
-        weight = weight + factors["left"] @ factors["right"]
+        weight = weight + LowRank(factors["right"], factors["left"]).dense()
     return weight
 
 # %% ../nbs/39_shortening/03_block_layer.ipynb #ac63e9ad
@@ -56,11 +57,8 @@ class BlockLeaf(MaskedModule):
             mask.data.zero_()
         self.factors, self.even = nn.ParameterDict(), even
         if rank and is_linear(self.template):
-            rows, columns = self.weights["weight"][0].shape
-            narrow = min(rank, rows, columns)
-            like = dict(device=self.weights["weight"][0].device)
-            self.factors["left"] = nn.Parameter(torch.zeros(rows, narrow, **like))
-            self.factors["right"] = nn.Parameter(torch.randn(narrow, columns, generator=generator).to(**like) / columns**0.5)
+            weight = self.weights["weight"][0]
+            self.factors.update(low_rank_factors(weight.shape, rank, weight.shape[1] ** -0.5, generator, weight.device))
         if matrix is not None:
             self.factors["matrix"] = nn.Parameter(matrix.detach().clone())
 
@@ -68,10 +66,9 @@ class BlockLeaf(MaskedModule):
         "The coefficients of one parameter, () each."
         return [float(j < self.even) / self.even + SPEED * step for j, step in enumerate(self.masks[name])]
 
-    def tensor(self, name: str) -> Tensor:
-        "The parameter in force."
-        blended = super().tensor(name)
-        if self.state.component is not None or not self.factors:
+    def corrected(self, name: str, blended: Tensor) -> Tensor:
+        "A blend with the block's matrix and the residual."
+        if not self.factors:
             return blended
         return with_residual(blended, self.factors, is_conv1d(self.template)).to(blended.dtype)
 

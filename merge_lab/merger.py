@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MASKS_FILE', 'CONFIG_FILE', 'module_kind', 'wrap', 'Merger', 'checkpoint_activations', 'read_merger_config',
-           'read_masks', 'model_card', 'kept_states']
+           'read_masks', 'model_card']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .architecture import decoder_layers, decoder_of, forget_states, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout, states_of
+from .architecture import decoder_layers, decoder_of, forget_states, head_agrees, is_conv1d, kept_states, layer_of, logit_options, parameter_modules, silence_dropout
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow, read_json
@@ -29,7 +29,7 @@ from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
-from .leaves import masked_class, parameter_name, plain_name, put_leaf
+from .leaves import add_residuals, masked_class, parameter_name, plain_name, put_leaf
 from .masks import blend, MaskedModule, MergeState
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
@@ -167,6 +167,8 @@ class Merger(nn.Module):
         self.state = MergeState(config.impl, config.keep_merged, config.offload, n if anchored(config) else None)
         self.model = wrap(models, config, self.state)
         self.idle = _drop_idle(self.model)
+        if getattr(config, "residual_rank", 0):
+            add_residuals(self.model, config.residual_rank, self.seed)
         if config.frozen_bits:
             code_weights(list(self.leaves().values()), config.frozen_bits, self.state.anchor)
         self.init_masks(config.mask_init)
@@ -220,11 +222,22 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
 
 
 @patch_to(Merger)
+def trained(self) -> dict[str, nn.Parameter]:
+    "What is trained: masks by the name of the parameter they belong to, and factors of its correction where it has one."
+    found = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
+    for name, leaf, key in self.masked_parameters() if self.merger_config.residual_rank else ():
+        if key == "weight" and leaf.residual() is not None:
+            found |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
+    return found
+
+
+@patch_to(Merger)
 @property
 def n_coefficients(self) -> int:
-    "Trained numbers. A base's own mask has no effect, so it does not count."
-    rows = [(leaf.masks[key], leaf) for _, leaf, key in self.masked_parameters()]
-    return sum(mask.numel() * (self.n_components if self.has_base and len(mask) > self.n_components else len(mask)) // len(mask) for mask, _ in rows)
+    "Trained numbers, those of corrections among them. A base's own mask has no effect, so it does not count."
+    masks = [leaf.masks[key] for _, leaf, key in self.masked_parameters()]
+    idle = sum(mask[self.n_components :].numel() for mask in masks) if self.has_base else 0
+    return sum(tensor.numel() for tensor in self.trained().values()) - idle
 
 # %% ../nbs/20_merger.ipynb #0fe66f07
 @patch_to(Merger)
@@ -235,7 +248,7 @@ def drop_gathered(self):
 
 @patch_to(Merger)
 def init_masks(self, mask_init: dict):
-    "Start the masks from the alphas that `mask_init` describes."
+    "Start the masks from the alphas that `mask_init` describes, and corrections from nothing."
     self.drop_gathered()
     depths = [layer_of(name) for name in self.leaves()]
     last = max([d for d in depths if d is not None], default=0) or 1
@@ -247,6 +260,9 @@ def init_masks(self, mask_init: dict):
         shape = leaf.masks[key].shape[1:]
         alphas = initial_alphas(mask_init, list(leaf.weights[key]), shape, name, depth, generator, self.state.anchor)
         leaf.set_alphas(key, alphas)
+    with torch.no_grad():
+        for factor in (tensor for name, tensor in self.trained().items() if name.endswith(".left")):
+            factor.zero_()
 
 # %% ../nbs/20_merger.ipynb #291ec62b
 @patch_to(Merger)
@@ -356,8 +372,8 @@ MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 @patch_to(Merger)
 def mask_state(self) -> dict[str, Tensor]:
-    "A copy of the masks on the CPU, by the name of the parameter they belong to."
-    return {name: full(leaf.masks[key].detach()).to("cpu", copy=True) for name, leaf, key in self.masked_parameters()}
+    "A copy of what is trained on the CPU, by the name of the parameter it belongs to."
+    return {name: full(tensor.detach()).to("cpu", copy=True) for name, tensor in self.trained().items()}
 
 
 @patch_to(Merger)
@@ -365,7 +381,7 @@ def mask_state(self) -> dict[str, Tensor]:
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
     self.drop_gathered()
-    own = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
+    own = self.trained()
     masks = {name: mask for name, mask in masks.items() if name in own or name not in self.idle}  # saved when these had masks without effect
     if own.keys() != masks.keys():
         differing = sorted(own.keys() ^ masks.keys())
@@ -515,7 +531,7 @@ def merged_tensors(self) -> Iterator[tuple[str, "functools.partial[Tensor]"]]:
             seen.add(same)
             stored = functools.partial(_stored_weights, self, name.removesuffix(f".{key}"), key) if type(leaf.weights[key]) is CodedWeights else None
             yield name, functools.partial(_merged_tensor, leaf, key, again, stored)
-    owned = tuple(f"{name}.{part}." for name, m in self.model.named_modules() if isinstance(m, MaskedModule) for part in ("weights", "masks"))
+    owned = tuple(f"{name}.{part}." for name, m in self.model.named_modules() if isinstance(m, MaskedModule) for part in ("weights", "masks", "factors"))
     for name, tensor in self.model.state_dict().items():
         if not name.startswith(owned):  # buffers that a checkpoint keeps
             yield plain_name(name), functools.partial(full, tensor)
@@ -527,7 +543,7 @@ def _merged_tensor(
     stored: Callable | None = None,  # gives the components' tensors as their files have them; None: the leaf has them
 ) -> Tensor:
     if stored is not None:
-        return blend(stored(), leaf.alphas(key)) if key in leaf.masks else stored()[leaf.fallback]
+        return leaf.corrected(key, blend(stored(), leaf.alphas(key))) if key in leaf.masks else stored()[leaf.fallback]
     with leaf.state.as_component(None):
         tensor = full(leaf.tensor(key)).detach()
     return tensor.clone() if copy and key not in leaf.masks else tensor
@@ -584,7 +600,7 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# Merge of {' and '.join(merger.names)}", "",
         f"Each weight is a blend of {merger.n_components} frozen components with trained coefficients "
-        f"(`{recipe['mode']}`, `{recipe['constrain_mode']}`).", "",
+        f"(`{recipe['mode']}`, `{recipe['constrain_mode']}`)" + (f", with trained corrections of rank {rank}." if (rank := recipe["residual_rank"]) else "."), "",
         "| component | mean alpha | smallest | largest |", "|---|---|---|---|", *lines, "",
         "`sha256sum --check SHA256SUMS` in this folder proves that weights and config are those that were written.", "",
         "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", "",
@@ -606,25 +622,6 @@ def save_merged(
         if is_main_process:
             _save_companions(self, Path(place), card, stored)
             prove_whole(place)
-
-# %% ../nbs/20_merger.ipynb #a2f94c7e
-@contextmanager
-def kept_states(
-    model: nn.Module,  # transformers causal language model, wrapped or plain
-    layers: Sequence[int],  # decoder layers, from 0
-) -> Iterator[dict[int, Tensor]]:  # layer -> what it gave, (batch, length, d)
-    "Context in which the hidden states that some decoder layers give are kept. Raises `ValueError` for a layer that is not there."
-    kept, handles, there = {}, [], decoder_layers(model) if layers else ()
-    for layer in layers:
-        if not 0 <= layer < len(there):
-            raise ValueError(f"hidden layer {layer}: expected 0 to {len(there) - 1}, one of the decoder layers.")
-    try:
-        for layer in layers:
-            handles.append(there[layer].register_forward_hook(lambda _, args, output, layer=layer: kept.__setitem__(layer, states_of(output))))
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @patch_to(Merger)

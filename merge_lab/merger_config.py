@@ -143,6 +143,9 @@ class MergerConfig:
     )
     target_kinds: list[str] = option(list(KINDS), f"Kinds of module that are masked: {', '.join(KINDS)}", group="Masks")
     fallback: int = option(0, "Component (from 0) that parameters without a mask come from", low=0, group="Components")
+    residual_rank: int = option(
+        0, "Rank of a correction that is trained beside the coefficients of each linear weight but the head's, and may leave what the components span; 0: none", low=0, high=1024, group="Masks",
+    )
     untie_embeddings: bool = option(
         False, "Give a tied head masks of its own; the checkpoint then holds both tensors", group="Components"
     )

@@ -424,7 +424,7 @@ def _check_finite(self, loss: Tensor, inputs: dict):
     if losses.isfinite().all():
         if self._good_step != self.state.global_step:  # once per optimizer step
             self._good_step = self.state.global_step
-            self._good_masks = {name: leaf.masks[key].detach().clone() for name, leaf, key in merger.masked_parameters()}
+            self._good_masks = {name: tensor.detach().clone() for name, tensor in merger.trained().items()}
         return
     where = first_nonfinite(merger, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     loss = losses[~losses.isfinite()][0]

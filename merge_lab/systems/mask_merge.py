@@ -66,7 +66,7 @@ def _check_own_words(config: "MaskMergeConfig"):
 
 def _check_layerwise(config: "MaskMergeConfig"):
     "Raise `ValueError` for options that mean nothing layer by layer."
-    for name in ("shard", "torch_compile", "on_policy", *(() if config.finish_steps else ("mask_decay",))):
+    for name in ("shard", "torch_compile", "on_policy", "residual_rank", *(() if config.finish_steps else ("mask_decay",))):
         if getattr(config, name):
             raise ValueError(f"train_mode='layerwise' with {name}={getattr(config, name)!r}: they do not go together. Leave one out.")
 
