@@ -226,6 +226,29 @@ def test_the_command_trains_sharded_as_in_one_process(tmp_path, forked):
     assert len(list((tmp_path / "two" / "plots").glob("*.png"))) == 7
 
 
+def test_two_processes_learn_from_what_the_blend_writes_as_one_does(tmp_path, forked):
+    "Greedy answers, so that both ways write the same; each process writes and scores its own rows'."
+    from merge_lab.config import config_to_yaml
+    from merge_lab.run_folder import read_history
+    from merge_lab.systems.mask_merge import run
+
+    options = dict(on_policy=1.0, answer_temperature=0.0, rollout_steps=2, answer_tokens=8, loss_func_name="reverse_kl", eval_samples=0, save_merged=False, report=False)
+    options |= dict(max_steps=3, optim="sgd", learning_rate=1.0, residual_rank=2)  # SGD as above
+    file = tmp_path / "config.yaml"
+    file.write_text(config_to_yaml(small(tmp_path / "two", per_device_train_batch_size=4, **options)), encoding="utf-8")
+    done = launch("mask-merge", str(file))
+    assert done.returncode == 0, done.stderr[-4000:]
+    run(small(tmp_path / "one", per_device_train_batch_size=8, **options), progress=False)
+    one, two = (saved(tmp_path / n, "masks/masks.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys() and any(name.endswith(".left") and mask.any() for name, mask in one.items())
+    for name in one:
+        assert_close(two[name], one[name], rtol=1e-5, atol=1e-5)
+    one, two = (read_history(tmp_path / n / "history.jsonl") for n in ("one", "two"))
+    assert two.loss.to_list() == pytest.approx(one.loss.to_list(), rel=1e-4)
+    assert two.rollout_tokens.notna().to_list() == [True, False, True] and two.rollout_tokens.equals(one.rollout_tokens)
+    assert two.rollout_nats.dropna().to_list() == pytest.approx(one.rollout_nats.dropna().to_list(), rel=1e-4)
+
+
 def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(tmp_path, forked):
     "One sample a process, so that often a process has none of a source; Adam's state is divided as well."
     from merge_lab.config import config_to_yaml
