@@ -259,7 +259,8 @@ def _rows(self, first: int, last: int) -> list[Row]:
     "Rows of the sheet, the last one included. Raises `ValueError` if they are not there."
     rows = [] if self.influence is None else self.sheet.rows
     if not 0 <= first <= last < len(rows):
-        raise ValueError(f"rows {first} to {last}: the map has {f'rows 0 to {len(rows) - 1}' if rows else 'no rows yet'}.")
+        asked = f"row {first}" if first == last else f"rows {first} to {last}"
+        raise ValueError(f"{asked}: the map has {f'rows 0 to {len(rows) - 1}' if rows else 'no rows yet'}.")
     return rows[first : last + 1]
 
 
