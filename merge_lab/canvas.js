@@ -89,6 +89,10 @@ function drawCandidates(state, place) {
   return [make("div", { class: "mlc-head" }, `token ${place}: `, make("code", {}, said.text), place === state.pinned ? "  (pinned)" : ""), make("table", { class: "mlc-table" }, head, rows)];
 }
 
+// Names of modules are long and their columns narrow: what is usual to write shorter is, and the whole name is the tip.
+const SHORTER = [[/layer_?norm/g, "norm"], [/attention/g, "attn"], [/feedforward/g, "ffn"]];
+const shorter = (name) => SHORTER.reduce((text, [long, short]) => text.replace(long, short), name);
+
 // --- grids --------------------------------------------------------------------------------------------------------
 
 // A row of one cell is as wide as all columns: it is brushed by whatever brushes its row, and a brush that begins or ends there takes all columns.
@@ -143,7 +147,7 @@ function drawGrid(grid, selected, ask, select) {
     const name = make("th", { scope: "row" }, row.opens === null || row.opens === undefined ? row.name : button(row.name, `row-${grid.name}-${r}`, () => ask("open", { row: r, column: null }), false, "mlc-link"));
     return make("tr", {}, name, made);
   });
-  const head = make("tr", {}, make("th", {}), grid.columns.map((column) => make("th", { class: "mlc-column" }, make("span", {}, column))));
+  const head = make("tr", {}, make("th", {}), grid.columns.map((column) => make("th", { class: "mlc-column", scope: "col", title: column }, make("span", {}, shorter(column)))));
   const table = make("table", { class: `mlc-grid mlc-grid-${grid.name}`, role: "grid", "aria-label": grid.title }, make("thead", {}, head), make("tbody", {}, body));
   mark(cells, selected);
   return [make("div", { class: "mlc-head" }, grid.title), table, legend(grid.scale), grid.note ? make("div", { class: "mlc-hint" }, grid.note) : null];

@@ -87,6 +87,10 @@ class Influence:
         along = torch.tensor(share_direction(len(gradient), component, self.anchor), dtype=gradient.dtype)
         return torch.tensordot(along, gradient, 1)
 
+    def changes(self, name: str, component: int) -> Tensor:  # the shape of one alpha
+        "Nats by which the token's loss changes, to first order, if the component gives its share back, by column or row of a parameter."
+        return -self.alphas[name][component] * self.slopes(name, component)
+
 # %% ../nbs/33_influence.ipynb #ae4d36e3
 def token_influence(
     merger: Merger,
@@ -110,21 +114,21 @@ def token_influence(
 # %% ../nbs/33_influence.ipynb #128eaf90
 @patch_to(Influence)
 def table(self) -> pd.DataFrame:  # one row per parameter and component
-    "Slope and influence of each parameter: module, layer, kind, parameter, component, alpha, slope, influence."
+    "Slope, change and influence of each parameter: module, layer, kind, parameter, component, alpha, slope, change, influence."
     rows, first = [], next(iter(self.gradients.values()))
     components = [i for i in range(len(first)) if i != self.anchor]
     for name, alphas in self.alphas.items():
         module, _, key = name.rpartition(".")
         facts = dict(module=module, layer=layer_of(name), kind=module.rsplit(".", 1)[-1], parameter=key)
         for component in components:
-            slopes, alpha = self.slopes(name, component), alphas[component]
-            numbers = dict(alpha=alpha.mean().item(), slope=slopes.sum().item(), influence=(alpha * slopes).abs().sum().item())
+            slope, changes = self.slopes(name, component).sum().item(), self.changes(name, component)
+            numbers = dict(alpha=alphas[component].mean().item(), slope=slope, change=changes.sum().item(), influence=changes.abs().sum().item())
             rows.append({**facts, "component": component, **numbers})
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
 # %% ../nbs/33_influence.ipynb #d3c7d249
 @patch_to(Influence)
 def columns(self, name: str, component: int) -> pd.DataFrame:  # one row per column or row of the weight, one for a scalar
-    "Alpha, slope and influence within one parameter."
-    alpha, slope = self.alphas[name][component].flatten(), self.slopes(name, component).flatten()
-    return pd.DataFrame({"alpha": alpha, "slope": slope, "influence": (alpha * slope).abs()}).rename_axis("column")
+    "Alpha, slope, change and influence within one parameter."
+    alpha, slope, change = (each.flatten() for each in (self.alphas[name][component], self.slopes(name, component), self.changes(name, component)))
+    return pd.DataFrame({"alpha": alpha, "slope": slope, "change": change, "influence": change.abs()}).rename_axis("column")

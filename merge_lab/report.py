@@ -69,19 +69,20 @@ figure { margin: 1.6rem 0 2rem; }
   background-size: 40px 100%, 40px 100%, 14px 100%, 14px 100%; background-repeat: no-repeat; background-attachment: local, local, scroll, scroll; }
 .table .scroll::-webkit-scrollbar { height: 12px; } .table .scroll::-webkit-scrollbar-track { background: var(--card); border-radius: 6px; }
 .table .scroll::-webkit-scrollbar-thumb { background: var(--muted); border-radius: 6px; border: 3px solid var(--card); }
-@media (min-width: 60rem) { .table { width: max-content; min-width: 100%; max-width: calc(100vw - 4rem); margin-left: 50%; transform: translateX(-50%); } }
+@media (min-width: 60rem) { .table { width: max-content; min-width: 100%; max-width: calc(50% + 50vw - 2rem); } }
 .shown { position: relative; width: fit-content; max-width: 100%; }
 .marks { position: absolute; inset: 0; width: 100%; height: 100%; }
 .marks rect { fill: transparent; } .marks rect:hover { fill: #8a949e44; }
 .plot img { display: block; max-width: 100%; height: auto; border-radius: 6px; }
 @media (max-width: 40rem) { .plot .wide { max-width: none; width: max(100%, 31rem); } }
 .headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.8rem; margin: 1.8rem 0; }
+@media (min-width: 40rem) { .of-3 { grid-template-columns: repeat(3, 1fr); } .of-4 { grid-template-columns: repeat(4, 1fr); } }
 .headline div { background: var(--card); border-radius: 10px; padding: 1rem 1.1rem; }
 .headline b { display: block; font-size: 1.9rem; line-height: 1.15; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
 .headline span { color: var(--muted); font-size: 0.88rem; line-height: 1.35; display: block; margin-top: 0.3rem; }
 table { border-collapse: collapse; font-size: 0.92rem; line-height: 1.35; min-width: 60%; }
 th, td { padding: 0.5rem 0.9rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-thead th { font-weight: 600; vertical-align: bottom; } thead small { display: block; font-weight: 400; color: var(--muted); }
+thead th { font-weight: 600; vertical-align: bottom; } thead small { display: block; font-weight: 400; color: var(--muted); white-space: normal; min-width: 5.5rem; }
 thead tr:last-child th { border-bottom: 2px solid var(--muted); } tbody th { font-weight: 500; }
 tbody th, thead tr:first-child th:first-child { position: sticky; left: 0; background: var(--paper); padding-left: 0; }
 .group { text-align: center; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -202,13 +203,14 @@ class Headline(Section):
     numbers: dict[str, object]  # what it is -> the number or short text
     digits: int = 2  # of a float
     template: ClassVar[str] = (
-        '<div class="headline">{% for label, value in cells %}'
+        '<div class="headline of-{{ across }}">{% for label, value in cells %}'
         "<div><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}</div>"
     )
 
     def context(self) -> dict:
         "Names for the template."
-        return dict(cells=[(label, format_value(value, self.digits)) for label, value in self.numbers.items()])
+        cells = [(label, format_value(value, self.digits)) for label, value in self.numbers.items()]
+        return dict(cells=cells, across=len(cells) if len(cells) < 6 else math.ceil(len(cells) / 2))  # two rows that are equally long
 
 # %% ../nbs/35_report.ipynb #d05a7123
 def format_value(value, digits: int = 3) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 from .drawing import block, STYLE, svg_text
 from .figures import colour_of
 from .lesson import patch_to
-from .run_table import RunTable
+from .run_table import RunInUse, RunTable
 from .runs import BrowserView
 
 # %% ../nbs/38_run_table_view.ipynb #ab370057
@@ -219,13 +219,10 @@ def _carry_out(self, name: str, runs: tuple[str, ...]) -> str:  # what is said o
 def _delete(self, runs: tuple[str, ...]) -> str:
     "Delete runs; those that are others' components at a second click."
     sure, self._sure = self._sure == runs, runs
-    for run in runs:
-        try:
-            self.browser.delete(run, used=sure)
-        except ValueError as error:
-            if "is a component of" not in str(error):
-                raise
-            raise ValueError(str(error).replace("Delete it all the same with used=True (--used).", "Press Delete again to delete it all the same.")) from error
+    try:
+        self.browser.delete_all(runs, used=sure)
+    except RunInUse as error:
+        raise ValueError(f"{error.why} Press Delete again to delete it all the same.") from error
     self._sure = None
     return f"✓ deleted {', '.join(runs)}; Undo brings the last one back"
 

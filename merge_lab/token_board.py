@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REFERENCE', 'MERGED', 'Step', 'Cell', 'Row', 'Sheet', 'Numbers', 'layer_sheet', 'module_sheet', 'column_sheet',
-           'sheet_of', 'TokenBoard']
+           'sheet_of', 'TokenBoard', 'check_finite']
 
 # %% ../nbs/37_token_board.ipynb #4611c87b
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -45,7 +46,8 @@ class Cell:
     places: tuple[Place, ...]
     alpha: float  # mean
     slope: float  # nats per unit of share, all columns together
-    influence: float  # nats
+    change: float  # nats, of the token's loss if the share is given back
+    influence: float  # nats, sizes of the columns' changes
     opens: Step | None = None
 
 # %% ../nbs/37_token_board.ipynb #a021d774
@@ -67,17 +69,19 @@ class Sheet:
 
 # %% ../nbs/37_token_board.ipynb #aaf92013
 class Numbers:
-    "Alphas and slopes of one component, by parameter, flat."
+    "Alphas, slopes and changes of one component, by parameter, flat."
 
     def __init__(self, influence: Influence, component: int):
         self.alphas = {name: alphas[component].flatten() for name, alphas in influence.alphas.items()}
         self.slopes = {name: influence.slopes(name, component).flatten() for name in self.alphas}
+        self.changes = {name: influence.changes(name, component).flatten() for name in self.alphas}
 
     def cell(self, name: str, places: Sequence[Place], opens: Step | None = None) -> Cell:
         "The numbers of some places."
         part = lambda held: torch.cat([held[place.name][place.start : place.end] for place in places])
-        alphas, slopes = part(self.alphas), part(self.slopes)
-        return Cell(name, tuple(places), alphas.mean().item(), slopes.sum().item(), (alphas * slopes).abs().sum().item(), opens)
+        changes = part(self.changes)
+        numbers = (part(self.alphas).mean(), part(self.slopes).sum(), changes.sum(), changes.abs().sum())
+        return Cell(name, tuple(places), *(number.item() for number in numbers), opens)
 
 # %% ../nbs/37_token_board.ipynb #5bf6652d
 def layer_sheet(numbers: Numbers, influence: Influence) -> Sheet:
@@ -170,6 +174,26 @@ def _look(self, merger: Merger):
     self.candidates = [self.found.candidates(tokenizer, token) for token in range(len(self.found.texts))]
 
 # %% ../nbs/37_token_board.ipynb #25f6a2b5
+def check_finite(token: int, influence: Influence):
+    "Raise `FloatingPointError` if the loss of a token, or its gradient, is no number."
+    if not math.isfinite(influence.loss) or not all(gradient.isfinite().all() for gradient in influence.gradients.values()):
+        raise FloatingPointError(
+            f"the blend gives token {token} a loss of {influence.loss:.3g} nats, and no gradient that could be shown: its coefficients are too far out. Undo the shift, or move a dial."
+        )
+
+
+@patch_to(TokenBoard)
+def _take(self, merger: Merger, anew: bool):
+    "The answer if it is wanted anew, and what its pinned token hangs on. Raises what `disagreement` and `check_finite` raise."
+    if anew or self.found is None:
+        self._look(merger)
+    if self.pinned is None or self.pinned >= len(self.found.texts):
+        self.pinned = int(self.found.spread.nan_to_num(-1).argmax())
+    self.component = min(self.component, merger.n_components - 1)
+    self.influence = token_influence(merger, self.found.row, self.found.places[self.pinned])
+    check_finite(self.pinned, self.influence)
+
+
 @patch_to(TokenBoard)
 def _work(self):
     "Do what is asked for; the newest wish counts."
@@ -177,12 +201,7 @@ def _work(self):
         stale, self._stale = self._stale, set()
     try:
         with standing(self.explorer) as merger:
-            if "answer" in stale or self.found is None:
-                self._look(merger)
-            if self.pinned is None or self.pinned >= len(self.found.texts):
-                self.pinned = int(self.found.spread.argmax())
-            self.component = min(self.component, merger.n_components - 1)
-            self.influence = token_influence(merger, self.found.row, self.found.places[self.pinned])
+            self._take(merger, "answer" in stale)
         self.error = None
     except Exception as error:  # noqa: BLE001 - shown by the view
         self.error = error.with_traceback(None)  # whose frames would keep the merger
@@ -236,9 +255,21 @@ def sheet(self) -> Sheet | None:  # None before the first answer
 
 
 @patch_to(TokenBoard)
+def _rows(self, first: int, last: int) -> list[Row]:
+    "Rows of the sheet, the last one included. Raises `ValueError` if they are not there."
+    rows = [] if self.influence is None else self.sheet.rows
+    if not 0 <= first <= last < len(rows):
+        asked = f"row {first}" if first == last else f"rows {first} to {last}"
+        raise ValueError(f"{asked}: the map has {f'rows 0 to {len(rows) - 1}' if rows else 'no rows yet'}.")
+    return rows[first : last + 1]
+
+
+@patch_to(TokenBoard)
 def open(self, row: int, column: int | None = None):  # None: the whole row
-    "Look into a cell or a row of the sheet; nothing happens where there is nothing inside."
-    found = self.sheet.rows[row]
+    "Look into a cell or a row of the sheet; nothing happens where there is nothing inside. Raises `ValueError` if there is no such cell."
+    (found,) = self._rows(row, row)
+    if column is not None and not 0 <= column < len(found.cells):
+        raise ValueError(f"column {column}: row {row} of the map has columns 0 to {len(found.cells) - 1}.")
     step = found.opens if column is None else found.cells[column].opens
     if step is not None:
         self.path = [*self.path, step]
@@ -247,20 +278,23 @@ def open(self, row: int, column: int | None = None):  # None: the whole row
 
 @patch_to(TokenBoard)
 def back(self, depth: int = 0):
-    "Go back to where so many steps had been taken."
+    "Go back to where so many steps had been taken. Raises `ValueError` for more than were taken."
+    if not 0 <= depth <= len(self.path):
+        raise ValueError(f"depth {depth}: expected 0 to {len(self.path)}, the steps that were taken.")
     self.path = self.path[:depth]
     self._tell()
 
 # %% ../nbs/37_token_board.ipynb #4412e1c4
 @patch_to(TokenBoard)
 def shift(self, top: int, bottom: int, left: int, right: int, by: float):  # rows and columns of the sheet, the last ones included
-    "Give the component more of a region of the sheet; the merge follows, and with it the answer. Raises `ValueError` as the brush does."
-    rows = self.sheet.rows[top : bottom + 1]
-    chosen = [cell for row in rows for cell in (row.cells if len(row.cells) == 1 else row.cells[left : right + 1])]
+    "Give the component more of a region of the sheet; the merge follows, and with it the answer. Raises `ValueError` for rows that are not there, and as the brush does."
+    if not 0 <= left <= right:
+        raise ValueError(f"columns {left} to {right}: expected the first and the last column of a region.")
+    chosen = [cell for row in self._rows(top, bottom) for cell in (row.cells if len(row.cells) == 1 else row.cells[left : right + 1])]
     self.brush.shift([place for cell in chosen for place in cell.places], self.component, by)
 
 
 @patch_to(TokenBoard)
 def undo(self) -> bool:
-    "Take the last shift back."
+    "Take the last shift back. Raises `ValueError` as the brush does."
     return self.brush.undo()

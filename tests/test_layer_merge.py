@@ -21,7 +21,7 @@ from merge_lab import calibration, depth, student
 from merge_lab.chat import format_choice, load_mmlu
 from merge_lab.evaluation import perplexity
 from merge_lab.merger import checkpoint_activations
-from merge_lab.run_folder import begin_run, bundled_path, RunInterrupted
+from merge_lab.run_folder import begin_run, bundled_path, read_history, RunInterrupted
 from merge_lab.systems import layer_merge as lm
 from merge_lab.tinylm import save_tiny, tiny_model, tiny_tokenizer
 from merge_lab.toy_corpus import text_hash
@@ -655,6 +655,7 @@ def test_a_start_that_is_asked_for_is_the_start(strategy, start, tmp_path, caplo
         ({"merge_pairs": ["1,2"], "alpha_init_strategy": "given"}, "has no alpha"),
         ({"merge_pairs": ["1,2,1.3"]}, "alpha=1.3"),
         ({"per_module": True, "blend": "outputs"}, "outputs have one share"),
+        ({"report_to": "nowhere"}, "report_to='nowhere'"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_run_begins(options, said, tmp_path):
@@ -667,6 +668,19 @@ def test_what_is_wrong_is_said_before_a_run_begins(options, said, tmp_path):
     with pytest.raises((ValueError, OSError), match=re.escape(said)):
         lm.run(run_config(tmp_path, **options), progress=False)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options, files", [({"strategy": "pairs"}, ["history"]), ({"strategy": "block", "hidden_steps": 2, "block_steps": 3, "block_tries": 1, "heal_steps": 2}, ["hidden", "history", "healing"])])
+def test_tensorboard_gets_the_loss_of_every_stage(options, files, tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    lm.run(run_config(tmp_path, report_to="tensorboard", logging_steps=1, compare=True, **options), progress=False)
+    events = sorted((tmp_path / "run").rglob("events.out.tfevents.*"))
+    told = [[scalar.value for scalar in event_accumulator.EventAccumulator(str(file)).Reload().Scalars("train/loss")] for file in events]
+    wanted = [read_history(tmp_path / f"run/{file}.jsonl").loss.tolist() for file in files]
+    assert sorted(map(len, told)) == sorted(map(len, wanted))  # a file for each stage, and none for what is only compared
+    for losses in wanted:
+        assert any(len(losses) == len(own) and own == pytest.approx(losses, abs=1e-3) for own in told), (losses, told)
 
 
 def test_a_run_never_clears_what_it_reads(tmp_path):

@@ -160,3 +160,17 @@ def test_wide_tables_scroll_where_one_sees_it_and_figures_answer(browser, tmp_pa
         assert picture["x"] < mark["x"] and mark["x"] + mark["width"] <= picture["x"] + picture["width"] + 1
         steps.nth(10).hover()
         assert page.evaluate("document.querySelectorAll('.marks')[1].querySelectorAll('rect')[10].matches(':hover')")
+
+
+def test_a_wide_table_begins_where_the_text_does_and_numbers_stand_in_even_rows(browser, tmp_path):
+    random = np.random.default_rng(0)
+    models, tasks = ["base", "expert: rewrite", "expert: summarize", "expert: extract", "learned masks"], ["rewrite", "summarize", "extract"]
+    scores = pd.DataFrame([(m, t, random.random(), random.random()) for m in models for t in tasks], columns=["model", "task", "exact_match", "loss"])
+    sections = [report.Headline({f"number {i}": i / 7 for i in range(6)}), report.Heading("Scores"), report.Table(report.score_table(scores))]
+    written = report.report_html("Three", sections, tmp_path / "r.html")
+    with browser.new_page(viewport=dict(width=1100, height=800)) as page:
+        page.goto(written.as_uri())
+        seen, whole, left = page.evaluate("(s => [s.clientWidth, s.scrollWidth, s.getBoundingClientRect().left])(document.querySelector('.table .scroll'))")
+        assert whole <= seen and left == page.locator("h1").bounding_box()["x"]  # units are broken before anything is hidden
+        tops = page.evaluate("[...document.querySelectorAll('.headline div')].map(box => box.getBoundingClientRect().top)")
+        assert len(set(tops)) == 2 and tops.count(tops[0]) == 3

@@ -455,6 +455,15 @@ def test_the_history_has_every_step_and_what_validation_said(tiny, tmp_path):
     assert set(published["epochs"][0]) == {"loss", "ce", "precision", "average_bits", "read_bytes", "real_bits", "epoch"}
 
 
+def test_tensorboard_gets_the_loss(tiny, tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    run(router_config(tiny, tmp_path / "run", patience=0, report_to="tensorboard", logging_steps=1))
+    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    told = [scalar.value for scalar in event_accumulator.EventAccumulator(str(events)).Reload().Scalars("train/loss")]
+    assert told == pytest.approx(read_history(tmp_path / "run/history.jsonl").loss.tolist(), abs=1e-3)
+
+
 def test_the_best_routers_are_kept_in_both_files(tiny, tmp_path, monkeypatch):
     "Validation says which epoch that is: here the second of four."
     said = iter([3.0, 2.0, 1.0, 2.0, 3.0])
@@ -550,6 +559,7 @@ def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, monkeypatch):
         (dict(precisions=[4]), "a router needs at least two precisions"),
         (dict(target_bits=2), "target_bits=2: the model has 3 to 8 bits"),
         (dict(model_path=tmp_path / "none"), "no such folder"),
+        (dict(report_to="nowhere"), "report_to='nowhere'"),
         (dict(model_path=bundled_path("models/base")), "Quantise the model first"),
     ):
         options = dict(model_path=tiny) | wrong

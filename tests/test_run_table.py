@@ -8,6 +8,7 @@ import pytest
 from merge_lab import run_table
 from merge_lab.cli import main
 from merge_lab.run_table import NOTES_FILE, delete_run, empty_trash, find_lineage, find_trash, read_notes, restore_run, RunTable, trash_of, write_notes
+from merge_lab.run_folder import clear_run
 from merge_lab.run_table_view import grid_frame, lineage_columns, lineage_svg, make_grid
 from merge_lab.runs import find_runs
 
@@ -113,6 +114,38 @@ def test_the_command(runs, capsys):
     assert main(["runs", "--undo"]) == 0 and (runs / "poet").exists()
     assert main(["runs", "--lineage"]) == 0 and "both is made of poet (final_merged)" in capsys.readouterr().out
     assert main(["runs", "nowhere", "--note", "x"]) == 2
+    assert main(["runs", "both", "--tags", "none"]) == 0 and read_notes(runs / "both") == {"note": "it rhymes", "tags": []}
+    assert main(["runs", "both", "--note", "none"]) == 0 and read_notes(runs / "both") == {"note": "", "tags": []}
+
+
+@pytest.mark.parametrize("words, says", [
+    (["both", "nowhere", "--delete"], "run='nowhere'"), (["both", "nowhere", "--tags", "x"], "run='nowhere'"), (["both", "poet", "--tags", "a b"], "tag 'a b'"),
+    (["nowhere"], "run='nowhere'"), (["--folder", "nowhere"], "nowhere: no such folder"), (["poet", "--delete"], "poet is a component of both"),
+    (["nowhere", "--empty_trash"], "run='nowhere'"),
+])  # fmt: skip
+def test_the_command_does_all_or_nothing(runs, capsys, words, says):
+    before = {file.relative_to(runs): file.read_bytes() for file in runs.rglob("*") if file.is_file()}
+    assert main(["runs", *words]) == 2
+    told = capsys.readouterr().err
+    assert says in told and "(--used)" not in told
+    assert before == {file.relative_to(runs): file.read_bytes() for file in runs.rglob("*") if file.is_file() and file.name != ".lock"} and find_trash(runs).empty
+
+
+def test_a_run_that_is_named_is_the_one_that_is_shown_and_goes_with_what_is_made_of_it(runs, capsys):
+    assert main(["runs", "poet"]) == 0
+    shown = capsys.readouterr().out
+    assert "poet" in shown and "both" not in shown
+    assert main(["runs", "poet", "both", "--delete"]) == 0 and set(find_trash(runs)["run"]) == {"poet", "both"}
+    assert main(["runs", "poet", "nowhere", "--undo"]) == 2 and len(find_trash(runs)) == 2
+    assert main(["runs", "poet", "--empty_trash"]) == 0 and find_trash(runs)["run"].tolist() == ["both"]
+    assert main(["runs", "both", "--undo"]) == 0 and find_lineage(runs).query("run == 'both'")["of"].tolist() == ["poet", "lawyer"]
+
+
+def test_notes_are_the_users_and_stay_when_a_run_is_overwritten(runs):
+    write_notes(runs / "both", "the first try", ["paper"])
+    (runs / "both/masks").mkdir()
+    clear_run(runs / "both")
+    assert [path.name for path in (runs / "both").iterdir()] == [NOTES_FILE] and read_notes(runs / "both")["note"] == "the first try"
 
 
 def test_thirty_runs_are_drawn_apart_and_names_are_text(tmp_path):

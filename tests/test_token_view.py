@@ -151,10 +151,10 @@ def answer(page) -> str:
 
 def test_a_click_on_a_token_changes_the_picture_of_the_layers(page):
     picture(page, ".mlc-tokens", "1-first")
-    before, title = tips(page, "influence"), page.locator(".mlc-side .mlc-head").nth(1).inner_text()
-    assert len(before) > 30 and "influence" in before[0] and "nats" in before[0]
+    before, title = tips(page, "change"), page.locator(".mlc-side .mlc-head").nth(1).inner_text()
+    assert len(before) > 30 and "change" in before[0] and "nats" in before[0]
     page.locator(".mlc-token").nth(4).click()
-    until(lambda: tips(page, "influence") != before, "another picture")
+    until(lambda: tips(page, "change") != before, "another picture")
     assert page.locator(".mlc-side .mlc-head").nth(1).inner_text() != title
     assert page.locator(".mlc-token.mlc-pinned").count() == 1
     assert "(pinned)" in page.locator(".mlc-candidates").inner_text()
@@ -171,17 +171,17 @@ def test_pointing_at_a_token_shows_what_each_model_would_have_said(page):
 
 def test_keys_reach_and_pin_a_token(page):
     page.locator(".mlc-token.mlc-pinned").focus()
-    before = tips(page, "influence")
+    before = tips(page, "change")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Enter")
-    until(lambda: tips(page, "influence") != before)
+    until(lambda: tips(page, "change") != before)
     assert page.locator(".mlc-token").nth(3).get_attribute("aria-selected") == "true"
 
 
 def test_a_map_opens_down_to_columns_and_back(page):
     page.locator(".mlc-grid-alpha .mlc-link").first.click()  # a layer
     until(lambda: "layer 0" in page.locator(".mlc-path").inner_text())
-    page.locator(".mlc-grid-influence .mlc-cell").first.focus()
+    page.locator(".mlc-grid-change .mlc-cell").first.focus()
     page.keyboard.press("Enter")
     until(lambda: "column 0:" in tips(page, "alpha")[0])
     picture(page, ".mlc-tokens", "3-columns")

@@ -52,6 +52,7 @@ from ..depth_scores import cloze_questions
 from ..devices import find_device, set_seed
 from ..evaluation import read_questions
 from ..held_out import HeldOut, told_held_out
+from ..loop_config import loop_option, told_options
 from ..losses import LOSSES
 from merge_lab.mergeable import (
     alpha_parameters, alpha_table, alpha_values, as_original, BLENDS, check_blend, extract_learned_alphas, fuse_mergeable_layers,
@@ -68,7 +69,7 @@ from ..run_folder import begin_run, bundled_path, check_more_steps, check_one_pr
 from ..similarity import METHODS
 from ..strategies import compare_variants, shorten, STRATEGIES, UNTRAINED, Variant, VARIANTS
 from ..student import heal, keep_activations
-from ..training import held_out_facts
+from ..training import check_report_to, held_out_facts
 from ..writer import save_plain
 
 _all_ = [
@@ -178,7 +179,7 @@ class BlockOptions(PairOptions):
     block_steps: int = option(150, "Block: updates from the original's predictions", low=0, high=100_000, group="Block", resumable=True)
     block_learning_rate: float = option(1e-3, "Block: of Adam, at its height; half of it from predictions", low=1e-6, high=1.0, log=True, group="Block")
 
-
+# %% ../../nbs/40_systems/03_layer_merge.ipynb #11cd028b
 @dataclass
 class LayerMergeConfig(BlockOptions):
     "Make a model shorter: by pairs of its own layers with learned shares, by a learned block, or untrained."
@@ -204,6 +205,8 @@ class LayerMergeConfig(BlockOptions):
     seed: int = option(0, "Of samples, their order and the tokens compared", low=0, group="Run", aliases=("random_state",))
     deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
     save_steps: int = option(50, "Updates between checkpoints; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
+    logging_steps: int = loop_option("logging_steps", "Run")
+    report_to: str = loop_option("report_to", "Run")
     resume: bool = option(False, "Go on with the run in output_dir", group="Run", resumable=True, recipe=False)
     overwrite: bool = option(False, "Replace the run in output_dir", group="Run", resumable=True, recipe=False)
 
@@ -428,7 +431,7 @@ def learn(
 
 def loop_options(config: LayerMergeConfig) -> dict:
     "What both loops of a run have in common."
-    return dict(seed=config.seed, eval_steps=config.eval_steps, save_steps=config.save_steps)
+    return dict(seed=config.seed, eval_steps=config.eval_steps, save_steps=config.save_steps, **told_options(config))
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #4e56647a
 def find_block(config: LayerMergeConfig, made: Prepared, batches: Sequence[dict], folder: Path) -> pd.DataFrame:  # what was tried, the best first
@@ -471,7 +474,7 @@ def first_rows(config: LayerMergeConfig, made: Prepared) -> pd.DataFrame:
     "The original's scores, and those of the alternatives without training if they are asked for; healed as well where healing is."
     fixed, healing = list(UNTRAINED) if config.compare else [], None
     if config.heal_steps:
-        healing = healing_options(config, made) | dict(num_steps=config.heal_steps, save_steps=0, progress=False, teacher=made.components or made.model)
+        healing = healing_options(config, made) | dict(num_steps=config.heal_steps, save_steps=0, report_to="none", progress=False, teacher=made.components or made.model)
     table = compare_variants(made.model, made.tokenizer, made.pairs, made.loader, fixed, made.similarity, made.evaluation, healing, n=config.fewer)
     return table.drop(columns="alphas").astype({"layers": int, "parameters": int})
 
@@ -490,6 +493,7 @@ def check_same_way(config: LayerMergeConfig):
 
 def check_config(config: LayerMergeConfig):
     "Raise `FileExistsError`, `FileNotFoundError` or `ValueError` where the folder of a run is not as its options need it."
+    check_report_to(config.report_to)
     many = [*(config.other_models or ()), *(config.other_data or ()), *(config.more_eval_text or ())]
     check_start(config, config.output_dir, [config.model_path, config.data_dir, config.mmlu_dir, config.eval_text, *many])
     for place in config.other_data or ():

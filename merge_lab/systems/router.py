@@ -37,7 +37,7 @@ from ..config import check_options, option, Options, read_json, resumable_option
 from ..devices import find_device, set_seed
 from ..held_out import Best
 from ..lesson import patch_to
-from ..loop_config import LoopConfig
+from ..loop_config import loop_option, LoopConfig, told_options
 from ..nested_model import linear_bytes, memory_table, read_quantized
 from ..precision_costs import fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
@@ -45,7 +45,7 @@ from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
 from ..static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
 from ..text_windows import collate, exact_logits, score_windows, text_paths, text_windows, Window, windows_at_once
-from ..training import attach_watchers, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
+from ..training import attach_watchers, check_report_to, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
 _all_ = ["LayerwiseQuantizeForCausalLM"]
 logger = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ class RouterConfig(Options):
     output_dir: str = option("router_checkpoints", "Folder of checkpoints and history", group="Run", resumable=True, recipe=False, aliases=("save_dir",))
     save_steps: int = option(20, "Steps between checkpoints to go on from; 0: none, unless the run is stopped", low=0, group="Run", resumable=True, recipe=False)
     save_total_limit: int = option(2, "Checkpoints to go on from that are kept", low=1, group="Run", resumable=True, recipe=False)
+    logging_steps: int = loop_option("logging_steps", "Run")
+    report_to: str = loop_option("report_to", "Run")
     seed: int = option(42, "Seed of windows, routers and order", group="Run", aliases=("random_state",))
     deterministic: bool = option(False, "The same bits each time on one machine: slower, and refused where torch has no such way", group="Training")
     device: str | None = option(None, "Device; none for the best there is", group="Run", resumable=True, recipe=False)
@@ -200,7 +202,7 @@ def arguments_of(
     loop = LoopConfig(
         learning_rate=config.learning_rate, max_steps=max(1, steps), per_device_train_batch_size=1, lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=steps // 20, weight_decay=config.weight_decay, seed=config.seed % 2**32, save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, deterministic=config.deterministic, device=device if device in ("cpu", "cuda", "mps") else "auto",
+        save_total_limit=config.save_total_limit, teacher_cache_gb=0.0, deterministic=config.deterministic, device=device if device in ("cpu", "cuda", "mps") else "auto", **told_options(config),
     )  # fmt: skip
     arguments = training_arguments(loop, config.output_dir)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # a sample is a whole step: it cannot be divided
@@ -598,7 +600,8 @@ def fit(
 
 # %% ../../nbs/40_systems/05_router.ipynb #43f6d689
 def check_folder(config: RouterConfig):
-    "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run, without touching it."
+    "Raise `FileExistsError`, `FileNotFoundError`, `PermissionError` or `ValueError` for what is wrong with the folder of the run or with who is told of it, without touching it."
+    check_report_to(config.report_to)
     check_start(config, config.output_dir, [config.model_path, *text_paths(config.dataset)])
     if config.resume:
         check_same_inputs(config.output_dir, [config.model_path], text_paths(config.dataset))
