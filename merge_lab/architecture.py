@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'WITHOUT_EFFECT', 'parameter_modules', 'layer_of', 'as_class', 'put_module', 'ending_at', 'summing_grams',
            'is_conv1d', 'is_linear', 'input_dim', 'find_layers', 'decoder_layers', 'decoder_of', 'states_of',
-           'silence_dropout', 'forget_states', 'logit_options', 'logits_head', 'head_agrees']
+           'kept_states', 'silence_dropout', 'forget_states', 'logit_options', 'logits_head', 'head_agrees']
 
 # %% ../nbs/06_architecture.ipynb #0e0a1a35
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -137,6 +137,25 @@ def decoder_of(
 def states_of(output: Tensor | tuple) -> Tensor:  # (batch, length, d)
     "Hidden states of what a decoder layer gives back."
     return output[0] if isinstance(output, tuple) else output
+
+# %% ../nbs/06_architecture.ipynb #d7d7aa53
+@contextmanager
+def kept_states(
+    model: nn.Module,  # transformers causal language model, wrapped or plain
+    layers: Sequence[int],  # decoder layers, from 0
+) -> Iterator[dict[int, Tensor]]:  # layer -> what it gave, (batch, length, d)
+    "Context in which the hidden states that some decoder layers give are kept. Raises `ValueError` for a layer that is not there."
+    kept, handles, there = {}, [], decoder_layers(model) if layers else ()
+    for layer in layers:
+        if not 0 <= layer < len(there):
+            raise ValueError(f"hidden layer {layer}: expected 0 to {len(there) - 1}, one of the decoder layers.")
+    try:
+        for layer in layers:
+            handles.append(there[layer].register_forward_hook(lambda _, args, output, layer=layer: kept.__setitem__(layer, states_of(output))))
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
 # %% ../nbs/06_architecture.ipynb #949cf384
 SETTINGS = {  # property -> names of the config's entries, over all architectures

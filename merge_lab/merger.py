@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MASKS_FILE', 'CONFIG_FILE', 'module_kind', 'wrap', 'Merger', 'checkpoint_activations', 'read_merger_config',
-           'read_masks', 'model_card', 'kept_states']
+           'read_masks', 'model_card']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -21,7 +21,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from .architecture import decoder_layers, decoder_of, forget_states, head_agrees, is_conv1d, layer_of, logit_options, parameter_modules, silence_dropout, states_of
+from .architecture import decoder_layers, decoder_of, forget_states, head_agrees, is_conv1d, kept_states, layer_of, logit_options, parameter_modules, silence_dropout
 from .checkpoints import component_name, component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow, read_json
@@ -30,7 +30,7 @@ from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
 from .leaves import masked_class, parameter_name, plain_name, put_leaf
-from .masks import blend, MaskedModule, MergeState
+from .masks import blend, in_turn, MaskedModule, MergeState, TurnLock
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
@@ -234,6 +234,7 @@ def drop_gathered(self):
 
 
 @patch_to(Merger)
+@in_turn
 def init_masks(self, mask_init: dict):
     "Start the masks from the alphas that `mask_init` describes."
     self.drop_gathered()
@@ -249,6 +250,13 @@ def init_masks(self, mask_init: dict):
         leaf.set_alphas(key, alphas)
 
 # %% ../nbs/20_merger.ipynb #291ec62b
+@patch_to(Merger)
+@property
+def lock(self) -> TurnLock:
+    "Held by whoever changes something of the merger for a while: its masks, its mode, which component it is. Who asks it meanwhile waits."
+    return self.state.lock
+
+
 @patch_to(Merger)
 def as_component(self, i: int | None):
     "Context in which the whole model is component `i`; `n_components` is the base, where coefficients are measured from one. Raises `ValueError` for any other number."
@@ -280,6 +288,7 @@ def from_config(cls, config: MergerConfig) -> Merger:
 
 # %% ../nbs/20_merger.ipynb #2cbbe097
 @patch_to(Merger)
+@in_turn
 def generate(self, *args, **kwargs):
     "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
     before, self.state.keep_merged = self.state.keep_merged, True
@@ -321,6 +330,7 @@ def _apply(self, fn, recurse=True):
 
 # %% ../nbs/20_merger.ipynb #6612de98
 @patch_to(Merger)
+@in_turn
 @torch.no_grad()
 def alphas(self) -> pd.DataFrame:
     "Summary of the alphas: module, layer, kind, parameter, component, mean, std, min, max."
@@ -337,6 +347,7 @@ def alphas(self) -> pd.DataFrame:
 
 # %% ../nbs/20_merger.ipynb #0e430387
 @patch_to(Merger)
+@in_turn
 @torch.no_grad()
 def alpha_values(
     self,
@@ -355,12 +366,14 @@ MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 
 @patch_to(Merger)
+@in_turn
 def mask_state(self) -> dict[str, Tensor]:
     "A copy of the masks on the CPU, by the name of the parameter they belong to."
     return {name: full(leaf.masks[key].detach()).to("cpu", copy=True) for name, leaf, key in self.masked_parameters()}
 
 
 @patch_to(Merger)
+@in_turn
 @torch.no_grad()
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
@@ -534,6 +547,7 @@ def _merged_tensor(
 
 
 @patch_to(Merger)
+@in_turn
 def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     with _no_copies(self):
@@ -592,6 +606,7 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
 
 # %% ../nbs/20_merger.ipynb #6cc0b99c
 @patch_to(Merger)
+@in_turn
 def save_merged(
     self,
     folder: str | Path,  # of the checkpoint
@@ -606,25 +621,6 @@ def save_merged(
         if is_main_process:
             _save_companions(self, Path(place), card, stored)
             prove_whole(place)
-
-# %% ../nbs/20_merger.ipynb #a2f94c7e
-@contextmanager
-def kept_states(
-    model: nn.Module,  # transformers causal language model, wrapped or plain
-    layers: Sequence[int],  # decoder layers, from 0
-) -> Iterator[dict[int, Tensor]]:  # layer -> what it gave, (batch, length, d)
-    "Context in which the hidden states that some decoder layers give are kept. Raises `ValueError` for a layer that is not there."
-    kept, handles, there = {}, [], decoder_layers(model) if layers else ()
-    for layer in layers:
-        if not 0 <= layer < len(there):
-            raise ValueError(f"hidden layer {layer}: expected 0 to {len(there) - 1}, one of the decoder layers.")
-    try:
-        for layer in layers:
-            handles.append(there[layer].register_forward_hook(lambda _, args, output, layer=layer: kept.__setitem__(layer, states_of(output))))
-        yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 # %% ../nbs/20_merger.ipynb #24c02a0a
 @patch_to(Merger)
@@ -661,12 +657,13 @@ def head_parameters(self) -> list[nn.Parameter]:
 def held_head(self):
     "Hold the head's blend inside the block, so that chunks of tokens share it; yields the head."
     head = self.model.get_output_embeddings()
-    before, self.state.keep_merged = self.state.keep_merged, True
-    own, head._merged = head._merged, {}
-    try:
-        yield head
-    finally:
-        self.state.keep_merged, head._merged = before, own
+    with self.lock:
+        before, self.state.keep_merged = self.state.keep_merged, True
+        own, head._merged = head._merged, {}
+        try:
+            yield head
+        finally:
+            self.state.keep_merged, head._merged = before, own
 
 # %% ../nbs/20_merger.ipynb #677fc711
 @patch_to(Merger)
