@@ -209,7 +209,12 @@ function renderChat(model, el, ask) {
     make("div", { class: "mlc-said-text", "aria-live": "polite" }, voice.text), voice.error ? make("div", { class: "mlc-trouble" }, voice.error) : null,
     button("This is better", `pick-${place}`, () => ask("pick", { voice: place }), busy || !voice.text, "mlc-pick"))));
   const words = make("textarea", { class: "mlc-question", rows: "2", placeholder: "Ask all of them; Enter sends, Shift and Enter begin a line", "aria-label": "your question" });
-  const send = () => { if (words.value.trim()) { ask("ask", { text: words.value, system: system.value }); words.value = ""; } };
+  let sent = null, acts = model.get("shown").acts, asked = model.get("shown").asked;  // what was sent stays in its box until it was taken
+  const send = () => {
+    if (!words.value.trim() || words.value === sent) return;
+    sent = words.value;
+    ask("ask", { text: sent, system: system.value });
+  };
   words.addEventListener("keydown", (event) => {
     event.stopPropagation();
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); send(); }
@@ -220,6 +225,10 @@ function renderChat(model, el, ask) {
   const line = section(root, "mlc-status", (text, trouble) => make("span", { class: trouble ? "mlc-trouble" : "", role: "status" }, text));
   return () => {
     const state = model.get("shown");
+    if (state.acts !== acts) {
+      if (state.asked !== asked && words.value === sent) words.value = "";
+      [sent, acts, asked] = [null, state.acts, state.asked];
+    }
     past(state.messages ?? []);
     answers(state.answers ?? [], state.busy);
     buttons(state.busy, (state.messages ?? []).length > 0);

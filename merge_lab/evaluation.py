@@ -30,7 +30,7 @@ from .config import check_choice
 from .logs import tqdm
 from .merger import Merger
 from merge_lab.scoring import (  # noqa: F401
-    CHECKED_TOKENS, MAX_TOKENS, ModelParts, check_length, cut_model, evaluating, parts_agree, positions_of, row_nats, scoring,
+    CHECKED_TOKENS, MAX_TOKENS, ModelParts, check_length, cut_model, evaluating, keeping_masks, parts_agree, positions_of, row_nats, scoring,
     warn_whole, whole_model,
 )
 
@@ -93,7 +93,7 @@ def answer_room(
 ) -> int:
     "How many new tokens an answer may have: the longest reference answer and a margin."
     lengths = [len(tokenizer(answer_of(row), add_special_tokens=False)["input_ids"]) for row in rows]
-    return max(lengths) + margin
+    return max(lengths, default=0) + margin
 
 
 def _note_answers(answers: list[str], batch: Sequence[int], tokenizer, length: int, said: Tensor) -> list[str]:  # length: of the prompts; said: (B, T)
@@ -334,14 +334,14 @@ def score_baselines(
     **options,  # of `evaluate_tasks`
 ) -> pd.DataFrame:  # columns model, task, n, loss, perplexity, exact_match
     "Scores of the base where the merger has it, of the components and of their uniform average; the masks stay as they are."
-    tables, masks = [], merger.mask_state()
+    tables = []
     whole = [(merger.n_components, "base")] if merger.has_base else []
     for i, name in [*whole, *((i, f"expert: {name}") for i, name in enumerate(merger.names))]:
         with merger.as_component(i):
             tables.append(score_model(merger, tokenizer, tests, name, **options))
-    merger.init_masks({"strategy": "uniform"})
-    tables.append(score_model(merger, tokenizer, tests, uniform_name(merger), **options))
-    merger.load_mask_state(masks)
+    with keeping_masks(merger):
+        merger.init_masks({"strategy": "uniform"})
+        tables.append(score_model(merger, tokenizer, tests, uniform_name(merger), **options))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/32_evaluation.ipynb #44901496

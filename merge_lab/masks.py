@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['MODES', 'IMPLS', 'RESIDUAL_PACE', 'alpha_shape', 'blend', 'backward_route', 'masked_linear', 'even_alphas',
-           'MergeState', 'ComponentModule', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm']
+           'TurnLock', 'in_turn', 'MergeState', 'ComponentModule', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding',
+           'MaskedNorm']
 
 # %% ../nbs/12_masks.ipynb #69ea6a08
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
@@ -354,6 +356,42 @@ def even_alphas(
     merged = n if anchor is None else n - 1
     return [0.0 if i == anchor else 1 / merged for i in range(n)]
 
+# %% ../nbs/12_masks.ipynb #2a2abc85
+class TurnLock:
+    "A re-entrant lock whose copies are locks of their own."
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        "Wait for a turn; the thread that has it need not wait."
+        return self._lock.acquire(blocking, timeout)
+
+    def release(self):
+        "Give it back. Raises `RuntimeError` in a thread that does not have it."
+        self._lock.release()
+
+    def __enter__(self):
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *error):
+        self._lock.release()
+
+    def __reduce__(self):
+        return type(self), ()
+
+
+def in_turn(method: Callable) -> Callable:
+    "A method that holds its object's `lock` from its first line to its last."
+
+    @functools.wraps(method)
+    def held(self, *args, **kwargs):
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return held
+
 # %% ../nbs/12_masks.ipynb #f0607196
 class MergeState:
     "What all masked modules of one merger share."
@@ -372,15 +410,17 @@ class MergeState:
         self.component: int | None = None  # act as this component; None: as the blend
         self.impl = impl
         self.keep_merged = keep_merged  # keep merged weights until the masks change
+        self.lock = TurnLock()  # of whoever changes this, or masks, for a while
 
     @contextmanager
     def as_component(self, i: int | None):
-        "Act as component `i` inside the block."
-        before, self.component = self.component, i
-        try:
-            yield
-        finally:
-            self.component = before
+        "Act as component `i` inside the block, which no other thread does meanwhile."
+        with self.lock:
+            before, self.component = self.component, i
+            try:
+                yield
+            finally:
+                self.component = before
 
 # %% ../nbs/12_masks.ipynb #e8516f2e
 def _frozen(tensors: Sequence[Tensor | None]) -> nn.ParameterList:

@@ -30,7 +30,7 @@ from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
 from .leaves import add_residuals, masked_class, parameter_name, plain_name, put_leaf
-from .masks import blend, MaskedModule, MergeState
+from .masks import blend, in_turn, MaskedModule, MergeState, TurnLock
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
@@ -247,6 +247,7 @@ def drop_gathered(self):
 
 
 @patch_to(Merger)
+@in_turn
 def init_masks(self, mask_init: dict):
     "Start the masks from the alphas that `mask_init` describes, and corrections from nothing."
     self.drop_gathered()
@@ -265,6 +266,13 @@ def init_masks(self, mask_init: dict):
             factor.zero_()
 
 # %% ../nbs/20_merger.ipynb #291ec62b
+@patch_to(Merger)
+@property
+def lock(self) -> TurnLock:
+    "Held by whoever changes something of the merger for a while: its masks, its mode, which component it is. Who asks it meanwhile waits."
+    return self.state.lock
+
+
 @patch_to(Merger)
 def as_component(self, i: int | None):
     "Context in which the whole model is component `i`; `n_components` is the base, where coefficients are measured from one. Raises `ValueError` for any other number."
@@ -296,6 +304,7 @@ def from_config(cls, config: MergerConfig) -> Merger:
 
 # %% ../nbs/20_merger.ipynb #2cbbe097
 @patch_to(Merger)
+@in_turn
 def generate(self, *args, **kwargs):
     "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
     before, self.state.keep_merged = self.state.keep_merged, True
@@ -337,6 +346,7 @@ def _apply(self, fn, recurse=True):
 
 # %% ../nbs/20_merger.ipynb #6612de98
 @patch_to(Merger)
+@in_turn
 @torch.no_grad()
 def alphas(self) -> pd.DataFrame:
     "Summary of the alphas: module, layer, kind, parameter, component, mean, std, min, max."
@@ -353,6 +363,7 @@ def alphas(self) -> pd.DataFrame:
 
 # %% ../nbs/20_merger.ipynb #0e430387
 @patch_to(Merger)
+@in_turn
 @torch.no_grad()
 def alpha_values(
     self,
@@ -371,12 +382,14 @@ MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 
 
 @patch_to(Merger)
+@in_turn
 def mask_state(self) -> dict[str, Tensor]:
     "A copy of what is trained on the CPU, by the name of the parameter it belongs to."
     return {name: full(tensor.detach()).to("cpu", copy=True) for name, tensor in self.trained().items()}
 
 
 @patch_to(Merger)
+@in_turn
 @torch.no_grad()
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
@@ -550,6 +563,7 @@ def _merged_tensor(
 
 
 @patch_to(Merger)
+@in_turn
 def merged_state_dict(self) -> dict[str, Tensor]:
     "The merged checkpoint as a dict, in memory at once."
     with _no_copies(self):
@@ -608,6 +622,7 @@ def model_card(merger: Merger, recipe: dict | None = None) -> str:
 
 # %% ../nbs/20_merger.ipynb #6cc0b99c
 @patch_to(Merger)
+@in_turn
 def save_merged(
     self,
     folder: str | Path,  # of the checkpoint
@@ -658,12 +673,13 @@ def head_parameters(self) -> list[nn.Parameter]:
 def held_head(self):
     "Hold the head's blend inside the block, so that chunks of tokens share it; yields the head."
     head = self.model.get_output_embeddings()
-    before, self.state.keep_merged = self.state.keep_merged, True
-    own, head._merged = head._merged, {}
-    try:
-        yield head
-    finally:
-        self.state.keep_merged, head._merged = before, own
+    with self.lock:
+        before, self.state.keep_merged = self.state.keep_merged, True
+        own, head._merged = head._merged, {}
+        try:
+            yield head
+        finally:
+            self.state.keep_merged, head._merged = before, own
 
 # %% ../nbs/20_merger.ipynb #677fc711
 @patch_to(Merger)

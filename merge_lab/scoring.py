@@ -33,16 +33,17 @@ MAX_TOKENS = 16_384  # of a batch, padding included  # what an evaluation takes 
 
 @contextmanager
 def evaluating(model):
-    "Evaluation mode without gradients; afterwards the model is in the mode it came in."
-    was_training, training = model.training, any(module.training for module in model.modules())
-    if training:  # a walk that sets what is set takes longer
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        if training:
-            model.train(was_training)
+    "Evaluation mode without gradients; afterwards the model is in the mode it came in. A merger is this thread's alone inside the block."
+    with getattr(model, "lock", nullcontext()):
+        was_training, training = model.training, any(module.training for module in model.modules())
+        if training:  # a walk that sets what is set takes longer
+            model.eval()
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            if training:
+                model.train(was_training)
 
 
 def positions_of(model) -> float:
@@ -163,12 +164,13 @@ def scoring(
 # %% ../nbs/24_scoring.ipynb #b49c2ada
 @contextmanager
 def keeping_masks(merger: Merger):
-    "Inside the block masks may be changed; afterwards they are what they were. Yields them."
-    before = merger.mask_state()
-    try:
-        yield before
-    finally:
-        merger.load_mask_state(before)
+    "Inside the block masks may be changed, by this thread alone; afterwards they are what they were. Yields them."
+    with merger.lock:
+        before = merger.mask_state()
+        try:
+            yield before
+        finally:
+            merger.load_mask_state(before)
 
 # %% ../nbs/24_scoring.ipynb #38439714
 def row_nats(

@@ -27,11 +27,13 @@ from .commands import Viewed
 from .config import check_choice, narrow
 from .lesson import patch_to
 from .losses import LOSSES, PENALTIES
+from .masks import TurnLock
 from .memory import memory_in_use
 from .merger import Merger
 from .merger_config import MergerConfig
 from .panel import ConfigPanel
 from .run_folder import read_adjusted
+from .scoring import keeping_masks
 from .training import HistoryCallback, MergerTrainer, note_adjusted, set_learning_rate, StopCallback, train_from
 from .watch import told_run
 
@@ -86,14 +88,14 @@ class SessionState:
 
 # %% ../nbs/35_session.ipynb #3e38735d
 class Bench:
-    "The merger of a panel's config, loaded when it is needed, and the lock of whoever works on it."
+    "The merger of a panel's config, loaded when it is needed; its lock is the merger's, whichever is loaded."
 
     def __init__(
         self,
         panel: ConfigPanel,  # of a config that extends MergerConfig
         load: Callable[[MergerConfig], Merger] = Merger.from_config,
     ):
-        self.panel, self.load, self.lock = panel, load, threading.RLock()
+        self.panel, self.load, self.lock = panel, load, TurnLock()
         self.sessions = weakref.WeakSet()  # that were started on it
         self._made_for, self._merger = None, None
         self._start: tuple[str, dict, dict] | None = None  # a run, its masks, and the mask_init that they stand in for
@@ -102,6 +104,11 @@ class Bench:
     def _follow(self, panel: ConfigPanel):
         if self._start is not None and panel.values["mask_init"] != self._start[2]:
             self._start = None
+
+    def _own(self, merger: Merger) -> Merger:
+        with merger.lock:  # of somebody who works on it, if it is no new one
+            merger.state.lock = self.lock
+        return merger
 
     def check_free(self, sessions: Iterable[SessionState] | None = None):
         "Raise `RuntimeError` while a session trains the merger."
@@ -122,7 +129,7 @@ class Bench:
                     session.release()
                 self._merger = self._start = self._made_for = None
                 gc.collect()  # its memory is free before the next is loaded
-                self._merger, self._made_for = self.load(wanted), key
+                self._merger, self._made_for = self._own(self.load(wanted)), key
             return self._merger
 
 # %% ../nbs/35_session.ipynb #5df77f9e
@@ -166,7 +173,7 @@ class Gate(TrainerCallback):
     "Holds the merger's lock from a step's beginning to the next one's, except where it gives way."
 
     def __init__(self, session: "TrainingSession"):
-        self.session, self.held = session, False
+        self.session, self.held = session, None
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.release()
@@ -175,14 +182,15 @@ class Gate(TrainerCallback):
 
     def take(self):
         "Wait for the lock."
-        self.session.lock.acquire()
-        self.held = True
+        lock = self.session.lock
+        lock.acquire()
+        self.held = lock
 
     def release(self):
         "Give the lock back, if it is held."
-        if self.held:
-            self.held = False
-            self.session.lock.release()
+        lock, self.held = self.held, None
+        if lock is not None:
+            lock.release()
 
 # %% ../nbs/35_session.ipynb #7e45122c
 class Rest(TrainerCallback):
@@ -252,10 +260,15 @@ class TrainingSession(SessionState, Viewed):
         recipe: Callable[[], dict] | None = None,  # options for an export's model card; None: those of the merger
     ):
         self.make, self.export_to, self.estimate, self.checkpoint, self.recipe_of = make, export, estimate, checkpoint, recipe
-        self.bench, self.lock = bench, threading.RLock() if bench is None else bench.lock
+        self.bench, self._lock = bench, TurnLock() if bench is None else bench.lock
         self.listeners: list[Callable] = []  # called with the session after each change, from its thread
         self._go, self._save, self._halt, self._thread = *(threading.Event() for _ in range(3)), None
         self._reset()
+
+    @property
+    def lock(self) -> TurnLock:
+        "The merger's; before there is one, the bench's or one of its own."
+        return self._lock if self.merger is None else self.merger.lock
 
     def _reset(self):
         super().__init__()
@@ -432,12 +445,9 @@ def _own_masks(self):
     if self.masks is None:  # still at work, so nobody else may set them
         yield merger
         return
-    others = merger.mask_state()
-    try:
+    with keeping_masks(merger):
         merger.load_mask_state(self.masks)
         yield merger
-    finally:
-        merger.load_mask_state(others)
 
 # %% ../nbs/35_session.ipynb #c4cad7f9
 @patch_to(TrainingSession)

@@ -1,4 +1,4 @@
-"""Notebook servers of their own, for tests in a browser: JupyterLab and marimo."""
+"""Notebook servers of their own, for tests in a browser: JupyterLab, Jupyter Notebook and marimo."""
 
 import json
 import os
@@ -53,11 +53,13 @@ def browser_api():
 
 
 def open_notebook(page, address: str, name: str):
-    "Show a notebook in JupyterLab, with its kernel ready, in a window without the file list."
-    page.goto(f"{address}/lab/tree/{name}?reset")
+    "Show a notebook in JupyterLab, with its kernel ready, in a window without the file list; or in Jupyter Notebook, which is asked for a page."
+    in_lab = "/notebooks" not in address
+    page.goto(f"{address}/lab/tree/{name}?reset" if in_lab else f"{address}/{name}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
     page.wait_for_function(READY)
-    page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+    if in_lab:
+        page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
 
 
 def run_all(page):
@@ -108,8 +110,8 @@ def serving(command: list[str], folder: Path, home: Path, probe: str, **own):
 
 
 @contextmanager
-def jupyter_lab(folder: Path, home: Path):
-    "Address of a JupyterLab that shows a folder."
+def jupyter_lab(folder: Path, home: Path, notebook: bool = False):
+    "Address of a JupyterLab that shows a folder; or of the notebooks of a Jupyter Notebook."
     port = free_port()
     write_settings(home / "settings")
     own = {
@@ -119,16 +121,14 @@ def jupyter_lab(folder: Path, home: Path):
         "JUPYTERLAB_WORKSPACES_DIR": home / "workspaces",
         "IPYTHONDIR": home / "ipython",
     }
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command = [sys.executable, "-m", "notebook" if notebook else "jupyterlab", "--no-browser", "--allow-root"]
     command += ["--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"]
     command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
-    command += ["--LabApp.expose_app_in_browser=True"]
-    command += [
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    ]
+    own_options = ["--LabApp.expose_app_in_browser=True", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    command += ["--JupyterNotebookApp.expose_app_in_browser=True"] if notebook else own_options
     address = f"http://127.0.0.1:{port}"
     with serving(command, folder, home, f"{address}/api", **own):
-        yield address
+        yield f"{address}/notebooks" if notebook else address
 
 
 @contextmanager

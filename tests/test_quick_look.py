@@ -1,6 +1,10 @@
 """A quick look says what the plain computation says of the same rows, whatever was kept of the look before."""
 
+import copy
+import pickle
+
 import pytest
+import torch
 from test_architectures import family
 
 from merge_lab.evaluation import evaluate_tasks
@@ -52,3 +56,55 @@ def test_rows_longer_than_a_window_are_padded():
 @pytest.mark.parametrize("kind", ["mamba2", "gemma3n_text", "qwen3_next", "gpt_oss", "jetmoe"])
 def test_a_decoder_that_cannot_be_asked_as_a_tree_is_asked_plainly(kind):
     check(Merger(family(kind, vocab_size=64), MergerConfig(dtype="float32")))
+
+
+@pytest.mark.parametrize("mode", ["scalar", "vector_output"])
+def test_a_merger_that_is_converted_is_looked_at_anew(mode):
+    "What was held is of another dtype; the first look after the change failed."
+    merger = Merger([tiny_model("llama", num_hidden_layers=4, seed=seed) for seed in range(2)], MergerConfig(mode=mode, dtype="float32"))
+    look = check(merger)
+    for dtype in (torch.float64, torch.bfloat16, torch.float32):
+        merger.to(dtype)
+        held, plain = look.take(merger)[0], QuickLook(merger, tiny_tokenizer(), ROWS, operations=float("inf")).take(merger)[0]
+        assert held == pytest.approx(plain, rel=1e-6)
+        assert {tensor.dtype for tensor in look.blend._held.values()} == {dtype} and look.bytes > 0
+        assert all(output.dtype == dtype for asked in look.asked for output in asked.kept.values())
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_weights_that_change_in_place_are_noticed(layer):
+    merger = Merger([tiny_model("llama", num_hidden_layers=4, seed=seed) for seed in range(2)], MergerConfig(dtype="float32"))
+    look = check(merger)
+    with torch.no_grad():
+        merger.leaves()[f"model.layers.{layer}.mlp.up_proj"].weights["weight"][1].mul_(2)
+    check_once(look, merger)
+    merger.leaves()["model.norm"].weights["weight"][1].data.mul_(2)  # which leaves no trace
+    look.forget()
+    check_once(look, merger)
+
+
+def check_once(look: QuickLook, merger: Merger):
+    wanted = evaluate_tasks(merger, tiny_tokenizer(), ROWS, metrics=["loss"], progress=False)["loss"].tolist()
+    assert list(look.take(merger)[0].values()) == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+
+
+def test_a_first_look_where_only_later_layers_have_masks():
+    models = [tiny_model("llama", num_hidden_layers=4, seed=0) for _ in range(2)]
+    with torch.no_grad():
+        models[1].model.layers[3].mlp.up_proj.weight.mul_(2)
+    check(Merger(models, MergerConfig(dtype="float32", target_modules=["layers.3.mlp"])))
+
+
+def test_an_explorer_sees_that_weights_have_changed():
+    from merge_lab.explorer import MergeExplorer
+
+    merger = Merger([tiny_model("llama", seed=seed) for seed in range(2)], MergerConfig(dtype="float32"))
+    explorer = MergeExplorer(lambda: merger, tiny_tokenizer(), ROWS, prompts=0)
+    first = explorer.evaluate({"strategy": "uniform"}).scores["loss"].tolist()
+    copies = copy.deepcopy(merger), pickle.loads(pickle.dumps(merger))  # what is held of it goes with none of them
+    with torch.no_grad():
+        merger.leaves()["model.layers.0.mlp.up_proj"].weights["weight"][1].mul_(3)
+    second = explorer.evaluate({"strategy": "uniform"}).scores["loss"].tolist()
+    assert first[:2] == second[:2] and all(a != b for a, b in zip(first[2:], second[2:]))  # one component has changed, and the merge
+    for other in copies:
+        assert MergeExplorer(lambda other=other: other, tiny_tokenizer(), ROWS, prompts=0).evaluate({"strategy": "uniform"}).scores["loss"].tolist() == first

@@ -1,4 +1,4 @@
-"""The token view and the conversation as their user sees them: in JupyterLab and in marimo, by mouse and by keyboard.
+"""The token view and the conversation as their user sees them: in JupyterLab, in Jupyter Notebook 7 and in marimo, by mouse and by keyboard.
 
 MERGE_LAB_SCREENSHOTS=folder keeps a screenshot of each.
 """
@@ -49,7 +49,7 @@ explorer = MergeExplorer(lambda: merger, load_tokenizer(paths[0]), tests, prompt
 explorer.move()
 explorer.worker.wait()
 board = TokenBoard(explorer)
-asking = Asking(lambda: merger, load_tokenizer(paths[0]), blends_of(explorer), "runs/a", explorer.lock, 40)
+asking = Asking(lambda: merger, load_tokenizer(paths[0]), blends_of(explorer), "runs/a", max_new_tokens=40)
 """
 MARIMO = """
 import marimo
@@ -96,15 +96,15 @@ def open_lab(page, address: str):
         page.evaluate("jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
 
 
-@pytest.fixture(scope="module", params=["jupyterlab", "marimo"])
+@pytest.fixture(scope="module", params=["jupyterlab", "notebook", "marimo"])
 def page(request, tmp_path_factory):
     "The two widgets in a notebook; `page.folder` is where it runs, `page.place` what runs it."
     place = request.param
     pytest.importorskip(place, reason=f"{place} is not installed")
     folder, home = (tmp_path_factory.mktemp(name) for name in ("work", "home"))
-    if place == "jupyterlab":
+    if place != "marimo":
         lab_notebook(folder)
-        server = jupyter_lab(folder, home)
+        server = jupyter_lab(folder, home, place == "notebook")
     else:
         setup = "\n".join(f"    {line}" if line else "" for line in SETUP.splitlines())
         (folder / "tokens.py").write_text(MARIMO.format(setup=setup))
@@ -115,7 +115,7 @@ def page(request, tmp_path_factory):
         page.set_default_timeout(90 * 1000)
         page.loaded = []  # what was asked for elsewhere
         page.on("request", lambda request: page.loaded.append(request.url))
-        open_lab(page, address) if place == "jupyterlab" else page.goto(address)
+        page.goto(address) if place == "marimo" else open_lab(page, address)
         page.wait_for_selector(".mlc-tokens .mlc-token")
         page.wait_for_selector(".mlc-chat .mlc-question")
         page.place, page.folder, page.address = place, folder, address
@@ -273,6 +273,28 @@ def test_a_stop_is_heard_between_two_tokens(page):
     assert len(said["rewrite"][0]) < 60
 
 
+def test_what_was_typed_stays_until_it_is_taken_and_a_refusal_until_the_next_action(page):
+    box, line = page.locator(".mlc-question"), page.locator(".mlc-chat .mlc-status")
+    ask(page, QUESTION)
+    until(lambda: voices(page).get("rewrite", ("", ""))[0], "a first word")
+    assert box.input_value() == ""
+    ask(page, "And what else?")
+    until(lambda: "somebody speaks" in line.inner_text(), "a refusal")
+    said = voices(page)
+    until(lambda: voices(page) != said, "a further piece")
+    assert "somebody speaks" in line.inner_text() and box.input_value() == "And what else?"
+    picture(page, ".mlc-chat", "8-refused")
+    page.locator(".mlc-button.mlc-stop").click()
+    until(lambda: page.locator(".mlc-button.mlc-send").is_enabled())
+    assert "somebody speaks" not in line.inner_text() and box.input_value() == "And what else?"
+    box.press("Enter")
+    until(lambda: box.input_value() == "", "the question is taken")
+    page.locator(".mlc-button.mlc-stop").click()
+    until(lambda: page.locator(".mlc-button.mlc-send").is_enabled())
+    page.locator(".mlc-pick").first.click()
+    until(lambda: "not kept as data" in line.inner_text(), "why it is not kept")
+
+
 def test_what_is_said_is_text(page):
     page.locator(".mlc-button.mlc-new").click()
     until(lambda: page.locator(".mlc-message").count() == 0)
@@ -283,11 +305,11 @@ def test_what_is_said_is_text(page):
     assert page.locator(".mlc img, .mlc-message span b").count() == 0 and page.title() != "broken"
     page.locator(".mlc-button.mlc-stop").click()
     until(lambda: page.locator(".mlc-button.mlc-send").is_enabled())
-    picture(page, ".mlc-chat", "8-text")
+    picture(page, ".mlc-chat", "9-text")
 
 
 def test_a_stop_is_heard_while_a_cell_runs(page):
-    if page.place != "jupyterlab":
+    if page.place == "marimo":
         pytest.skip("marimo runs no cell by itself")
     page.locator(".mlc-system").fill("")
     ask(page, QUESTION)
@@ -304,7 +326,7 @@ def test_a_stop_is_heard_while_a_cell_runs(page):
 
 
 def test_nothing_is_loaded_from_elsewhere(page):
-    if page.place == "jupyterlab":
-        elsewhere = [url for url in page.loaded if not url.startswith((page.address, "blob:", "data:"))]
+    if page.place != "marimo":
+        elsewhere = [url for url in page.loaded if not url.startswith((page.address.removesuffix("/notebooks"), "blob:", "data:"))]
         assert elsewhere == []
     assert page.locator(".mlc").count() == 2

@@ -25,6 +25,7 @@ from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import parse, PreflightConfig
 from merge_lab.commands import COMMANDS
 from merge_lab.config import config_from_dict, narrow, option
+from merge_lab.masks import TurnLock
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import begin_run, bundled_path, last_checkpoint, read_adjusted
@@ -689,7 +690,7 @@ def test_an_exception_is_kept_shown_and_raised():
 def test_the_bench_loads_again_only_for_other_masks():
     loads = []
     panel = ConfigPanel(small_config())
-    bench = Bench(panel, lambda config: loads.append(config) or object())
+    bench = Bench(panel, lambda config: loads.append(config) or SimpleNamespace(lock=TurnLock(), state=SimpleNamespace()))
     bench.merger, bench.merger  # noqa: B018
     panel.set("mask_init", {"strategy": "odd_one_out", "selected_idx": 0})
     panel.set("learning_rate", 0.5)
@@ -716,7 +717,7 @@ def lab(loaded):
     merger.init_masks(panel.config.mask_init)
     bench = bench_of(panel, loaded)
     explorer = MergeExplorer(
-        lambda: bench.merger, tokenizer, tests, 1, 4, bench.start_at, bench.lock
+        lambda: bench.merger, tokenizer, tests, 1, 4, bench.start_at
     )
     yield panel, bench, explorer
     assert explorer.worker.wait()  # the merger is the next test's too

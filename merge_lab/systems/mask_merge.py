@@ -41,7 +41,7 @@ from ..merger_config import MergerConfig
 from ..provenance import check_same_inputs
 from ..rollouts import AnswerConfig, check_answers, divided_rows, Rollouts, RolloutTrainer, save_divided
 from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
-from ..scoring import positions_of
+from ..scoring import keeping_masks, positions_of
 from ..watch import told_run
 from ..writer import write_tokenizer
 from merge_lab.training import (
@@ -339,10 +339,9 @@ def sample_answers(merger: Merger, ready: Prepared, n: int = 2) -> pd.DataFrame:
     "Answers to the first test prompts of each task: expected, uniform average, learned masks."
     rows = [row for task in ready.tests.values() for row in task[:n]]
     answers = {"prompt": [prompt_of(row)[-1]["content"] for row in rows], "expected": [answer_of(row) for row in rows]}
-    masks = merger.mask_state()
-    merger.init_masks({"strategy": "uniform"})
-    answers[uniform_name(merger)] = generate_answers(merger, ready.tokenizer, rows)
-    merger.load_mask_state(masks)
+    with keeping_masks(merger):
+        merger.init_masks({"strategy": "uniform"})
+        answers[uniform_name(merger)] = generate_answers(merger, ready.tokenizer, rows)
     answers[LEARNED] = generate_answers(merger, ready.tokenizer, rows)
     return pd.DataFrame(answers)
 
