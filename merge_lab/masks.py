@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODES', 'IMPLS', 'RESIDUAL_PACE', 'alpha_shape', 'blend', 'backward_route', 'masked_linear', 'even_alphas',
-           'TurnLock', 'in_turn', 'MergeState', 'ComponentModule', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding',
-           'MaskedNorm']
+           'MergeState', 'ComponentModule', 'MaskedModule', 'MaskedLinear', 'MaskedEmbedding', 'MaskedNorm']
 
 # %% ../nbs/12_masks.ipynb #69ea6a08
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from types import FunctionType
 
@@ -27,6 +25,7 @@ from .devices import bring, device_type, full, row_blocks, shard_like
 from .factored import component_linear, factored_blend, factored_linear
 from .factors import add_low_rank, FactoredWeights, low_rank_factors, LowRank, rows_of
 from .lesson import patch_to
+from .turns import TurnLock
 
 # %% ../nbs/12_masks.ipynb #8fa5c6cb
 MODES = {
@@ -355,42 +354,6 @@ def even_alphas(
     "The average of all components but the anchor."
     merged = n if anchor is None else n - 1
     return [0.0 if i == anchor else 1 / merged for i in range(n)]
-
-# %% ../nbs/12_masks.ipynb #2a2abc85
-class TurnLock:
-    "A re-entrant lock whose copies are locks of their own."
-
-    def __init__(self):
-        self._lock = threading.RLock()
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        "Wait for a turn; the thread that has it need not wait."
-        return self._lock.acquire(blocking, timeout)
-
-    def release(self):
-        "Give it back. Raises `RuntimeError` in a thread that does not have it."
-        self._lock.release()
-
-    def __enter__(self):
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, *error):
-        self._lock.release()
-
-    def __reduce__(self):
-        return type(self), ()
-
-
-def in_turn(method: Callable) -> Callable:
-    "A method that holds its object's `lock` from its first line to its last."
-
-    @functools.wraps(method)
-    def held(self, *args, **kwargs):
-        with self.lock:
-            return method(self, *args, **kwargs)
-
-    return held
 
 # %% ../nbs/12_masks.ipynb #f0607196
 class MergeState:

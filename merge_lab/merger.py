@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MASKS_FILE', 'CONFIG_FILE', 'module_kind', 'wrap', 'Merger', 'checkpoint_activations', 'read_merger_config',
-           'read_masks', 'model_card']
+           'read_masks']
 
 # %% ../nbs/20_merger.ipynb #6a48c962
 import dataclasses
@@ -18,11 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
 from torch import Tensor, nn
 
 from .architecture import decoder_layers, decoder_of, forget_states, head_agrees, is_conv1d, kept_states, layer_of, logit_options, parameter_modules, silence_dropout
-from .checkpoints import component_name, component_names, load_tokenizer
+from .checkpoints import component_names, load_tokenizer
 from .components import check_components, load_components
 from .config import config_from_dict, narrow, read_json
 from .constraints import OF_DELTAS
@@ -30,14 +29,15 @@ from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
 from .leaves import add_residuals, masked_class, parameter_name, plain_name, put_leaf
-from .masks import blend, in_turn, MaskedModule, MergeState, TurnLock
+from .masks import blend, MaskedModule, MergeState
+from .turns import in_turn, TurnLock
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
 from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
 from .writer import settle_tying, write_generation_config, write_model_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
-    KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas,
+    KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas, model_card,
 )
 from .packing import lines_of
 
@@ -597,28 +597,6 @@ def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
     if paths:
         write_tokenizer(load_tokenizer(paths[0]), folder)
     write_text(folder / "README.md", card)
-
-# %% ../nbs/20_merger.ipynb #7677faf5
-def model_card(merger: Merger, recipe: dict | None = None) -> str:
-    "Markdown with the metadata that the hub reads: base models, tags and the recipe."
-    recipe = dataclasses.asdict(merger.merger_config) | (recipe or {})
-    recipe["model_paths"] = [p if not Path(p).exists() else name for p, name in zip(recipe["model_paths"], merger.names)]
-    named = [path for path in held_paths(merger.merger_config) if not Path(path).exists()]  # on the hub; a folder of this machine means nothing there
-    if recipe.get("base_model"):
-        recipe["base_model"] = recipe["base_model"] if recipe["base_model"] in named else component_name(recipe["base_model"])
-    front = ({"base_model": named} if named else {}) | {"library_name": "transformers", "tags": ["merge", "merge_lab"]}
-    means = merger.alphas().groupby("component")[["mean", "min", "max"]].agg({"mean": "mean", "min": "min", "max": "max"})
-    lines = [
-        f"| {merger.names[i]} | {row['mean']:.3f} | {row['min']:.3f} | {row['max']:.3f} |" for i, row in means.iterrows()
-    ]
-    return "\n".join([
-        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# Merge of {' and '.join(merger.names)}", "",
-        f"Each weight is a blend of {merger.n_components} frozen components with trained coefficients "
-        f"(`{recipe['mode']}`, `{recipe['constrain_mode']}`)" + (f", with trained corrections of rank {rank}." if (rank := recipe["residual_rank"]) else "."), "",
-        "| component | mean alpha | smallest | largest |", "|---|---|---|---|", *lines, "",
-        "`sha256sum --check SHA256SUMS` in this folder proves that weights and config are those that were written.", "",
-        "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", "",
-    ])
 
 # %% ../nbs/20_merger.ipynb #6cc0b99c
 @patch_to(Merger)

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'KINDS', 'check_mask_init', 'depth_value', 'initial_alphas', 'check_pattern', 'MergerConfig',
-           'measured_from_base', 'anchored', 'held_paths']
+           'measured_from_base', 'anchored', 'held_paths', 'model_card']
 
 # %% ../nbs/18_merger_config.ipynb #44c3f305
 import dataclasses
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import yaml
 from pydantic import FiniteFloat
 from torch import Tensor
 
+from .checkpoints import component_name
 from .config import check_choice, check_options, check_type, option, yaml_value
 from .constraints import CONSTRAINTS, spherical_alpha, weight_angle, WITH_ANCHOR
 from .masks import IMPLS, MODES
@@ -195,3 +198,28 @@ def anchored(config: MergerConfig) -> bool:
 def held_paths(config: MergerConfig) -> list[str]:
     "Models that a merger holds: the components, and the base that coefficients are measured from."
     return [*config.model_paths, config.base_model] if anchored(config) else list(config.model_paths)
+
+# %% ../nbs/18_merger_config.ipynb #0a9d123b
+def model_card(
+    merger: "Merger",  # noqa: F821 - of a room above
+    recipe: dict | None = None,  # options beside those of the merger
+) -> str:
+    "Markdown with the metadata that the hub reads: base models, tags and the recipe."
+    recipe = dataclasses.asdict(merger.merger_config) | (recipe or {})
+    recipe["model_paths"] = [p if not Path(p).exists() else name for p, name in zip(recipe["model_paths"], merger.names)]
+    named = [path for path in held_paths(merger.merger_config) if not Path(path).exists()]  # on the hub; a folder of this machine means nothing there
+    if recipe.get("base_model"):
+        recipe["base_model"] = recipe["base_model"] if recipe["base_model"] in named else component_name(recipe["base_model"])
+    front = ({"base_model": named} if named else {}) | {"library_name": "transformers", "tags": ["merge", "merge_lab"]}
+    means = merger.alphas().groupby("component")[["mean", "min", "max"]].agg({"mean": "mean", "min": "min", "max": "max"})
+    lines = [
+        f"| {merger.names[i]} | {row['mean']:.3f} | {row['min']:.3f} | {row['max']:.3f} |" for i, row in means.iterrows()
+    ]
+    return "\n".join([
+        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# Merge of {' and '.join(merger.names)}", "",
+        f"Each weight is a blend of {merger.n_components} frozen components with trained coefficients "
+        f"(`{recipe['mode']}`, `{recipe['constrain_mode']}`)" + (f", with trained corrections of rank {rank}." if (rank := recipe["residual_rank"]) else "."), "",
+        "| component | mean alpha | smallest | largest |", "|---|---|---|---|", *lines, "",
+        "`sha256sum --check SHA256SUMS` in this folder proves that weights and config are those that were written.", "",
+        "## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", "",
+    ])

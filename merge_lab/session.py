@@ -27,7 +27,7 @@ from .commands import Viewed
 from .config import check_choice, narrow
 from .lesson import patch_to
 from .losses import LOSSES, PENALTIES
-from .masks import TurnLock
+from .turns import TurnLock
 from .memory import memory_in_use
 from .merger import Merger
 from .merger_config import MergerConfig

@@ -25,7 +25,7 @@ from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import parse, PreflightConfig
 from merge_lab.commands import COMMANDS
 from merge_lab.config import config_from_dict, narrow, option
-from merge_lab.masks import TurnLock
+from merge_lab.turns import TurnLock
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import begin_run, bundled_path, last_checkpoint, read_adjusted
