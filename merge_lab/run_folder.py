@@ -170,8 +170,8 @@ def _abandoned(folder: Path) -> Iterator[Path]:
     "Hidden folders of `whole_folder` beside a folder, each held; those of processes at work are passed over."
     for work in folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ():
         held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)} if work.is_dir() else set()
-        if not held or not held <= {LOCK, _MAKING, _OLD} or not held & {LOCK, _OLD}:
-            continue  # not ours, or just begun
+        if not work.is_dir() or not held <= {LOCK, _MAKING, _OLD}:
+            continue  # not ours
         try:
             with alone_in(work, wait=5 if _OLD in held and not folder.exists() else 0):
                 yield work
@@ -207,6 +207,21 @@ def _move(place: Path, folder: Path):
 
 
 @contextmanager
+def _work_beside(folder: Path) -> Iterator[Path]:
+    "Yield a hidden folder beside a folder, held, with one in it for what is made; it is the caller's to remove."
+    with ExitStack() as stack:
+        while True:
+            work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            try:
+                stack.enter_context(alone_in(work))
+                (work / _MAKING).mkdir()  # one level down: after a kill nothing beside `folder` loads
+                break
+            except (FileExistsError, FileNotFoundError):  # before it was held, another process took it for abandoned
+                stack.close()
+        yield work
+
+# %% ../nbs/01_run_folder.ipynb #3cde6977
+@contextmanager
 def whole_folder(
     folder: str | Path,  # may exist; what is in it stays
     instead: bool = False,  # put what was made in place of what is there
@@ -214,19 +229,18 @@ def whole_folder(
     "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not."
     folder = finish_replacement(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    place, old = work / _MAKING, work / _OLD  # one level down: after a kill nothing beside `folder` loads
-    place.mkdir()
+    work = None
     try:
-        with alone_in(work):
-            yield place
+        with _work_beside(folder) as work:
+            yield work / _MAKING
             if instead and folder.exists():
-                os.rename(folder, old)
-            _move(place, folder)
+                os.rename(folder, work / _OLD)
+            _move(work / _MAKING, folder)
     finally:
-        if old.exists() and not folder.exists():
-            os.replace(old, folder)
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            if (work / _OLD).exists() and not folder.exists():
+                os.replace(work / _OLD, folder)
+            shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/01_run_folder.ipynb #4d6874c7
 def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"]):
