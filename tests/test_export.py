@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from merge_lab import exports, run_folder
+from merge_lab import exports, whole_files
 from merge_lab.adapters import load_adapter, load_base, make_lora_config, merge_layers, quiet_peft
 from merge_lab.adapter_export import factors_of
 from merge_lab.adapter_folders import recorded_base
@@ -241,7 +241,7 @@ def test_what_a_kill_left_before_the_folder_was_held_or_while_it_was_removed_goe
 
 
 def test_a_folder_that_is_taken_for_abandoned_before_it_is_held_is_made_anew(monkeypatch):
-    own, calls = run_folder.alone_in, []
+    own, calls = whole_files.alone_in, []
 
     def late(folder, wait=0):
         calls.append(folder)
@@ -249,7 +249,7 @@ def test_a_folder_that_is_taken_for_abandoned_before_it_is_held_is_made_anew(mon
             raise FileExistsError("another process looks at it")
         return own(folder, wait)
 
-    monkeypatch.setattr(run_folder, "alone_in", late)
+    monkeypatch.setattr(whole_files, "alone_in", late)
     with whole_folder("out") as made:
         (made / "a").touch()
     assert Path("out", "a").exists() and len(calls) == 2
