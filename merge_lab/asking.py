@@ -11,7 +11,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -19,11 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from .commands import Viewed
 from .config import check_choice
-from .evaluation import GREEDY, check_length, end_tokens, evaluating, pad_left, positions_of
+from .evaluation import check_length, evaluating, greedy_options, pad_left, positions_of
 from .chat import template_ids
 from .lesson import patch_to
 from .merger import Merger
 from .run_folder import add_row, kept_rows, PREFERENCES
+from .scoring import keeping_masks
 
 # %% ../nbs/33_asking.ipynb #d59857d5
 class PieceStreamer(BaseStreamer):
@@ -88,15 +89,14 @@ def generate_pieces(
     ids = template_ids(tokenizer, messages, add_generation_prompt=True)
     check_length(merger, len(ids) + 1, "the conversation", "with one token of an answer it")
     room = int(min(max_new_tokens, positions_of(merger) - len(ids)))
-    ends = end_tokens(merger, tokenizer)
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    inputs, mask = (tensor.to(merger.device) for tensor in pad_left([ids], pad))
-    options = dict(GREEDY, max_new_tokens=room, pad_token_id=pad, eos_token_id=ends) | options
+    greedy = greedy_options(merger, tokenizer)
+    inputs, mask = (tensor.to(merger.device) for tensor in pad_left([ids], greedy["pad_token_id"]))
+    options = greedy | dict(max_new_tokens=room) | options
     with evaluating(merger):
         said = merger.generate(
             input_ids=inputs, attention_mask=mask, streamer=streamer, stopping_criteria=StoppingCriteriaList([Halt(*stops)]), **options
         )
-    return said[0, -1].item() in ends
+    return said[0, -1].item() in greedy["eos_token_id"]
 
 # %% ../nbs/33_asking.ipynb #9d1cf93d
 @dataclasses.dataclass
@@ -110,15 +110,11 @@ class Voice:
     @contextmanager
     def speaking(self, merger: Merger):
         "Inside the block the merger is this model; its masks are as before afterwards."
-        before = merger.mask_state() if self.blend is not None else None
-        try:
+        with nullcontext() if self.blend is None else keeping_masks(merger):
             if self.blend is not None:
                 self.blend(merger)
             with merger.as_component(self.component):
                 yield merger
-        finally:
-            if before is not None:
-                merger.load_mask_state(before)
 
 # %% ../nbs/33_asking.ipynb #a0aaafca
 def uniform_blend(merger: Merger):
@@ -187,9 +183,10 @@ def file(self) -> Path | None:
 
 
 @patch_to(Asking)
-def _tell(self):
-    for listener in list(self.listeners):
-        listener(self)
+def check_quiet(self):
+    "Raise `RuntimeError` while somebody speaks."
+    if self.busy:
+        raise RuntimeError("somebody speaks: stop it, or wait for its end.")
 
 # %% ../nbs/33_asking.ipynb #75c590de
 @patch_to(Asking)
@@ -262,8 +259,7 @@ def ask(
     system: str | None = None,  # instructions that the conversation begins with; None: those it has
 ):
     "Let every voice answer, in a thread. Raises `RuntimeError` while somebody speaks, `ValueError` for an empty question."
-    if self.busy:
-        raise RuntimeError("somebody speaks: stop it, or wait for its end.")
+    self.check_quiet()
     kept = [message for message in self.messages if message["role"] != "system" or system is None]
     first = [{"role": "system", "content": system}] if system and system.strip() else []
     kept = kept[:-1] if kept and kept[-1]["role"] == "user" else kept  # nobody was picked: the question takes its place
@@ -293,8 +289,7 @@ def wait(self, timeout: float | None = None) -> list[Answer]:
 @patch_to(Asking)
 def restart(self):
     "Begin a new conversation. Raises `RuntimeError` while somebody speaks."
-    if self.busy:
-        raise RuntimeError("somebody speaks: stop it, or wait for its end.")
+    self.check_quiet()
     self.messages, self.answers, self.error = [], [], ""
     self._tell()
 
@@ -316,8 +311,7 @@ def preference_rows(
 @patch_to(Asking)
 def pick(self, voice: int | str) -> list[dict]:  # position or name of the voice; the rows that were kept
     "Take an answer as the better one, keep the choice, and go on from it. Raises `ValueError` if there is no such answer, `RuntimeError` while somebody speaks."
-    if self.busy:
-        raise RuntimeError("somebody speaks: stop it, or wait for its end.")
+    self.check_quiet()
     names = [answer.voice for answer in self.answers]
     place = names.index(check_choice("voice", voice, names)) if isinstance(voice, str) else voice
     if not 0 <= place < len(names) or not self.answers[place].text.strip():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'PROGRAM', 'SYSTEMS', 'OTHER', 'VIEWS', 'find_object', 'RegistryAt', 'Command', 'System', 'kind_of',
-           'Viewed', 'choose_thread_waiting']
+           'Heard', 'Viewed', 'choose_thread_waiting']
 
 # %% ../nbs/04_commands.ipynb #3acf18b0
 import dataclasses
@@ -143,7 +143,15 @@ VIEWS = {  # by class: a function of its object
 }
 
 
-class Viewed:
+class Heard:
+    "Base of what tells others that it has changed: functions in `listeners`, which take the object."
+
+    def _tell(self):
+        for listener in list(self.listeners):
+            listener(self)
+
+
+class Viewed(Heard):
     "Base of what a notebook shows as widgets."
 
     def view(self):

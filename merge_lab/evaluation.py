@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GREEDY', 'UNIFORM', 'LEARNED', 'TOGETHER', 'METRICS', 'OF_ANSWERS', 'INTRO', 'template_end', 'end_tokens', 'pad_left',
-           'answer_room', 'answer_batches', 'prompt_ids', 'generate_answers', 'check_tasks', 'encode_task', 'task_loss',
-           'said_right', 'chrf', 'evaluate_tasks', 'evaluate_models', 'load_tests', 'score_model', 'uniform_name',
-           'score_baselines', 'recovered_share', 'resemblance', 'attribute', 'confusion', 'reference_answers',
-           'strided_windows', 'perplexity', 'option_tails', 'option_scores', 'choice_prompt', 'fit_question',
-           'read_questions', 'multiple_choice']
+           'greedy_options', 'answer_room', 'answer_batches', 'prompt_ids', 'generate_answers', 'check_tasks',
+           'encode_task', 'task_loss', 'said_right', 'chrf', 'evaluate_tasks', 'evaluate_models', 'load_tests',
+           'score_model', 'uniform_name', 'score_baselines', 'recovered_share', 'resemblance', 'attribute', 'confusion',
+           'reference_answers', 'strided_windows', 'perplexity', 'option_tails', 'option_scores', 'choice_prompt',
+           'fit_question', 'read_questions', 'multiple_choice']
 
 # %% ../nbs/32_evaluation.ipynb #ced9bb30
 import difflib
@@ -76,6 +76,16 @@ def pad_left(
 GREEDY = dict(do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0)
 
 
+def greedy_options(
+    model,
+    tokenizer,
+    row: dict | None = None,  # as `end_tokens` takes it
+) -> dict:  # of `generate`
+    "How an answer is generated, where it ends, and what pads it. Raises `ValueError` if there is no end token."
+    ends = end_tokens(model, tokenizer, row)
+    return dict(GREEDY, pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, eos_token_id=ends)
+
+
 def answer_room(
     tokenizer,
     rows: Sequence[dict],  # conversations with a reference answer
@@ -139,14 +149,13 @@ def generate_answers(
     prompts = [prompt_ids(tokenizer, row, f"row {number}") for number, row in enumerate(rows, 1)]
     for number, (row, prompt) in enumerate(zip(rows, prompts), 1):
         check_length(model, len(prompt) + 1, place_of(row, f"row {number}"), "the prompt and one token of an answer")
-    ends = end_tokens(model, tokenizer, next(iter(rows), None))
-    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    greedy = greedy_options(model, tokenizer, next(iter(rows), None))
     answers = [""] * len(rows)
     bar = tqdm(total=len(rows), unit="row", disable=not progress, leave=False) if bar is None else bar
     with evaluating(model):
         for batch, new in answer_batches(prompts, room, positions_of(model), batch_size, max_tokens_per_batch):
-            ids, mask = (tensor.to(model.device) for tensor in pad_left([prompts[p] for p in batch], pad))
-            options = dict(GREEDY, max_new_tokens=new, pad_token_id=pad, eos_token_id=ends)
+            ids, mask = (tensor.to(model.device) for tensor in pad_left([prompts[p] for p in batch], greedy["pad_token_id"]))
+            options = dict(greedy, max_new_tokens=new)
             note = partial(_note_answers, answers, batch, tokenizer, ids.shape[1])
             if watch is not None:
                 options["stopping_criteria"] = [partial(_enough, watch, note)]

@@ -23,6 +23,7 @@ from .lesson import patch_to
 from .merger import Merger
 from .merger_config import check_mask_init
 from .quick_look import OPERATIONS, QuickLook
+from .scoring import keeping_masks
 from .worker import LatestWorker
 
 # %% ../nbs/35_explorer.ipynb #8c284323
@@ -227,15 +228,13 @@ def evaluate(
         merger = self.merger()
         if masks is None:
             check_mask_init(mask_init, merger.n_components)
-        look, before = self._look(merger), merger.mask_state()
+        look = self._look(merger)
         outcome = Outcome(mask_init, pd.DataFrame(), pd.DataFrame(), pd.DataFrame(), 0.0, looked=look.told, done=False)
         telling = Telling(outcome, self._tables, told, stop)
-        try:
+        with keeping_masks(merger):
             merger.init_masks(mask_init) if masks is None else merger.load_mask_state(masks)
             outcome.alphas = merger.alphas()
             outcome.done = not self._steps(merger, look, telling)
-        finally:
-            merger.load_mask_state(before)
     telling.tell()
     return outcome
 
@@ -247,13 +246,6 @@ def _remember(self, dials: Dials):
     self.visits.append({"share": dials.share, **dict(zip(merged["task"], merged["loss"]))})
 
 # %% ../nbs/35_explorer.ipynb #79395765
-@patch_to(MergeExplorer, "_tell")
-def tell_of_merge(self):
-    "Tell everybody who listens that the merge has changed."
-    for listener in list(self.listeners):
-        listener(self)
-
-
 @patch_to(MergeExplorer)
 def _tell_or_say(self, error: Exception | None = None):  # of the merge
     "Tell of the merge or of what went wrong; what could not be drawn is said in its place."

@@ -18,7 +18,7 @@ from .architecture import layer_of, logits_head
 from .devices import full
 from .lesson import patch_to
 from .merger import Merger
-from .scoring import cut_model, parts_agree, whole_model, CHECKED_TOKENS
+from .scoring import whole_model, CHECKED_TOKENS, agreeing_parts
 from .token_losses import work_dtype
 
 # %% ../nbs/33_influence.ipynb #4e457c42
@@ -66,10 +66,7 @@ def token_loss(
     if not 0 < place < len(ids):
         raise IndexError(f"place {place}: expected 1 to {len(ids) - 1}, a token with others before it.")
     before = torch.tensor([list(ids[:place])], device=merger.device)
-    parts = cut_model(merger)
-    with torch.no_grad():
-        known = torch.tensor([list(ids[:CHECKED_TOKENS])], device=merger.device)
-        parts = whole_model(merger) if parts is None or not parts_agree(parts, merger, known) else parts
+    parts = agreeing_parts(merger, ids[:CHECKED_TOKENS]) or whole_model(merger)
     states = parts.states(before, torch.ones_like(before))[0, -1:]
     logits = logits_head(parts.head, **parts.options)(states)[0]
     return -logits.to(work_dtype(logits.dtype)).log_softmax(-1)[ids[place]]

@@ -437,6 +437,13 @@ def _divided(parts: dict[str, int], merger: Merger, ranks: int) -> dict[str, int
     starting = {**dict.fromkeys(parts, 0), **held, "transients": 2 * root + layer}
     return max(running, starting, key=lambda each: sum(each.values()))
 
+
+def _coded(parts: dict[str, int], merger: nn.Module, bits: int, itemsize: int) -> dict[str, int]:  # bytes by part
+    "What is left when frozen weights are held as codes, with a matrix that is decoded whole."
+    largest = max(p.numel() for p in merger.parameters() if not p.requires_grad) * itemsize
+    saved = int(parts["components"] * saved_share(list(merger.leaves().values()), bits))
+    return {**parts, "components": saved, "transients": parts["transients"] + largest}
+
 # %% ../nbs/30_memory.ipynb #6897a540
 def _check_possible(merger_config: MergerConfig, seq_len: int, batch_size: int, ranks: int):
     "Raise `ValueError` for what cannot be pretended, or cannot be trained."
@@ -493,8 +500,7 @@ def estimate_memory(
     parts = read_peak(ledger, start)
     parts["components"] = int(parts["components"] * held_share)
     if frozen_bits:
-        parts["components"] = int(parts["components"] * saved_share(list(merger.leaves().values()), frozen_bits))
-        parts["transients"] += max(p.numel() for p in merger.parameters() if not p.requires_grad) * dtype.itemsize  # a matrix that is decoded whole
+        parts = _coded(parts, merger, frozen_bits, dtype.itemsize)
     if ranks > 1:
         return MemoryEstimate(_divided(parts, merger, ranks), f"{title}, one of {ranks} ranks")
     return MemoryEstimate({**parts, "components": 0} if offload else parts, title)

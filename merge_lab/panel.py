@@ -360,8 +360,7 @@ def set_option(self, name: str, value):  # a value, or the text of its control
     except ValueError as error:
         self.unread[name] = str(error)
     self._look([name, *RECHECKED.get(name, ())], name)
-    for listener in list(self.listeners):
-        listener(self)
+    self._tell()
 
 # %% ../nbs/34_panel.ipynb #7b76645a
 @patch_to(ConfigPanel)

@@ -21,7 +21,7 @@ from .evaluation import encode_task, prompt_ids
 from .lesson import patch_to
 from .masks import blend, MaskedLinear
 from .merger import Merger
-from .scoring import cut_model, evaluating, parts_agree, row_nats
+from .scoring import evaluating, row_nats, agreeing_parts
 
 # %% ../nbs/34_quick_look.ipynb #054bd304
 @dataclasses.dataclass
@@ -278,9 +278,9 @@ class QuickLook:
         linears = sum(leaf.weights["weight"][0].nbytes for leaf, _ in self.blend.linears.values())
         shortest, *_, longest = sorted([row["input_ids"] for row in self.rows], key=len) * 2  # a long one may reach beyond a window
         self.as_tree, self.replays = tree_agrees(merger, [shortest, longest])
-        self.parts = cut_model(merger)
         with evaluating(merger):
-            self.as_tree = self.as_tree and self.parts is not None and parts_agree(self.parts, merger, torch.tensor([shortest], device=merger.device))
+            self.parts = agreeing_parts(merger, shortest) if self.as_tree else None
+        self.as_tree = self.parts is not None
 
         states = self.tokens * merger.config.get_text_config().hidden_size * len(decoder_layers(merger.model)) if self.as_tree else 0
         self.estimated_bytes = linears + states * merger.config.dtype.itemsize  # what `bytes` will be

@@ -31,7 +31,7 @@ from matplotlib.ticker import MaxNLocator
 # %% ../nbs/36_runs.ipynb #aec1716d
 from .architecture import layer_of
 from .checkpoints import component_names
-from .commands import COMMANDS, find_object, kind_of, OTHER, SYSTEMS
+from .commands import COMMANDS, find_object, Heard, kind_of, OTHER, SYSTEMS
 from .config import check_choice, config_from_dict, config_to_yaml
 from .constraints import constrain, WITH_ANGLE
 from .drawing import badge, block, frame_html, STYLE
@@ -522,7 +522,7 @@ HEAR = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_hand
 RUN_COMMAND = f"{HEAR}; from merge_lab.commands import find_object, PROGRAM; sys.exit(find_object(PROGRAM)())"
 
 
-class CommandRun:
+class CommandRun(Heard):
     "A run of a panel's config through its command, in a process of its own."
 
     def __init__(self, panel: ConfigPanel):
@@ -548,12 +548,6 @@ class CommandRun:
         return sorted([*self.folder.glob("*.png"), *self.folder.glob("plots/*.png")]) if self.folder else []
 
 # %% ../nbs/36_runs.ipynb #92399a93
-@patch_to(CommandRun)
-def _tell(self):
-    for listener in list(self.listeners):
-        listener(self)
-
-
 @patch_to(CommandRun)
 def _read(self, config_file: str):
     "What the thread does: collect what the process prints until it ends."

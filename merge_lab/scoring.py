@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'MAX_TOKENS', 'CHECKED_TOKENS', 'evaluating', 'positions_of', 'check_length', 'ModelParts', 'whole_model',
-           'cut_model', 'parts_agree', 'warn_whole', 'scoring', 'row_nats']
+           'cut_model', 'parts_agree', 'agreeing_parts', 'warn_whole', 'scoring', 'keeping_masks', 'row_nats']
 
 # %% ../nbs/24_scoring.ipynb #447da9c9
 import dataclasses
@@ -127,6 +127,16 @@ def parts_agree(
         return False
     return head_agrees(states, parts.head, parts.options, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
 
+
+@torch.no_grad()
+def agreeing_parts(
+    model,  # transformers model or Merger
+    ids: Sequence[int],  # a few tokens, that are tried
+) -> ModelParts | None:
+    "Decoder and head of a model, if they are known and together give its own logits."
+    parts = cut_model(model)
+    return parts if parts is not None and parts_agree(parts, model, torch.tensor([list(ids)], device=model.device)) else None
+
 # %% ../nbs/24_scoring.ipynb #22e5cb6a
 @functools.cache
 def warn_whole(kind: str):
@@ -144,11 +154,21 @@ def scoring(
 ):
     "Evaluation mode without gradients; yields the `ModelParts` to score with."
     with evaluating(model):
-        parts = cut_model(model)
-        if parts is None or not parts_agree(parts, model, torch.tensor([list(ids[:CHECKED_TOKENS])], device=model.device)):
+        parts = agreeing_parts(model, ids[:CHECKED_TOKENS])
+        if parts is None:
             warn_whole(type(model).__name__)
             parts = whole_model(model)
         yield parts
+
+# %% ../nbs/24_scoring.ipynb #b49c2ada
+@contextmanager
+def keeping_masks(merger: Merger):
+    "Inside the block masks may be changed; afterwards they are what they were. Yields them."
+    before = merger.mask_state()
+    try:
+        yield before
+    finally:
+        merger.load_mask_state(before)
 
 # %% ../nbs/24_scoring.ipynb #38439714
 def row_nats(

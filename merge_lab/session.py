@@ -264,10 +264,6 @@ class TrainingSession(SessionState, Viewed):
         self._save.clear()
         self._halt.clear()
 
-    def _tell(self):
-        for listener in list(self.listeners):
-            listener(self)
-
     def _become(self, state: str):
         self.state = check_choice("state", state, STATES)
         self._tell()

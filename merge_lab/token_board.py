@@ -18,7 +18,7 @@ import torch
 from .brush import Brush, Place, standing
 from .commands import Viewed
 from .config import check_choice
-from .disagreement import Disagreement, answer_row, disagreement
+from .disagreement import Disagreement, answer_row, disagreement, speakers_of
 from .explorer import MergeExplorer
 from .influence import Influence, token_influence
 from .lesson import patch_to
@@ -158,18 +158,13 @@ class TokenBoard(Viewed):
         explorer.listeners.append(lambda _: self.refresh())
         self.worker.submit()
 
-    def _tell(self):
-        for listener in list(self.listeners):
-            listener(self)
-
 # %% ../nbs/37_token_board.ipynb #e31ad9e8
 @patch_to(TokenBoard)
 def _look(self, merger: Merger):
     "Take the answer, and what every model says to it."
     row, tokenizer = self.rows[self.row], self.explorer.tokenizer
-    speakers = {MERGED: None, "base": merger.n_components} | {name: i for i, name in enumerate(merger.names)}
     if self.whose != REFERENCE:
-        row = answer_row(merger, tokenizer, row, speakers[self.whose])
+        row = answer_row(merger, tokenizer, row, dict(reversed(speakers_of(merger)))[self.whose])
     self.found = disagreement(merger, tokenizer, row)
     self.names = self.found.models
     self.candidates = [self.found.candidates(tokenizer, token) for token in range(len(self.found.texts))]

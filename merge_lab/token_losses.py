@@ -365,16 +365,21 @@ def state_angles(
     return 1 - torch.cosine_similarity(states.to(dtype), teacher.to(dtype), dim=-1)
 
 # %% ../nbs/09_token_losses.ipynb #58cde179
+def _told_log_probs(logits: Tensor, k: int, temperature: float) -> Tensor:  # (..., vocab)
+    "What a teacher says, of which k tokens are stored. Raises `ValueError` if `k` does not fit the vocabulary."
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"k={k}: expected 1 to {logits.shape[-1]}, the vocabulary. Use k=50 unless storage is no concern.")
+    check_temperature(temperature)
+    return torch.log_softmax(logits.detach().to(work_dtype(logits.dtype)) / temperature, -1)
+
+
 def topk_teacher(
     logits: Tensor,  # (..., vocab) of the teacher
     k: int,  # tokens to keep, at most vocab
     temperature: float = 1.0,  # > 0; training must use the same
 ) -> tuple[Tensor, Tensor, Tensor]:  # log-probabilities (..., k), indices (..., k), log of the mass left over (...)
     "What to store of a teacher's distribution. Raises `ValueError` if `k` does not fit the vocabulary."
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"k={k}: expected 1 to {logits.shape[-1]}, the vocabulary. Use k=50 unless storage is no concern.")
-    check_temperature(temperature)
-    log_p = torch.log_softmax(logits.detach().to(work_dtype(logits.dtype)) / temperature, -1)
+    log_p = _told_log_probs(logits, k, temperature)
     top, indices = log_p.topk(k, -1)
     tail = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1)
     return top, indices, tail
@@ -398,17 +403,15 @@ def drawn_teacher(
     "As `topk_teacher`, but what is left is not one bucket: half of the tokens are drawn from it and share its mass. Raises `ValueError` if `k` does not fit the vocabulary, or is 1."
     if k < 2:
         raise ValueError(f"k={k}: half of the tokens are drawn, so at least 2 must be kept. Use k=50, or keep the rest as a bucket.")
-    top, taken, left = topk_teacher(logits, k, temperature)
-    s = k // 2
-    top, taken = top[..., : k - s], taken[..., : k - s]
-    log_p = torch.log_softmax(logits.detach().to(work_dtype(logits.dtype)) / temperature, -1)
+    log_p, s = _told_log_probs(logits, k, temperature), k // 2
+    top, taken = log_p.topk(k - s, -1)
     upto = log_p.double().exp().scatter(-1, taken, 0).cumsum(-1)
     mass = upto[..., -1:]
     at = (torch.arange(s, device=logits.device) + uniform.double().unsqueeze(-1)) / s
     drawn = torch.searchsorted(upto, at * mass, right=True).clamp(max=logits.shape[-1] - 1)
     tokens, times = _distinct(drawn, taken, log_p)
     found = (times * mass / s).log().to(top.dtype)
-    return torch.cat([top, found], -1), torch.cat([taken, tokens], -1), torch.full_like(left, -torch.inf)
+    return torch.cat([top, found], -1), torch.cat([taken, tokens], -1), torch.full_like(top[..., 0], -torch.inf)
 
 # %% ../nbs/09_token_losses.ipynb #9ea21216
 def _derived_tail(log_probs: Tensor, vocab_size: int) -> Tensor:

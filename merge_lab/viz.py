@@ -8,7 +8,7 @@ __all__ = ['ALPHA_TITLES', 'METRICS', 'column_labels', 'layer_grid', 'draw_layer
            'source_curves', 'loss_curves', 'held_out_curve', 'alpha_trajectories', 'wide_scores', 'score_norm',
            'task_matrix', 'confusion_matrix', 'draw_stacked', 'memory_breakdown', 'spread_points', 'on_frontier',
            'draw_spread', 'draw_frontier', 'good_corner', 'pareto', 'similarity_heatmap', 'DARK', 'GRID', 'INK',
-           'MUTED', 'ON_DARK', 'ON_LIGHT', 'PALETTE', 'PAPER', 'TITLE_FONT', 'LabFigure', 'add_colour_bar',
+           'MUTED', 'ON_DARK', 'ON_LIGHT', 'PAD', 'PALETTE', 'PAPER', 'TITLE_FONT', 'LabFigure', 'add_colour_bar',
            'add_legend', 'colour_of', 'colour_scale', 'draw_image', 'figure_to_png', 'legend_below', 'name_of',
            'need_columns', 'new_figure', 'plain_log_ticks', 'repaint', 'save_figure', 'slant', 'style_axis',
            'swap_colour', 'text_on', 'with_palette', 'wrap_title']
@@ -30,13 +30,13 @@ from .config import check_choice
 
 # %% ../nbs/34_viz.ipynb #a53b5dd1
 from merge_lab.figures import (
-    DARK, GRID, INK, MUTED, ON_DARK, ON_LIGHT, PALETTE, PAPER, TITLE_FONT, LabFigure, add_colour_bar, add_legend, colour_of,
+    DARK, GRID, INK, MUTED, ON_DARK, ON_LIGHT, PAD, PALETTE, PAPER, TITLE_FONT, LabFigure, add_colour_bar, add_legend, colour_of,
     colour_scale, draw_image, figure_to_png, legend_below, name_of, need_columns, new_figure, plain_log_ticks, repaint,
     save_figure, slant, style_axis, swap_colour, text_on, with_palette, wrap_title,
 )
 
 _all_ = [
-    "DARK", "GRID", "INK", "MUTED", "ON_DARK", "ON_LIGHT", "PALETTE", "PAPER", "TITLE_FONT", "LabFigure", "add_colour_bar", "add_legend",
+    "DARK", "GRID", "INK", "MUTED", "ON_DARK", "ON_LIGHT", "PAD", "PALETTE", "PAPER", "TITLE_FONT", "LabFigure", "add_colour_bar", "add_legend",
     "colour_of", "colour_scale", "draw_image", "figure_to_png", "legend_below", "name_of", "need_columns", "new_figure",
     "plain_log_ticks", "repaint", "save_figure", "slant", "style_axis", "swap_colour", "text_on", "with_palette", "wrap_title",
 ]

@@ -12,6 +12,8 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 420  # seconds: the machine may be busy with other things
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -34,6 +36,34 @@ READY = """async () => {
   await widget.sessionContext.session.kernel.info;
   return true;
 }"""
+
+
+RAN = """() => {
+  const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
+  return cells.filter(c => c.type === 'code').every(c => c.executionCount !== null);
+}"""
+
+
+def browser_api():
+    "Playwright's interface; a module is skipped where there is no browser, no playwright or no nbformat."
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)", allow_module_level=True)
+    pytest.importorskip("nbformat", reason="nbformat is not installed")
+    return pytest.importorskip("playwright.sync_api", reason="no playwright")
+
+
+def open_notebook(page, address: str, name: str):
+    "Show a notebook in JupyterLab, with its kernel ready, in a window without the file list."
+    page.goto(f"{address}/lab/tree/{name}?reset")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_function(READY)
+    page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+
+
+def run_all(page):
+    "Run all cells, and wait until they have run."
+    page.evaluate("{ jupyterapp.commands.execute('notebook:run-all-cells') }")
+    page.wait_for_function(RAN, polling=200)
 
 
 def write_settings(folder: Path):

@@ -10,15 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from servers import CHROMIUM, FLAGS, jupyter_lab, PATIENCE, READY
+from servers import browser_api, CHROMIUM, FLAGS, jupyter_lab, open_notebook, PATIENCE, run_all
 
 ROOT = Path(__file__).resolve().parent.parent
 
-if CHROMIUM is None:
-    reason = "no Chromium is installed (apt-get install chromium)"
-    pytest.skip(reason, allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
-nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+sync_api = browser_api()
+import nbformat
+
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 
 STATUS = ".ml-explorer .ml-status"
@@ -58,10 +56,8 @@ CUT_OFF = """() => {
   }
   return cut.map(e => e.innerText || e.className);
 }"""
-RAN = """() => {
-  const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
-  return cells.filter(c => c.type === 'code').every(c => c.executionCount !== null);
-}"""
+
+
 def make_workbench(folder: Path):
     "A copy of the workbench with one more cell, which asks the kernel something."
     notebook = nbformat.read(ROOT / "nbs/workbench.ipynb", 4)
@@ -89,12 +85,8 @@ def page(lab):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1500})
         page.set_default_timeout(PATIENCE * 1000)
-        page.goto(f"{address}/lab/tree/workbench.ipynb?reset")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        page.wait_for_function(READY)
-        page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
-        page.evaluate("{ jupyterapp.commands.execute('notebook:run-all-cells') }")
-        page.wait_for_function(RAN, polling=200)
+        open_notebook(page, address, "workbench.ipynb")
+        run_all(page)
         page.wait_for_selector(".ml-scores")
         yield page
         browser.close()

@@ -1,7 +1,8 @@
 """The table of runs in JupyterLab, in a real browser: sort, filter, choose, note, delete and undo."""
 
 import pytest
-from test_browser import CHROMIUM, FLAGS, lab, nbformat, PATIENCE, picture, press, RAN, READY, sync_api, wait_text  # noqa: F401
+from servers import CHROMIUM, FLAGS, open_notebook, PATIENCE, run_all
+from test_browser import lab, nbformat, picture, press, sync_api, wait_text  # noqa: F401
 
 CELL = """
 from pathlib import Path
@@ -33,12 +34,8 @@ def page(lab):  # noqa: F811
         asked = []
         page.on("request", lambda request: None if request.url.startswith((address, "data:", "blob:", address.replace("http", "ws"))) else asked.append(request.url))
         page.asked = asked
-        page.goto(f"{address}/lab/tree/runs.ipynb?reset")
-        page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-        page.wait_for_function(READY)
-        page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
-        page.evaluate("{ jupyterapp.commands.execute('notebook:run-all-cells') }")
-        page.wait_for_function(RAN, polling=200)
+        open_notebook(page, address, "runs.ipynb")
+        run_all(page)
         page.wait_for_selector(".ml-browser table.dataTable tbody tr")
         yield page
         browser.close()

@@ -148,7 +148,11 @@ def test_wide_tables_scroll_where_one_sees_it_and_figures_answer(browser, tmp_pa
         page.locator(".table .scroll").nth(1).focus()
         page.keyboard.press("End")
         page.keyboard.down("ArrowRight")
-        page.wait_for_function("document.querySelectorAll('.table .scroll')[1].scrollLeft > 0")
+        for _ in range(100):  # the page's own rules let nobody wait for a function in it
+            if moved := page.evaluate("document.querySelectorAll('.table .scroll')[1].scrollLeft") > 0:
+                break
+            page.wait_for_timeout(50)
+        assert moved
         cells, steps = (figure.locator(".marks rect") for figure in page.locator(".plot").all())
         assert cells.count() == 12 and steps.count() == 20
         assert "base, task <0>: " in cells.first.text_content() and "step 1: " in steps.first.text_content()

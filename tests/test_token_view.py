@@ -9,13 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from servers import CHROMIUM, FLAGS, jupyter_lab, marimo_app, READY
+from servers import browser_api, CHROMIUM, FLAGS, jupyter_lab, marimo_app, open_notebook
 
-if CHROMIUM is None:
-    reason = "no Chromium is installed (apt-get install chromium)"
-    pytest.skip(reason, allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright")
-nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+sync_api = browser_api()
+import nbformat
+
 pytest.importorskip("anywidget", reason="anywidget is not installed")
 
 SETUP = """
@@ -93,10 +91,7 @@ def lab_notebook(folder: Path):
 
 
 def open_lab(page, address: str):
-    page.goto(f"{address}/lab/tree/tokens.ipynb?reset")
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_function(READY)
-    page.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+    open_notebook(page, address, "tokens.ipynb")
     for _ in range(3):
         page.evaluate("jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
 
