@@ -240,11 +240,28 @@ def write_rows(path: str | Path, rows: typing.Iterable[dict]):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _end_last_line(file: typing.BinaryIO):
+    "Let a file of rows end with a whole one; what a kill cut off goes."
+    file.seek(0)
+    lines = file.read().splitlines(keepends=True)
+    try:
+        whole = isinstance(json.loads(lines[-1]), dict)
+    except ValueError:
+        whole = False
+    if whole:
+        file.write(b"\n")
+    else:
+        file.truncate(sum(map(len, lines[:-1])))
+
+
 def add_row(path: str | Path, row: dict):
-    "One more row at the end of a file."
+    "One more row at the end of a file; a last line that a kill cut off goes."
     line = json.dumps(row) + "\n"
-    with room_for(path, len(line)), Path(path).open("a", encoding="utf-8") as file:
-        file.write(line)
+    with room_for(path, len(line)), Path(path).open("a+b") as file:
+        file.seek(max(file.tell() - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            _end_last_line(file)
+        file.write(line.encode())
 
 
 def read_history(path: str | Path) -> "pd.DataFrame":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'UNFINISHED', 'LOCK', 'readable', 'room_for', 'share_files', 'atomic_path', 'write_text', 'write_json',
-           'sweep', 'alone_in', 'finish_replacement', 'whole_folder', 'save_tensors', 'whole_checkpoint',
+           'alone_in', 'finish_replacement', 'whole_folder', 'save_tensors', 'whole_checkpoint', 'sweep',
            'check_disk_space']
 
 # %% ../nbs/00_whole_files.ipynb #5be11a03
@@ -82,9 +82,9 @@ def _umask() -> int:
 
 
 def share_files(folder: str | Path):
-    "Give the files of a folder the rights that other new files have: safetensors writes its own for their owner alone."
-    for path in Path(folder).iterdir():
-        if path.is_file():
+    "Give the files of a folder, and of those in it, the rights that other new files have: safetensors writes its own for their owner alone."
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and not path.is_symlink():
             path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o666 & ~_umask())
 
 
@@ -108,20 +108,6 @@ def write_text(path: str | Path, text: str):
 def write_json(path: str | Path, value):
     "Write `value` as indented JSON in one step; keys keep their order."
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-# %% ../nbs/00_whole_files.ipynb #1f8b03ee
-def _remove(path: Path):
-    "Take away a file, a link or a folder."
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sweep(folder: str | Path):
-    "Remove what killed processes left unfinished in a folder and below. Call it where nobody else is at work."
-    for left in list(Path(folder).rglob(f"{UNFINISHED}*")):
-        _remove(left)
 
 # %% ../nbs/00_whole_files.ipynb #abfe2744
 LOCK = ".lock"  # in a folder that one process at a time works in
@@ -148,14 +134,16 @@ def alone_in(
         lock.release()
 
 # %% ../nbs/00_whole_files.ipynb #d5d3568e
-_MAKING, _OLD = "unfinished", "replaced"  # in the hidden folder: what is made, and what it takes the place of
+_MAKING, _OLD, _MADE = "unfinished", "replaced", "finished"  # in the hidden folder: what is made, what it takes the place of, and what has only to be moved where it belongs
+_CHECKPOINT = f"{UNFINISHED}checkpoint-"  # begins the name of that folder where it is in the one that it is for
 
 
 def _abandoned(folder: Path) -> Iterator[Path]:
-    "Hidden folders of `whole_folder` beside a folder, each held; those of processes at work are passed over."
-    for work in folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ():
+    "Hidden folders of `whole_folder` beside a folder and of `whole_checkpoint` in it, each held; those of processes at work are passed over."
+    beside = folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ()
+    for work in (*beside, *folder.glob(f"{_CHECKPOINT}*")):
         held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)} if work.is_dir() else set()
-        if not work.is_dir() or not held <= {LOCK, _MAKING, _OLD}:
+        if not work.is_dir() or not held <= {LOCK, _MAKING, _OLD, _MADE}:
             continue  # not ours
         try:
             with alone_in(work, wait=5 if _OLD in held and not folder.exists() else 0):
@@ -163,13 +151,45 @@ def _abandoned(folder: Path) -> Iterator[Path]:
         except OSError:  # another process is at it, or it may not be touched
             continue
 
+# %% ../nbs/00_whole_files.ipynb #76133dfa
+_READ_FIRST = {"config.json", "adapter_config.json", "merger_config.json"}  # without which nothing is loaded
 
+
+def _in_order(folder: Path) -> list[Path]:
+    "What is in a folder, if it is there; what is read first comes last."
+    return sorted(folder.iterdir() if folder.exists() else (), key=lambda path: (path.name in _READ_FIRST, path.name))
+
+
+def _put(made: Path, folder: Path):
+    "Move what was made over what is there."
+    for path in _in_order(made):
+        if (place := folder / path.name).is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        os.replace(path, place)
+
+
+def _settle(work: Path, folder: Path):
+    "End a replacement that was cut short, in a folder: with what was made, if all of it was, else with what was there."
+    if (work / _MADE).exists():
+        _put(work / _MADE, folder)
+    for path in _in_order(work / _OLD) if not (work / _MADE).exists() else ():
+        if not (folder / path.name).exists():
+            os.replace(path, folder / path.name)
+    shutil.rmtree(work / _OLD, ignore_errors=True)
+    if not (work / _OLD).exists():  # as long as it is there, `finished` tells that it is not wanted any more
+        shutil.rmtree(work, ignore_errors=True)
+
+# %% ../nbs/00_whole_files.ipynb #5ebdcb98
 def finish_replacement(
-    folder: str | Path,  # final place of what `whole_folder` makes
+    folder: str | Path,  # final place of what `whole_folder` or `whole_checkpoint` makes
 ) -> Path:
-    "The folder, with a replacement finished that a kill cut short between its two renames; what was cut short before is removed."
+    "The folder, with a replacement finished that a kill cut short between its renames; what was cut short before is removed."
     folder = Path(folder)
     for work in _abandoned(folder):
+        if (work / _MADE).exists() or work.parent == folder:
+            logger.warning("%s: what was written there was cut short by a kill; it is %s", folder, "whole now" if (work / _MADE).exists() else "as it was before")
+            _settle(work, folder)
+            continue
         found = [work / name for name in (_MAKING, _OLD) if (work / name).exists()]
         if not folder.exists() and (work / _OLD).exists():
             os.replace(found[0], folder)
@@ -178,25 +198,29 @@ def finish_replacement(
     return folder
 
 # %% ../nbs/00_whole_files.ipynb #585bf302
-def _move(place: Path, folder: Path):
-    "Move a folder, or what is in it, where files may be."
+def _move(work: Path, folder: Path):
+    "Move what was made, or all that is in it, where files may be. Raises `FileExistsError` where a folder in it would go over one that holds something."
     if folder.exists() and any(folder.iterdir()):
-        for part in place.iterdir():
-            if (folder / part.name).is_dir() and not any((folder / part.name).iterdir()):
-                (folder / part.name).rmdir()
-            os.replace(part, folder / part.name)
+        for place in (folder / part.name for part in (work / _MAKING).iterdir()):
+            if place.is_dir() and any(place.iterdir()):
+                raise FileExistsError(f"{place} already holds files. Choose another folder.")
+        os.rename(work / _MAKING, work / _MADE)
+        _settle(work, folder)
         return
     if folder.exists():
         folder.rmdir()
-    os.replace(place, folder)
+    os.replace(work / _MAKING, folder)
 
 
 @contextmanager
-def _work_beside(folder: Path) -> Iterator[Path]:
-    "Yield a hidden folder beside a folder, held, with one in it for what is made; it is the caller's to remove."
+def _held_work(
+    place: Path,  # folder that it is in
+    prefix: str,  # of its name
+) -> Iterator[Path]:
+    "Yield a hidden folder, held, with one in it for what is made; it is the caller's to remove."
     with ExitStack() as stack:
         while True:
-            work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            work = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
             try:
                 stack.enter_context(alone_in(work))
                 (work / _MAKING).mkdir()  # one level down: after a kill nothing beside `folder` loads
@@ -216,13 +240,13 @@ def whole_folder(
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = None
     try:
-        with _work_beside(folder) as work:
+        with _held_work(folder.parent, f".{folder.name}.") as work:
             yield work / _MAKING
             if instead and folder.exists():
                 os.rename(folder, work / _OLD)
-            _move(work / _MAKING, folder)
+            _move(work, folder)
     finally:
-        if work is not None:
+        if work is not None and not (work / _MADE).exists():
             if (work / _OLD).exists() and not folder.exists():
                 os.replace(work / _OLD, folder)
             shutil.rmtree(work, ignore_errors=True)
@@ -236,17 +260,16 @@ def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"]):
     with room_for(path, sum(t.nbytes for t in whole.values())), atomic_path(path) as temporary:
         save_file({name: t.clone() if t._is_view() else t for name, t in whole.items()}, temporary, metadata={"format": "pt"})
 
-# %% ../nbs/00_whole_files.ipynb #c595ada0
-_READ_FIRST = {"config.json", "adapter_config.json"}  # without which nothing is loaded
-
-
-def _put(path: Path, place: Path):
-    "Move a file or folder over what is there."
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    os.replace(path, place)
-
 # %% ../nbs/00_whole_files.ipynb #5d97e2d8
+def _replaced_by(made: Path, folder: Path) -> list[Path]:
+    "Files of an earlier checkpoint that must not be there with those of a new one; what is read first comes first."
+    names, patterns = {path.name for path in made.iterdir()}, ("model*.safetensors", "model*.safetensors.index.json")
+    gone = _READ_FIRST & names if any(name.endswith(".safetensors") for name in names) else set()
+    if any(path.match(patterns[0]) for path in made.iterdir()):
+        gone |= {"config.json", *(path.name for pattern in patterns for path in folder.glob(pattern))}
+    return [path for path in reversed(_in_order(folder)) if path.name in gone]
+
+
 @contextmanager
 def whole_checkpoint(
     folder: str | Path,  # made if it is not there; other files than a checkpoint's stay
@@ -254,20 +277,32 @@ def whole_checkpoint(
     "Yield an empty folder; what the block writes there becomes the checkpoint in `folder` if it succeeds, and is removed if not."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{UNFINISHED}*"):
+    with _held_work(finish_replacement(folder), _CHECKPOINT) as work:
+        try:
+            yield work / _MAKING
+            share_files(work / _MAKING)
+            (work / _OLD).mkdir()
+            for path in _replaced_by(work / _MAKING, folder):
+                os.rename(path, work / _OLD / path.name)
+            os.rename(work / _MAKING, work / _MADE)
+        finally:
+            _settle(work, folder)
+
+# %% ../nbs/00_whole_files.ipynb #901361af
+def _remove(path: Path):
+    "Take away a file, a link or a folder."
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: str | Path):
+    "Remove what killed processes left unfinished in a folder and below; of checkpoints there, what is whole is kept. Call it where nobody else is at work."
+    for left in list(Path(folder).rglob(f"{_CHECKPOINT}*")):
+        finish_replacement(left.parent)
+    for left in list(Path(folder).rglob(f"{UNFINISHED}*")):
         _remove(left)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=UNFINISHED, ignore_cleanup_errors=True) as temporary:
-        yield Path(temporary)
-        share_files(temporary)
-        made = sorted(Path(temporary).iterdir(), key=lambda path: path.name in _READ_FIRST)
-        if any(path.suffix == ".safetensors" for path in made):
-            for name in _READ_FIRST & {path.name for path in made}:
-                (folder / name).unlink(missing_ok=True)
-        if any(path.match("model*.safetensors") for path in made):
-            for old in [folder / "config.json", *folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")]:
-                old.unlink(missing_ok=True)
-        for path in made:
-            _put(path, folder / path.name)
 
 # %% ../nbs/00_whole_files.ipynb #b26765a8
 def check_disk_space(
