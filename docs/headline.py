@@ -64,7 +64,7 @@ def kills(root: Path = ROOT) -> str:
     least, most = min(row["hits"] for row in rows), max(row["hits"] for row in rows)
     hits, identical, refused, corrupt, mixed = (sum(row[name] for row in rows) for name in ("hits", "identical", "refused", "corrupt", "mixed"))
     return (
-        f"Killed or stopped at random {hits} times ({least} to {most} of a kind), {len(rows)} kinds of runs and exports ended with the main file of undisturbed ones, byte for byte, {identical} times, and refused {refused} times\n"
+        f"Killed or stopped at random {hits} times ({least if least == most else f'{least} to {most}'} of each kind), {len(rows)} kinds of runs and exports ended with the main file of undisturbed ones, byte for byte, {identical} times, and refused {refused} times\n"
         f"to go on where no whole checkpoint was there yet; {corrupt} files were corrupt and {mixed} checkpoints were mixed (`{facts['command']}`).\n"
     )
 

@@ -14,19 +14,22 @@ import pkgutil
 import sys
 
 import conversion
+import gguf
 
 failed = {}
 for room in sorted(each.name for each in pkgutil.iter_modules(conversion.__path__)):
     try:
         importlib.import_module(f"conversion.{room}")
     except AttributeError as error:
-        failed[room] = str(error)
+        failed[room] = error
 lists = [value for value in vars(conversion).values() if isinstance(value, dict) and value and all(isinstance(each, str) for each in value.values())]
 models = sorted({name for each in lists for name, room in each.items() if room in failed})
 for room, why in failed.items():
     print(f"conversion.{room}: AttributeError: {why}")
-print(len(models), "architectures, such as", ", ".join(models[:6]))
-if not {"deepseek", "glm", "hunyuan", "minimax"} <= set(failed) or "Glm4MoeForCausalLM" not in models or {"llama", "qwen", "gemma"} & set(failed):
-    sys.exit("the behaviour has changed")
+print(len(failed), "rooms,", len(models), "architectures, such as", ", ".join(models[:6]))
+unasked = [room for room, error in failed.items() if not (isinstance(error.obj, type) and error.obj.__module__.startswith("gguf") or error.obj is gguf)]
+named = {"deepseek", "glm", "hunyuan", "minimax", "mistral3"} <= set(failed) and not {"llama", "qwen", "gemma"} & set(failed)
+if (len(failed), len(models)) != (9, 33) or not named or unasked or "Glm4MoeForCausalLM" not in models:
+    sys.exit(f"the behaviour has changed: {unasked}")
 EOF
 "$folder/venv/bin/python" "$folder/rooms.py"

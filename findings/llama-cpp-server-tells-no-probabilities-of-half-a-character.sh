@@ -37,5 +37,5 @@ for name, token in {"whole": 504, "half": 162}.items():
     print(name, "token", token, "text", repr(choice["text"]), "ends by", choice["finish_reason"], "- log-probabilities:", "none" if found[name] is None else len(found[name]["content"][0]["top_logprobs"]))
 sys.exit(0 if found["half"] is None and found["whole"] and found["whole"]["content"] else 1)
 EOF
-"$folder/venv/bin/python" "$folder/ask.py" 2>/dev/null || { echo "another behaviour than stated"; exit 1; }
+"$folder/venv/bin/python" "$folder/ask.py" 2> "$folder/said" || { tail -20 "$folder/said"; echo "another behaviour than stated"; exit 1; }
 echo "as stated"

@@ -59,4 +59,4 @@ gone, told = seen.pop("qwen2, biases moved")
 if gone < 0.05 or told or any(share > 1e-4 for share, _ in seen.values()):
     sys.exit(f"the behaviour has changed: {seen}, {gone}, {told}")
 EOF
-"$folder/venv/bin/python" "$folder/extract.py" "$folder" 2> "$folder/said" || { tail -5 "$folder/said"; exit 1; }
+"$folder/venv/bin/python" "$folder/extract.py" "$folder" 2> "$folder/said" || { tail -20 "$folder/said"; exit 1; }

@@ -41,9 +41,11 @@ try:
     earlier = bool((load_file(file)["x"] == 1).all())
 except Exception:
     earlier = False
-print(version, dict(rights=rights, ended=ended, earlier_file_is_whole=earlier, hidden_files=len(hidden), mib_in_them=[round(size / 2**20) for size in hidden]))
-wanted = ("0o644", -9, False, 0) if version == "0.7.0" else ("0o600", -9, True, 1)
-sys.exit(0 if (rights, ended, earlier, len(hidden)) == wanted else 1)
+save_file({"x": np.zeros(2, np.float32)}, file)
+kept = [path.stat().st_size for path in place.iterdir() if path.name.startswith(".tmp")]  # a later save removes none
+print(version, dict(rights=rights, ended=ended, earlier_file_is_whole=earlier, hidden_files=len(hidden), mib_in_them=[round(size / 2**20) for size in hidden], kept=kept == hidden))
+wanted = ("0o644", -9, False, []) if version == "0.7.0" else ("0o600", -9, True, [256])
+sys.exit(0 if (rights, ended, earlier, [round(size / 2**20) for size in hidden]) == wanted and kept == hidden else 1)
 EOF
 for version in 0.7.0 0.8.0; do "$folder/$version/bin/python" "$folder/look.py" "$version" "$folder/saved-$version" || { echo "another behaviour in $version"; exit 1; }; done
 echo "as stated"

@@ -41,8 +41,8 @@ whole = seen[0] == (0, 0) and not drawn
 lost = seen[0] == (len(towers[0]), len(towers[0])) and len(drawn) > 5
 sys.exit(0 if (whole if transformers.__version__.startswith("5") else lost) else 1)
 EOF
-"$folder/venv/bin/python" "$folder/save.py" "$folder/saved" 2>/dev/null
-"$folder/venv/bin/python" "$folder/load.py" "$folder/saved" 2>/dev/null || { echo "another behaviour in 5.23.0"; exit 1; }
+"$folder/venv/bin/python" "$folder/save.py" "$folder/saved" 2> "$folder/said" || { tail -20 "$folder/said"; exit 1; }
+"$folder/venv/bin/python" "$folder/load.py" "$folder/saved" 2> "$folder/said" || { tail -20 "$folder/said"; echo "another behaviour in 5.23.0"; exit 1; }
 "$folder/venv/bin/pip" install --quiet "transformers==4.57.6"
-"$folder/venv/bin/python" "$folder/load.py" "$folder/saved" 2>/dev/null || { echo "another behaviour in 4.57.6"; exit 1; }
+"$folder/venv/bin/python" "$folder/load.py" "$folder/saved" 2> "$folder/said" || { tail -20 "$folder/said"; echo "another behaviour in 4.57.6"; exit 1; }
 echo "as stated"

@@ -49,6 +49,6 @@ five = transformers.__version__.startswith("5")
 same = seen["older"] == [1, 4, 2, 3] and (seen["more"] == [1, 4, 2, 3] if five else seen["more"] == "'list' object has no attribute 'keys'")
 sys.exit(0 if same and isinstance(seen["plain"], list) else 1)
 EOF
-"$folder/5.23.0/bin/python" "$folder/save.py" "$folder/saved" 2>/dev/null
-for version in 5.23.0 4.57.6; do "$folder/$version/bin/python" "$folder/load.py" "$folder/saved" 2>/dev/null || { echo "another behaviour in $version"; exit 1; }; done
+"$folder/5.23.0/bin/python" "$folder/save.py" "$folder/saved" 2> "$folder/said" || { tail -20 "$folder/said"; exit 1; }
+for version in 5.23.0 4.57.6; do "$folder/$version/bin/python" "$folder/load.py" "$folder/saved" 2> "$folder/said" || { tail -20 "$folder/said"; echo "another behaviour in $version"; exit 1; }; done
 echo "as stated"

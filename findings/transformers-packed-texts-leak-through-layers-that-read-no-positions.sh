@@ -60,4 +60,4 @@ for name, options in MODELS.items():
 if seen != EXPECTED:
     sys.exit(f"the behaviour has changed: {seen}")
 EOF
-"$folder/venv/bin/python" "$folder/leak.py" 2>/dev/null
+"$folder/venv/bin/python" "$folder/leak.py" 2> "$folder/said" || { tail -20 "$folder/said"; exit 1; }

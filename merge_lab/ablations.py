@@ -24,7 +24,7 @@ from .evaluation import LEARNED, UNIFORM
 from .figures import colour_of, INK, MUTED, new_figure
 from .lineup import line_up
 from .real import trained_numbers
-from .run_folder import begin_run, one_run, RunInterrupted, write_json, write_text
+from .run_folder import begin_run, check_one_process, one_run, RunInterrupted, write_json, write_text
 from .systems.mask_merge import run as merge_masks
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ class Ablations:
 @one_run
 def run(config: AblationConfig) -> Ablations:
     "Train what is not there yet, and write table, picture and raw data. Raises before any long work what `check_compare` raises; `RunInterrupted` if stopped."
+    check_one_process("ablate")
     config = check_compare(first_models(with_suite(config)))
     root = begin_run(config)
     bench, record = Scorer.of(config), Record(root)

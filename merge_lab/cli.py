@@ -29,7 +29,7 @@ from .commands import COMMANDS, Command, choose_thread_waiting, RegistryAt
 from .config import alias_names, check_names, choices_of, config_from_dict, did_you_mean, main_names, option, read_yaml, without_tokens, yaml_value
 from . import logs
 from .logs import CleanFormatter, draws_bars, is_first_process
-from .run_folder import write_text
+from .run_folder import check_one_process, write_text
 
 # %% ../nbs/60_cli.ipynb #24f2be13
 @dataclasses.dataclass
@@ -291,8 +291,10 @@ def usage() -> str:
 
 
 def call(name: str, words: list[str]) -> int:
-    "Run one command; returns the exit status."
+    "Run one command; returns the exit status. Raises `ValueError` where torchrun started several processes of one that runs alone."
     command = COMMANDS[name]
+    if not command.together:
+        check_one_process(name)
     result = command.find(command.function)(parse(name, words))
     if isinstance(result, int):
         return result

@@ -45,6 +45,7 @@ class Command:
     help: str
     positional: tuple[str, ...] = ()  # fields that are given without a flag
     show: str | None = None  # function of the module that prints the result
+    together: bool = False  # whether the processes that torchrun starts run it as one
     next: str = ""  # what to do then, with the result's {folder}; empty: the function that prints says it
 
     def find(self, name: str):
@@ -54,7 +55,7 @@ class Command:
 # %% ../nbs/04_commands.ipynb #3733447f
 COMMANDS = {
     "mask-merge": Command(
-        "systems.mask_merge", "MaskMergeConfig", "run", "merge N fine-tunes with learned masks", show="show_result"
+        "systems.mask_merge", "MaskMergeConfig", "run", "merge N fine-tunes with learned masks", show="show_result", together=True
     ),
     "dam-merge": Command(
         "systems.dam", "DAMConfig", "merge", "DAM: create the merged model with untrained coefficients",
@@ -65,7 +66,7 @@ COMMANDS = {
         show="show_dataset",
     ),
     "dam-train": Command(
-        "systems.dam", "DAMTrainConfig", "train", "DAM: train the coefficients and export the merge", show="show_run"
+        "systems.dam", "DAMTrainConfig", "train", "DAM: train the coefficients and export the merge", show="show_run", together=True
     ),
     "layer-merge": Command(
         "systems.layer_merge", "LayerMergeConfig", "run", "make one model shorter: one layer learns to be several, or pairs are blended", ("model_path",),
@@ -81,8 +82,8 @@ COMMANDS = {
     "router": Command(
         "systems.router", "RouterConfig", "run", "train a router that chooses each layer's precision", ("model_path",), show="show_result"
     ),
-    "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",), show="show_fit"),
-    "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",)),
+    "memory": Command("memory", "MemoryConfig", "run", "how much memory a merge takes, and what makes it fit", ("model_paths",), show="show_fit", together=True),
+    "preflight": Command("cli", "PreflightConfig", "run_preflight", "can these components be merged, and if not why", ("model_paths",), together=True),
     "align": Command("cli", "AlignConfig", "run_align", "copies of components that share one vocabulary", ("model_paths",)),
     "verify": Command("verify", "VerifyConfig", "run", "read a checkpoint back, here and in other libraries", ("path",), show="show_verified"),
     "export": Command("export", "ExportConfig", "run", "a finished merge as hf, gguf, mergekit recipe, adapter or masks", ("path",), show="show_exported"),

@@ -38,7 +38,7 @@ from .lineup import average, delta_facts, line_up, Lineup
 from .logs import tqdm
 from .opponents import merge_recipe, OPPONENTS, read_mergekit_recipe, starts_of, why_not, write_mergekit_recipe
 from .real import trained_numbers
-from .run_folder import add_row, begin_run, bundled_path, check_start, is_run, kept_rows, last_checkpoint, one_run, RunInterrupted, write_json, write_rows, write_text
+from .run_folder import add_row, begin_run, bundled_path, check_one_process, check_start, is_run, kept_rows, last_checkpoint, one_run, RunInterrupted, write_json, write_rows, write_text
 from .search import best_of, check_optuna, Judge, judge_of, search
 from .session import tidy_memory
 from .systems.mask_merge import LEARNED, MaskMergeConfig
@@ -483,6 +483,7 @@ class Comparison:
 @one_run
 def run(config: CompareConfig) -> Comparison:
     "Compare, as far as it is not done. Raises before any long work if something is wrong; `RunInterrupted` if stopped."
+    check_one_process("compare")
     config = first_models(with_suite(config))
     if len(config.components) > 1:
         return run_numbers(config)

@@ -39,7 +39,7 @@ from merge_lab.checkpoints import (  # noqa: F401
 )
 from .config import check_choice
 from .origins import as_it_stands, check_finite, check_some_rows, check_special_tokens, disagreements, remarks, stored_dtype
-from .run_folder import check_disk_space, whole_folder
+from .run_folder import check_disk_space, finish_replacement, whole_folder
 from .vocabulary import POLICIES, donated_rows, realign, row_tables, shared_tokenizer, union_tokenizer, union_tokens, vocabulary_rows
 from .weight_files import unwrapped, wrapper_rules
 
@@ -608,7 +608,7 @@ def align_vocabulary(
     policy: str,  # 'intersection', 'pad' or 'union'
 ) -> list[Path]:  # folders of the copies, in the order of `paths`
     "Write copies of components that share one vocabulary, all or none. Raises `ValueError` if `policy` cannot be followed, `UnreadableComponent` for one without a tokenizer, `FileExistsError` if the copies are there."
-    paths, out_dir = _check_paths(paths), Path(out_dir)
+    paths, out_dir = _check_paths(paths), finish_replacement(out_dir)
     check_choice("policy", policy, list(POLICIES), "Use 'union' to keep all tokens, 'intersection' to drop some, 'pad' to add rows.")
     files = [read_component(path) for path in paths]
     bare = [f.path for f in files if f.tokenizer is None]

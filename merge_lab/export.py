@@ -21,7 +21,7 @@ from .gguf_export import KIND_OF, write_gguf
 from .hub_folder import hub_recipe, named_places, write_recipe
 from .merger import model_card
 from .mergekit_export import write_mergekit
-from .run_folder import finish_replacement, is_run, write_json
+from .run_folder import check_one_process, finish_replacement, is_run, write_json
 from .systems.dam import push
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,7 @@ def place_of(config: ExportConfig) -> Path:
 
 def run(config: ExportConfig) -> Exported:
     "Export, and read back what was written. Raises `FileExistsError`, `FileNotFoundError` or `ValueError`, and then leaves nothing."
+    check_one_process("export")
     if not config.path:
         raise ValueError("path='': expected a run or a folder. Say what to export: merge-lab export runs/mine --format gguf")
     source, folder = find_source(config.path, config.components), place_of(config)

@@ -34,7 +34,7 @@ from .turns import in_turn, TurnLock
 from .thin_deltas import share_base
 from .provenance import check_same_weights, weights_digest
 from .origins import check_finite, prove_whole
-from .run_folder import save_tensors, whole_checkpoint, write_json, write_text
+from .run_folder import finish_replacement, save_tensors, whole_checkpoint, write_json, write_text
 from .writer import settle_tying, write_generation_config, write_model_config, write_tensors, write_tokenizer
 from merge_lab.merger_config import (  # noqa: F401
     KINDS, STRATEGIES, MergerConfig, anchored, check_mask_init, depth_value, held_paths, initial_alphas, model_card,
@@ -431,15 +431,16 @@ def tied_weights(self) -> list[str | None]:
 
 @patch_to(Merger)
 def save_pretrained(self, folder: str | Path, is_main_process: bool = True):
-    "Write masks and config; components are referred to, not copied."
+    "Write masks and config; components are referred to, not copied. What was there stays until all is written."
     folder, masks = Path(folder), self.mask_state()  # every rank gathers, one writes
     if not is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(self.saved_config)
     paths = [os.path.relpath(p, folder) if Path(p).exists() else None for p in self.tied_paths]
-    save_tensors(folder / MASKS_FILE, masks)
-    write_json(folder / CONFIG_FILE, {**values, "relative_paths": paths, "weights": self.tied_weights(), "anchor": self.state.anchor})
+    values = dataclasses.asdict(self.saved_config) | {"relative_paths": paths, "weights": self.tied_weights(), "anchor": self.state.anchor}
+    with whole_checkpoint(folder) as place:
+        save_tensors(place / MASKS_FILE, masks)
+        for name, held in {**getattr(self, "saved_beside", {}), CONFIG_FILE: values}.items():
+            write_json(place / name, held)
 
 # %% ../nbs/20_merger.ipynb #56fdd09b
 def read_merger_config(
@@ -447,7 +448,7 @@ def read_merger_config(
     model_paths: Sequence[str] | None = None,  # where the components are now, if they moved; the base last, if there is one
 ) -> MergerConfig:
     "The config of a saved merger, with paths that exist. Raises `FileNotFoundError` if it is not there."
-    file = Path(folder) / CONFIG_FILE
+    file = finish_replacement(folder) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}: it is no saved merger. Give the folder of save_pretrained.")
     values = read_json(file)
@@ -582,8 +583,8 @@ def merged_shapes(self) -> dict[str, Tensor]:  # on the device meta
     return {name: _empty_like(source) for name, source in made}
 
 # %% ../nbs/20_merger.ipynb #5846136b
-def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
-    "Config, generation config, tokenizer and model card beside the weights, whose names in the files are given."
+def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str], tokenizer=None):
+    "Config, generation config, tokenizer (if none is given, the first component's) and model card beside the weights, whose names in the files are given."
     import copy
 
     config = copy.deepcopy(merger.config)
@@ -594,8 +595,8 @@ def _save_companions(merger: Merger, folder: Path, card: str, stored: set[str]):
     write_model_config(config, folder)
     write_generation_config(getattr(merger.model, "generation_config", None), folder)
     paths = merger.merger_config.model_paths
-    if paths:
-        write_tokenizer(load_tokenizer(paths[0]), folder)
+    if paths or tokenizer is not None:
+        write_tokenizer(load_tokenizer(paths[0]) if tokenizer is None else tokenizer, folder)
     write_text(folder / "README.md", card)
 
 # %% ../nbs/20_merger.ipynb #6cc0b99c
@@ -607,13 +608,14 @@ def save_merged(
     max_shard_size: str = "2GB",  # also the memory that export takes
     is_main_process: bool = True,  # only this rank writes; a sharded run must call it on all
     recipe: dict | None = None,  # options for the model card, beside those of the merger
+    tokenizer=None,  # of transformers, that goes with it; None: the first component's
 ):
     "Write the merged model as a plain transformers checkpoint. Raises `OSError` if the disk is too small, `UnreadableComponent` if what was written is not whole, and then leaves what was there."
     with whole_checkpoint(folder) if is_main_process else nullcontext(folder) as place, _no_copies(self):
         stored = write_tensors(place, self.model, dict(self.merged_tensors()), self.merged_shapes(), max_shard_size, is_main_process)
         card = model_card(self, recipe)  # every rank gathers, one writes
         if is_main_process:
-            _save_companions(self, Path(place), card, stored)
+            _save_companions(self, Path(place), card, stored, tokenizer)
             prove_whole(place)
 
 # %% ../nbs/20_merger.ipynb #24c02a0a

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from merge_lab import exports
+from merge_lab import exports, whole_files
 from merge_lab.adapters import load_adapter, load_base, make_lora_config, merge_layers, quiet_peft
 from merge_lab.adapter_export import factors_of
 from merge_lab.adapter_folders import recorded_base
@@ -228,6 +228,31 @@ def killed_between_renames(folder, text):
 def start_export():
     with pytest.raises(FileExistsError, match="already holds an export"):
         run(ExportConfig("one", output_dir="out"))
+
+
+@pytest.mark.parametrize("left", [(), ("unfinished",), (".lock",)], ids=str)
+def test_what_a_kill_left_before_the_folder_was_held_or_while_it_was_removed_goes(left):
+    Path(".out.abcd1234").mkdir()
+    for name in left:
+        Path(".out.abcd1234", name).touch() if name == ".lock" else Path(".out.abcd1234", name).mkdir()
+    with whole_folder("out") as made:
+        (made / "a").touch()
+    assert sorted(path.name for path in Path().iterdir()) == ["out"]
+
+
+def test_a_folder_that_is_taken_for_abandoned_before_it_is_held_is_made_anew(monkeypatch):
+    own, calls = whole_files.alone_in, []
+
+    def late(folder, wait=0):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise FileExistsError("another process looks at it")
+        return own(folder, wait)
+
+    monkeypatch.setattr(whole_files, "alone_in", late)
+    with whole_folder("out") as made:
+        (made / "a").touch()
+    assert Path("out", "a").exists() and len(calls) == 2
 
 
 STARTS = {

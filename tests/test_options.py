@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from merge_lab.cli import help_of, parse, parser_of, told_options
+from merge_lab.cli import help_of, main, parse, parser_of, told_options
 from merge_lab.commands import COMMANDS, find_object, kind_of, SYSTEMS, Viewed, VIEWS
 from merge_lab.config import alias_names, config_from_yaml, config_to_cli, config_to_python, config_to_yaml, recipe_options, resumable_options
 from merge_lab.losses import LOSSES, loss_of_rows
@@ -115,9 +115,9 @@ def test_two_names_with_two_values_are_refused(name, given, tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_an_alias_once_beside_its_option(name):
     lines = " ".join(help_of(name).split())
-    for alias, main in alias_names(CONFIGS[name]).items():
+    for alias, own in alias_names(CONFIGS[name]).items():
         assert len(re.findall(rf"--{alias}(?![\w-])", lines)) == 1, alias
-        assert re.search(rf"--{main}\b.*; also [^(]*--{alias}\b", lines), alias
+        assert re.search(rf"--{own}\b.*; also [^(]*--{alias}\b", lines), alias
 
 
 def test_no_quantity_has_two_names():
@@ -148,7 +148,7 @@ def test_an_option_means_the_same_in_every_command():
 
 ALONE = {  # command -> options that it cannot do without
     "dam-merge": {"base_model": "b", "model_paths": ["x", "y"]}, "dam-topk": {}, "layer-merge": {}, "lora": {}, "lora-merge": {},
-    "quantize": {"model_path": "x"}, "router": {"model_path": "x"},
+    "quantize": {"model_path": "x"}, "router": {"model_path": "x"}, "compare": {}, "ablate": {}, "export": {"path": "x"},
 }  # fmt: skip
 
 
@@ -160,7 +160,19 @@ def test_what_runs_in_one_process_says_so_at_once(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"{name}: torchrun started 2 processes, and this command runs in one"):
         command.find(command.function)(CONFIGS[name](**ALONE[name]))
     assert not list(tmp_path.iterdir())
-    assert {*ALONE, "mask-merge", "dam-train"} == SYSTEMS.keys()
+    assert SYSTEMS.keys() <= {*ALONE, *TOGETHER}
+
+
+TOGETHER = {"mask-merge", "dam-train", "memory", "preflight"}  # commands of which several processes work as one, or write nothing
+
+
+def test_a_command_is_started_twice_only_where_both_are_one_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in COMMANDS.keys() - TOGETHER:
+        assert main([name]) == 2, name
+        assert f"merge-lab {name}: {name}: torchrun started 2 processes" in capsys.readouterr().err
+    assert {name for name, command in COMMANDS.items() if command.together} == TOGETHER and not list(tmp_path.iterdir())
 
 
 OLD = {

@@ -23,6 +23,7 @@ from merge_lab.components import load_model
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors, sweep, UNFINISHED
+from merge_lab.run_folder import finish_replacement, whole_checkpoint, whole_folder, write_text
 from merge_lab.stopping import StopCallback
 from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
@@ -171,7 +172,7 @@ def killed(write):
             os.kill(os.getpid(), 9)
         return write(*a, **k)
     return wrapped
-os.replace, os.unlink = killed(os.replace), killed(os.unlink)
+os.rename, os.replace, os.unlink = map(killed, (os.rename, os.replace, os.unlink))
 merger = Merger.from_config(MergerConfig(sys.argv[2:4], mask_init={"strategy": "odd_one_out", "selected_idx": 1}))
 merger.save_merged("merged", max_shard_size=sys.argv[4])
 """
@@ -185,18 +186,123 @@ def test_an_export_that_is_killed_anywhere_is_never_a_mix(tmp_path, forked):
     while "second" not in states:
         shutil.rmtree(tmp_path / "merged", ignore_errors=True)
         shutil.copytree(tmp_path / "first", tmp_path / "merged")
-        child = subprocess.run([sys.executable, "-c", _EXPORT, str(left), a, b, "30KB"], check=False, cwd=tmp_path, capture_output=True, timeout=120)
+        child = subprocess.run([sys.executable, "-c", _EXPORT, str(left), a, b, "20KB"], check=False, cwd=tmp_path, capture_output=True, timeout=120)
         assert child.returncode in (0, -signal.SIGKILL), child.stderr.decode()
-        if (tmp_path / "merged" / "config.json").exists():
-            state = load_model(tmp_path / "merged").state_dict()
-            same = [all(torch.equal(state[name], tensor) for name, tensor in one.items()) for one in wanted]
-            assert any(same), f"a mix after {left} writes"
-            states.add("second" if same[1] and child.returncode == 0 else "first")
-        else:
-            states.add("none")
+        state = load_model(tmp_path / "merged").state_dict()
+        same = [all(torch.equal(state[name], tensor) for name, tensor in one.items()) for one in wanted]
+        assert any(same), f"a mix after {left} writes"
+        states.add("second" if same[1] and child.returncode == 0 else "first")
         left += 5
     assert {"first", "second"} <= states
     assert not list((tmp_path / "merged").glob(".unfinished*")) and (tmp_path / "merged" / "README.md").exists()
+
+
+def killed_after(calls, work) -> bool:
+    "Do some work in a process that dies before it has made, moved or removed a file or folder once more than so many times; whether it came to its end."
+    if not (child := os.fork()):
+        left = [calls]
+
+        def counted(call):
+            def wrapped(*arguments, **options):
+                left[0] -= 1
+                if left[0] < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **options)
+
+            return wrapped
+
+        for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status == 0
+
+
+def until_whole(calls, work) -> int:
+    "Go on after each kill with a start that is killed as early, if it ever gets so far; how often it was killed."
+    kills = 0
+    while not killed_after(calls + kills, work):
+        kills += 1
+    return kills
+
+
+EARLIER_AND_LATER = {  # files of two checkpoints, the second in place of the first
+    "plain": (("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"), ("config.json", "model.safetensors", "tokenizer.json")),
+    "shards": (("config.json", "model.safetensors", "templates/more.jinja"), ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "templates/more.jinja")),
+    "adapter": (("adapter_config.json", "adapter_model.safetensors"),) * 2,
+    "masks": (("merger_config.json", "masks.safetensors"),) * 2,
+}
+
+
+@pytest.mark.parametrize("kind", EARLIER_AND_LATER)
+def test_a_checkpoint_is_the_earlier_or_the_later_one_wherever_a_kill_comes(kind, tmp_path):
+    folder, seen, calls = tmp_path / "out", set(), 0
+    first, second = EARLIER_AND_LATER[kind]
+
+    def replace():
+        with whole_checkpoint(folder) as made:
+            for name in second:
+                write_text(made / name, "later")
+
+    def found():
+        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+    wanted = [{"notes.md": "mine"} | dict.fromkeys(names, told) for names, told in ((first, "earlier"), (second, "later"))]
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, told in wanted[0].items():
+            write_text(folder / name, told)
+        ended = killed_after(calls, replace)
+        until_whole(calls % 7, lambda: finish_replacement(folder))
+        sweep(folder)
+        assert found() in wanted, f"neither of the two after {calls} calls"
+        seen.add(wanted.index(found()))
+        if ended:
+            break
+        calls += 1
+    assert seen == {0, 1} and found() == wanted[1]
+
+
+def test_parts_of_a_folder_that_a_kill_left_to_be_moved_get_their_place(tmp_path):
+    "A folder that holds something gets more: none of it or all of it."
+    folder, seen, calls = tmp_path / "out", set(), 0
+
+    def more():
+        with whole_folder(folder) as made:
+            for name in ("a", "b", "c"):
+                write_text(made / name / "config.json", "new")
+
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_text(folder / "mine.txt", "mine")
+        ended = killed_after(calls, more)
+        until_whole(calls % 7, lambda: finish_replacement(folder))
+        seen.add(tuple(sorted(path.name for path in folder.iterdir())))
+        if ended:
+            break
+        calls += 1
+    assert seen == {("mine.txt",), ("a", "b", "c", "mine.txt")} and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_saved_masks_are_of_one_merger_wherever_a_kill_comes(tmp_path):
+    paths = [str(save_tiny(model, tmp_path / name)) for name, model in zip("ab", tiny_experts(n=2))]
+    one, other = (Merger.from_config(MergerConfig(paths, mode=mode)) for mode in ("scalar", "vector_input"))
+    one.tied_weights(), other.tied_weights()
+    seen, calls = set(), 0
+    while "ended" not in seen:
+        shutil.rmtree(tmp_path / "masks", ignore_errors=True)
+        one.save_pretrained(tmp_path / "masks")
+        seen |= {"ended"} if killed_after(calls, lambda: other.save_pretrained(tmp_path / "masks")) else set()
+        loaded = Merger.from_pretrained(tmp_path / "masks")
+        seen.add(loaded.merger_config.mode)
+        assert loaded.mask_state().keys() == one.mask_state().keys()
+        calls += 2
+    assert seen == {"ended", "scalar", "vector_input"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
@@ -291,6 +397,21 @@ def test_what_is_asked_to_stop_goes_on_unless_what_it_reads_has_changed(name, nu
     Path(read).write_bytes(source)
     assert main([*words.split(), "--resume"]) == 0
     assert re.search("Next: |merge-lab router|Load them with", capsys.readouterr().out)  # what to do then
+
+
+@pytest.mark.parametrize("name", ["mask-merge", "dam-train", "lora-merge"])
+def test_a_finished_merge_stays_until_the_one_that_is_trained_further_is_there(name, here, monkeypatch):
+    "Also where fewer steps are asked for than were made, which is refused."
+    words = RUNS[name][0].replace("--max_steps 1", "").replace("--max_steps 2", "") + " --max_steps"
+    assert main([*words.split(), "2"]) == 0
+    before, merged = bytes_of("out"), bytes_of("out/merged")
+    assert main([*words.split(), "1", "--resume"]) == 2 and bytes_of("out") == before
+
+    def fails(*_, **__):
+        raise ValueError("the machine is gone")
+
+    monkeypatch.setattr(StopCallback, "on_step_end", fails)
+    assert main([*words.split(), "4", "--resume"]) == 2 and bytes_of("out/merged") == merged
 
 
 @pytest.mark.parametrize("name", ["mask-merge", "lora-merge", "layer-merge", "quantize", "router"])

@@ -40,7 +40,7 @@ from ..merger import MASKS_FILE, Merger, module_kind, read_merger_config
 from ..merger_config import initial_alphas, MergerConfig
 from ..objective import Objective
 from ..provenance import check_same_inputs
-from ..run_folder import begin_run, check_one_process, check_outside, check_run, check_start, one_run, resume_command, stopped, write_json, write_text
+from ..run_folder import begin_run, check_one_process, check_outside, check_run, check_start, finish_replacement, one_run, resume_command, stopped, write_text
 from merge_lab.teacher_dataset import (
     chat_tokenizer, check_k, create_dataset_topk_logits, DAMTopkConfig, local_path, read_dataset, read_facts, TopkCollator,
 )
@@ -48,7 +48,6 @@ from merge_lab.training import (
     attach_watchers, default_rate, held_out_facts, HistoryCallback, MergerTrainer, open_together, StopCallback, train_from, training_arguments,
 )
 from ..watch import told_run
-from ..writer import write_tokenizer
 
 _all_ = ["DAMTopkConfig", "create_dataset_topk_logits", "TopkCollator"]
 logger = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ def from_pretrained(
     model_paths: Sequence[str] | None = None,  # models, then base, if they moved without the folder
 ) -> DAMMerger:
     "Load models and coefficients. Raises `FileNotFoundError` if `folder` was not written by DAM."
-    file = Path(folder) / DAM_FILE
+    file = finish_replacement(folder) / DAM_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {DAM_FILE}: it is no DAM model. Make one by dam-merge, or correct the path.")
     facts = read_json(file)
@@ -195,22 +194,21 @@ def _saved_config(self) -> MergerConfig:
     return blended if self.use_base_model else dataclasses.replace(blended, model_paths=[*blended.model_paths, self.base_path], base_model=None)
 
 
-@patch_to(DAMMerger, "save_pretrained")
-def _save_pretrained(self, folder: str | Path, is_main_process: bool = True):
-    "Write masks, config and what only DAM knows; models are referred to, not copied."
-    Merger.save_pretrained(self, folder, is_main_process)
-    if is_main_process:
-        write_json(Path(folder) / DAM_FILE, {"use_base_model": self.use_base_model, "model_ids": self.model_ids})
+@patch_to(DAMMerger, "saved_beside")
+@property
+def _saved_beside(self) -> dict[str, dict]:  # file -> what it holds
+    "What only DAM knows; `save_pretrained` writes it with masks and config, or not at all."
+    return {DAM_FILE: {"use_base_model": self.use_base_model, "model_ids": self.model_ids}}
 
 # %% ../../nbs/40_systems/02_dam.ipynb #e3544eca
 @patch_to(DAMMerger, "save_merged")
 def _save_merged(
-    self, folder: str | Path, max_shard_size: str = "2GB", is_main_process: bool = True, recipe: dict | None = None
+    self, folder: str | Path, max_shard_size: str = "2GB", is_main_process: bool = True, recipe: dict | None = None, tokenizer=None
 ):
-    "Write the merged model as a plain transformers checkpoint."
-    Merger.save_merged(self, folder, max_shard_size, is_main_process, recipe)
-    if is_main_process and self.base_path is not None:
-        write_tokenizer(chat_tokenizer(self.base_path, self.merger_config.model_paths), folder)
+    "Write the merged model as a plain transformers checkpoint, with the base's tokenizer if none is given."
+    if is_main_process and tokenizer is None and self.base_path is not None:
+        tokenizer = chat_tokenizer(self.base_path, self.merger_config.model_paths)
+    Merger.save_merged(self, folder, max_shard_size, is_main_process, recipe, tokenizer)
 
 # %% ../../nbs/40_systems/02_dam.ipynb #d22d687c
 def kind_of(leaf: MaskedModule) -> str:  # one of INIT_KINDS
@@ -561,7 +559,7 @@ def score_export(config: DAMTrainConfig, merger: DAMMerger, folder: Path, tests:
 
 
 def clear_export(folder: Path):
-    "Remove checkpoint and scores of coefficients that are going to be trained further."
+    "Remove checkpoint and scores of coefficients that were trained further."
     shutil.rmtree(folder / "merged", ignore_errors=True)
     (folder / "scores.csv").unlink(missing_ok=True)
 
@@ -589,10 +587,10 @@ def train(config: DAMTrainConfig) -> DAMRun:
     check_scored(trainer.model, tests)
     open_together(config, folder, arguments, *read_by(config))
     merger, main = trainer.model, arguments.should_save
-    if main:
-        clear_export(folder)
     train_from(trainer, checkpoint)
     merger.eval().save_pretrained(folder, is_main_process=main)
+    if main:
+        clear_export(folder)
     if stopper.requested.is_set():
         raise stopped(trainer.state, f"coefficients and optimizer are in {folder}", resume_command("dam-train", folder, arguments.world_size))
     if config.save_merged:

@@ -605,8 +605,11 @@ def save_result(result: LayerMergeResult, tokenizer):
     "Write checkpoint, tables and pictures into the run's folder."
     from merge_lab.figures import save_figure
 
-    save_plain(result.model, result.folder / "merged", tokenizer, check=prove_whole)
-    write_text(result.folder / "merged" / "README.md", card_of(result))
+    def finish(place: Path):
+        write_text(place / "README.md", card_of(result))
+        prove_whole(place)
+
+    save_plain(result.model, result.folder / "merged", tokenizer, check=finish)
     write_text(result.folder / "similarity.csv", result.similarity.to_csv())
     for name in ("alphas", "coefficients"):
         if len(table := getattr(result, name)):

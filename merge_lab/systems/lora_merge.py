@@ -41,7 +41,7 @@ from ..merger import CONFIG_FILE, MASKS_FILE, Merger, plain_name
 from ..merger_config import MergerConfig
 from ..provenance import check_same_inputs, note_inputs
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, whole_checkpoint,
+    begin_run, bundled_path, check_one_process, check_start, finish_replacement, last_checkpoint, one_run, resume_command, save_tensors, stopped, whole_checkpoint,
     write_json, write_text,
 )
 from ..training import attach_watchers, held_out_facts, MergerTrainer, objective_of, train_from, training_arguments
@@ -262,16 +262,16 @@ def _save_masks(self: AdapterMerger, folder: str | Path, is_main_process: bool =
     "Write masks and config; base and adapters are referred to, not copied."
     folder, masks = Path(folder), self.mask_state()
     if is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / MASKS_FILE, masks)
-        write_json(folder / CONFIG_FILE, dataclasses.asdict(self.adapter_config) | {"weights": self.tied_weights()})
+        with whole_checkpoint(folder) as place:
+            save_tensors(place / MASKS_FILE, masks)
+            write_json(place / CONFIG_FILE, dataclasses.asdict(self.adapter_config) | {"weights": self.tied_weights()})
 
 
 @patch_to(AdapterMerger, "from_pretrained")
 @classmethod
 def _load_masked(cls, folder: str | Path) -> AdapterMerger:
     "Load base, adapters and masks of a saved merger. Raises `FileNotFoundError` if there is none."
-    file = Path(folder) / CONFIG_FILE
+    file = finish_replacement(folder) / CONFIG_FILE
     if not file.exists():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}. Give a folder that save_pretrained wrote.")
     values = {name: value for name, value in read_json(file).items() if name != "weights"}

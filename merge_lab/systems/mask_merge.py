@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from ..chat import answer_of, build_dataset, ChatCollator, divide_count, hold_out, parse_datasets, prompt_of  # noqa: F401
 from ..chat_templates import chat_tokenizer
-from ..checkpoints import component_bytes, component_names, read_chat_template, read_component
+from ..checkpoints import component_bytes, component_names, load_tokenizer, read_component
 from ..components import check_components, find_base, IncompatibleComponents
 from ..config import card_options, check_choice, config_to_python, config_to_yaml, option
 from ..constraints import WITH_ANCHOR
@@ -43,7 +43,6 @@ from ..rollouts import AnswerConfig, check_answers, divided_rows, Rollouts, Roll
 from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import keeping_masks, positions_of
 from ..watch import told_run
-from ..writer import write_tokenizer
 from merge_lab.training import (
     attach_watchers, held_out_facts, HistoryCallback, MergerTrainer, objective_of, open_together, ProgressBar, StopCallback, train_from,
     training_arguments,
@@ -485,9 +484,9 @@ def run(
         result.written += ("scores.csv",)
         _write_scores(ready, scores)
     if config.save_merged:
-        merger.save_merged(ready.merged_dir, is_main_process=ready.is_main, recipe=recipe_of(config))
-        if ready.is_main and not read_chat_template(ready.merged_dir):
-            write_tokenizer(ready.tokenizer, ready.merged_dir)  # with the template that was trained with
+        own = load_tokenizer(config.model_paths[0]).chat_template
+        tokenizer = None if own else ready.tokenizer  # with the template that was trained with
+        merger.save_merged(ready.merged_dir, is_main_process=ready.is_main, recipe=recipe_of(config), tokenizer=tokenizer)
         result.written += ("merged",)
     if config.report:
         write_report(result, config)
