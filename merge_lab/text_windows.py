@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'FEWEST_DOCUMENTS', 'chat_text', 'row_text', 'text_paths', 'hub_text',
            'split_documents', 'whole_corpus', 'text_documents', 'read_documents', 'Window', 'windows_of',
-           'text_windows', 'collate', 'windows_at_once', 'window_losses', 'window_divergences', 'exact_logits',
-           'score_windows', 'bits_by_kind']
+           'text_windows', 'collate', 'windows_at_once', 'few_of', 'window_losses', 'window_divergences',
+           'exact_logits', 'score_windows', 'bits_by_kind']
 
 # %% ../nbs/28_text_windows.ipynb #1a27d822
 import logging
@@ -198,6 +198,14 @@ def windows_at_once(
 ) -> int:
     "How many windows go through a model together."
     return max(1, min(most, room // (4 * seq_len * model.config.get_text_config().vocab_size)))
+
+
+def few_of(
+    windows: list[Window],
+    most: int = 8,
+) -> list[Window]:
+    "Some windows from all over the list."
+    return windows[:: math.ceil(len(windows) / most)]
 
 # %% ../nbs/28_text_windows.ipynb #1fc13784
 def window_losses(logits: Tensor, labels: Tensor) -> Tensor:  # (batch,) nats per scored token

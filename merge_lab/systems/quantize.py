@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'guard_layers', 'one_by_one', 'LayerHessians', 'squared_gradients', 'weight_sensitivity', 'QuantizeConfig',
-           'check_folder', 'calibrate', 'run_quantize', 'show_result']
+           'check_folder', 'calibrate', 'check_mix_budgets', 'find_mixes', 'run_quantize', 'mix_table', 'show_result']
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #f18a82c0
 import logging
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +20,16 @@ from ..anyprec import check_precisions
 from ..architecture import decoder_layers, summing_grams
 from ..checkpoints import load_tokenizer
 from ..components import load_model
-from ..config import check_options, option, Options
+from ..config import check_options, option, Options, read_json
 from ..devices import find_device
 from ..layerwise import check_single_layers, SingleLayers
 from ..logs import tqdm
-from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, write_quantized
+from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, memory_table, write_quantized
 from ..provenance import check_same_inputs, note_inputs
-from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run
-from ..text_windows import text_paths, text_windows, Window
+from ..routed_model import LayerwiseQuantizeForCausalLM, MIXES_FILE
+from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run, resume_command, write_json
+from ..static_mix import rescaled, static_mixes, token_costs, uniform_costs
+from ..text_windows import exact_logits, few_of, text_paths, text_windows, Window
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +143,7 @@ class QuantizeConfig(Options):
     seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
     parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
     method: str = option("compensated", "How weights are rounded: errors made good by later columns, each to the nearest value, or clusters with a table for each row", choices=["compensated", "nearest", "clusters"], group="Precisions")
+    static: list[float] = option([], "Also find the best precision for each linear at so many bits a weight, tables and scales included; several budgets, between the fewest and the most bits", group="Precisions", resumable=True)
     dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
     max_length: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
     num_samples: int = option(32, "Calibration windows in all", low=1, high=1_000_000, group="Model and text", aliases=("num_examples",))
@@ -154,6 +158,9 @@ class QuantizeConfig(Options):
     def __post_init__(self):
         check_options(self)
         check_precisions(self.seed_precision, self.parent_precision)
+        for budget in self.static:
+            if not self.seed_precision <= budget <= self.parent_precision + 1:
+                raise ValueError(f"static={budget:g}: a mix reads {self.seed_precision} to {self.parent_precision} bits a weight, and what tables and scales take. Give a number between.")
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #4093cfa0
 def check_folder(config: QuantizeConfig):
@@ -173,10 +180,31 @@ def calibrate(
         return dict(sensitivity=weight_sensitivity(model, windows, next(model.parameters()).device))
     return dict(hessians=LayerHessians(model, windows) if method == "compensated" else lambda n: {})
 
+# %% ../../nbs/40_systems/05_quantize.ipynb #c81373b2
+def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfig):
+    "Raise `ValueError` for budgets below what the fewest bits read with their tables."
+    real = memory_table(model).real_bits[1:]
+    if config.static and min(config.static) < real.iloc[0]:
+        go_on = resume_command("quantize", Path(config.output_dir))
+        raise ValueError(f"static={min(config.static):g}: {real.index[0]} read {real.iloc[0]:.2f} bits a weight of this model, tables and scales included. The model is quantised; give more with: {go_on} --static {real.iloc[0] + 0.5:.1f}")
+
+
+def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
+    "Write the best precision for each linear at the budgets of `static`. Raises `ValueError` for one that is too small."
+    model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, None, find_device(config.device), config.trust_remote_code)
+    check_mix_budgets(model, config)
+    seen, prefix = few_of(windows), max(1, config.max_length // 8)
+    held = few_of(text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "validation", config.seed))
+    costs = rescaled(token_costs(model, seen, prefix, seed=config.seed), uniform_costs(model, seen, prefix, exact_logits(model, seen)))
+    mixes = static_mixes(model, held, prefix, config.static, costs)
+    uniform = dict(zip(model.precisions, uniform_costs(model, held, prefix, exact_logits(model, held)).tolist()))
+    rows = [dict(bits=bits, real_bits=real, kl=uniform[bits]) for bits, real in zip(model.precisions, memory_table(model).real_bits[1:])]
+    write_json(Path(config.output_dir) / MIXES_FILE, dict(mixes=mixes, uniform=rows))
+
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
 @one_run
 def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised model
-    "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model, or for one that cannot be quantised."
+    "Quantise a checkpoint at all precisions from seed to parent. Raises `ValueError` without a model, for one that cannot be quantised, or for a budget that is too small."
     if not config.model_path:
         raise ValueError("model_path='': expected a folder or a hub name. Say which model is to be quantised.")
     check_one_process("quantize")
@@ -194,9 +222,25 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     known = {} if whole else calibrate(config.method, model, windows)
     write_quantized(model, tokenizer, folder, **known, **bits, progress=lambda layers: tqdm(layers, desc="quantise", unit="layer"))
     logger.info("quantised model in %s", folder)
+    if config.static:
+        del model, known
+        find_mixes(config, tokenizer, windows)
     return folder
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #7e05a399
+def mix_table(folder: Path) -> pd.DataFrame | None:  # real bits, MB a token and divergence; None without mixes
+    "Static mixes of a quantised folder beside its uniform precisions."
+    if not (file := folder / MIXES_FILE).exists():
+        return None
+    found = read_json(file)
+    rows = [dict(model=f"{row['bits']} bits", **row) for row in found["uniform"]] + [dict(model=f"static {row['target']:g}", **row) for row in found["mixes"]]
+    return pd.DataFrame(rows)[["model", "real_bits", "kl"]].sort_values("real_bits").round(5).rename(columns=dict(real_bits="bits a weight", kl="divergence (nats)"))
+
+
 def show_result(folder: Path):  # of `run_quantize`
     "Print where the model is and what to do with it."
     print(f"Quantised model: {folder}. Let routers choose its precisions with\n\n    merge-lab router {folder} --target_bits 4")
+    if (table := mix_table(folder)) is None:
+        return print(f"\nThe best precision for each linear, the same for all prompts: {resume_command('quantize', folder)} --static 4")
+    print(f"\nDivergence from the most bits on validation windows:\n{table.to_string(index=False)}\n\nLoad a static mix with\n")
+    print(f"from merge_lab.routed_model import LayerwiseQuantizeForCausalLM\n\nmodel = LayerwiseQuantizeForCausalLM.from_quantized({str(folder)!r}, static={read_json(folder / MIXES_FILE)['mixes'][0]['target']:g})")

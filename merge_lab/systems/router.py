@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'MEASURED', 'COSTS_FILE', 'ROUTERS_FILE', 'STEP_COLUMNS', 'HEADROOM_FILE', 'STATIC_FILE', 'precision_term',
            'RouterObjective', 'RouterConfig', 'is_flat', 'KeepRouters', 'WriteRouters', 'RouterBar', 'epoch_size',
-           'arguments_of', 'step_tensors', 'RouterTrainer', 'kept', 'objective_price', 'few_of', 'told_time',
-           'check_folder', 'check_budget', 'load_parts', 'use_kept', 'run', 'show_result', 'quantized_note',
+           'arguments_of', 'step_tensors', 'RouterTrainer', 'kept', 'objective_price', 'told_time', 'check_folder',
+           'check_budget', 'load_parts', 'use_kept', 'run', 'show_result', 'quantized_note',
            'LayerwiseQuantizeForCausalLM']
 
 # %% ../../nbs/40_systems/05_router.ipynb #b6c76b04
@@ -44,7 +44,7 @@ from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
 from ..static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
-from ..text_windows import collate, exact_logits, score_windows, text_paths, text_windows, Window, windows_at_once
+from ..text_windows import collate, exact_logits, few_of, score_windows, text_paths, text_windows, Window, windows_at_once
 from ..training import attach_watchers, check_report_to, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
 _all_ = ["LayerwiseQuantizeForCausalLM"]
@@ -457,11 +457,6 @@ def start_from_costs(self):
 
 # %% ../../nbs/40_systems/05_router.ipynb #dc9896bf
 HEADROOM_FILE, STATIC_FILE = f"{MEASURED}/headroom.json", "static.json"
-
-
-def few_of(windows: list[Window], most: int = 8) -> list[Window]:
-    "Some windows from all over the list."
-    return windows[:: math.ceil(len(windows) / most)]
 
 
 @patch_to(RouterTrainer)
