@@ -515,8 +515,7 @@ def stopped(
     when: str | None = None,  # it was stopped, where that is neither a step of `state` nor before the first one; None: it is
 ) -> RunInterrupted:
     "What a run that was stopped says."
-    if when is None:
-        when = "before the first step or a second time" if state is None else f"after step {state.global_step} of {state.max_steps}"
+    when = when or ("before the first step or a second time" if state is None else f"after step {state.global_step} of {state.max_steps}")
     return RunInterrupted(f"stopped {when}; {kept}." + (f" Go on with: {command}" if command else ""))
 
 
