@@ -289,9 +289,10 @@ def stopped(
     state,  # of a transformers Trainer: how far it came; None: it was stopped outside of a step, or for the second time
     kept: str,  # what is there now, and where
     command: str = "",  # that goes on; empty: none does
+    when: str | None = None,  # it was stopped, where that is neither a step of `state` nor before the first one; None: it is
 ) -> RunInterrupted:
     "What a run that was stopped says."
-    when = "before the first step or a second time" if state is None else f"after step {state.global_step} of {state.max_steps}"
+    when = when or ("before the first step or a second time" if state is None else f"after step {state.global_step} of {state.max_steps}")
     return RunInterrupted(f"stopped {when}; {kept}." + (f" Go on with: {command}" if command else ""))
 
 
