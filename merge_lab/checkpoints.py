@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from .adapter_folders import adapter_folder, base_of_adapter, is_adapter, recorded_base
-from .config import check_choice, read_json
+from .config import check_choice, is_endless, read_json
 from .quantized import QUANT_METHODS, plain_makers, refused_method
 from .run_folder import check_disk_space, finish_replacement, save_tensors, whole_folder, write_json
 from merge_lab.weight_files import (
@@ -212,6 +212,8 @@ def plain_folder(
     folder: Path,  # folder or file that it means
 ) -> Path:
     "The folder itself, or the plain copy of what it holds. Raises `UnreadableComponent`."
+    for endless in filter(is_endless, folder.iterdir() if folder.is_dir() else ()):
+        raise UnreadableComponent(path, f"{endless.name} is a pipe or a device, and no file.", COPY_AGAIN)
     if (file := gguf_of(path, folder)) is not None:
         return _from_gguf(file, _copy_of(file, [file]))
     section = _quantization(folder)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_choice', 'did_you_mean', 'option', 'choices_of', 'RowsWhere', 'brief', 'check_type', 'without_tokens',
            'check_texts', 'check_options', 'alias_names', 'main_names', 'changed_options', 'config_to_yaml',
-           'config_to_python', 'check_names', 'config_from_dict', 'OnceLoader', 'read_yaml', 'yaml_value',
+           'config_to_python', 'check_names', 'config_from_dict', 'OnceLoader', 'is_endless', 'read_yaml', 'yaml_value',
            'config_from_yaml', 'read_json', 'config_to_cli', 'narrow', 'OptionsType', 'Options', 'said_options',
            'resumable_options', 'recipe_options', 'card_options']
 
@@ -279,10 +279,22 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/00_config.ipynb #25bc69d1
+def is_endless(path: str | Path) -> bool:
+    "Whether a path is a pipe or a device, which a reader would wait for or come to no end of."
+    return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
+
+
+def _text_of(path: str | Path) -> str:
+    "Text of a file. Raises `OSError`, or `ValueError` for what is no text or no file."
+    if is_endless(path):
+        raise ValueError("it is a pipe or a device, and no file")
+    return Path(path).read_text(encoding="utf-8")
+
+
 def read_yaml(path: str | Path) -> dict:
     "The 'name: value' lines of a YAML file. Raises `FileNotFoundError`, or `ValueError` that names the file."
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), OnceLoader)
+        values = yaml.load(_text_of(path), OnceLoader)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file. Give a YAML file with options, or flags.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no text, a date that no calendar has, brackets without end
@@ -314,7 +326,7 @@ def read_json(
 ) -> dict:
     "The object that a JSON file holds. Raises `FileNotFoundError`, or `ValueError` that names the file."
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(_text_of(path))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file.") from error
     except (ValueError, RecursionError) as error:  # no text or no JSON, brackets without end

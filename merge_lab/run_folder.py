@@ -25,7 +25,7 @@ from contextlib import contextmanager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 
-from .config import config_from_yaml, config_to_yaml, read_json, resumable_options, without_tokens
+from .config import config_from_yaml, config_to_yaml, is_endless, read_json, resumable_options, without_tokens
 from .logs import is_first_process, log_into, run_log
 from merge_lab.whole_files import (  # noqa: F401 - they were here
     _existing, alone_in, atomic_path, check_disk_space, finish_replacement, LOCK, readable, room_for, save_tensors, share_files, sweep, UNFINISHED, whole_checkpoint,
@@ -221,6 +221,8 @@ def check_resumed(
 # %% ../nbs/01_run_folder.ipynb #fa9b5437
 def read_rows(path: str | Path) -> list[dict]:
     "Rows of a run's history as they were written; a last line that was cut off by a kill is left out. Raises `ValueError` for any other line that is no row."
+    if is_endless(path):
+        raise ValueError(f"{path} is a pipe or a device, and no file. Remove it.")
     lines, rows = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:

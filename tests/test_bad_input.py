@@ -56,6 +56,12 @@ def put(path, text):
     Path(path).write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
+def pipe(path):
+    "What a reader waits for."
+    Path(path).unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def edit(path, **changes):
     "Set entries of a JSON file; those that are ... go."
     values = json.loads(Path(path).read_text()) | changes
@@ -170,6 +176,17 @@ CASES = {
     "YAML with tabs": ("mask-merge options.yaml", lambda: put("options.yaml", "mode:\n\tscalar"), "options.yaml: not a YAML file"),
     "YAML that is a list": ("mask-merge options.yaml", lambda: put("options.yaml", "- a\n- b"), "options.yaml.*got list"),
     "YAML that is a picture": ("mask-merge options.yaml", lambda: put("options.yaml", b"\x89PNG\r\n\x1a\n\x00\xff"), "options.yaml: not a YAML file"),
+    "YAML that is a pipe": ("mask-merge options.yaml", lambda: pipe("options.yaml"), "options.yaml: not a YAML file.*a pipe or a device"),
+    "YAML without an end": ("mask-merge options.yaml", lambda: Path("options.yaml").symlink_to("/dev/zero"), "options.yaml: not a YAML file.*a pipe or a device"),
+    "a config that is a pipe": (MERGE, lambda: pipe("b/config.json"), "b: config.json is a pipe or a device"),
+    "weights that are a pipe": (MERGE, lambda: pipe("b/model.safetensors"), "b: model.safetensors is a pipe or a device"),
+    "a tokenizer that is a pipe": (MERGE, lambda: pipe("b/tokenizer.json"), "b: tokenizer.json is a pipe or a device"),
+    "an adapter that is a pipe": (ADAPTERS, lambda: pipe("y/adapter_config.json"), "y has no adapter_config.json"),
+    "data that are a pipe": (MERGE, lambda: pipe("chat_b/train.jsonl"), "chat_b/train.jsonl: missing"),
+    "a checkpoint to verify whose config is a pipe": ("verify b", lambda: pipe("b/config.json"), "b.*config.json"),
+    "a quantised model whose config is a pipe": (ROUTER, lambda: pipe("q/config.json"), "config.json"),
+    "a run whose options are a pipe": (RESUME, lambda: pipe("run/config.yaml"), "holds no run|a pipe"),
+    "a history that is a pipe": (RESUME, lambda: pipe("run/history.jsonl"), "history.jsonl"),
     "YAML with a name twice": ("mask-merge options.yaml", lambda: put("options.yaml", "seed: 1\nseed: 2"), "'seed' stands there twice"),
     "YAML with a name twice, deep down": ("mask-merge options.yaml", lambda: put("options.yaml", "mask_init: {strategy: uniform, strategy: random}"), "'strategy' stands there twice"),
     "YAML that makes an object": ("mask-merge options.yaml", lambda: put("options.yaml", "seed: !!python/object/apply:os.mkdir [x]"), "options.yaml: not a YAML file"),

@@ -107,7 +107,9 @@ def test_an_edited_checkpoint_is_not_believed(copied, caplog):
 
 
 def test_an_empty_newest_checkpoint_hides_no_whole_one(copied):
-    (Path(copied.output_dir) / "checkpoint-9").mkdir()
+    for number in (8, 9):
+        (Path(copied.output_dir) / f"checkpoint-{number}").mkdir()
+    (Path(copied.output_dir) / "checkpoint-8" / "trainer_state.json").touch()
     assert len(run(copied, progress=False).history) == 4
 
 
@@ -424,6 +426,15 @@ def test_a_full_disk_is_told_with_file_and_bytes(name, here, monkeypatch, capsys
     told = capsys.readouterr().err
     assert "Traceback" not in told and "unfinished" not in told.splitlines()[-1]
     assert re.search(r"out\S+safetensors: could not be written .*No space left.*are needed and .* are free.*--resume", told.splitlines()[-1]), told
+
+
+def test_a_report_of_models_with_dollars_in_their_names_is_written(here):
+    for name, other in (("a", "a$b_{c$"), ("b", "$100")):
+        shutil.copytree(name, other)
+    words = (MERGE + TRAIN).replace(" --no_report", "").split()
+    at = words.index("--model_paths")
+    words[at + 1 : at + 3] = ["a$b_{c$", "$100"]
+    assert main(words) == 0 and "a$b_{c$" in (here / "out" / "report.html").read_text()
 
 
 def test_rows_of_a_fine_tune_are_copied_nowhere(here, monkeypatch):
