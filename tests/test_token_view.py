@@ -153,8 +153,12 @@ def test_a_click_on_a_token_changes_the_picture_of_the_layers(page):
     picture(page, ".mlc-tokens", "1-first")
     before, title = tips(page, "change"), page.locator(".mlc-side .mlc-head").nth(1).inner_text()
     assert len(before) > 30 and "change" in before[0] and "nats" in before[0]
+    assert page.locator(".mlc-grid-alpha thead").bounding_box()["height"] < 100  # names of columns leave the map its room
+    names = page.locator(".mlc-grid-alpha .mlc-column").evaluate_all("heads => heads.map(head => [head.title, head.textContent])")
+    assert ["post_attention_layernorm", "post_attn_norm"] in names
     page.locator(".mlc-token").nth(4).click()
     until(lambda: tips(page, "change") != before, "another picture")
+    assert page.locator(".mlc-candidates .mlc-said").count() >= 2  # who says the token has it marked
     assert page.locator(".mlc-side .mlc-head").nth(1).inner_text() != title
     assert page.locator(".mlc-token.mlc-pinned").count() == 1
     assert "(pinned)" in page.locator(".mlc-candidates").inner_text()
