@@ -89,13 +89,14 @@ def act(self, message: dict):
         "ask": lambda: asking.ask(message["text"], message.get("system", "")),
         "stop": asking.stop, "new": asking.restart, "pick": lambda: asking.pick(message["voice"]),
     }
-    self.acts, self.refusal = self.acts + 1, ""
+    self.refusal = ""
     try:
         action = check_action(message)
         doings[action]()
         self.asked += action == "ask"
     except Exception as error:  # noqa: BLE001 - shown by the view
         self.refusal = str(error)
+    self.acts += 1  # the last: others draw meanwhile, and who sees that it was done sees what came of it
     self.draw(always=True)
 
 

@@ -14,6 +14,9 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+// Of an element that takes keys, which may have the focus: without this, Notebook 7 folds its headings at an arrow before the element hears of it.
+const ITS_OWN_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
 // A part of the page that is drawn anew when its inputs have changed; what had the focus has it again.
 function section(parent, name, draw) {
   const box = make("div", { class: name });
@@ -61,7 +64,7 @@ function drawTokens(state, ask, hover) {
   const spans = make("div", { class: "mlc-text", role: "listbox", "aria-label": "tokens of the answer" }, tokens.map((token, place) =>
     make("span", {
       class: place === state.pinned ? "mlc-token mlc-pinned" : "mlc-token", role: "option", "aria-selected": String(place === state.pinned),
-      "data-key": `token-${place}`, tabindex: place === (state.pinned ?? 0) ? "0" : "-1", title: token.tip,
+      "data-key": `token-${place}`, tabindex: place === (state.pinned ?? 0) ? "0" : "-1", title: token.tip, ...ITS_OWN_KEYS,
       style: { background: token.colour, color: token.ink },
       onclick: () => ask("pin", { token: place }),
       onpointerenter: () => hover(place), onpointerleave: () => hover(null), onfocus: () => hover(place),
@@ -133,7 +136,7 @@ function drawGrid(grid, selected, ask, select) {
   const body = grid.rows.map((row, r) => {
     const made = row.cells.map((cell, c) => {
       const element = make("td", {
-        class: "mlc-cell", role: "gridcell", tabindex: r === 0 && c === 0 ? "0" : "-1", "data-key": `${grid.name}-${r}-${c}`, title: cell.tip,
+        class: "mlc-cell", role: "gridcell", tabindex: r === 0 && c === 0 ? "0" : "-1", "data-key": `${grid.name}-${r}-${c}`, title: cell.tip, ...ITS_OWN_KEYS,
         "aria-label": cell.tip, colspan: row.cells.length === 1 && grid.columns.length > 1 ? String(grid.columns.length) : undefined,
         style: { background: cell.colour },
         onpointerdown: (event) => { anchor = [r, c]; event.preventDefault(); element.focus(); },

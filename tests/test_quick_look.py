@@ -108,3 +108,22 @@ def test_an_explorer_sees_that_weights_have_changed():
     assert first[:2] == second[:2] and all(a != b for a, b in zip(first[2:], second[2:]))  # one component has changed, and the merge
     for other in copies:
         assert MergeExplorer(lambda other=other: other, tiny_tokenizer(), ROWS, prompts=0).evaluate({"strategy": "uniform"}).scores["loss"].tolist() == first
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_attention_by_groups_is_that_of_the_whole_tree(kind, monkeypatch):
+    "Also where groups are of one row each, and where a decoder takes no notice of them."
+    from merge_lab import quick_look as module
+
+    merger = Merger([tiny_model(kind, num_hidden_layers=3, seed=seed) for seed in range(2)], MergerConfig(dtype="float32"))
+    seen, whole, told = [], module.tree_groups, []
+    monkeypatch.setattr(module, "tree_groups", lambda tree, width=96: seen.append(found := whole(tree, width)) or found)
+    config = module.decoder_of(merger.model).config
+    assert module.takes_groups(config)
+    for width in (1, 160):
+        monkeypatch.setattr(module.TokenTree, "groups", property(lambda tree, width=width: module.tree_groups(tree, width)))
+        told.append(QuickLook(merger, tiny_tokenizer(), ROWS, operations=float("inf")).take(merger)[0])
+    assert max(map(len, seen)) > 3 and config._attn_implementation == "sdpa"
+    monkeypatch.setattr(module, "takes_groups", lambda config: False)
+    told.append(QuickLook(merger, tiny_tokenizer(), ROWS, operations=float("inf")).take(merger)[0])
+    assert told[0] == pytest.approx(told[2], rel=1e-6) and told[1] == pytest.approx(told[2], rel=1e-6)
