@@ -225,8 +225,8 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
 def trained(self) -> dict[str, nn.Parameter]:
     "What is trained: masks by the name of the parameter they belong to, and factors of its correction where it has one."
     found = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
-    for name, leaf, key in self.masked_parameters() if self.merger_config.residual_rank else ():
-        if key == "weight" and leaf.residual() is not None:
+    for name, leaf, key in self.masked_parameters():
+        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.residual() is not None:
             found |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
     return found
 
