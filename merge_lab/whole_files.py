@@ -51,7 +51,9 @@ def _free(folder: str | Path) -> int:
 # %% ../nbs/00_whole_files.ipynb #62253944
 def _shown(path: str | Path) -> Path:
     "A path as it will be when what is unfinished has its place."
-    return Path(*(part for part in Path(path).parts if not part.startswith(UNFINISHED)))
+    parts = Path(path).parts
+    inner = {i + 1 for i, part in enumerate(parts) if part.startswith(f"{UNFINISHED}checkpoint-")}  # the folder that is made in it
+    return Path(*(part for i, part in enumerate(parts) if i not in inner and not part.startswith(UNFINISHED)))
 
 
 def _told_space(place: str | Path, n_bytes: int) -> str:
