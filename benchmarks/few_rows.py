@@ -84,7 +84,7 @@ def measure(experts, base, tasks, cases, options, output: Path, name: str, test_
     lineup, tests = line_up(experts, base), load_tests(tasks, n=test_rows)
     judge = judge_of(lineup, tests)
     for key, n, seed, more in cases:
-        used, merger = merge(experts, base, tasks, n, seed, options | more)
+        used, merger = merge(experts, base, tasks, n, seed, more | options)
         losses = judge.losses(lineup, merger.merged_state_dict())
         row = used | {"losses": losses, "shares": judge.shares(losses)}
         if answered:

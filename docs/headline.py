@@ -20,7 +20,9 @@ def real_column(folder: Path, tasks: str) -> dict[str, list[float]]:  # row -> s
     shares = recorded_shares(folder, tasks)
     (mergekit,) = (name for name in shares.index if name.startswith("mergekit"))
     rows = dict(zip(ROWS, ("mask-merge", "trained on all data", mergekit, None, "uniform average")))
-    return {row: shares.loc[name].dropna().tolist() for row, name in rows.items() if name in shares.index}
+    found = {row: shares.loc[name].dropna().tolist() for row, name in rows.items() if name in shares.index}
+    compared = folder.parent / "compare" / f"real-{tasks}.json"
+    return found | ({"RegMean++": toy_column(compared)["RegMean++"]} if compared.exists() else {})
 
 
 def toy_column(file: Path) -> dict[str, list[float]]:  # row -> share of each seed
