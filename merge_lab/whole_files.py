@@ -13,6 +13,7 @@ import glob
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -144,10 +145,10 @@ def _abandoned(folder: Path) -> Iterator[Path]:
     "Hidden folders of `whole_folder` beside a folder and of `whole_checkpoint` in it, each held; those of processes at work are passed over."
     beside = folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ()
     for work in (*beside, *folder.glob(f"{_CHECKPOINT}*")):
-        held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)} if work.is_dir() else set()
-        if not work.is_dir() or not held <= {LOCK, _MAKING, _OLD, _MADE}:
-            continue  # not ours
         try:
+            held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)}
+            if not held <= {LOCK, _MAKING, _OLD, _MADE}:
+                continue  # not ours
             with alone_in(work, wait=5 if _OLD in held and not folder.exists() else 0):
                 yield work
         except OSError:  # another process is at it, or it may not be touched
@@ -163,9 +164,14 @@ def _in_order(folder: Path) -> list[Path]:
 
 
 def _put(made: Path, folder: Path):
-    "Move what was made over what is there."
+    "Move what was made over what is there; other files of a folder that is there stay."
     for path in _in_order(made):
-        if (place := folder / path.name).is_dir() and not place.is_symlink():
+        place = folder / path.name
+        if path.is_dir() and place.is_dir():
+            _put(path, place)
+            path.rmdir()
+            continue
+        if place.is_dir() and not place.is_symlink():
             shutil.rmtree(place)
         os.replace(path, place)
 
@@ -185,11 +191,12 @@ def _settle(work: Path, folder: Path):
 def finish_replacement(
     folder: str | Path,  # final place of what `whole_folder` or `whole_checkpoint` makes
 ) -> Path:
-    "The folder, with a replacement finished that a kill cut short between its renames; what was cut short before is removed."
-    folder = Path(folder)
+    "The folder, with a replacement finished that a kill cut short between its renames; what was cut short before is removed. Raises `OSError` where files cannot be moved."
+    named, folder = Path(folder), Path(folder).resolve()  # of a link, where it leads
     for work in _abandoned(folder):
         if (work / _MADE).exists() or work.parent == folder:
-            logger.warning("%s: what was written there was cut short by a kill; it is %s", folder, "whole now" if (work / _MADE).exists() else "as it was before")
+            if (work / _MADE).exists() or (work / _OLD).exists():
+                logger.warning("%s: what was written there was cut short by a kill; it is %s", folder, "whole now" if (work / _MADE).exists() else "as it was before")
             _settle(work, folder)
             continue
         found = [work / name for name in (_MAKING, _OLD) if (work / name).exists()]
@@ -197,7 +204,7 @@ def finish_replacement(
             os.replace(found[0], folder)
             logger.warning("%s: its replacement was cut short by a kill and is finished now", folder)
         shutil.rmtree(work, ignore_errors=True)
-    return folder
+    return named
 
 # %% ../nbs/00_whole_files.ipynb #585bf302
 def _move(work: Path, folder: Path):
@@ -237,8 +244,8 @@ def whole_folder(
     folder: str | Path,  # may exist; what is in it stays
     instead: bool = False,  # put what was made in place of what is there
 ):
-    "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not."
-    folder = finish_replacement(folder)
+    "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not. Raises `FileExistsError` where a folder in it would go over one that holds something."
+    folder = finish_replacement(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = None
     try:
@@ -263,12 +270,15 @@ def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"]):
         save_file({name: t.clone() if t._is_view() else t for name, t in whole.items()}, temporary, metadata={"format": "pt"})
 
 # %% ../nbs/00_whole_files.ipynb #5d97e2d8
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # as transformers names them; others are the user's
+
+
 def _replaced_by(made: Path, folder: Path) -> list[Path]:
     "Files of an earlier checkpoint that must not be there with those of a new one; what is read first comes first."
-    names, patterns = {path.name for path in made.iterdir()}, ("model*.safetensors", "model*.safetensors.index.json")
+    names = {path.name for path in made.iterdir()}
     gone = _READ_FIRST & names if any(name.endswith(".safetensors") for name in names) else set()
-    if any(path.match(patterns[0]) for path in made.iterdir()):
-        gone |= {"config.json", *(path.name for pattern in patterns for path in folder.glob(pattern))}
+    if any(_WEIGHTS.fullmatch(name) for name in names):
+        gone |= {"config.json", *(path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))}
     return [path for path in reversed(_in_order(folder)) if path.name in gone]
 
 
@@ -276,8 +286,8 @@ def _replaced_by(made: Path, folder: Path) -> list[Path]:
 def whole_checkpoint(
     folder: str | Path,  # made if it is not there; other files than a checkpoint's stay
 ):
-    "Yield an empty folder; what the block writes there becomes the checkpoint in `folder` if it succeeds, and is removed if not."
-    folder = Path(folder)
+    "Yield an empty folder; what the block writes there becomes the checkpoint in `folder` if it succeeds, and is removed if not. Raises `OSError` where nothing can be written. One process at a time writes into a folder."
+    folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with _held_work(finish_replacement(folder), _CHECKPOINT) as work:
         try:
@@ -300,11 +310,13 @@ def _remove(path: Path):
 
 
 def sweep(folder: str | Path):
-    "Remove what killed processes left unfinished in a folder and below; of checkpoints there, what is whole is kept. Call it where nobody else is at work."
+    "Remove what killed processes left unfinished in a folder and below; of checkpoints there, what is whole is kept, and one that is being written is left alone. Call it where nobody else is at work."
     for left in list(Path(folder).rglob(f"{_CHECKPOINT}*")):
         finish_replacement(left.parent)
+    at_work = set(Path(folder).rglob(f"{_CHECKPOINT}*"))  # what nobody holds is gone
     for left in list(Path(folder).rglob(f"{UNFINISHED}*")):
-        _remove(left)
+        if not at_work & {left, *left.parents}:
+            _remove(left)
 
 # %% ../nbs/00_whole_files.ipynb #b26765a8
 def check_disk_space(
