@@ -559,6 +559,12 @@ def residual(self) -> LowRank | None:
 
 
 @patch_to(MaskedModule)
+def factors_of(self, name: str) -> list[nn.Parameter]:  # right and left; none without a correction
+    "What is trained beside the coefficients of a parameter."
+    return list(self.factors.values()) if name == "weight" and self.residual() is not None else []
+
+
+@patch_to(MaskedModule)
 def corrected(self, name: str, blended: Tensor) -> Tensor:
     "The blend of a parameter with the correction that is trained beside its coefficients, where there is one."
     residual = self.residual() if name == "weight" else None
@@ -585,6 +591,8 @@ class MaskedLinear(MaskedModule):
         bias = self.tensor("bias") if "bias" in self.parameter_names else None
         if self.state.component is not None or "weight" not in self.masks:
             return self._unmasked(x, bias)
+        if x.dtype.itemsize < 4 and not torch.is_grad_enabled() and self.residual() is not None:
+            return F.linear(x, self.corrected("weight", self._kept_or_blended()), bias)  # in 16 bits as an export rounds it
         if isinstance(self.weights["weight"], FactoredWeights):
             return self._with_residual(self._factored(x, bias), x)
         weights, alphas = list(self.weights["weight"]), self.alphas("weight")
@@ -598,6 +606,13 @@ def _unmasked(self, x: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(held, FactoredWeights):
         return component_linear(x.to(held.base(0).dtype), held, self.fallback if component is None else component, bias)
     return F.linear(x, self.tensor("weight"), bias)
+
+
+@patch_to(MaskedLinear)
+def _kept_or_blended(self) -> Tensor:
+    "The blended weight, kept if the state says so."
+    kept = self.kept("weight")
+    return self.blended("weight") if kept is None else kept
 
 
 @patch_to(MaskedLinear)

@@ -618,7 +618,7 @@ def fit_report(
 _OF_RUN = {  # option of a run -> option of `estimate_memory`
     "mode": "mode", "impl": "impl", "dtype": "dtype", "target_kinds": "target_kinds", "target_modules": "target_modules",
     "untie_embeddings": "untie_embeddings", "keep_merged": "keep_merged", "offload": "offload", "frozen_bits": "frozen_bits", "loss_func_name": "loss", "logit_chunk": "logit_chunk",
-    "per_device_train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size", "residual_rank": "residual_rank",
 }
 
 

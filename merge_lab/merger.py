@@ -28,7 +28,7 @@ from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
-from .leaves import add_residuals, masked_class, parameter_name, plain_name, put_leaf
+from .leaves import add_residuals, draw_residuals, masked_class, parameter_name, plain_name, put_leaf
 from .masks import blend, MaskedModule, MergeState
 from .turns import in_turn, TurnLock
 from .thin_deltas import share_base
@@ -232,6 +232,13 @@ def trained(self) -> dict[str, nn.Parameter]:
 
 
 @patch_to(Merger)
+def correction_scales(self) -> dict[str, Tensor]:  # () each
+    "Units of the corrections, by the name of the parameter that they belong to."
+    masked = ((name, leaf) for name, leaf, key in self.masked_parameters() if key == "weight" and isinstance(leaf, MaskedModule))
+    return {f"{name}.scale": leaf.residual_scale for name, leaf in masked if leaf.residual() is not None}
+
+
+@patch_to(Merger)
 @property
 def n_coefficients(self) -> int:
     "Trained numbers, those of corrections among them. A base's own mask has no effect, so it does not count."
@@ -261,9 +268,7 @@ def init_masks(self, mask_init: dict):
         shape = leaf.masks[key].shape[1:]
         alphas = initial_alphas(mask_init, list(leaf.weights[key]), shape, name, depth, generator, self.state.anchor)
         leaf.set_alphas(key, alphas)
-    with torch.no_grad():
-        for factor in (tensor for name, tensor in self.trained().items() if name.endswith(".left")):
-            factor.zero_()
+    draw_residuals(self.model, self.seed)
 
 # %% ../nbs/20_merger.ipynb #291ec62b
 @patch_to(Merger)
@@ -384,8 +389,8 @@ MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 @patch_to(Merger)
 @in_turn
 def mask_state(self) -> dict[str, Tensor]:
-    "A copy of what is trained on the CPU, by the name of the parameter it belongs to."
-    return {name: full(tensor.detach()).to("cpu", copy=True) for name, tensor in self.trained().items()}
+    "A copy of what is trained on the CPU, by the name of the parameter it belongs to, with the units of corrections, which would be others from weights of another dtype."
+    return {name: full(tensor.detach()).to("cpu", copy=True) for name, tensor in (self.trained() | self.correction_scales()).items()}
 
 
 @patch_to(Merger)
@@ -394,7 +399,7 @@ def mask_state(self) -> dict[str, Tensor]:
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
     self.drop_gathered()
-    own = self.trained()
+    own = self.trained() | self.correction_scales()
     masks = {name: mask for name, mask in masks.items() if name in own or name not in self.idle}  # saved when these had masks without effect
     if own.keys() != masks.keys():
         differing = sorted(own.keys() ^ masks.keys())

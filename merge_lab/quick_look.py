@@ -198,7 +198,7 @@ class HeldBlend:
 
     def forget(self):
         "Let the weights go; the next call makes all of them."
-        self._alphas: dict[str, Tensor] = {}  # by masked parameter
+        self._alphas: dict[str, list[Tensor]] = {}  # by masked parameter, with its factors
         self._held: dict[str, Tensor] = {}  # by linear
 
     @property
@@ -208,10 +208,10 @@ class HeldBlend:
 
     @torch.no_grad()
     def moved(self) -> list[str]:
-        "Names of the masked parameters whose alphas are no longer those of the last call."
-        now = {name: torch.stack(leaf.alphas(key)) for name, leaf, key in self.masked}
+        "Names of the masked parameters whose alphas, or factors of a correction, are no longer those of the last call."
+        now = {name: [torch.stack(leaf.alphas(key)), *(factor.clone() for factor in leaf.factors_of(key))] for name, leaf, key in self.masked}
         before, self._alphas = self._alphas, now
-        return [name for name, alphas in now.items() if name not in before or not torch.equal(before[name], alphas)]
+        return [name for name, own in now.items() if name not in before or not all(map(torch.equal, before[name], own))]
 
 # %% ../nbs/34_quick_look.ipynb #fd7196a3
 @patch_to(HeldBlend)
@@ -221,7 +221,7 @@ def refresh(self, names: Sequence[str]):
     for name, (leaf, owner) in self.linears.items():
         held = self._held.get(name)
         if held is None or type(leaf.weights["weight"]) is not nn.ParameterList:
-            self._held[name] = leaf.tensor("weight") if held is None or owner in names else held
+            self._held[name] = leaf.blended("weight") if held is None or owner in names else held
         elif owner in names:
             blend(list(leaf.weights["weight"]), leaf.alphas("weight"), held)
 

@@ -349,11 +349,10 @@ def check_fit(run: Run, merger: Merger):
     "Raise `ValueError` unless the masks of a run mean the same in this merger."
     if run.masks is None:
         raise ValueError(f"{run.folder}: no masks are saved in it. Choose a run of a system that trains masks.")
-    made = json.loads((run.masks / CONFIG_FILE).read_text(encoding="utf-8"))["constrain_mode"]
-    if made != merger.merger_config.constrain_mode:
-        raise ValueError(
-            f"constrain_mode: {run.folder} has {made!r}, the merger {merger.merger_config.constrain_mode!r}. Set the panel to {made!r} first."
-        )
+    saved = json.loads((run.masks / CONFIG_FILE).read_text(encoding="utf-8"))
+    for option, made in (("constrain_mode", saved["constrain_mode"]), ("residual_rank", saved.get("residual_rank", 0))):
+        if made != (own := getattr(merger.merger_config, option)):
+            raise ValueError(f"{option}: {run.folder} has {made!r}, the merger {own!r}. Set the panel to {made!r} first.")
     if (names := run.names())[: merger.n_components] != list(merger.names):
         raise ValueError(f"{run.folder} merges {', '.join(names)}; the merger has {', '.join(merger.names)}. Set its model_paths first.")
 

@@ -363,6 +363,8 @@ def checkpoint_of(path: str | Path) -> tuple[Path, Path | None, str]:  # checkpo
     path = finish_replacement(path)
     system = SYSTEMS.get(kind_of(read_yaml(path / "config.yaml"))) if is_run(path) else None
     folder = path if system is None else path / (system.merged or "merged")
+    for part in (folder, path / "masks"):
+        finish_replacement(part)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{path}: no checkpoint there (config.json). Give a run that has written one, or the checkpoint's folder.")
     masks = next((place for place in (path / "masks", path) if (place / "masks.safetensors").exists()), None) if system and system.saved else None

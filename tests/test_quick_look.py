@@ -48,6 +48,18 @@ def test_every_move_gives_the_plain_loss(kind, mode):
     assert look.as_tree and look.replays and look.tokens < sum(len(row["input_ids"]) for row in look.rows)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_correction_counts_once_and_its_moves_are_noticed(kind):
+    merger = Merger([tiny_model(kind, num_hidden_layers=3, seed=seed) for seed in range(2)], MergerConfig(dtype="float32", residual_rank=2))
+    look = QuickLook(merger, tiny_tokenizer(), ROWS, operations=float("inf"))
+    for _ in range(3):
+        with torch.no_grad():
+            for name, tensor in merger.trained().items():
+                tensor.add_(torch.randn_like(tensor) if name.endswith((".left", ".right")) else 0)
+        wanted = evaluate_tasks(merger, tiny_tokenizer(), ROWS, metrics=["loss"], progress=False)["loss"].tolist()
+        assert list(look.take(merger)[0].values()) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
 def test_rows_longer_than_a_window_are_padded():
     models = [tiny_model("mistral", num_hidden_layers=4, seed=seed, sliding_window=4) for seed in range(2)]
     assert not check(Merger(models, MergerConfig(dtype="float32"))).as_tree

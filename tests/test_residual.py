@@ -140,3 +140,26 @@ def test_it_is_counted_and_refused_where_it_cannot_be(tmp_path):
         merger_of(target_kinds=["norm"])
     with pytest.raises(ValueError, match="correction beside its coefficients"):
         scalar_alphas(merger_of(mode="scalar"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_in_16_bits_what_is_asked_is_what_is_exported(kind, tmp_path):
+    "A correction as thin products beside a rounded blend is another model than one that is rounded as a whole."
+    merger = moved(merger_of(kind, 3, torch.bfloat16), 0.3)
+    merger.save_merged(tmp_path)
+    assert_close(logits(load_model(tmp_path, dtype="bfloat16")), logits(merger), rtol=0, atol=0.02)
+
+
+def test_a_correction_is_the_same_from_weights_of_another_dtype():
+    coarse, fine = moved(merger_of(dtype=torch.bfloat16), 0.3), merger_of()
+    fine.load_mask_state(coarse.mask_state())
+    for name, leaf in coarse.leaves().items():
+        if (told := leaf.residual()) is not None:
+            assert torch.equal(told.dense(), fine.leaves()[name].residual().dense())
+
+
+def test_starting_anew_draws_the_same_factors():
+    merger = merger_of()
+    before = merger.mask_state()
+    moved(merger).init_masks({"strategy": "uniform"})
+    assert all(torch.equal(before[name], tensor) for name, tensor in merger.mask_state().items() if name.endswith((".left", ".right")))
