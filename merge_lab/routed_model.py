@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'MIXES_FILE', 'pool_prompt', 'Routers', 'sparsemax', 'gate_probabilities', 'prompt_mask', 'RoutedOutput',
-           'LayerwiseQuantizeForCausalLM', 'scored_labels', 'mean_bits', 'stored_mix']
+           'LayerwiseQuantizeForCausalLM', 'scored_labels', 'mean_bits', 'read_mixes', 'stored_mix']
 
 # %% ../nbs/27_routed_model.ipynb #bc2666cd
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import check_choice, read_json
+from .config import check_choice, check_type, read_json
 from .lesson import patch_to
 from .nested_model import NestedModel, Plan, load_skeleton, pick_precisions, read_quantized
 
@@ -270,16 +270,29 @@ def choose(
 MIXES_FILE = "static_mixes.json"  # in a quantised folder: a precision for each linear, at some budgets
 
 
+def read_mixes(
+    path: str | Path,  # folder made by `merge-lab quantize`
+) -> dict:  # rows of mixes and of uniform precisions; none where there is no file
+    "What `--static` wrote. Raises `ValueError` if the file is damaged."
+    file = Path(path) / MIXES_FILE
+    found = read_json(file) if file.exists() else {"mixes": [], "uniform": []}
+    try:
+        check_type("mixes", [{"target": row["target"], "bits": row["bits"]} for row in found["mixes"]], list[dict[str, float | dict[str, int]]])
+        check_type("uniform", found["uniform"], list[dict[str, float]])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). Remove it, and make it again with --resume --static.") from error
+    return found
+
+
 def stored_mix(
     path: str | Path,  # folder made by `merge-lab quantize --static`
     real_bits: float,  # budget that it was made for: bits a weight, tables and scales included
 ) -> dict[str, int]:  # "layer.name of a linear" -> bits, for `set_precision`
     "A static mix out of a quantised folder. Raises `ValueError` if it has none of this budget."
-    file = Path(path) / MIXES_FILE
-    mixes = {row["target"]: row["bits"] for row in read_json(file)["mixes"]} if file.exists() else {}
+    mixes = {row["target"]: row["bits"] for row in read_mixes(path)["mixes"]}
     if real_bits not in mixes:
         has = f"there are {', '.join(f'{target:g}' for target in mixes)}" if mixes else "there are none"
-        raise ValueError(f"static={real_bits:g}: no such mix in {path}; {has}. Make it with: merge-lab quantize {Path(path) / 'config.yaml'} --resume --static {real_bits:g}")
+        raise ValueError(f"static={real_bits}: no such mix in {path}; {has}. Make it with: merge-lab quantize {Path(path) / 'config.yaml'} --resume --static {real_bits:g}")
     return mixes[real_bits]
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'guard_layers', 'one_by_one', 'LayerHessians', 'squared_gradients', 'weight_sensitivity', 'QuantizeConfig',
-           'check_folder', 'calibrate', 'check_mix_budgets', 'find_mixes', 'run_quantize', 'mix_table', 'show_result']
+           'check_folder', 'calibrate', 'has_all_layers', 'check_mix_budgets', 'find_mixes', 'run_quantize',
+           'mix_table', 'show_result']
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #f18a82c0
 import logging
@@ -20,13 +21,13 @@ from ..anyprec import check_precisions
 from ..architecture import decoder_layers, summing_grams
 from ..checkpoints import load_tokenizer
 from ..components import load_model
-from ..config import check_options, option, Options, read_json
+from ..config import check_options, option, Options
 from ..devices import find_device
 from ..layerwise import check_single_layers, SingleLayers
 from ..logs import tqdm
 from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, memory_table, write_quantized
 from ..provenance import check_same_inputs, note_inputs
-from ..routed_model import LayerwiseQuantizeForCausalLM, MIXES_FILE
+from ..routed_model import LayerwiseQuantizeForCausalLM, MIXES_FILE, read_mixes
 from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run, resume_command, write_json
 from ..static_mix import rescaled, static_mixes, token_costs, uniform_costs
 from ..text_windows import exact_logits, few_of, text_paths, text_windows, Window
@@ -180,6 +181,14 @@ def calibrate(
         return dict(sensitivity=weight_sensitivity(model, windows, next(model.parameters()).device))
     return dict(hessians=LayerHessians(model, windows) if method == "compensated" else lambda n: {})
 
+
+def has_all_layers(
+    folder: str | Path,  # of a quantised model, or to be one
+    model,  # that is quantised
+) -> bool:
+    "Whether every layer's file is there."
+    return all(layer_file(Path(folder), n).exists() for n in range(len(decoder_layers(model))))
+
 # %% ../../nbs/40_systems/05_quantize.ipynb #c81373b2
 def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfig):
     "Raise `ValueError` for budgets below what the fewest bits read with their tables."
@@ -190,13 +199,14 @@ def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfi
 
 
 def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
-    "Write the best precision for each linear at the budgets of `static`. Raises `ValueError` for one that is too small."
+    "Write the best precision for each linear at the budgets of `static`, beside those that are there. Raises `ValueError` for one that is too small."
     model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, None, find_device(config.device), config.trust_remote_code)
     check_mix_budgets(model, config)
     seen, prefix = few_of(windows), max(1, config.max_length // 8)
     held = few_of(text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "validation", config.seed))
     costs = rescaled(token_costs(model, seen, prefix, seed=config.seed), uniform_costs(model, seen, prefix, exact_logits(model, seen)))
-    mixes = static_mixes(model, held, prefix, config.static, costs)
+    mixes = [row for row in read_mixes(config.output_dir)["mixes"] if row["target"] not in config.static]
+    mixes = sorted([*mixes, *static_mixes(model, held, prefix, config.static, costs)], key=lambda row: row["target"])
     uniform = dict(zip(model.precisions, uniform_costs(model, held, prefix, exact_logits(model, held)).tolist()))
     rows = [dict(bits=bits, real_bits=real, kl=uniform[bits]) for bits, real in zip(model.precisions, memory_table(model).real_bits[1:])]
     write_json(Path(config.output_dir) / MIXES_FILE, dict(mixes=mixes, uniform=rows))
@@ -215,11 +225,12 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     check_quantizable(model)
     windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
+    if config.static and config.resume and has_all_layers(config.output_dir, model):  # before options are written down
+        check_mix_budgets(LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, trust_remote_code=config.trust_remote_code), config)
     folder = begin_run(config, config.output_dir)
     note_inputs(folder, [config.model_path], text_paths(config.dataset))
-    whole = all(layer_file(folder, n).exists() for n in range(len(decoder_layers(model))))
     bits = dict(seed_precision=config.seed_precision, parent_precision=config.parent_precision)
-    known = {} if whole else calibrate(config.method, model, windows)
+    known = {} if has_all_layers(config.output_dir, model) else calibrate(config.method, model, windows)
     write_quantized(model, tokenizer, folder, **known, **bits, progress=lambda layers: tqdm(layers, desc="quantise", unit="layer"))
     logger.info("quantised model in %s", folder)
     if config.static:
@@ -230,9 +241,9 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
 # %% ../../nbs/40_systems/05_quantize.ipynb #7e05a399
 def mix_table(folder: Path) -> pd.DataFrame | None:  # real bits, MB a token and divergence; None without mixes
     "Static mixes of a quantised folder beside its uniform precisions."
-    if not (file := folder / MIXES_FILE).exists():
+    found = read_mixes(folder)
+    if not found["mixes"]:
         return None
-    found = read_json(file)
     rows = [dict(model=f"{row['bits']} bits", **row) for row in found["uniform"]] + [dict(model=f"static {row['target']:g}", **row) for row in found["mixes"]]
     return pd.DataFrame(rows)[["model", "real_bits", "kl"]].sort_values("real_bits").round(5).rename(columns=dict(real_bits="bits a weight", kl="divergence (nats)"))
 
@@ -243,4 +254,4 @@ def show_result(folder: Path):  # of `run_quantize`
     if (table := mix_table(folder)) is None:
         return print(f"\nThe best precision for each linear, the same for all prompts: {resume_command('quantize', folder)} --static 4")
     print(f"\nDivergence from the most bits on validation windows:\n{table.to_string(index=False)}\n\nLoad a static mix with\n")
-    print(f"from merge_lab.routed_model import LayerwiseQuantizeForCausalLM\n\nmodel = LayerwiseQuantizeForCausalLM.from_quantized({str(folder)!r}, static={read_json(folder / MIXES_FILE)['mixes'][0]['target']:g})")
+    print(f"from merge_lab.routed_model import LayerwiseQuantizeForCausalLM\n\nmodel = LayerwiseQuantizeForCausalLM.from_quantized({str(folder)!r}, static={read_mixes(folder)['mixes'][0]['target']:g})")
