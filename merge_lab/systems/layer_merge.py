@@ -330,6 +330,8 @@ def best_pairs(
     if config.pair_strategy != "similarity" or config.pair_tries == 1:
         return pairs
     choices = [choice for choice in likely_pairs(similarity, len(pairs), config.pair_tries) if can_merge(model, choice, config.alpha_init_strategy)]
+    if not choices:
+        return pairs
     tried = try_pairs(model, choices, batches, config.loss_func_name, config.temperature, progress=progress)
     told = "; ".join(f"{row.pairs}: {row.loss:.4f}" for row in tried.itertuples())
     logger.info("pairs by measured loss, the best first: %s", told)
@@ -347,8 +349,8 @@ def prepare(config: LayerMergeConfig, progress: bool = False) -> Prepared:
     similarity = layer_similarity(model, loader(), config.similarity_method, seed=config.seed, progress=progress)
     pairs = choose_pairs(config, similarity, by_hand)
     if config.way == "pairs":
-        check_mergeable(model, pairs, config.alpha_init_strategy)
         pairs = pairs if by_hand else best_pairs(config, model, loader(), similarity, pairs, progress)
+        check_mergeable(model, pairs, config.alpha_init_strategy)
     return Prepared(tokenizer, model, loader, held_out, evaluation, pairs, similarity, components)
 
 # %% ../../nbs/40_systems/03_layer_merge.ipynb #5580c620
