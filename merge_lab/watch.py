@@ -15,23 +15,22 @@ from .constraints import CONSTRAINTS
 from .held_out import HeldOut
 from .merger import Merger
 from .objective import Objective
+from .scoring import evaluating
 
 # %% ../nbs/24_watch.ipynb #bfcb7c83
-@torch.no_grad()
 def component_losses(
     merger: Merger,
     held_out: HeldOut,
 ) -> dict[int, list[float]]:  # source -> cross-entropy of each component on its rows, nats per scored token
     "How well each component knows the rows of each."
-    found, objective, training = {}, Objective({"ce": 1.0}), merger.training
-    merger.eval()
-    for i in range(merger.n_components):
-        with merger.as_component(i):
-            losses = held_out(merger, objective)
-        for name, loss in losses.items():
-            if name != "loss":
-                found.setdefault(int(name.removeprefix("source_")), []).append(loss)
-    merger.train(training)
+    found, objective = {}, Objective({"ce": 1.0})
+    with evaluating(merger):
+        for i in range(merger.n_components):
+            with merger.as_component(i):
+                losses = held_out(merger, objective)
+            for name, loss in losses.items():
+                if name != "loss":
+                    found.setdefault(int(name.removeprefix("source_")), []).append(loss)
     return found
 
 # %% ../nbs/24_watch.ipynb #1aa271d9
