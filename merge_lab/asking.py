@@ -398,20 +398,22 @@ def told_pick(
 
 # %% ../nbs/33_asking.ipynb #448b555f
 @patch_to(Asking)
-def pick(self, voice: int | str) -> list[dict]:  # position or name of the voice; the rows that were kept
-    "Take an answer as the better one, keep the choice, and go on from it; `note` says what was kept, and why not. Raises `ValueError` if there is no such answer, `RuntimeError` while somebody speaks."
+def pick(self, voice: int | str) -> list[dict]:  # position or name of the voice; rows of the choice, which are kept where there is a folder
+    "Take an answer as the better one, keep the choice, and go on from it; `note` says what was kept, and why not. Raises what writing raises (then nothing is picked), `ValueError` if there is no such answer, `RuntimeError` while somebody speaks."
     self.check_quiet()
     names = [answer.voice for answer in self.answers]
     place = names.index(check_choice("voice", voice, names)) if isinstance(voice, str) else voice
-    rows, self.note = preference_rows(self.messages, self.answers, place), told_pick(self.answers, place)
+    rows, told = preference_rows(self.messages, self.answers, place), told_pick(self.answers, place)
     if not rows:
-        logger.warning("the pick is %s", self.note)
-    if self.folder is not None and rows:
+        logger.warning("the pick is %s", told)
+    elif self.folder is None:
+        told = "not kept: no folder was given"
+    else:
         self.folder.mkdir(parents=True, exist_ok=True)
         for row in rows:
             add_row(self.file, row)
     self.messages = [*self.messages, {"role": "assistant", "content": self.answers[place].text}]
-    self.answers = []
+    self.answers, self.note = [], told
     self._tell()
     return rows
 

@@ -52,14 +52,14 @@ class AskingView:
         from merge_lab.canvas import Canvas
 
         self.asking, self.pause, self._drawn = asking, pause, 0.0
-        self.refusal, self.acts, self.asked = "", 0, 0  # of the last action; actions so far, and questions among them that were taken
+        self.refusal, self.heard, self.asked = "", 0, 0  # of the last action; questions so far, and those among them that were taken
         self.canvas = Canvas("chat", self.data(), self.act, lambda: asking_html(asking))
         asking.listeners.append(lambda _: self.draw())
 
     def data(self) -> dict:
         "What the widget draws."
         refused = dict(trouble=True, status=f"✗ {self.refusal}") if self.refusal else {}
-        return asking_data(self.asking) | refused | dict(acts=self.acts, asked=self.asked)
+        return asking_data(self.asking) | refused | dict(heard=self.heard, asked=self.asked)
 
     def draw(self, always: bool = False):
         "Show the conversation as it is."
@@ -96,7 +96,7 @@ def act(self, message: dict):
         self.asked += action == "ask"
     except Exception as error:  # noqa: BLE001 - shown by the view
         self.refusal = str(error)
-    self.acts += 1  # the last: others draw meanwhile, and who sees that it was done sees what came of it
+    self.heard += isinstance(message, dict) and message.get("action") == "ask"  # the last: others draw meanwhile, and who sees that it was done sees what came of it
     self.draw(always=True)
 
 

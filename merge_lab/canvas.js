@@ -212,7 +212,7 @@ function renderChat(model, el, ask) {
     make("div", { class: "mlc-said-text", "aria-live": "polite" }, voice.text), voice.error ? make("div", { class: "mlc-trouble" }, voice.error) : null,
     button("This is better", `pick-${place}`, () => ask("pick", { voice: place }), busy || !voice.text, "mlc-pick"))));
   const words = make("textarea", { class: "mlc-question", rows: "2", placeholder: "Ask all of them; Enter sends, Shift and Enter begin a line", "aria-label": "your question" });
-  let sent = null, acts = model.get("shown").acts, asked = model.get("shown").asked;  // what was sent stays in its box until it was taken
+  let sent = null, heard = model.get("shown").heard, asked = model.get("shown").asked;  // what was sent stays in its box until it was taken
   const send = () => {
     if (!words.value.trim() || words.value === sent) return;
     sent = words.value;
@@ -228,9 +228,9 @@ function renderChat(model, el, ask) {
   const line = section(root, "mlc-status", (text, trouble) => make("span", { class: trouble ? "mlc-trouble" : "", role: "status" }, text));
   return () => {
     const state = model.get("shown");
-    if (state.acts !== acts) {
+    if (state.heard !== heard) {  // a question was taken or refused; other actions say nothing of it
       if (state.asked !== asked && words.value === sent) words.value = "";
-      [sent, acts, asked] = [null, state.acts, state.asked];
+      [sent, heard, asked] = [null, state.heard, state.asked];
     }
     past(state.messages ?? []);
     answers(state.answers ?? [], state.busy);

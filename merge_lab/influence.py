@@ -18,7 +18,7 @@ from .architecture import layer_of, logits_head
 from .devices import full
 from .lesson import patch_to
 from .merger import Merger
-from .scoring import whole_model, CHECKED_TOKENS, agreeing_parts
+from .scoring import agreeing_parts, CHECKED_TOKENS, evaluating, whole_model
 from .token_losses import work_dtype
 
 # %% ../nbs/33_influence.ipynb #4e457c42
@@ -38,23 +38,24 @@ def share_direction(
 # %% ../nbs/33_influence.ipynb #4334c5c4
 @contextmanager
 def lent_alphas(merger: Merger) -> Iterator[dict[str, list[Tensor]]]:  # parameter -> its n coefficients
-    "Alphas that need a gradient, in the place of those that the masks make. They may be changed; the masks stay."
+    "Alphas that need a gradient, in the place of those that the masks make. They may be changed; the masks stay. The merger is this thread's alone inside the block."
     held, by_mask, lent = {}, {}, []
-    for name, leaf, key in merger.masked_parameters():
-        dtype = work_dtype(leaf.weights[key][0].dtype)
-        held[name] = by_mask[id(leaf.masks[key])] = [full(a.detach()).to(dtype).clone().requires_grad_() for a in leaf.alphas(key)]
-    before, merger.state.keep_merged = merger.state.keep_merged, False
-    for leaf in merger.leaves().values():
-        own = {key: by_mask[id(mask)] for key, mask in leaf.masks.items()}
-        if own:
-            leaf.alphas = lambda name="weight", own=own: own[name]
-            lent.append(leaf)
-    try:
-        yield held
-    finally:
-        merger.state.keep_merged = before
-        for leaf in lent:
-            del leaf.alphas
+    with merger.lock:
+        for name, leaf, key in merger.masked_parameters():
+            dtype = work_dtype(leaf.weights[key][0].dtype)
+            held[name] = by_mask[id(leaf.masks[key])] = [full(a.detach()).to(dtype).clone().requires_grad_() for a in leaf.alphas(key)]
+        before, merger.state.keep_merged = merger.state.keep_merged, False
+        for leaf in merger.leaves().values():
+            own = {key: by_mask[id(mask)] for key, mask in leaf.masks.items()}
+            if own:
+                leaf.alphas = lambda name="weight", own=own: own[name]
+                lent.append(leaf)
+        try:
+            yield held
+        finally:
+            merger.state.keep_merged = before
+            for leaf in lent:
+                del leaf.alphas
 
 # %% ../nbs/33_influence.ipynb #74acbabf
 def token_loss(
@@ -98,16 +99,11 @@ def token_influence(
     place: int,  # position of the token in it, from 1
 ) -> Influence:
     "The gradient of a token's loss with respect to the alphas. Raises `IndexError` as `token_loss` does."
-    was_training = merger.training
-    merger.eval()
-    try:
-        with torch.enable_grad(), lent_alphas(merger) as held:
-            loss = token_loss(merger, ids, place)
-            wanted = [alpha for alphas in held.values() for alpha in alphas]
-            found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
-            gradients = {name: torch.stack([next(found) for _ in alphas]).cpu() for name, alphas in held.items()}
-    finally:
-        merger.train(was_training)
+    with evaluating(merger), torch.enable_grad(), lent_alphas(merger) as held:
+        loss = token_loss(merger, ids, place)
+        wanted = [alpha for alphas in held.values() for alpha in alphas]
+        found = iter(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+        gradients = {name: torch.stack([next(found) for _ in alphas]).cpu() for name, alphas in held.items()}
     alphas = {name: torch.stack([alpha.detach() for alpha in each]).cpu() for name, each in held.items()}
     return Influence(loss.item(), alphas, gradients, merger.state.anchor)
 

@@ -274,7 +274,7 @@ def init_masks(self, mask_init: dict):
 @patch_to(Merger)
 @property
 def lock(self) -> TurnLock:
-    "Held by whoever changes something of the merger for a while: its masks, its mode, which component it is. Who asks it meanwhile waits."
+    "Held by whoever changes something of the merger for a while: its masks, its mode, which component it is. A forward pass does not wait for it: training, and scoring outside `evaluating`, want `with merger.lock:`."
     return self.state.lock
 
 

@@ -207,23 +207,30 @@ def _carry_out(self, name: str, runs: tuple[str, ...]) -> str:  # what is said o
         return super(RunTableView, self)._carry_out(name, runs)
     if not runs:
         raise ValueError("choose a run first.")
-    if name == "Note":
-        tags = [tag for tag in self.tags.value.replace(",", " ").split() if tag]
-        for run in runs:
-            self.browser.note(run, self.note.value if len(runs) == 1 else None, tags)
-        return f"✓ noted of {', '.join(runs)}"
-    return self._delete(runs)
+    return self._note(runs) if name == "Note" else self._delete(runs)
+
+
+@patch_to(RunTableView)
+def _note(self, runs: tuple[str, ...]) -> str:  # what is said of it
+    "Note what the boxes hold; an empty box of several runs leaves what they have, of one run it takes it away. Raises `ValueError` where nothing is to do."
+    note, tags = self.note.value, self.tags.value.replace(",", " ").split()
+    if len(runs) > 1:
+        note, tags = note or None, tags or None
+    if note is None and tags is None:
+        raise ValueError("several runs are chosen, and both boxes are empty: write what is to be noted of all of them.")
+    self.browser.note_all(runs, note, tags)
+    return f"✓ noted of {', '.join(runs)}"
 
 # %% ../nbs/38_run_table_view.ipynb #23f333bc
 @patch_to(RunTableView)
 def _delete(self, runs: tuple[str, ...]) -> str:
     "Delete runs; those that are others' components at a second click."
-    sure, self._sure = self._sure == runs, runs
+    sure, self._sure = self._sure == runs, None
     try:
         self.browser.delete_all(runs, used=sure)
     except RunInUse as error:
+        self._sure = runs
         raise ValueError(f"{error.why} Press Delete again to delete it all the same.") from error
-    self._sure = None
     return f"✓ deleted {', '.join(runs)}; Undo brings the last one back"
 
 

@@ -105,10 +105,13 @@ def grid_data(sheet: Sheet, value: str, title: str, label: str, note: str = "") 
 CHANGE_NOTE = "−Σ alpha × slope of a cell's columns: what the token's loss changes by, to first order, if {name} gives its share there back; above 0: the token leans on it"
 
 
-def maps_of(board: TokenBoard) -> dict[str, dict]:  # alphas and layers
+def maps_of(board: TokenBoard) -> dict[str, dict]:  # alphas and layers; none while no token of the answer is pinned
     "The two maps of what the pinned token hangs on."
-    sheet, name, word = board.sheet, board.names[board.component], shown_text(board.found.texts[board.pinned])
-    title = f"What token {board.pinned} ({word}) hangs on: change of its loss without {name}"
+    pinned = board.pinned  # another thread may ask for another answer meanwhile
+    if pinned is None or pinned >= len(board.found.texts):
+        return {}
+    sheet, name, word = board.sheet, board.names[board.component], shown_text(board.found.texts[pinned])
+    title = f"What token {pinned} ({word}) hangs on: change of its loss without {name}"
     return dict(
         alphas=grid_data(sheet, "alpha", f"Alphas of {name}", "mean alpha"),
         layers=grid_data(sheet, "change", title, "nats, change of the token's loss", CHANGE_NOTE.format(name=name)),
@@ -121,6 +124,8 @@ def said_of(board: TokenBoard, status: str = "") -> dict:  # trouble and status
         return dict(trouble=True, status=f"✗ {type(board.error).__name__}: {board.error}")
     if board.influence is None:
         return dict(trouble=False, status="taking the first answer …")
+    if board.pinned is None:
+        return dict(trouble=False, status=status or "taking the answer …")
     return dict(trouble=False, status=status or f"loss of the pinned token under the blend: {board.influence.loss:.3f} nats")
 
 
@@ -169,7 +174,8 @@ def still_html(board: TokenBoard, quantity: str) -> str:
         spans.append(f'<span style="{style}" title="{html.escape(token["tip"])}">{html.escape(token["text"])}</span>')
     scale = drawn["scale"]
     legend = block(f"paper: {scale['low']}, orange: {scale['high']} {scale['label']}", "line")
-    return f'{STYLE}<p style="font:15px/2 monospace">{"".join(spans)}</p>{legend}{grid_html(maps_of(board)["layers"])}'
+    grids = [grid_html(grid) for name, grid in maps_of(board).items() if name == "layers"]
+    return f'{STYLE}<p style="font:15px/2 monospace">{"".join(spans)}</p>{legend}{"".join(grids)}'
 
 # %% ../nbs/38_token_view.ipynb #fafbb7de
 class TokenView:

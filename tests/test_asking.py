@@ -222,6 +222,25 @@ def test_a_long_answer_is_cut_and_makes_no_row(asking, merger):
     assert asking.pick(0) == [] and asking.kept == [] and asking.messages[-1]["role"] == "assistant"
 
 
+def test_a_pick_is_said_to_be_kept_only_where_it_is(asking, monkeypatch):
+    import merge_lab.asking as module
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    said = [Answer("a", "Yes.", "done"), Answer("b", "No.", "done")]
+    asking.messages, asking.answers = [{"role": "user", "content": QUESTION}], list(said)
+    monkeypatch.setattr(module, "add_row", full)
+    with pytest.raises(OSError, match="disk is full"):
+        asking.pick("a")
+    assert asking.note == "" and asking.answers == said and asking.kept == []
+    monkeypatch.undo()
+    assert len(asking.pick("a")) == 1 == len(asking.kept) and asking.note == "kept as 1 row"
+    loose = Asking(asking.merger, asking.tokenizer)
+    loose.messages, loose.answers = [{"role": "user", "content": QUESTION}], list(said)
+    assert len(loose.pick("a")) == 1 and loose.note == "not kept: no folder was given"
+
+
 def test_instructions_and_turns_are_in_the_prompt_of_a_row(asking):
     asking.ask(QUESTION, system="Be short.")
     asking.wait()

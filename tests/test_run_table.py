@@ -73,6 +73,74 @@ def test_a_kill_between_the_note_and_the_move_leaves_the_run(runs, monkeypatch):
     assert "both" in find_runs(runs).index and find_trash(runs).empty and not list(trash_of(runs).iterdir())
 
 
+@pytest.fixture
+def nested(runs):
+    make_run(runs / "suite", dataset_configs={})
+    make_run(runs / "suite/part", dataset_configs={})
+    return runs
+
+
+def files_of(folder: Path) -> dict:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+def failing_at(monkeypatch, number: int, after: bool = False):
+    "The move of this number fails, before or after it is made; others go on."
+    moves, rename = [], run_table.os.rename
+
+    def move(source, target):
+        moves.append(target)
+        if after or len(moves) != number:
+            rename(source, target)
+        if len(moves) == number:
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr(run_table.os, "rename", move)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("after", [False, True])
+def test_runs_go_and_come_back_all_or_none_where_a_move_fails(nested, monkeypatch, number, after):
+    names, before = ["both", "suite", "suite/part"], files_of(nested)
+    failing_at(monkeypatch, number, after)
+    with pytest.raises(OSError, match="disk is gone"):
+        RunTable(nested).delete_all(names)
+    monkeypatch.undo()
+    assert files_of(nested) == before and find_trash(nested).empty and not list(trash_of(nested).iterdir())
+    RunTable(nested).delete_all(names)
+    failing_at(monkeypatch, number, after)
+    with pytest.raises(OSError, match="disk is gone"):
+        RunTable(nested).undo_all(names)
+    monkeypatch.undo()
+    assert set(find_trash(nested)["run"]) == set(names) and not (nested / "both").exists() and not (nested / "suite").exists()
+    assert RunTable(nested).undo_all(["suite/part", "suite", "both"]) and files_of(nested) == before and find_trash(nested).empty
+
+
+def test_a_place_that_another_run_brings_back_with_it_is_taken(nested):
+    RunTable(nested).delete_all(["suite/part"])
+    (nested / "suite/part").mkdir()
+    RunTable(nested).delete_all(["suite"])
+    with pytest.raises(FileExistsError, match="suite holds something at .*part"):
+        RunTable(nested).undo_all(["suite/part", "suite"])
+    assert set(find_trash(nested)["run"]) == {"suite", "suite/part"} and not (nested / "suite").exists()
+
+
+def test_several_runs_are_noted_all_or_none_where_a_write_fails(runs, monkeypatch):
+    write_notes(runs / "poet", "rhymes", ["paper"])
+    written, write = [], run_table.write_json
+
+    def fail(file, values):
+        written.append(file)
+        if len(written) == 2:
+            raise OSError("the disk is full")
+        write(file, values)
+
+    monkeypatch.setattr(run_table, "write_json", fail)
+    with pytest.raises(OSError, match="disk is full"):
+        RunTable(runs).note_all(["poet", "both"], tags=["new"])
+    assert read_notes(runs / "poet") == {"note": "rhymes", "tags": ["paper"]} and read_notes(runs / "both") == {"note": "", "tags": []}
+
+
 def test_what_is_deleted_is_listed_nowhere_and_comes_back_whole(runs, tmp_path):
     write_notes(runs / "both", "kept", ["paper"])
     before = {file.relative_to(runs): file.read_bytes() for file in (runs / "both").rglob("*") if file.is_file()}
@@ -121,7 +189,7 @@ def test_the_command(runs, capsys):
 @pytest.mark.parametrize("words, says", [
     (["both", "nowhere", "--delete"], "run='nowhere'"), (["both", "nowhere", "--tags", "x"], "run='nowhere'"), (["both", "poet", "--tags", "a b"], "tag 'a b'"),
     (["nowhere"], "run='nowhere'"), (["--folder", "nowhere"], "nowhere: no such folder"), (["poet", "--delete"], "poet is a component of both"),
-    (["nowhere", "--empty_trash"], "run='nowhere'"),
+    (["nowhere", "--empty_trash"], "run='nowhere': the trash is empty"),
 ])  # fmt: skip
 def test_the_command_does_all_or_nothing(runs, capsys, words, says):
     before = {file.relative_to(runs): file.read_bytes() for file in runs.rglob("*") if file.is_file()}

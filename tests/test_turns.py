@@ -12,10 +12,12 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, Tokenizer,
 from transformers import PreTrainedTokenizerFast
 
 from merge_lab.asking import Asking, PieceStreamer, Voice
-from merge_lab.chat import load_task
+from merge_lab.chat import ChatCollator, load_task
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.evaluation import evaluate_tasks, generate_answers
 from merge_lab.explorer import MergeExplorer
+from merge_lab.held_out import HeldOut
+from merge_lab.influence import token_influence
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.panel import ConfigPanel
@@ -25,6 +27,7 @@ from merge_lab.scoring import keeping_masks
 from merge_lab.session import Bench
 from merge_lab.tinylm import tiny_experts, tiny_tokenizer
 from merge_lab.token_board import TokenBoard
+from merge_lab.watch import component_losses
 
 PATHS = [str(bundled_path(f"models/{name}")) for name in ("rewrite", "summarize")]
 QUESTION = [{"role": "user", "content": "Say it in other words: The angry farmer kept the damp box by the shop."}]
@@ -77,8 +80,15 @@ def works(merger: Merger, tasks: dict) -> dict:
     found["explored"] = lambda: explorer.evaluate({"strategy": "uniform"}).scores["loss"].tolist()
     found["board"] = lambda: board_of(explorer)
     found |= {"glance": glance, "score": score, "as second": as_second, "masks": merger.mask_state, "alphas": lambda: merger.alphas()["mean"].tolist()}
+    ids = tokenizer.apply_chat_template(QUESTION, return_dict=False)
+    found |= {"hangs on": lambda: token_influence(merger, ids, 4).loss, "knows": lambda: component_losses(merger, rows_of(tokenizer))}
     found["weights"] = lambda: {name: tensor.double().sum().item() for name, tensor in merger.merged_state_dict().items()}
     return found
+
+
+def rows_of(tokenizer) -> HeldOut:
+    rows = [{"input_ids": list(range(5, 15)), "labels": list(range(5, 15)), "source": i} for i in range(2)]
+    return HeldOut(rows, ChatCollator(tokenizer))
 
 
 def board_of(explorer: MergeExplorer) -> list:
@@ -104,6 +114,20 @@ def test_whoever_works_on_a_merger_at_once_hears_what_he_hears_alone(merger, tas
         assert told == (pytest.approx(alone[name]) if name == "weights" else alone[name]), name
     for state in (masks, own, merger.mask_state()):
         assert state.keys() == before.keys() and all(torch.equal(mask, before[name]) for name, mask in state.items())
+
+
+@pytest.mark.parametrize("work", [lambda merger: token_influence(merger, list(range(5, 15)), 4), lambda merger: component_losses(merger, rows_of(load_tokenizer(PATHS[0])))], ids=["influence", "losses"])
+def test_a_look_at_the_merger_waits_for_its_turn_and_changes_nothing_before(merger, work):
+    merger.train()
+    leaf = next(iter(merger.leaves().values()))
+    with ThreadPoolExecutor(1) as pool:
+        with merger.lock:
+            done = pool.submit(work, merger)
+            with pytest.raises(TimeoutError):
+                done.result(0.5)
+            assert merger.training and "alphas" not in vars(leaf) and merger.state.component is None
+        assert done.result(60)
+    assert merger.training and "alphas" not in vars(leaf)
 
 
 def test_two_conversations_take_turns(merger):
