@@ -96,7 +96,14 @@ def tree_groups(
 GROUPED, _groups = "merge_lab_groups", ContextVar("groups", default=None)
 
 
-def grouped_attention(module, query, key, value, attention_mask, **options):
+def grouped_attention(
+    module: nn.Module,  # the attention that asks
+    query: Tensor,  # (batch, heads, tokens, d of a head)
+    key: Tensor,  # as query, with the heads of keys
+    value: Tensor,
+    attention_mask: Tensor | None,  # (batch, 1, tokens, tokens)
+    **options,  # of transformers' `sdpa`
+) -> tuple[Tensor, None]:  # (batch, tokens, heads, d of a head)
     "transformers' attention `sdpa`, group by group where the tokens are those of a tree."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
