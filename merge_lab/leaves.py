@@ -113,7 +113,7 @@ def draw_residuals(
 ):
     "Begin all corrections anew, as `add_residuals` begins them."
     generator = torch.Generator().manual_seed(seed)
-    for leaf in (leaf for leaf in model.modules() if isinstance(leaf, MaskedModule) and leaf.residual() is not None):
+    for leaf in (leaf for leaf in model.modules() if isinstance(leaf, MaskedModule) and leaf.has_residual):
         right, left = leaf.factors["right"], leaf.factors["left"]
         drawn = low_rank_factors((left.shape[0], right.shape[1]), right.shape[0], 1.0, generator)
         right.copy_(shard_like(drawn["right"].to(right.device), right))

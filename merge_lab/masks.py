@@ -551,9 +551,16 @@ def blended(self, name: str) -> Tensor:
 
 
 @patch_to(MaskedModule)
+@property
+def has_residual(self) -> bool:
+    "Whether `add_residual` was called; asking gathers nothing."
+    return "residual_scale" in self._buffers
+
+
+@patch_to(MaskedModule)
 def residual(self) -> LowRank | None:
     "What is trained beside the coefficients of the weight; none unless `add_residual` was called."
-    if "residual_scale" not in self._buffers:
+    if not self.has_residual:
         return None
     return LowRank(full(self.factors["right"]), full(self.factors["left"]), self.residual_scale)
 
@@ -561,7 +568,7 @@ def residual(self) -> LowRank | None:
 @patch_to(MaskedModule)
 def factors_of(self, name: str) -> list[nn.Parameter]:  # right and left; none without a correction
     "What is trained beside the coefficients of a parameter."
-    return list(self.factors.values()) if name == "weight" and self.residual() is not None else []
+    return list(self.factors.values()) if name == "weight" and self.has_residual else []
 
 
 @patch_to(MaskedModule)
@@ -591,7 +598,7 @@ class MaskedLinear(MaskedModule):
         bias = self.tensor("bias") if "bias" in self.parameter_names else None
         if self.state.component is not None or "weight" not in self.masks:
             return self._unmasked(x, bias)
-        if x.dtype.itemsize < 4 and not torch.is_grad_enabled() and self.residual() is not None:
+        if x.dtype.itemsize < 4 and not torch.is_grad_enabled() and self.has_residual:
             return F.linear(x, self.corrected("weight", self._kept_or_blended()), bias)  # in 16 bits as an export rounds it
         if isinstance(self.weights["weight"], FactoredWeights):
             return self._with_residual(self._factored(x, bias), x)

@@ -226,7 +226,7 @@ def trained(self) -> dict[str, nn.Parameter]:
     "What is trained: masks by the name of the parameter they belong to, and factors of its correction where it has one."
     found = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
     for name, leaf, key in self.masked_parameters():
-        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.residual() is not None:
+        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual:
             found |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
     return found
 
@@ -235,7 +235,7 @@ def trained(self) -> dict[str, nn.Parameter]:
 def correction_scales(self) -> dict[str, Tensor]:  # () each
     "Units of the corrections, by the name of the parameter that they belong to."
     masked = ((name, leaf) for name, leaf, key in self.masked_parameters() if key == "weight" and isinstance(leaf, MaskedModule))
-    return {f"{name}.scale": leaf.residual_scale for name, leaf in masked if leaf.residual() is not None}
+    return {f"{name}.scale": leaf.residual_scale for name, leaf in masked if leaf.has_residual}
 
 
 @patch_to(Merger)
@@ -243,7 +243,7 @@ def correction_scales(self) -> dict[str, Tensor]:  # () each
 def n_coefficients(self) -> int:
     "Trained numbers, those of corrections among them. A base's own mask has no effect, so it does not count."
     masks = [leaf.masks[key] for _, leaf, key in self.masked_parameters()]
-    idle = sum(mask[self.n_components :].numel() for mask in masks) if self.has_base else 0
+    idle = sum(mask.numel() // len(mask) * (len(mask) - self.n_components) for mask in masks) if self.has_base else 0  # by shapes: one process of several may ask
     return sum(tensor.numel() for tensor in self.trained().values()) - idle
 
 # %% ../nbs/20_merger.ipynb #0fe66f07
