@@ -39,7 +39,7 @@ def _coefficients(leaf, key: str, name: str, n: int) -> list[float]:
     "Effective coefficients of one parameter, of n models. Raises `ValueError` if one model has several."
     if key not in leaf.masks:
         return [float(i == leaf.fallback) for i in range(n)]
-    if leaf.residual() is not None:
+    if leaf.has_residual:
         raise ValueError(f"{name} has a correction beside its coefficients (residual_rank), and a YAML of mergekit says coefficients alone. {REFUSED}")
     alphas = [full(alpha).float().flatten() for alpha in leaf.alphas(key)]
     if any(alpha.max() > alpha.min() for alpha in alphas):

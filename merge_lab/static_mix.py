@@ -154,10 +154,11 @@ def static_mixes(
     prefix_length: int,
     budgets: list[float],  # bits a weight, tables and scales included
     costs: Tensor | None = None,  # of `token_costs`, rescaled; None: measured here
+    measured: Tensor | None = None,  # of `uniform_costs` on these windows; None: measured here
 ) -> list[dict]:  # target, real_bits, read_bytes, kl, and bits by linear
     "The best precision for each linear at each budget. Raises `ValueError` for a budget below that of the fewest bits."
     sizes, names, exact = sizes_of(model), list(linear_bytes(model)), exact_logits(model, windows)
-    measured = uniform_costs(model, windows, prefix_length, exact)
+    measured = uniform_costs(model, windows, prefix_length, exact) if measured is None else measured
     costs = rescaled(token_costs(model, windows, prefix_length), measured) if costs is None else costs
     mean, rows = costs.sum(2).mean((0, 1)), []
     for target in budgets:

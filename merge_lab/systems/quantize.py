@@ -205,10 +205,10 @@ def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
     seen, prefix = few_of(windows), max(1, config.max_length // 8)
     held = few_of(text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "validation", config.seed))
     costs = rescaled(token_costs(model, seen, prefix, seed=config.seed), uniform_costs(model, seen, prefix, exact_logits(model, seen)))
+    measured = uniform_costs(model, held, prefix, exact_logits(model, held))
     mixes = [row for row in read_mixes(config.output_dir)["mixes"] if row["target"] not in config.static]
-    mixes = sorted([*mixes, *static_mixes(model, held, prefix, config.static, costs)], key=lambda row: row["target"])
-    uniform = dict(zip(model.precisions, uniform_costs(model, held, prefix, exact_logits(model, held)).tolist()))
-    rows = [dict(bits=bits, real_bits=real, kl=uniform[bits]) for bits, real in zip(model.precisions, memory_table(model).real_bits[1:])]
+    mixes = sorted([*mixes, *static_mixes(model, held, prefix, config.static, costs, measured)], key=lambda row: row["target"])
+    rows = [dict(bits=bits, real_bits=real, kl=kl) for bits, real, kl in zip(model.precisions, memory_table(model).real_bits[1:], measured.tolist())]
     write_json(Path(config.output_dir) / MIXES_FILE, dict(mixes=mixes, uniform=rows))
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #87bf3fac
