@@ -11,6 +11,8 @@ default, which other work on the machine disturbs least). Raw data go to data/be
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -158,6 +160,13 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "</s>": 2}, "a")), eos_token="</s>", pad_token="</s>")
 
 
+def give_back():
+    "What the allocator keeps of freed memory goes back to the system, since contestants wait side by side."
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def work(args):
     "A contestant: a line in, a step done, a line out."
     folder, args.tokenizer = Path(args.folder), tiny_tokenizer
@@ -170,6 +179,7 @@ def work(args):
         wall, own = time.perf_counter(), time.process_time()
         step(batch)
         used = {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - own}
+        give_back()
         print(json.dumps(used | {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=out)
 
 
@@ -190,7 +200,9 @@ def ask(process, seed):
     "One step on the batch of a seed."
     process.stdin.write(f"{seed}\n")
     process.stdin.flush()
-    return json.loads(process.stdout.readline())
+    if not (line := process.stdout.readline()):
+        raise SystemExit(f"a contestant ended with {process.wait()}: {process.args[3]}; if the system ran out of memory, fewer rows at once (--micro) need less")
+    return json.loads(line)
 
 
 def take_turns(args, folder, old):

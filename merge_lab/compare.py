@@ -28,11 +28,11 @@ import torch
 from transformers import TrainerCallback
 
 from .checkpoints import component_names, load_tokenizer
-from .comparison import comparison_table, delta_picture, manner_table, share_against_number, share_against_seconds, shares_by_number, verdict
+from .comparison import comparison_table, delta_picture, errors_of, manner_table, share_against_number, share_against_seconds, shares_by_number, verdict
 from .components import check_components, find_base, has_adapters, load_model
 from .config import check_choice, check_names, check_options, config_to_cli, main_names, option, Options, read_yaml, said_options
 from .devices import best_device
-from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, TOGETHER, UNIFORM
+from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, task_nats, TOGETHER, UNIFORM
 from .lesson import patch_to
 from .lineup import average, delta_facts, line_up, Lineup
 from .logs import tqdm
@@ -77,6 +77,7 @@ class CompareConfig(Options):
     seed: int = option(0, "The first seed: of searches, of what is dropped at random, of training", low=0, group="Budget", aliases=("random_state",))
     train_rows: int = option(64, "Training rows of each dataset that opponents look at", low=1, group="Data")
     val_rows: int = option(64, "Validation rows of each dataset that settings are chosen on", low=1, group="Data")
+    final_val_rows: int | None = option(150, "Validation rows of each dataset that finished merges are chosen on, val_rows of them and more; none: all", low=1, group="Data")
     eval_samples: int | None = option(150, "Test rows of each dataset that are scored; none: all", low=1, group="Data", aliases=("test_rows",))
     metric: str = option("exact_match", "What answers are judged by, beside the loss; loss: nothing", choices=METRIC_CHOICES, group="Data")
     answered: int = option(40, "Test rows of each dataset that are answered for the metric", low=1, group="Data")
@@ -229,10 +230,11 @@ class Record:
         "Whether a row is there."
         return any((row["seed"], row["model"]) == (seed, model) for row in self.rows)
 
-    def on_validation(self, seed: int, model: str) -> dict[str, float]:  # task -> nats per answer token
-        "Losses of a row that is there, on validation rows."
+    def on_validation(self, seed: int, model: str, n: int) -> dict[str, float]:  # task -> nats per answer token
+        "Losses of a row that is there, on the first n validation rows."
         row = next(row for row in self.rows if (row["seed"], row["model"]) == (seed, model))
-        return {score["task"]: score["loss"] for score in row["scores"] if score["split"] == "validation"}
+        some = [score for score in row["scores"] if score["split"] == "validation"]
+        return {score["task"]: sum(score["nats"][:n]) / sum(score["tokens"][:n]) if "nats" in score else score["loss"] for score in some}
 
     def add(self, seed: int, model: str, scores: list[dict], seconds: float | None = None, peak_bytes: int | None = None, trained: int = 0, trials: int | None = None, setting: dict | None = None):
         "Write down a row: its scores on both splits, and what it took."
@@ -246,7 +248,7 @@ class Scorer:
     "What rows are scored on."
 
     config: CompareConfig
-    validation: dict[str, list[dict]]
+    validation: dict[str, list[dict]]  # that finished merges are chosen on
     test: dict[str, list[dict]]
     tokenizer: object
     said: dict[str, dict[str, list[str]]] = dataclasses.field(default_factory=dict)  # manner -> task -> answers of the manner's expert; empty: nobody's manner is asked for
@@ -254,13 +256,19 @@ class Scorer:
     @classmethod
     def of(cls, config: CompareConfig) -> "Scorer":
         "Read the rows of a comparison."
-        validation, test = load_tests(config.datasets, "validation", config.val_rows), load_tests(config.datasets, "test", config.eval_samples)
+        most = None if config.final_val_rows is None else max(config.val_rows, config.final_val_rows)
+        validation, test = load_tests(config.datasets, "validation", most), load_tests(config.datasets, "test", config.eval_samples)
         return cls(config, validation, test, load_tokenizer(config.model_paths[0]))
 
     @property
     def device(self) -> str:
         "Where merges are scored."
         return str(best_device()) if self.config.device == "auto" else self.config.device
+
+    @property
+    def tuning(self) -> dict[str, list[dict]]:  # task -> rows
+        "The validation rows that settings are chosen on."
+        return {task: rows[: self.config.val_rows] for task, rows in self.validation.items()}
 
     @property
     def experts(self) -> dict[str, str]:  # task -> row
@@ -270,10 +278,11 @@ class Scorer:
     def scores(self, model) -> list[dict]:  # rows: task, split, loss, and on test rows the metric and manners
         "Scores of a model on validation and test rows."
         found, model = [], model.to(self.device)
-        for split, tests in (("validation", self.validation), ("test", self.test)):
-            losses = evaluate_tasks(model, self.tokenizer, tests, metrics=("loss",), progress=False).loss
-            found += [{"task": task, "split": split, "loss": loss, **(self.answered(model, task) if split == "test" else {})} for task, loss in losses.items()]
-        return found
+        for task, rows in self.validation.items():
+            nats, tokens = task_nats(model, self.tokenizer, task, rows)
+            found.append({"task": task, "split": "validation", "loss": (nats.sum() / tokens.sum()).item(), "nats": nats.tolist(), "tokens": tokens.tolist()})
+        losses = evaluate_tasks(model, self.tokenizer, self.test, metrics=("loss",), progress=False).loss
+        return found + [{"task": task, "split": "test", "loss": loss, **self.answered(model, task)} for task, loss in losses.items()]
 
 # %% ../nbs/62_compare.ipynb #3b9f8efd
 @patch_to(Scorer)
@@ -358,8 +367,8 @@ def opponent_rows(bench: Scorer, record: Record, lineup: Lineup, folder: Path, s
     if all(record.has(seed, method) for method in methods):
         return
     files = {method: folder / "trials" / f"{method}.jsonl" for method in methods}
-    known = [record.on_validation(seed, name) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
-    climb(lineup, judge_of(lineup, bench.validation, known), files, bench.config.trials, seconds, seed)
+    known = [record.on_validation(seed, name, bench.config.val_rows) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
+    climb(lineup, judge_of(lineup, bench.tuning, known), files, bench.config.trials, seconds, seed)
     for method in tqdm(methods, desc=f"seed {seed}, test rows", unit="method", leave=False):
         trials = kept_rows(files[method])
         if record.has(seed, method) or not (best := best_of(trials)):
@@ -379,13 +388,13 @@ def together_row(bench: Scorer, record: Record, lineup: Lineup, seed: int, secon
     if reason := why_no_room(lineup):
         logger.info("%s is left out: %s", TOGETHER, reason)
         return
-    known = [record.on_validation(seed, name) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
+    known = [record.on_validation(seed, name, bench.config.val_rows) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
     usual = MaskMergeConfig()
     steps, batch = bench.config.max_steps or usual.max_steps, usual.per_device_train_batch_size
     logger.info("seed %d: %s, for %.1f minutes at most", seed, TOGETHER, seconds / 60)
     with measured() as use:
         rows = rows_of_all(bench.config.datasets, lineup.tokenizer, steps * batch, seed=seed)
-        tensors, rate, _, tried = best_together(lineup, judge_of(lineup, bench.validation, known), rows, steps, batch, seconds, seed)
+        tensors, rate, _, tried = best_together(lineup, judge_of(lineup, bench.tuning, known), rows, steps, batch, seconds, seed)
     record.add(seed, TOGETHER, bench.scores(lineup.put(tensors)), use["seconds"], use["peak_bytes"], sum(tensor.numel() for tensor in tensors.values()), tried, {"step size": rate})
 
 # %% ../nbs/62_compare.ipynb #149d8cee
@@ -540,15 +549,19 @@ def facts_of(bench: Scorer, record: Record, deltas: pd.DataFrame) -> dict:
     )  # fmt: skip
     packages = {name: metadata.version(name) for name in VERSIONS if name in {found.metadata["Name"] for found in metadata.distributions()}}
     return {
-        "command": config_to_cli(named, "merge-lab compare"), "experts": bench.experts, "rows": record.rows, "deltas": deltas.to_dict("records"), "versions": packages,
+        "command": config_to_cli(named, "merge-lab compare"), "experts": bench.experts, "rows": [{**row, "scores": [_small(score) for score in row["scores"]]} for row in record.rows], "errors": errors_of(scores_of(record.rows), bench.experts), "deltas": deltas.to_dict("records"), "versions": packages,
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()},
     }
+
+
+def _small(score: dict) -> dict:
+    return {name: value for name, value in score.items() if name not in ("nats", "tokens")}  # of each row: they stay in rows.jsonl
 
 
 def read_comparison(file: str | Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:  # table, deltas, all facts
     "A comparison from its raw data."
     facts = json.loads(Path(file).read_text(encoding="utf-8"))
-    return comparison_table(scores_of(facts["rows"]), costs_of(facts["rows"]), facts["experts"]), pd.DataFrame(facts["deltas"]), facts
+    return comparison_table(scores_of(facts["rows"]), costs_of(facts["rows"]), facts["experts"], facts.get("errors")), pd.DataFrame(facts["deltas"]), facts
 
 # %% ../nbs/62_compare.ipynb #4b3ef975
 def settings_of(record: Record) -> pd.DataFrame:  # columns method, seed, setting

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GREEDY', 'UNIFORM', 'LEARNED', 'TOGETHER', 'METRICS', 'OF_ANSWERS', 'INTRO', 'template_end', 'end_tokens', 'pad_left',
            'greedy_options', 'answer_room', 'answer_batches', 'prompt_ids', 'generate_answers', 'check_tasks',
-           'encode_task', 'task_loss', 'said_right', 'chrf', 'evaluate_tasks', 'evaluate_models', 'load_tests',
-           'score_model', 'uniform_name', 'score_baselines', 'recovered_share', 'resemblance', 'attribute', 'confusion',
-           'reference_answers', 'strided_windows', 'perplexity', 'option_tails', 'option_scores', 'choice_prompt',
-           'fit_question', 'read_questions', 'multiple_choice']
+           'encode_task', 'task_nats', 'task_loss', 'said_right', 'chrf', 'evaluate_tasks', 'evaluate_models',
+           'load_tests', 'score_model', 'uniform_name', 'score_baselines', 'recovered_share', 'resemblance',
+           'attribute', 'confusion', 'reference_answers', 'strided_windows', 'perplexity', 'option_tails',
+           'option_scores', 'choice_prompt', 'fit_question', 'read_questions', 'multiple_choice']
 
 # %% ../nbs/32_evaluation.ipynb #ced9bb30
 import difflib
@@ -200,25 +200,31 @@ def encode_task(
     return encoded
 
 # %% ../nbs/32_evaluation.ipynb #8778b166
-def task_loss(
+def task_nats(
     model,
     tokenizer,
     task: str,  # its name, for errors
     rows: Sequence[dict],
-    batch_size: int,
-    bar: tqdm,
-    max_tokens_per_batch: int | None = MAX_TOKENS,
-) -> dict[str, float]:  # loss and perplexity
-    "Loss over the scored tokens of a task. Raises `ValueError` if it is not a finite number."
+    batch_size: int = 64,
+    bar: tqdm | None = None,
+    max_tokens_per_batch: int | None = MAX_TOKENS,  # rows x longest row of a batch
+) -> tuple[Tensor, Tensor]:  # (rows,) float64 nats, (rows,) number of scored tokens
+    "Negative log-likelihood of each row's answers. Raises `ValueError` if it is not a finite number."
     encoded = encode_task(model, tokenizer, task, rows)
     nats, counts = row_nats(model, encoded, ChatCollator(tokenizer), batch_size, bar, max_tokens_per_batch)
-    loss = (nats.sum() / counts.sum()).item()
-    if not math.isfinite(loss):
+    if not nats.isfinite().all():
         first = int((~nats.isfinite()).nonzero()[0])
         raise ValueError(
-            f"task {task!r}: the loss is {loss}, first in {place_of(rows[first], f'row {first + 1}')}. The model gives logits that are not finite; "
+            f"task {task!r}: the loss is {(nats.sum() / counts.sum()).item()}, first in {place_of(rows[first], f'row {first + 1}')}. The model gives logits that are not finite; "
             "check its weights for NaN and its dtype for overflow."
         )
+    return nats, counts
+
+
+def task_loss(model, tokenizer, task: str, rows: Sequence[dict], **options) -> dict[str, float]:  # options: of `task_nats`; loss and perplexity
+    "Loss over the scored tokens of a task. Raises `ValueError` if it is not a finite number."
+    nats, counts = task_nats(model, tokenizer, task, rows, **options)
+    loss = (nats.sum() / counts.sum()).item()
     return dict(loss=loss, perplexity=math.exp(min(loss, 700.0)))
 
 # %% ../nbs/32_evaluation.ipynb #8688d5a9
@@ -267,7 +273,7 @@ def evaluate_tasks(
             scores[task] = dict(n=len(rows))
             budget = dict(bar=bar, max_tokens_per_batch=max_tokens_per_batch)
             if "loss" in metrics:
-                scores[task] |= task_loss(model, tokenizer, task, rows, batch_size, **budget)
+                scores[task] |= task_loss(model, tokenizer, task, rows, batch_size=batch_size, **budget)
             if generated:
                 asked = rows[:answered]
                 answers = generate_answers(model, tokenizer, asked, batch_size, max_new_tokens, **budget)

@@ -229,6 +229,23 @@ def test_a_comparison_leaves_what_it_promises(small, whole):
         run(CompareConfig(**small, output_dir=str(whole.folder)))
 
 
+def test_finished_merges_are_chosen_on_more_rows_than_settings(small, whole):
+    "Each row's nats are kept, so that the verdict knows how far the rows can be trusted; raw data hold what came of them."
+    rows = read_rows(whole.folder / "rows.jsonl")
+    kept = [score for row in rows for score in row["scores"] if score["split"] == "validation"]
+    assert {len(score["nats"]) for score in kept} == {16} and small["val_rows"] == 8
+    for score in kept:
+        assert score["loss"] == pytest.approx(sum(score["nats"]) / sum(score["tokens"]), rel=1e-12)
+    record = compare.Record(whole.folder)
+    tried = json.loads((whole.folder / "seed-0" / "trials" / "karcher.jsonl").read_text().splitlines()[0])  # it has nothing to set
+    assert record.on_validation(0, "karcher", 8) == pytest.approx(tried["losses"], rel=1e-5) != record.on_validation(0, "karcher", 16)
+    assert "nats" not in (whole.folder / "results.json").read_text()
+    table, deltas, _ = compare.read_comparison(whole.folder / "results.json")
+    assert compare.verdict(table, deltas) == whole.verdict and table[("worst task", "error")].max() > 0
+    older = [{**row, "scores": [{name: value for name, value in score.items() if name not in ("nats", "tokens")} for score in row["scores"]]} for row in rows]
+    assert ("worst task", "error") not in compare.comparison_table(compare.scores_of(older), compare.costs_of(older), {"rewrite": "expert: rewrite", "summarize": "expert: summarize"})
+
+
 def mask_shapes(folder):
     "Shapes of a merger's masks, without the base's own."
     from safetensors import safe_open
