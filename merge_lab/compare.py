@@ -275,16 +275,18 @@ class Scorer:
         "The expert of each task."
         return {task: f"expert: {name}" for task, name in zip(self.test, component_names(self.config.model_paths))}
 
-    def scores(self, model) -> list[dict]:  # rows: task, split, loss, and on test rows the metric and manners
-        "Scores of a model on validation and test rows."
-        found, model = [], model.to(self.device)
-        for task, rows in self.validation.items():
-            nats, tokens = task_nats(model, self.tokenizer, task, rows)
-            found.append({"task": task, "split": "validation", "loss": (nats.sum() / tokens.sum()).item(), "nats": nats.tolist(), "tokens": tokens.tolist()})
-        losses = evaluate_tasks(model, self.tokenizer, self.test, metrics=("loss",), progress=False).loss
-        return found + [{"task": task, "split": "test", "loss": loss, **self.answered(model, task)} for task, loss in losses.items()]
-
 # %% ../nbs/62_compare.ipynb #3b9f8efd
+@patch_to(Scorer)
+def scores(self, model) -> list[dict]:  # rows: task, split, loss, and on test rows the metric and manners
+    "Scores of a model on validation and test rows."
+    found, model = [], model.to(self.device)
+    for task, rows in self.validation.items():
+        nats, tokens = task_nats(model, self.tokenizer, task, rows)
+        found.append({"task": task, "split": "validation", "loss": (nats.sum() / tokens.sum()).item(), "nats": nats.tolist(), "tokens": tokens.tolist()})
+    losses = evaluate_tasks(model, self.tokenizer, self.test, metrics=("loss",), progress=False).loss
+    return found + [{"task": task, "split": "test", "loss": loss, **self.answered(model, task)} for task, loss in losses.items()]
+
+# %% ../nbs/62_compare.ipynb #2d0cb599
 @patch_to(Scorer)
 def answered(self, model, task: str) -> dict:  # the metric, and manners: task or "other" -> share
     "What a model's answers to a task are worth, and in whose manner they are."

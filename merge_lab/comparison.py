@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'LEAST', 'DELTA_PANELS', 'worst_shares', 'drawn_shares', 'paired_errors', 'errors_of', 'manner_table',
-           'confused_with', 'candidates_of', 'comparison_table', 'near', 'chosen', 'told_deltas', 'verdict',
-           'label_points', 'share_against_seconds', 'shares_by_number', 'share_against_number', 'delta_picture']
+           'confused_with', 'candidates_of', 'best_first', 'comparison_table', 'near', 'chosen', 'told_deltas',
+           'verdict', 'label_points', 'share_against_seconds', 'shares_by_number', 'share_against_number',
+           'delta_picture']
 
 # %% ../nbs/38_comparison.ipynb #646e9184
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def _share_of(losses: pd.DataFrame, expert: str) -> pd.DataFrame:  # index model
     start = losses.loc["base"] if "base" in losses.index else losses[losses.index.str.startswith("expert: ")].max()
     return (start - losses) / (start - losses.loc[expert])
 
-
+# %% ../nbs/38_comparison.ipynb #5ccc0bb2
 def paired_errors(shares: pd.DataFrame, best: str) -> pd.Series:  # shares: of `drawn_shares`
     "Standard error of how far each model is behind one of them."
     return shares.rsub(shares.loc[best], axis=1).std(axis=1)
@@ -108,6 +109,12 @@ def candidates_of(table: pd.DataFrame) -> pd.DataFrame:  # of `comparison_table`
     "Rows that are merges, without base and experts."
     return table[[name != "base" and not name.startswith("expert: ") for name in table.index]]
 
+
+def best_first(table: pd.DataFrame) -> pd.DataFrame:
+    "Base and experts as they are, then merges by what they keep of the worst task."
+    merges = candidates_of(table)[("worst task", "recovered")].sort_values(ascending=False, kind="stable")
+    return table.loc[[*table.index.difference(merges.index, sort=False), *merges.index]]
+
 # %% ../nbs/38_comparison.ipynb #6f3c128a
 def comparison_table(
     scores: pd.DataFrame,  # columns seed, model, task, split, loss, and of METRICS and manners what was measured
@@ -133,8 +140,7 @@ def comparison_table(
     spent = costs.groupby("model")[["seconds", "peak_bytes", "trained", "trials"]].mean()
     parts |= {("cost", "seconds"): spent.seconds, ("cost", "peak GiB"): spent.peak_bytes / 2**30, ("cost", "trained numbers"): spent.trained, ("cost", "settings tried"): spent.trials}
     table = pd.DataFrame(parts).loc[shares.index]
-    merges = candidates_of(table)[("worst task", "recovered")].sort_values(ascending=False, kind="stable")
-    return table.loc[[*table.index.difference(merges.index, sort=False), *merges.index]].rename_axis(index="model")
+    return best_first(table).rename_axis(index="model")
 
 # %% ../nbs/38_comparison.ipynb #a11564a9
 LEAST = 0.01  # recovered share that is no difference, whatever the spread says
