@@ -170,7 +170,7 @@ def damage_in(folder: Path) -> list[str]:
 def left_over(folder: Path, ground: Path) -> list[str]:
     "What is beside the folder of a run that has ended and was not before, and hidden files in it."
     beside = [place for place in folder.parent.iterdir() if place != folder and not (ground / place.name).exists()]
-    inside = [place for place in folder.rglob(".*") if place.name != ".lock"]
+    inside = [place for place in folder.rglob(".*") if place.name not in (".lock", ".written.json")]  # what tells of files that were written stays with them
     return [f"left over: {place}" for place in (*beside, *inside)]
 
 
@@ -270,6 +270,12 @@ def measure(name: str, ground: Path, row: dict, asked, until: float, keep):
     print(name, {kind: row[kind] for kind in ("tries", *COUNTS)}, f"{seconds:.1f} s undisturbed", flush=True)
 
 
+def commit() -> str:
+    "Of the code that is killed; empty outside of a repository."
+    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def report(found: dict) -> str:
     "The counts as a table."
     lines = [f"{'':18}" + "".join(f"{name:>11}" for name in COUNTS)]
@@ -323,7 +329,7 @@ if __name__ == "__main__":
     until, out = time.monotonic() + 60 * asked.minutes, Path(asked.out).absolute()
     found = json.loads(out.read_text())["counts"] if out.exists() else {}
     about = {
-        "what": "Signals at random moments of short runs on tiny models; then each run is taken up again.", "command": f"python benchmarks/kills.py --times {asked.times}",
+        "what": "Signals at random moments of short runs on tiny models; then each run is taken up again.", "command": f"python benchmarks/kills.py --times {asked.times}", "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}, "seed": asked.seed,
     }  # fmt: skip
     warm()

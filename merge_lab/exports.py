@@ -62,10 +62,12 @@ def whole_folder(
     overwrite: bool = False,
     inputs: Sequence[str | Path | None] = (),  # what is going to be read
 ) -> Iterator[Path]:
-    "Yield a new folder beside the final place; it goes there if the block succeeds, and away if not. Raises what `check_place` raises."
+    "Yield a new folder beside the final place; it goes there if the block succeeds, and away if not. Raises what `check_place` raises, also where somebody wrote there meanwhile."
     folder = check_place(folder, overwrite, inputs)
     with run_folder.whole_folder(folder, instead=True) as made:
+        check_place(folder, overwrite, inputs)  # as it was held before it was looked at
         yield made
+        check_place(folder, overwrite, inputs)
 
 # %% ../nbs/51_exports.ipynb #8a25cf34
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _folder_of(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    run_folder.finish_replacement(path)
+    run_folder.finish_parts(path)
     if hub_name(path)[0] is not None:
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=[RECIPE_FILE, MASKS_FILE]))

@@ -28,7 +28,7 @@ from pathlib import Path
 from .config import config_from_yaml, config_to_yaml, is_endless, read_json, resumable_options, without_tokens
 from .logs import is_first_process, log_into, run_log
 from merge_lab.whole_files import (  # noqa: F401 - they were here
-    _existing, alone_in, atomic_path, check_disk_space, finish_replacement, LOCK, readable, room_for, save_tensors, share_files, sweep, UNFINISHED, whole_checkpoint,
+    _existing, alone_in, atomic_path, check_disk_space, check_unwritten, finish_parts, finish_replacement, LOCK, readable, room_for, save_tensors, share_files, sweep, UNFINISHED, whole_checkpoint,
     whole_folder, write_json, write_text,
 )
 
@@ -86,14 +86,18 @@ def hold(folder: Path):
         check_free(folder)
     elif key not in held:
         held["stack"].enter_context(alone_in(folder, wait=_LOOK))
+        check_unwritten(folder, _LOOK)
         held[key] = True
         sweep(folder)
 
 # %% ../nbs/01_run_folder.ipynb #6320e625
 def check_free(folder: str | Path):
-    "Raise `FileExistsError` if another process, or another run of this one, holds the folder; of several that torchrun started only the first asks. Nothing is made."
+    "Raise `FileExistsError` if another process, or another run of this one, holds the folder or writes into it; of several that torchrun started only the first asks. Nothing is made."
     held = _held.get() or {}
-    if is_first_process() and str(Path(folder).absolute()) not in held and (Path(folder) / LOCK).exists():
+    if not is_first_process() or str(Path(folder).absolute()) in held:
+        return
+    check_unwritten(folder, _LOOK)
+    if (Path(folder) / LOCK).exists():
         with alone_in(folder, wait=_LOOK):
             pass
 

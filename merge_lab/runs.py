@@ -40,7 +40,7 @@ from .lesson import patch_to
 from .logs import BARS
 from .merger import CONFIG_FILE, MASKS_FILE, Merger, read_merger_config
 from .panel import ConfigPanel, FOLDERS
-from .run_folder import bundled_path, read_adjusted, read_history
+from .run_folder import bundled_path, finish_parts, hold, one_run, read_adjusted, read_history
 from .session import Bench
 from .viz import draw_layers, layer_grid, numbered_columns
 from .worker import LatestWorker
@@ -59,7 +59,7 @@ class Run:
     "A run's folder: its config, curves, alphas and checkpoint, whichever system it is of."
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = finish_parts(folder)
         self.config = read_config(self.folder / "config.yaml")
         self.kind = kind_of(self.config)
         self.system = SYSTEMS.get(self.kind, OTHER)
@@ -243,10 +243,12 @@ def recipe(self) -> dict | None:  # None: the system has none, or the config is 
 
 # %% ../nbs/36_runs.ipynb #bf417484
 @patch_to(Run)
+@one_run
 def export(self) -> Path:
-    "Write the plain checkpoint that transformers loads. Raises `ValueError` if there can be none."
+    "Write the plain checkpoint that transformers loads. Raises `ValueError` if there can be none, `FileExistsError` if the run, or another export, is at work."
     if not self.system.merged:
         raise ValueError(f"{self.folder}: a run of {self.kind} leaves no plain checkpoint. Load what is there with its own class.")
+    hold(self.folder)
     folder = self.folder / self.system.merged
     if self.masks is not None:
         recipe = {"recipe": found} if (found := self.recipe()) else {}

@@ -31,7 +31,7 @@ from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
 from .config import check_choice, check_options, option, read_yaml
 from .origins import check_sums
-from .run_folder import finish_replacement, is_run
+from .run_folder import finish_parts, is_run
 from .weight_files import read_headers
 from .writer import stored_groups, stored_tensors
 
@@ -360,11 +360,9 @@ class VerifyConfig:
 
 def checkpoint_of(path: str | Path) -> tuple[Path, Path | None, str]:  # checkpoint, its masks, class that reads them
     "Where a run's checkpoint and masks are. Raises `FileNotFoundError` if there is no checkpoint."
-    path = finish_replacement(path)
+    path = finish_parts(path)
     system = SYSTEMS.get(kind_of(read_yaml(path / "config.yaml"))) if is_run(path) else None
     folder = path if system is None else path / (system.merged or "merged")
-    for part in (folder, path / "masks"):
-        finish_replacement(part)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{path}: no checkpoint there (config.json). Give a run that has written one, or the checkpoint's folder.")
     masks = next((place for place in (path / "masks", path) if (place / "masks.safetensors").exists()), None) if system and system.saved else None

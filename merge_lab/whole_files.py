@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['logger', 'UNFINISHED', 'LOCK', 'readable', 'room_for', 'share_files', 'atomic_path', 'write_text', 'write_json',
-           'alone_in', 'finish_replacement', 'whole_folder', 'save_tensors', 'whole_checkpoint', 'sweep',
-           'check_disk_space']
+           'alone_in', 'finish_replacement', 'finish_parts', 'check_unwritten', 'whole_folder', 'save_tensors',
+           'whole_checkpoint', 'sweep', 'check_disk_space']
 
 # %% ../nbs/00_whole_files.ipynb #5be11a03
 import errno
 import glob
+import hashlib
 import json
 import logging
 import os
+import random
 import re
 import shutil
 import stat
 import tempfile
+import time
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, ExitStack, nullcontext
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
@@ -141,14 +144,22 @@ _MAKING, _OLD, _MADE = "unfinished", "replaced", "finished"  # in the hidden fol
 _CHECKPOINT = f"{UNFINISHED}checkpoint-"  # begins the name of that folder where it is in the one that it is for
 
 
-def _abandoned(folder: Path) -> Iterator[Path]:
-    "Hidden folders of `whole_folder` beside a folder and of `whole_checkpoint` in it, each held; those of processes at work are passed over."
+def _works(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    "Hidden folders of `whole_folder` beside a folder and of `whole_checkpoint` in it, and what is in them, whoever writes or wrote there."
     beside = folder.parent.glob(f".{glob.escape(folder.name)}.????????") if folder.name else ()
     for work in (*beside, *folder.glob(f"{_CHECKPOINT}*")):
         try:
             held = {path.name for path in work.iterdir() if not path.name.startswith(UNFINISHED)}
-            if not held <= {LOCK, _MAKING, _OLD, _MADE}:
-                continue  # not ours
+        except OSError:  # it is gone by now, or it may not be read
+            continue
+        if held <= {LOCK, _MAKING, _OLD, _MADE}:  # else not ours
+            yield work, held
+
+
+def _abandoned(folder: Path) -> Iterator[Path]:
+    "Those of them whose processes are gone, each held."
+    for work, held in _works(folder):
+        try:
             with alone_in(work, wait=5 if _OLD in held and not folder.exists() else 0):
                 yield work
         except OSError:  # another process is at it, or it may not be touched
@@ -158,14 +169,19 @@ def _abandoned(folder: Path) -> Iterator[Path]:
 _READ_FIRST = {"config.json", "adapter_config.json", "merger_config.json"}  # without which nothing is loaded
 
 
-def _in_order(folder: Path) -> list[Path]:
-    "What is in a folder, if it is there; what is read first comes last."
-    return sorted(folder.iterdir() if folder.exists() else (), key=lambda path: (path.name in _READ_FIRST, path.name))
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    "Paths by their names; what is read first comes last."
+    return sorted(paths, key=lambda path: (path.name in _READ_FIRST, path))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    "Files and links in a folder and below; what is read first comes last."
+    return _in_order(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
 
 def _put(made: Path, folder: Path):
     "Move what was made over what is there; other files of a folder that is there stay."
-    for path in _in_order(made):
+    for path in _in_order(made.iterdir()):
         place = folder / path.name
         if path.is_dir() and place.is_dir():
             _put(path, place)
@@ -180,9 +196,10 @@ def _settle(work: Path, folder: Path):
     "End a replacement that was cut short, in a folder: with what was made, if all of it was, else with what was there."
     if (work / _MADE).exists():
         _put(work / _MADE, folder)
-    for path in _in_order(work / _OLD) if not (work / _MADE).exists() else ():
-        if not (folder / path.name).exists():
-            os.replace(path, folder / path.name)
+    for path in _files_in(work / _OLD) if not (work / _MADE).exists() else ():
+        if not (place := folder / path.relative_to(work / _OLD)).exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
     shutil.rmtree(work / _OLD, ignore_errors=True)
     if not (work / _OLD).exists():  # as long as it is there, `finished` tells that it is not wanted any more
         shutil.rmtree(work, ignore_errors=True)
@@ -206,6 +223,16 @@ def finish_replacement(
         shutil.rmtree(work, ignore_errors=True)
     return named
 
+# %% ../nbs/00_whole_files.ipynb #dd49ffef
+def finish_parts(
+    folder: str | Path,  # of a run, or a checkpoint
+) -> Path:
+    "The folder, with what a kill cut short in it and in the folders in it finished as `finish_replacement` does."
+    named = finish_replacement(folder)
+    for part in sorted({work.parent for work in Path(folder).glob(f"*/{_CHECKPOINT}*")}):
+        finish_replacement(part)
+    return named
+
 # %% ../nbs/00_whole_files.ipynb #585bf302
 def _move(work: Path, folder: Path):
     "Move what was made, or all that is in it, where files may be. Raises `FileExistsError` where a folder in it would go over one that holds something."
@@ -220,23 +247,67 @@ def _move(work: Path, folder: Path):
         folder.rmdir()
     os.replace(work / _MAKING, folder)
 
+# %% ../nbs/00_whole_files.ipynb #2d2df383
+_PATIENCE = 1.0  # seconds that a writer waits for another one
 
+
+def _is_written(
+    folder: Path,
+    own: Path | None = None,  # hidden folder of who asks
+) -> bool:
+    "Whether anybody else makes what shall have its place in a folder; what nobody makes any more is settled first."
+    finish_replacement(folder)
+    for work, held in _works(folder):
+        try:
+            if work != own and LOCK in held:
+                with alone_in(work):
+                    pass
+        except FileExistsError:
+            return True
+        except OSError:  # it may not be touched
+            continue
+    return False
+
+
+def check_unwritten(
+    folder: str | Path,
+    wait: float = _PATIENCE,  # seconds
+):
+    "Raise `FileExistsError` if another process, or another thread of this one, writes a checkpoint, masks or an export into a folder. Nothing is made."
+    until = time.monotonic() + wait
+    while _is_written(Path(folder).resolve()):
+        if time.monotonic() > until:
+            raise FileExistsError(_taken(folder))
+        time.sleep(0.05)
+
+
+def _taken(folder: str | Path) -> str:
+    return f"{_shown(folder)}: another process is at work in it: it writes a checkpoint, masks or an export there. Wait until it has ended, or choose another folder."
+
+# %% ../nbs/00_whole_files.ipynb #ca71c71b
 @contextmanager
 def _held_work(
+    folder: Path,  # that something is made for
     place: Path,  # folder that it is in
     prefix: str,  # of its name
 ) -> Iterator[Path]:
-    "Yield a hidden folder, held, with one in it for what is made; it is the caller's to remove."
-    with ExitStack() as stack:
-        while True:
+    "Yield a hidden folder, held, with one in it for what is made; it is the caller's to remove. Raises `FileExistsError` if somebody else writes into `folder`."
+    until = time.monotonic() + _PATIENCE
+    while True:
+        with ExitStack() as stack:
             work = Path(tempfile.mkdtemp(dir=place, prefix=prefix))
             try:
                 stack.enter_context(alone_in(work))
                 (work / _MAKING).mkdir()  # one level down: after a kill nothing beside `folder` loads
-                break
             except (FileExistsError, FileNotFoundError):  # before it was held, another process took it for abandoned
-                stack.close()
-        yield work
+                continue
+            if not _is_written(folder, work):
+                yield work
+                return
+            shutil.rmtree(work, ignore_errors=True)
+        if time.monotonic() > until:
+            raise FileExistsError(_taken(folder))
+        time.sleep(random.uniform(0.02, 0.2))  # two that gave way to each other do not do so again
 
 # %% ../nbs/00_whole_files.ipynb #3cde6977
 @contextmanager
@@ -244,16 +315,17 @@ def whole_folder(
     folder: str | Path,  # may exist; what is in it stays
     instead: bool = False,  # put what was made in place of what is there
 ):
-    "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not. Raises `FileExistsError` where a folder in it would go over one that holds something."
+    "Yield a temporary folder beside `folder`; what the block put into it moves there if the block succeeds, and is removed if not. Raises `FileExistsError` where a folder in it would go over one that holds something, or where another process is at work in `folder`."
     folder = finish_replacement(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = None
     try:
-        with _held_work(folder.parent, f".{folder.name}.") as work:
+        with _held_work(folder, folder.parent, f".{folder.name}.") as work:
             yield work / _MAKING
-            if instead and folder.exists():
-                os.rename(folder, work / _OLD)
-            _move(work, folder)
+            with alone_in(folder, wait=_PATIENCE) if (folder / LOCK).exists() else nullcontext():  # of a run that was begun there since
+                if instead and folder.exists():
+                    os.rename(folder, work / _OLD)
+                _move(work, folder)
     finally:
         if work is not None and not (work / _MADE).exists():
             if (work / _OLD).exists() and not folder.exists():
@@ -271,31 +343,81 @@ def save_tensors(path: str | Path, tensors: dict[str, "torch.Tensor"]):
 
 # %% ../nbs/00_whole_files.ipynb #5d97e2d8
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # as transformers names them; others are the user's
+_RECORD = ".written.json"  # in a folder: of each kind of checkpoint that was written there, by the file that is read first, its files and their digests
+_COMPANIONS = {  # what goes with a checkpoint that has no such record, as transformers and we name it
+    "config.json": (
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+        "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json", "SHA256SUMS", "dequantized.json", "export.json",
+    ),
+    "merger_config.json": ("dam.json",),
+}  # fmt: skip
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, str]]:  # kind -> file -> digest
+    "What was written into a folder; nothing where that is not told."
+    try:
+        return {kind: dict(files) for kind, files in json.loads((folder / _RECORD).read_text(encoding="utf-8")).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _record(made: Path, folder: Path):
+    "Write down what is made, beside what was written into its folder before; weights are known by their names."
+    files = {str(path.relative_to(made)): path for path in _files_in(made) if path.suffix != ".safetensors" and not _WEIGHTS.fullmatch(path.name)}
+    companions = {name: _digest(path) for name, path in files.items() if name not in _READ_FIRST}
+    if kinds := _READ_FIRST & files.keys():
+        write_json(made / _RECORD, dict(sorted((_recorded(folder) | dict.fromkeys(kinds, companions)).items())))
+
+# %% ../nbs/00_whole_files.ipynb #ef0aa641
+def _companions(kind: str, folder: Path) -> set[str]:
+    "Files of an earlier checkpoint beside that which is read first, as they were written; those that were changed since are somebody's."
+    known, names = _recorded(folder), {path.name for path in folder.iterdir()}
+    if kind not in known:
+        return set(_COMPANIONS.get(kind, ())) if kind in names and any(name.endswith(".safetensors") for name in names) else set()
+    inside = (name for name in known[kind] if (folder / name).parent.resolve().is_relative_to(folder))
+    return {name for name in inside if (folder / name).is_file() and _digest(folder / name) == known[kind][name]}
 
 
 def _replaced_by(made: Path, folder: Path) -> list[Path]:
     "Files of an earlier checkpoint that must not be there with those of a new one; what is read first comes first."
     names = {path.name for path in made.iterdir()}
     gone = _READ_FIRST & names if any(name.endswith(".safetensors") for name in names) else set()
+    for kind in _READ_FIRST & names:
+        gone |= {name for name in _companions(kind, folder) if not (made / name).exists()}
     if any(_WEIGHTS.fullmatch(name) for name in names):
         gone |= {"config.json", *(path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))}
-    return [path for path in reversed(_in_order(folder)) if path.name in gone]
+    return list(reversed(_in_order(path for name in gone if (path := folder / name).is_symlink() or path.is_file())))
 
 
+def _move_aside(paths: Iterable[Path], folder: Path, old: Path):
+    "Move files of a folder into another one; folders that are empty then go."
+    old.mkdir()
+    for path in paths:
+        place = old / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(path, place)
+        if path.parent != folder and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+# %% ../nbs/00_whole_files.ipynb #5b1450b9
 @contextmanager
 def whole_checkpoint(
     folder: str | Path,  # made if it is not there; other files than a checkpoint's stay
 ):
-    "Yield an empty folder; what the block writes there becomes the checkpoint in `folder` if it succeeds, and is removed if not. Raises `OSError` where nothing can be written. One process at a time writes into a folder."
+    "Yield an empty folder; what the block writes there becomes the checkpoint in `folder` if it succeeds, and is removed if not; an earlier one goes with all that was written with it. Raises `OSError` where nothing can be written, `FileExistsError` where somebody else writes into the folder."
     folder = Path(folder).resolve()
+    check_unwritten(folder, _PATIENCE)
     folder.mkdir(parents=True, exist_ok=True)
-    with _held_work(finish_replacement(folder), _CHECKPOINT) as work:
+    with _held_work(folder, folder, _CHECKPOINT) as work:
         try:
             yield work / _MAKING
+            _record(work / _MAKING, folder)
             share_files(work / _MAKING)
-            (work / _OLD).mkdir()
-            for path in _replaced_by(work / _MAKING, folder):
-                os.rename(path, work / _OLD / path.name)
+            _move_aside(_replaced_by(work / _MAKING, folder), folder, work / _OLD)
             os.rename(work / _MAKING, work / _MADE)
         finally:
             _settle(work, folder)

@@ -18,12 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import merge_lab
+from merge_lab import exports
 from merge_lab.cli import main
 from merge_lab.components import load_model
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.run_folder import alone_in, bundled_path, damage_of, last_checkpoint, read_history, RunInterrupted, save_tensors, sweep, UNFINISHED
 from merge_lab.run_folder import finish_replacement, whole_checkpoint, whole_folder, write_text
+from merge_lab.runs import Run
 from merge_lab.stopping import StopCallback
 from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
@@ -237,28 +239,33 @@ EARLIER_AND_LATER = {  # files of two checkpoints, the second in place of the fi
     "plain": (("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"), ("config.json", "model.safetensors", "tokenizer.json")),
     "shards": (("config.json", "model.safetensors", "templates/more.jinja"), ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "templates/more.jinja")),
     "adapter": (("adapter_config.json", "adapter_model.safetensors"),) * 2,
-    "masks": (("merger_config.json", "masks.safetensors"),) * 2,
+    "masks": (("merger_config.json", "masks.safetensors", "dam.json"), ("merger_config.json", "masks.safetensors")),
+    "talking": (("config.json", "model.safetensors", "chat_template.jinja", "templates/more.jinja"), ("config.json", "model.safetensors")),
 }
 
 
 @pytest.mark.parametrize("kind", EARLIER_AND_LATER)
 def test_a_checkpoint_is_the_earlier_or_the_later_one_wherever_a_kill_comes(kind, tmp_path):
+    "It has its own files and no other's, but for those that somebody has put there."
     folder, seen, calls = tmp_path / "out", set(), 0
     first, second = EARLIER_AND_LATER[kind]
 
-    def replace():
+    def write(names, told):
         with whole_checkpoint(folder) as made:
-            for name in second:
-                write_text(made / name, "later")
+            for name in names:
+                write_text(made / name, told)
+
+    def replace():
+        write(second, "later")
 
     def found():
-        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+        return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file() and path.name != ".written.json"}
 
     wanted = [{"notes.md": "mine"} | dict.fromkeys(names, told) for names, told in ((first, "earlier"), (second, "later"))]
     while True:
         shutil.rmtree(folder, ignore_errors=True)
-        for name, told in wanted[0].items():
-            write_text(folder / name, told)
+        write(first, "earlier")
+        write_text(folder / "notes.md", "mine")
         ended = killed_after(calls, replace)
         until_whole(calls % 7, lambda: finish_replacement(folder))
         sweep(folder)
@@ -291,6 +298,24 @@ def test_parts_of_a_folder_that_a_kill_left_to_be_moved_get_their_place(tmp_path
     assert seen == {("mine.txt",), ("a", "b", "c", "mine.txt")} and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("part", ["merged", "masks"])
+def test_who_takes_a_run_elsewhere_finishes_what_a_kill_left_in_it(part, copied):
+    "Export and the browser of runs see the checkpoint, or the masks, that had only to be moved."
+    folder = Path(copied.output_dir, part)
+    before, work = bytes_of(folder), folder / ".unfinished-checkpoint-abcdefgh"
+    for name in ("finished", "replaced"):
+        (work / name).mkdir(parents=True)
+    for name in ("config.json", "merger_config.json", "masks.safetensors"):
+        if (folder / name).exists():
+            (folder / name).rename(work / "finished" / name)
+    found = exports.find_source(copied.output_dir)
+    assert (found.plain if part == "merged" else found.masks) == folder and bytes_of(folder) == before
+    (work / "replaced").mkdir(parents=True)
+    (folder / "README.md").rename(work / "replaced" / "README.md") if part == "merged" else (folder / "merger_config.json").rename(work / "replaced" / "merger_config.json")
+    run = Run(copied.output_dir)
+    assert run.merged and run.masks and bytes_of(folder) == before
+
+
 def test_saved_masks_are_of_one_merger_wherever_a_kill_comes(tmp_path):
     paths = [str(save_tiny(model, tmp_path / name)) for name, model in zip("ab", tiny_experts(n=2))]
     one, other = (Merger.from_config(MergerConfig(paths, mode=mode)) for mode in ("scalar", "vector_input"))
@@ -305,6 +330,81 @@ def test_saved_masks_are_of_one_merger_wherever_a_kill_comes(tmp_path):
         assert loaded.mask_state().keys() == one.mask_state().keys()
         calls += 2
     assert seen == {"ended", "scalar", "vector_input"}
+
+
+WRITERS = {"checkpoint": whole_checkpoint, "folder": whole_folder, "in its place": lambda folder: whole_folder(folder, instead=True)}
+
+
+def writes(writer, folder, told):
+    "Make one file in a folder by a writer, which yields when it is there."
+    with writer(folder) as made:
+        write_text(made / "merger_config.json", told)
+        yield made
+
+
+@pytest.mark.parametrize("first", WRITERS)
+@pytest.mark.parametrize("second", WRITERS)
+def test_two_that_write_into_one_folder_do_so_one_after_the_other(first, second, tmp_path, monkeypatch):
+    "The second is refused while the first is at work, leaves nothing, and goes on once the first has ended or was killed."
+    monkeypatch.setattr("merge_lab.whole_files._PATIENCE", 0.1)
+    folder = tmp_path / "out"
+    at_work = writes(WRITERS[first], folder, "first")
+    next(at_work)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="out: another process is at work in it: it writes"):
+        next(writes(WRITERS[second], folder, "second"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert list(at_work) == [] and (folder / "merger_config.json").read_text() == "first"
+    if not (child := os.fork()):
+        next(writes(WRITERS[first], folder, "killed"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert list(writes(WRITERS[second], folder, "second"))
+    assert (folder / "merger_config.json").read_text() == "second" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_many_writers_of_one_folder_lose_nothing(tmp_path):
+    "Each is refused or writes all; what is there is of one of them."
+    children = []
+    for told in "abcd":
+        if not (child := os.fork()):
+            ended = 0
+            for _ in range(15):
+                try:
+                    with whole_checkpoint(tmp_path / "out") as made:
+                        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+                            write_text(made / name, told)
+                    ended += 1
+                except FileExistsError:
+                    continue
+            os._exit(ended)
+        children.append(child)
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    told = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.name != ".written.json"}
+    assert sum(ended) and len(set(told.values())) == 1 and len(told) == 3
+
+
+def test_a_run_and_an_export_do_not_write_into_one_folder(copied, tmp_path):
+    "Whichever comes second is refused, and nothing of the first is lost."
+    folder = tmp_path / "out"
+    with whole_folder(folder, instead=True) as made:  # what `merge-lab export` does
+        write_text(made / "export.json", "{}")
+        with pytest.raises(FileExistsError, match="another process is at work in it: it writes"):
+            run(dataclasses.replace(copied, output_dir=str(folder), resume=False), progress=False)
+    assert [path.name for path in folder.iterdir()] == ["export.json"]
+
+    made = exports.whole_folder(folder := tmp_path / "new")
+    made.__enter__()
+    write_text(folder / "config.yaml", "of a run that was begun since")
+    with pytest.raises(FileExistsError, match="is no export"):
+        made.__exit__(None, None, None)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+    before = bytes_of(copied.output_dir)
+    with alone_in(copied.output_dir), pytest.raises(FileExistsError, match="another process is at work in it"):
+        Run(copied.output_dir).export()
+    assert bytes_of(copied.output_dir) == before
+    assert Run(copied.output_dir).export() == Path(copied.output_dir) / "merged"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
