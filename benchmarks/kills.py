@@ -327,9 +327,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=str(bundled_path("benchmarks") / "kills.json"), help="JSON file of the counts, which goes on with those that it has")
     asked = parser.parse_args()
     until, out = time.monotonic() + 60 * asked.minutes, Path(asked.out).absolute()
-    found = json.loads(out.read_text())["counts"] if out.exists() else {}
+    before = json.loads(out.read_text()) if out.exists() else {}
+    found = before.get("counts", {})
+    killed = ", ".join(filter(None, dict.fromkeys([*before.get("commit", "").split(", "), commit()])))  # counts of several versions are told as such
     about = {
-        "what": "Signals at random moments of short runs on tiny models; then each run is taken up again.", "command": f"python benchmarks/kills.py --times {asked.times}", "commit": commit(),
+        "what": "Signals at random moments of short runs on tiny models; then each run is taken up again.", "command": f"python benchmarks/kills.py --times {asked.times}", "commit": killed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}, "seed": asked.seed,
     }  # fmt: skip
     warm()
@@ -338,7 +340,7 @@ if __name__ == "__main__":
         for subject in asked.subjects:
             row = found.setdefault(subject, {"tries": 0, **dict.fromkeys(COUNTS, 0), "by": {}, "wrong": []})
             if row["hits"] < asked.times and time.monotonic() < until:
-                measure(subject, Path(ground), row, asked, until, lambda: write_json(out, about | {"counts": found}))
+                measure(subject, Path(ground), row, asked, until, lambda: write_json(out, before | about | {"counts": found}))
         os.chdir(tempfile.gettempdir())
     print(report(found))
     raise SystemExit(any(row["wrong"] for row in found.values()))

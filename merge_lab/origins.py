@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STORED', 'MOST_LOOKED_AT', 'SUMS_FILE', 'stored_dtype', 'disagreements', 'check_finite', 'check_some_rows',
            'tokens_without_row', 'check_special_tokens', 'mergekit_remarks', 'remarks', 'as_it_stands', 'summed_files',
-           'prove_whole', 'check_sums']
+           'write_sums', 'prove_whole', 'check_sums']
 
 # %% ../nbs/07_origins.ipynb #fa69140d
 import json
@@ -151,7 +151,15 @@ def summed_files(
     folder: Path,  # of a checkpoint
 ) -> list[Path]:
     "Files of a checkpoint that its checksums are of."
-    return [*sorted(folder.glob("model*.safetensors*")), folder / "config.json"]
+    quantised = [*folder.glob("layer-?????.safetensors"), *folder.glob("others.safetensors")]
+    return [*sorted(folder.glob("model*.safetensors*")), *sorted(quantised), folder / "config.json"]
+
+
+def write_sums(
+    folder: str | Path,  # of a checkpoint, or of a quantised model
+):
+    "Write checksums beside it."
+    write_text(Path(folder) / SUMS_FILE, "".join(f"{sha256_of(file)}  {file.name}\n" for file in summed_files(Path(folder))))
 
 
 def prove_whole(
@@ -169,7 +177,7 @@ def prove_whole(
                 tensor = tensors.get_tensor(name)
                 if not (tensor.numel() == 1 and tensor.isinf().all()):  # a bound
                     check_finite(folder, name, tensor, file.name)
-    write_text(folder / SUMS_FILE, "".join(f"{sha256_of(file)}  {file.name}\n" for file in summed_files(folder)))
+    write_sums(folder)
     return len(files.headers)
 
 # %% ../nbs/07_origins.ipynb #d2d3c2dd

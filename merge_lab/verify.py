@@ -6,7 +6,7 @@
 __all__ = ['logger', 'GGUF_PACKAGES', 'GGUF_TYPES', 'READERS', 'told', 'told_here', 'told_of', 'read_whole', 'check_names_of',
            'Reader', 'readers_folder', 'environment', 'convert_to_gguf', 'python_of', 'told_elsewhere',
            'compare_readings', 'told_by', 'compare_readers', 'stored_in', 'check_against_masks', 'VerifyConfig',
-           'checkpoint_of', 'text_tokens', 'run', 'show_verified']
+           'is_quantised', 'checkpoint_of', 'text_tokens', 'told_by_precisions', 'run', 'show_verified']
 
 # %% ../nbs/39_verify.ipynb #2658b391
 import dataclasses
@@ -29,7 +29,8 @@ from filelock import FileLock
 
 from .checkpoints import LOAD_LOCK, cache_folder, load_tokenizer
 from .commands import find_object, kind_of, SYSTEMS
-from .config import check_choice, check_options, option, read_yaml
+from .config import check_choice, check_options, option, read_json, read_yaml
+from .nested_model import load_skeleton, memory_table, METHOD, NestedModel, pick_precisions, read_quantized
 from .origins import check_sums
 from .run_folder import finish_parts, is_run
 from .weight_files import read_headers
@@ -358,6 +359,12 @@ class VerifyConfig:
             check_choice("against", name, READERS)
 
 
+def is_quantised(folder: str | Path) -> bool:
+    "Whether `merge-lab quantize` has finished a model there."
+    file = Path(folder) / "config.json"
+    return file.is_file() and (read_json(file).get("quantization_config") or {}).get("quant_method") == METHOD
+
+
 def checkpoint_of(path: str | Path) -> tuple[Path, Path | None, str]:  # checkpoint, its masks, class that reads them
     "Where a run's checkpoint and masks are. Raises `FileNotFoundError` if there is no checkpoint."
     path = finish_parts(path)
@@ -378,14 +385,53 @@ def text_tokens(
 
     return load_tokenizer(folder).encode("\n".join(topics[name] for name in sorted(topics)))[:n]
 
+# %% ../nbs/39_verify.ipynb #7557b87a
+def _nested(folder: Path) -> NestedModel:
+    "A quantised model at all of its precisions. Raises `ValueError` that names what is missing."
+    try:
+        return NestedModel(load_skeleton(folder, pick_precisions(read_quantized(folder), None)))
+    except KeyError as error:
+        raise ValueError(f"{folder}: {error.args[0]} is missing. Quantise the model again.") from error
+
+
+@torch.no_grad()
+def told_by_precisions(
+    folder: str | Path,  # of a quantised model
+    tokens: list[int],
+    source: str | Path | None = None,  # model that it was made of; None: it is not there
+) -> pd.DataFrame:  # index model; bits (a weight, tables included), loss (nats a token), same (it gives numbers)
+    "What a quantised model says of a text at each of its precisions. Raises `ValueError` for one that is not whole."
+    model, rows, ids = _nested(Path(folder)), {}, torch.tensor([tokens])
+    for bits, real in zip(model.precisions, memory_table(model).real_bits[1:]):
+        with model.set_precision(bits):
+            model.plan.fixed = model.assignment
+            found = told(model.model(input_ids=ids, use_cache=False).logits[0].float().numpy(), tokens)
+        rows[f"{bits} bits"] = {"bits": real, "loss": -found.logprob.mean(), "same": bool(np.isfinite(found.logprob).all())}
+    if source is not None:
+        rows["as it was"] = {"bits": np.nan, "loss": -told_here(source, tokens).logprob.mean(), "same": True}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
+
+
+def _verify_quantised(folder: Path, config) -> pd.DataFrame:  # as `told_by_precisions`
+    "Read a quantised model back. Raises `ValueError` for one that is not whole, or where other readers are asked for."
+    if config.against:
+        raise ValueError(f"against={config.against}: {folder} is quantised at nested precisions, which only this package reads. Leave it out.")
+    source = read_yaml(folder / "config.yaml").get("model_path") if is_run(folder) else None
+    table = told_by_precisions(folder, text_tokens(folder, config.tokens), source if source and (Path(source) / "config.json").exists() else None)
+    logger.info("%s: read at %d precisions, with no tensor missing", folder, table.bits.notna().sum())
+    return table
+
 # %% ../nbs/39_verify.ipynb #a493769e
 def run(config: VerifyConfig) -> pd.DataFrame:  # index reader; columns as in `compare_readers`
-    "Read a checkpoint back, here and elsewhere. Raises `ValueError` or `FileNotFoundError` for one that is not whole."
+    "Read a checkpoint back, here and elsewhere; a quantised model at each of its precisions (`told_by_precisions`). Raises `ValueError` or `FileNotFoundError` for one that is not whole."
     if not config.path:
         raise ValueError("path='': expected a run, or the folder of a checkpoint. Say what to read back: merge-lab verify runs/mine")
-    folder, masks, saved = checkpoint_of(config.path)
+    quantised = is_quantised(finish_parts(config.path))
+    folder, masks, saved = (Path(config.path), None, "") if quantised else checkpoint_of(config.path)
     if n := check_sums(folder):
         logger.info("%s: %d files are what was written, by their checksums", folder, n)
+    if quantised:
+        return _verify_quantised(folder, config)
     tokens = text_tokens(folder, config.tokens)
     told_here(folder, tokens)
     logger.info("%s: read here, with no tensor missing or left over", folder)
@@ -400,5 +446,8 @@ def show_verified(table: pd.DataFrame) -> int:  # exit status: 0 if all read the
     if len(table):
         print(table.to_string(float_format="{:.4g}".format))
     wrong = list(table.index[~table.same.astype(bool)])
+    if "bits" in table:
+        print(f"No numbers at {', '.join(wrong)}." if wrong else "The quantised model is whole: each precision reads the text.")
+        return int(bool(wrong))
     print(f"Read otherwise by {', '.join(wrong)}." if wrong else "The checkpoint means the same wherever it was read.")
     return int(bool(wrong))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .run_folder import check_disk_space, save_tensors, whole_checkpoint, write_json, write_text
+from .run_folder import check_disk_space, room_for, save_tensors, whole_checkpoint, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -322,11 +322,12 @@ def save_plain(
     max_shard_size: str | int = "2GB",
     check: Callable[[Path], object] | None = None,  # called with the checkpoint before it goes to its place
 ):
-    "Write a model as a checkpoint that this transformers and older readers read alike."
+    "Write a model as a checkpoint that this transformers and older readers read alike. Raises `OSError` with the file's name if the disk does not take it."
     if getattr(model, "generation_config", None) is not None:
         model.generation_config = mended_generation(model.generation_config)
     with whole_checkpoint(folder) as place:
-        model.save_pretrained(place, max_shard_size=max_shard_size)
+        with room_for(place / "model.safetensors", sum(tensor.nbytes for tensor in model.state_dict().values())):
+            model.save_pretrained(place, max_shard_size=max_shard_size)
         write_model_config(model.config, place)
         if tokenizer is not None:
             write_tokenizer(tokenizer, place)

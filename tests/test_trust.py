@@ -5,6 +5,7 @@ import json
 import os
 import pickletools
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from merge_lab.runs import Run
 from merge_lab.stopping import StopCallback
 from merge_lab.systems import lora_merge, quantize
 from merge_lab.systems.mask_merge import demo_config, run
-from merge_lab.tinylm import save_tiny, tiny_experts
+from merge_lab.tinylm import save_tiny, tiny_experts, tiny_model
 from small_runs import ADAPTERS, DAM, LAYERS, LORA, make_ground, MERGE, QUANTIZE, ROUTER, sealed_checkpoint, SignalAt, small, stopping_at, TRAIN
 
 
@@ -528,6 +529,33 @@ def test_a_full_disk_is_told_with_file_and_bytes(name, here, monkeypatch, capsys
     assert re.search(r"out\S+safetensors: could not be written .*No space left.*are needed and .* are free.*--resume", told.splitlines()[-1]), told
 
 
+@pytest.mark.parametrize("name", ["layer-merge", "lora"])
+def test_a_disk_that_takes_no_whole_model_is_told_with_file_and_bytes(name, here, capsys):
+    "Also where transformers writes: the operating system refuses what is longer than any other file of the run."
+    words, before = RUNS[name][0], resource.getrlimit(resource.RLIMIT_FSIZE)
+    if name == "layer-merge":  # or a layer less would leave too little
+        save_tiny(tiny_model("llama", hidden_size=64), "a")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, before[1]))
+    try:
+        status = main(words.split())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().err
+    assert status == 2 and "Traceback" not in told
+    assert re.search(r"out\S*merged/model.safetensors: could not be written .*too large.*are needed and .* are free", told.splitlines()[-1]), told
+    assert not Path("out/merged/config.json").exists()
+    assert main([*words.split(), "--resume"]) == 0  # with more room
+
+
+def test_a_router_without_a_folder_says_where_it_is(here, capsys):
+    "It is made where the command is started, told at the end, and begun a second time only if that is asked for."
+    words, before = ROUTER.replace(" --output_dir out", "").split(), {path.name for path in here.iterdir()}
+    assert main(words) == 0 and "router_checkpoints" in capsys.readouterr().out
+    assert {path.name for path in here.iterdir()} - before == {"router_checkpoints"}
+    made = bytes_of("router_checkpoints")
+    assert main(words) == 2 and "router_checkpoints already holds a run" in capsys.readouterr().err and bytes_of("router_checkpoints") == made
+
+
 def test_a_report_of_models_with_dollars_in_their_names_is_written(here):
     for name, other in (("a", "a$b_{c$"), ("b", "$100")):
         shutil.copytree(name, other)
@@ -683,3 +711,26 @@ def test_an_audit_that_asked_nobody_is_no_good_news(tmp_path):
     assert audit.told({"dependencies": [skipped, fine]}) == (0, "1 packages audited, 0 known faults; 1 could not be asked about: torch.")
     assert audit.told({"dependencies": [bad, fine]}) == (1, "urllib3 1: PYSEC-1, mended in 2\n2 packages audited, 1 known faults.")
     assert audit.main(sys.executable, "nothing.txt") == 2  # a program that gives no report
+
+
+def test_a_quantised_folder_is_verified(here, capsys):
+    "Each precision reads the text; what is missing, damaged or no number is named."
+    file, again = Path("q/layer-00001.safetensors"), ["verify", "q", "--tokens", "16"]
+    assert main(again) == 0
+    told = capsys.readouterr().out
+    assert "The quantised model is whole" in told and all(f"{bits} bits" in told for bits in range(3, 9)) and "as it was" in told
+    assert main([*again, "--against", "gguf"]) == 2 and "only this package reads" in capsys.readouterr().err
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert main(again) == 2 and "layer-00001.safetensors is not what was written" in capsys.readouterr().err
+    file.unlink()
+    assert main(again) == 2 and "layer-00001.safetensors" in capsys.readouterr().err
+    Path("q/SHA256SUMS").unlink()
+    assert main(again) == 2 and "layer-00001.safetensors: it cannot be read" in capsys.readouterr().err
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".planes"))
+    save_tensors(file, {key: tensor for key, tensor in tensors.items() if key != name})
+    assert main(again) == 2 and f"{name} is missing" in capsys.readouterr().err
+    save_tensors(file, {key: tensor * torch.nan if tensor.is_floating_point() else tensor for key, tensor in tensors.items()})
+    assert main(again) == 2 and "decoder layer 1 gave NaN or infinity" in capsys.readouterr().err

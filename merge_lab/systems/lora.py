@@ -38,7 +38,7 @@ from ..lesson import patch_to
 from ..packing import eager_attention, shared_lines, SHORT
 from ..provenance import check_same_inputs, note_inputs
 from merge_lab.run_folder import (
-    begin_run, bundled_path, check_one_process, check_start, checkpoint_to_resume, one_run, resume_command, share_files, steps_of, stopped, whole_checkpoint, write_json, write_text,
+    begin_run, bundled_path, check_one_process, check_start, checkpoint_to_resume, one_run, resume_command, room_for, share_files, steps_of, stopped, whole_checkpoint, write_json, write_text,
 )
 from merge_lab.sft_data import (
     bytes_of_token, check_padding, count_words, curriculum, encode_dataset, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
@@ -372,9 +372,10 @@ def write_card(
 
 
 def save_adapter(lora: SmoLoRA, folder: str | Path):
-    "Write the adapter in memory with its card, for everyone to read."
+    "Write the adapter in memory with its card, for everyone to read. Raises `OSError` with the file's name if the disk does not take it."
     with whole_checkpoint(folder) as place:
-        lora.model.save_pretrained(str(place))
+        with room_for(place / "adapter_model.safetensors", sum(p.nbytes for p in lora.model.parameters() if p.requires_grad)):
+            lora.model.save_pretrained(str(place))
         write_card(place, lora.base_model_name, recorded(lora.output_dir).get("recipe", {}))
 
 # %% ../../nbs/40_systems/04_lora.ipynb #38d92631

@@ -26,6 +26,7 @@ from ..devices import find_device
 from ..layerwise import check_single_layers, SingleLayers
 from ..logs import tqdm
 from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, memory_table, write_quantized
+from ..origins import write_sums
 from ..provenance import check_same_inputs, note_inputs
 from ..routed_model import LayerwiseQuantizeForCausalLM, MIXES_FILE, read_mixes
 from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run, resume_command, write_json
@@ -232,6 +233,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     bits = dict(seed_precision=config.seed_precision, parent_precision=config.parent_precision)
     known = {} if has_all_layers(config.output_dir, model) else calibrate(config.method, model, windows)
     write_quantized(model, tokenizer, folder, **known, **bits, progress=lambda layers: tqdm(layers, desc="quantise", unit="layer"))
+    write_sums(folder)
     logger.info("quantised model in %s", folder)
     if config.static:
         del model, known
