@@ -62,11 +62,12 @@ def table(root: Path = ROOT) -> str:
 def kills(root: Path = ROOT) -> str:
     "How often runs were killed, and what came of it."
     facts = json.loads((root / "data" / "benchmarks" / "kills.json").read_text(encoding="utf-8"))
-    rows = facts["counts"].values()
-    least, most = min(row["hits"] for row in rows), max(row["hits"] for row in rows)
-    hits, identical, refused, corrupt, mixed = (sum(row[name] for row in rows) for name in ("hits", "identical", "refused", "corrupt", "mixed"))
+    newest, every = list(facts["counts"].values()), [*facts["counts"].values(), *facts.get("earlier", {}).get("counts", {}).values()]
+    hits, identical, refused, corrupt, mixed = (sum(row[name] for row in every) for name in ("hits", "identical", "refused", "corrupt", "mixed"))
+    least, most, latest = min(row["hits"] for row in newest), max(row["hits"] for row in newest), sum(row["hits"] for row in newest)
+    which = f"{latest} of them, {least if least == most else f'{least} to {most}'} of each kind, on version {facts['commit']}"
     return (
-        f"Killed or stopped at random {hits} times ({least if least == most else f'{least} to {most}'} of each kind), {len(rows)} kinds of runs and exports ended with the main file of undisturbed ones, byte for byte, {identical} times, and refused {refused} times\n"
+        f"Killed or stopped at random {hits} times ({which}), {len(newest)} kinds of runs and exports ended with the main file of undisturbed ones, byte for byte, {identical} times, and refused {refused} times\n"
         f"to go on where no whole checkpoint was there yet; {corrupt} files were corrupt and {mixed} checkpoints were mixed (`{facts['command']}`).\n"
     )
 
