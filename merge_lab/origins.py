@@ -161,7 +161,7 @@ def write_sums(
     "Write checksums beside it."
     write_text(Path(folder) / SUMS_FILE, "".join(f"{sha256_of(file)}  {file.name}\n" for file in summed_files(Path(folder))))
 
-
+# %% ../nbs/07_origins.ipynb #0cdb10dc
 def prove_whole(
     folder: str | Path,  # of a checkpoint that was written
 ) -> int:  # how many tensors

@@ -393,7 +393,7 @@ def _nested(folder: Path) -> NestedModel:
     except KeyError as error:
         raise ValueError(f"{folder}: {error.args[0]} is missing. Quantise the model again.") from error
 
-
+# %% ../nbs/39_verify.ipynb #2954ca68
 @torch.no_grad()
 def told_by_precisions(
     folder: str | Path,  # of a quantised model
@@ -411,7 +411,7 @@ def told_by_precisions(
         rows["as it was"] = {"bits": np.nan, "loss": -told_here(source, tokens).logprob.mean(), "same": True}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
-
+# %% ../nbs/39_verify.ipynb #51b4b900
 def _verify_quantised(folder: Path, config) -> pd.DataFrame:  # as `told_by_precisions`
     "Read a quantised model back. Raises `ValueError` for one that is not whole, or where other readers are asked for."
     if config.against:
@@ -440,7 +440,7 @@ def run(config: VerifyConfig) -> pd.DataFrame:  # index reader; columns as in `c
         logger.info("%d tensors are what the masks make of the components, bit for bit", count)
     return compare_readers(folder, config.against, tokens)
 
-
+# %% ../nbs/39_verify.ipynb #674c0588
 def show_verified(table: pd.DataFrame) -> int:  # exit status: 0 if all read the same
     "Print what other readers made of a checkpoint."
     if len(table):

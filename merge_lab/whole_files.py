@@ -178,7 +178,7 @@ def _files_in(folder: Path) -> list[Path]:
     "Files and links in a folder and below; what is read first comes last."
     return _in_order(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
 
-
+# %% ../nbs/00_whole_files.ipynb #2dc3dedb
 def _put(made: Path, folder: Path):
     "Move what was made over what is there; other files of a folder that is there stay."
     for path in _in_order(made.iterdir()):
@@ -268,7 +268,7 @@ def _is_written(
             continue
     return False
 
-
+# %% ../nbs/00_whole_files.ipynb #b7575d99
 def check_unwritten(
     folder: str | Path,
     wait: float = _PATIENCE,  # seconds
@@ -364,7 +364,7 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:  # kind -> file -> dig
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
-
+# %% ../nbs/00_whole_files.ipynb #68318d5a
 def _record(made: Path, folder: Path):
     "Write down what is made, beside what was written into its folder before; weights are known by their names."
     files = {str(path.relative_to(made)): path for path in _files_in(made) if path.suffix != ".safetensors" and not _WEIGHTS.fullmatch(path.name)}
@@ -392,7 +392,7 @@ def _replaced_by(made: Path, folder: Path) -> list[Path]:
         gone |= {"config.json", *(path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))}
     return list(reversed(_in_order(path for name in gone if (path := folder / name).is_symlink() or path.is_file())))
 
-
+# %% ../nbs/00_whole_files.ipynb #3e4ff091
 def _move_aside(paths: Iterable[Path], folder: Path, old: Path):
     "Move files of a folder into another one; folders that are empty then go."
     old.mkdir()
