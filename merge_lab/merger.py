@@ -168,7 +168,7 @@ class Merger(nn.Module):
         self.model = wrap(models, config, self.state)
         self.idle = _drop_idle(self.model)
         if getattr(config, "residual_rank", 0):
-            add_residuals(self.model, config.residual_rank, self.seed)
+            add_residuals(self.model, config.residual_rank)  # drawn with the masks
         if config.frozen_bits:
             code_weights(list(self.leaves().values()), config.frozen_bits, self.state.anchor)
         self.init_masks(config.mask_init)
@@ -222,29 +222,37 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
 
 
 @patch_to(Merger)
+def _parts(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, Tensor]]:
+    "Masks, factors of corrections and units of corrections, by name, from one walk over the leaves."
+    masks, factors, scales = {}, {}, {}
+    for name, leaf, key in self.masked_parameters():
+        masks[name] = leaf.masks[key]
+        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual:
+            factors |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
+            scales[f"{name}.scale"] = leaf.residual_scale
+    return masks, factors, scales
+
+
+@patch_to(Merger)
 def trained(self) -> dict[str, nn.Parameter]:
     "What is trained: masks by the name of the parameter they belong to, and factors of its correction where it has one."
-    found = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
-    for name, leaf, key in self.masked_parameters():
-        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual:
-            found |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
-    return found
+    masks, factors, _ = self._parts()
+    return masks | factors
 
 
 @patch_to(Merger)
 def correction_scales(self) -> dict[str, Tensor]:  # () each
     "Units of the corrections, by the name of the parameter that they belong to."
-    masked = ((name, leaf) for name, leaf, key in self.masked_parameters() if key == "weight" and isinstance(leaf, MaskedModule))
-    return {f"{name}.scale": leaf.residual_scale for name, leaf in masked if leaf.has_residual}
+    return self._parts()[2]
 
 
 @patch_to(Merger)
 @property
 def n_coefficients(self) -> int:
     "Trained numbers, those of corrections among them. A base's own mask has no effect, so it does not count."
-    masks = [leaf.masks[key] for _, leaf, key in self.masked_parameters()]
-    idle = sum(mask.numel() // len(mask) * (len(mask) - self.n_components) for mask in masks) if self.has_base else 0  # by shapes: one process of several may ask
-    return sum(tensor.numel() for tensor in self.trained().values()) - idle
+    masks, factors, _ = self._parts()
+    idle = sum(mask.numel() // len(mask) * (len(mask) - self.n_components) for mask in masks.values()) if self.has_base else 0  # by shapes: one process of several may ask
+    return sum(tensor.numel() for tensor in (masks | factors).values()) - idle
 
 # %% ../nbs/20_merger.ipynb #0fe66f07
 @patch_to(Merger)
@@ -390,7 +398,7 @@ MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 @in_turn
 def mask_state(self) -> dict[str, Tensor]:
     "A copy of what is trained on the CPU, by the name of the parameter it belongs to, with the units of corrections, which would be others from weights of another dtype."
-    return {name: full(tensor.detach()).to("cpu", copy=True) for name, tensor in (self.trained() | self.correction_scales()).items()}
+    return {name: full(tensor.detach()).to("cpu", copy=True) for part in self._parts() for name, tensor in part.items()}
 
 
 @patch_to(Merger)
@@ -399,7 +407,7 @@ def mask_state(self) -> dict[str, Tensor]:
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
     self.drop_gathered()
-    own = self.trained() | self.correction_scales()
+    own = {name: tensor for part in self._parts() for name, tensor in part.items()}
     masks = {name: mask for name, mask in masks.items() if name in own or name not in self.idle}  # saved when these had masks without effect
     if own.keys() != masks.keys():
         differing = sorted(own.keys() ^ masks.keys())
