@@ -453,10 +453,31 @@ def _check_possible(merger_config: MergerConfig, seq_len: int, batch_size: int, 
         if ranks > 1 and getattr(merger_config, name):
             raise ValueError(f"ranks={ranks} with {name}=True: they do not go together. Leave one out.")
 
-# %% ../nbs/30_memory.ipynb #b9e54db2
+# %% ../nbs/30_memory.ipynb #bb5e5851
 OPTIMIZERS = {"adamw": "two numbers per mask value", "sgd": "no state"}
 
 
+def _pretend_training(config, n_components, dtype, paths, merger_config, shape, objective, gradient_checkpointing, optimizer, device) -> tuple[dict[str, int], Merger]:
+    "Bytes by part at the peak of a step on shapes, and the merger that took it; `shape`: samples and tokens of each."
+    vocab_size = config.get_text_config().vocab_size
+    ledger = Ledger(vocab_size)
+    with pretending(device, merger_config.offload), _Attention(), _watching(ledger, _Pretend(ledger, device)):
+        models = _pretend_models(config, n_components, dtype, paths)
+        batch = _pretend_batch(*shape, n_components, vocab_size)
+        merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
+    return read_peak(ledger, start), merger
+
+
+def _parts_here(parts: dict[str, int], merger: Merger, itemsize: int, held_share: float, frozen_bits: int | None, ranks: int) -> dict[str, int]:
+    "What one process has of them on its device: components may lie elsewhere, as codes, or be divided."
+    parts = {**parts, "components": int(parts["components"] * held_share)}
+    if frozen_bits:
+        parts = _coded(parts, merger, frozen_bits, itemsize)
+    if ranks > 1:
+        return _divided(parts, merger, ranks)
+    return {**parts, "components": 0} if merger.state.offload else parts
+
+# %% ../nbs/30_memory.ipynb #b9e54db2
 def estimate_memory(
     config,  # a transformers config, a model's folder or a hub name
     n_components: int = 2,
@@ -489,21 +510,10 @@ def estimate_memory(
     merger_config = MergerConfig(mode=mode, impl=impl, target_kinds=list(target_kinds), keep_merged=keep_merged, **merger_options)
     _check_possible(merger_config, seq_len, batch_size, ranks)
     objective = objective or _default_objective(loss, fused_loss, logit_chunk)
-    vocab_size = config.get_text_config().vocab_size
-    ledger = Ledger(vocab_size)
-    offload = merger_config.offload
-    with pretending(device, offload), _Attention(), _watching(ledger, _Pretend(ledger, device)):
-        models = _pretend_models(config, n_components, dtype, paths)
-        batch = _pretend_batch(batch_size, seq_len, n_components, vocab_size)
-        merger, start = _pretend_step(ledger, models, merger_config, batch, objective, gradient_checkpointing, optimizer)
+    parts, merger = _pretend_training(config, n_components, dtype, paths, merger_config, (batch_size, seq_len), objective, gradient_checkpointing, optimizer, device)
+    parts = _parts_here(parts, merger, dtype.itemsize, held_share, frozen_bits, ranks)
     title = f"{n_components} x {config.model_type}, {seq_len} tokens x {batch_size}"
-    parts = read_peak(ledger, start)
-    parts["components"] = int(parts["components"] * held_share)
-    if frozen_bits:
-        parts = _coded(parts, merger, frozen_bits, dtype.itemsize)
-    if ranks > 1:
-        return MemoryEstimate(_divided(parts, merger, ranks), f"{title}, one of {ranks} ranks")
-    return MemoryEstimate({**parts, "components": 0} if offload else parts, title)
+    return MemoryEstimate(parts, title if ranks <= 1 else f"{title}, one of {ranks} ranks")
 
 # %% ../nbs/30_memory.ipynb #288a42dd
 RESERVE = 0.05  # share of the budget that is kept free
