@@ -658,11 +658,7 @@ def _unit(weights: Sequence[Tensor], anchor: int | None, of_deltas: bool) -> Ten
 
 @patch_to(MaskedModule)
 @torch.no_grad()
-def add_residual(
-    self,
-    rank: int,
-    generator: torch.Generator | None = None,  # of the factor that is drawn; None: it is nothing until somebody draws it
-):
+def add_residual(self, rank: int, generator: torch.Generator | None = None):  # None: the factor is nothing until `draw_residuals`
     "Train a correction of the weight beside its coefficients. Raises `ValueError` where it is no masked weight of a linear module."
     if not is_linear(self.template) or "weight" not in self.masks:
         raise ValueError(f"residual of {type(self.template).__name__}: expected a linear module whose weight is masked. Leave it out.")

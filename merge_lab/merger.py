@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -221,38 +221,31 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
                 yield parameter_name(name, key), leaf, key
 
 
-@patch_to(Merger)
-def _parts(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, Tensor]]:
-    "Masks, factors of corrections and units of corrections, by name, from one walk over the leaves."
-    masks, factors, scales = {}, {}, {}
-    for name, leaf, key in self.masked_parameters():
-        masks[name] = leaf.masks[key]
-        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual:
-            factors |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
-            scales[f"{name}.scale"] = leaf.residual_scale
-    return masks, factors, scales
+def _corrected(masked: Iterable[tuple[str, MaskedModule, str]]) -> list[tuple[str, MaskedModule]]:
+    "Those of the masked parameters that have a correction."
+    return [(name, leaf) for name, leaf, key in masked if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual]
 
 
 @patch_to(Merger)
 def trained(self) -> dict[str, nn.Parameter]:
     "What is trained: masks by the name of the parameter they belong to, and factors of its correction where it has one."
-    masks, factors, _ = self._parts()
-    return masks | factors
+    masked = list(self.masked_parameters())
+    return {name: leaf.masks[key] for name, leaf, key in masked} | {f"{name}.{side}": factor for name, leaf in _corrected(masked) for side, factor in leaf.factors.items()}
 
 
 @patch_to(Merger)
 def correction_scales(self) -> dict[str, Tensor]:  # () each
     "Units of the corrections, by the name of the parameter that they belong to."
-    return self._parts()[2]
+    return {f"{name}.scale": leaf.residual_scale for name, leaf in _corrected(self.masked_parameters())}
 
 
 @patch_to(Merger)
 @property
 def n_coefficients(self) -> int:
     "Trained numbers, those of corrections among them. A base's own mask has no effect, so it does not count."
-    masks, factors, _ = self._parts()
-    idle = sum(mask.numel() // len(mask) * (len(mask) - self.n_components) for mask in masks.values()) if self.has_base else 0  # by shapes: one process of several may ask
-    return sum(tensor.numel() for tensor in (masks | factors).values()) - idle
+    masks = [leaf.masks[key] for _, leaf, key in self.masked_parameters()]
+    idle = sum(mask.numel() // len(mask) * (len(mask) - self.n_components) for mask in masks) if self.has_base else 0  # by shapes: one process of several may ask
+    return sum(tensor.numel() for tensor in self.trained().values()) - idle
 
 # %% ../nbs/20_merger.ipynb #0fe66f07
 @patch_to(Merger)
@@ -398,7 +391,7 @@ MASKS_FILE, CONFIG_FILE = "masks.safetensors", "merger_config.json"
 @in_turn
 def mask_state(self) -> dict[str, Tensor]:
     "A copy of what is trained on the CPU, by the name of the parameter it belongs to, with the units of corrections, which would be others from weights of another dtype."
-    return {name: full(tensor.detach()).to("cpu", copy=True) for part in self._parts() for name, tensor in part.items()}
+    return {name: full(tensor.detach()).to("cpu", copy=True) for name, tensor in (self.trained() | self.correction_scales()).items()}
 
 
 @patch_to(Merger)
@@ -407,7 +400,7 @@ def mask_state(self) -> dict[str, Tensor]:
 def load_mask_state(self, masks: dict[str, Tensor]):
     "Set the masks. Raises `ValueError` if names or shapes differ from this merger's."
     self.drop_gathered()
-    own = {name: tensor for part in self._parts() for name, tensor in part.items()}
+    own = self.trained() | self.correction_scales()
     masks = {name: mask for name, mask in masks.items() if name in own or name not in self.idle}  # saved when these had masks without effect
     if own.keys() != masks.keys():
         differing = sorted(own.keys() ^ masks.keys())
