@@ -26,8 +26,9 @@ from .evaluation import check_length, evaluating, greedy_options, pad_left, posi
 from .chat import template_ids
 from .lesson import patch_to
 from .merger import Merger
-from .run_folder import add_row, kept_rows, PREFERENCES
+from .run_folder import add_rows, kept_rows, PREFERENCES
 from .scoring import keeping_masks
+from .turns import WorksInTurn
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ class Answer:
     error: str = ""
 
 # %% ../nbs/33_asking.ipynb #80d6fb15
-class Asking(Viewed):
+class Asking(WorksInTurn, Viewed):
     "A conversation with several voices; one answer of each turn is picked, and the choice is kept."
 
     def __init__(
@@ -216,13 +217,6 @@ class Asking(Viewed):
 def busy(self) -> bool:
     "Whether somebody speaks."
     return self._thread is not None and self._thread.is_alive()
-
-
-@patch_to(Asking)
-@property
-def lock(self):
-    "What is held while a voice speaks: the merger's lock, unless another was given."
-    return self.merger().lock if self._lock is None else self._lock
 
 
 @patch_to(Asking)
@@ -410,8 +404,7 @@ def pick(self, voice: int | str) -> list[dict]:  # position or name of the voice
         told = "not kept: no folder was given"
     else:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            add_row(self.file, row)
+        add_rows(self.file, rows)
     self.messages = [*self.messages, {"role": "assistant", "content": self.answers[place].text}]
     self.answers, self.note = [], told
     self._tell()

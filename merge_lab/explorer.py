@@ -23,6 +23,7 @@ from .merger import Merger
 from .merger_config import check_mask_init
 from .quick_look import frozen_facts, OPERATIONS, QuickLook
 from .scoring import keeping_masks
+from .turns import WorksInTurn
 from .worker import LatestWorker
 
 # %% ../nbs/35_explorer.ipynb #8c284323
@@ -88,7 +89,7 @@ class Outcome:
     done: bool = True  # False: components or answers are still to come
 
 # %% ../nbs/35_explorer.ipynb #7db83379
-class MergeExplorer(Viewed):
+class MergeExplorer(WorksInTurn, Viewed):
     "Merges and scores while dials move; the newest position wins."
 
     def __init__(
@@ -111,11 +112,6 @@ class MergeExplorer(Viewed):
         self.outcome, self.error = None, None  # of the newest merge
         self.worker = LatestWorker(lambda wanted: self._work(wanted), rest=2.0)
         self._known, self.given = None, None  # scores of the components, and masks that no dial set
-
-    @property
-    def lock(self):
-        "What is held during a merge: the merger's lock, unless another was given."
-        return self.merger().lock if self._lock is None else self._lock
 
     @property
     def names(self) -> list[str]:
@@ -146,7 +142,7 @@ def _look(self, merger: Merger) -> QuickLook:
 @patch_to(MergeExplorer)
 def _components(self, merger: Merger) -> dict:
     "What is known of the components, which no dial changes."
-    frozen = frozen_facts(merger)
+    frozen = frozen_facts(merger, self._look(merger).blend.leaves)
     if self._known is None or self._known["merger"]() is not merger or self._known["frozen"] != frozen:
         self._known = {"merger": weakref.ref(merger), "frozen": frozen, "names": list(merger.names), "scores": {}, "answers": {}}
     return self._known

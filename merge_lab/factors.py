@@ -41,14 +41,14 @@ class LowRank:
 def low_rank_factors(
     shape: Sequence[int],  # of the weight
     rank: int,  # at most the smaller side of the weight
-    spread: float,  # standard deviation of the factor that is drawn
+    spread: float,  # standard deviation of the factor that is drawn; 0: nothing is drawn
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> nn.ParameterDict:  # left (rows, rank), of zeros; right (rank, columns)
     "Trainable factors of a correction that is nothing at first."
     rows, columns = shape
     narrow = min(rank, rows, columns)
-    right = spread * torch.randn(narrow, columns, generator=generator)
+    right = spread * torch.randn(narrow, columns, generator=generator) if spread else torch.zeros(narrow, columns)
     return nn.ParameterDict({"left": nn.Parameter(torch.zeros(rows, narrow, device=device)), "right": nn.Parameter(right.to(device))})
 
 

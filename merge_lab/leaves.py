@@ -93,17 +93,19 @@ def parameter_name(name: str, key: str) -> str:  # "mixer.own_parameters", "A_lo
 def add_residuals(
     model: nn.Module,  # wrapped
     rank: int,  # of each
-    seed: int,  # of the factors that are drawn
+    seed: int | None = None,  # of the factors that are drawn; None: they are nothing until `draw_residuals`
 ):
     "Train corrections beside the masked weights of linear modules but the head and what is tied. Raises `ValueError` if there are none."
-    leaves, generator = [leaf for leaf in model.modules() if isinstance(leaf, MaskedModule)], torch.Generator().manual_seed(seed)
+    leaves = [leaf for leaf in model.modules() if isinstance(leaf, MaskedModule)]
     uses = Counter(id(leaf.weights[key]) for leaf in leaves for key in leaf.parameter_names)
     chosen = [leaf for leaf in leaves if "weight" in leaf.masks and is_linear(leaf.template) and uses[id(leaf.weights["weight"])] == 1]
     chosen = [leaf for leaf in chosen if leaf is not getattr(model, "get_output_embeddings", lambda: None)()]
     if not chosen:
         raise ValueError(f"residual_rank={rank}: no linear module is masked that could have one. Mask linear modules, or set residual_rank 0.")
     for leaf in chosen:
-        leaf.add_residual(rank, generator)
+        leaf.add_residual(rank)
+    if seed is not None:
+        draw_residuals(model, seed)
 
 
 @torch.no_grad()

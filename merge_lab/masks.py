@@ -658,12 +658,12 @@ def _unit(weights: Sequence[Tensor], anchor: int | None, of_deltas: bool) -> Ten
 
 @patch_to(MaskedModule)
 @torch.no_grad()
-def add_residual(self, rank: int, generator: torch.Generator | None = None):
+def add_residual(self, rank: int, generator: torch.Generator | None = None):  # None: the factor is nothing until `draw_residuals`
     "Train a correction of the weight beside its coefficients. Raises `ValueError` where it is no masked weight of a linear module."
     if not is_linear(self.template) or "weight" not in self.masks:
         raise ValueError(f"residual of {type(self.template).__name__}: expected a linear module whose weight is masked. Leave it out.")
     weights = list(self.weights["weight"])
-    self.factors = low_rank_factors(weights[0].shape, rank, 1.0, generator, weights[0].device)
+    self.factors = low_rank_factors(weights[0].shape, rank, float(generator is not None), generator, weights[0].device)
     unit = _unit(weights, self.anchor, self.constrain_mode in OF_DELTAS)
     self.register_buffer("residual_scale", unit / len(self.factors["right"]) ** 0.5, persistent=False)
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -168,7 +168,7 @@ class Merger(nn.Module):
         self.model = wrap(models, config, self.state)
         self.idle = _drop_idle(self.model)
         if getattr(config, "residual_rank", 0):
-            add_residuals(self.model, config.residual_rank, self.seed)
+            add_residuals(self.model, config.residual_rank)  # drawn with the masks
         if config.frozen_bits:
             code_weights(list(self.leaves().values()), config.frozen_bits, self.state.anchor)
         self.init_masks(config.mask_init)
@@ -221,21 +221,22 @@ def masked_parameters(self) -> Iterator[tuple[str, MaskedModule, str]]:
                 yield parameter_name(name, key), leaf, key
 
 
+def _corrected(masked: Iterable[tuple[str, MaskedModule, str]]) -> list[tuple[str, MaskedModule]]:
+    "Those of the masked parameters that have a correction."
+    return [(name, leaf) for name, leaf, key in masked if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual]
+
+
 @patch_to(Merger)
 def trained(self) -> dict[str, nn.Parameter]:
     "What is trained: masks by the name of the parameter they belong to, and factors of its correction where it has one."
-    found = {name: leaf.masks[key] for name, leaf, key in self.masked_parameters()}
-    for name, leaf, key in self.masked_parameters():
-        if key == "weight" and isinstance(leaf, MaskedModule) and leaf.has_residual:
-            found |= {f"{name}.{side}": factor for side, factor in leaf.factors.items()}
-    return found
+    masked = list(self.masked_parameters())
+    return {name: leaf.masks[key] for name, leaf, key in masked} | {f"{name}.{side}": factor for name, leaf in _corrected(masked) for side, factor in leaf.factors.items()}
 
 
 @patch_to(Merger)
 def correction_scales(self) -> dict[str, Tensor]:  # () each
     "Units of the corrections, by the name of the parameter that they belong to."
-    masked = ((name, leaf) for name, leaf, key in self.masked_parameters() if key == "weight" and isinstance(leaf, MaskedModule))
-    return {f"{name}.scale": leaf.residual_scale for name, leaf in masked if leaf.has_residual}
+    return {f"{name}.scale": leaf.residual_scale for name, leaf in _corrected(self.masked_parameters())}
 
 
 @patch_to(Merger)

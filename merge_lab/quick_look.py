@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUPED', 'OPERATIONS', 'WIDEST', 'TokenTree', 'token_tree', 'Group', 'tree_groups', 'grouped_attention',
-           'takes_groups', 'in_groups', 'tokens_allowed', 'choose_rows', 'cut_rows', 'frozen_facts', 'HeldBlend',
-           'first_moved', 'replayed', 'tree_states', 'tree_agrees', 'Asked', 'ask_trees', 'tree_width', 'QuickLook']
+           'takes_groups', 'in_groups', 'tokens_allowed', 'choose_rows', 'cut_rows', 'tensors_below', 'frozen_facts',
+           'HeldBlend', 'first_moved', 'replayed', 'tree_states', 'tree_agrees', 'Asked', 'predicting', 'ask_trees',
+           'tree_width', 'QuickLook']
 
 # %% ../nbs/34_quick_look.ipynb #6b682171
 import dataclasses
@@ -22,7 +23,7 @@ from .architecture import decoder_layers, decoder_of, layer_of, logits_head, sta
 from .chat import ChatCollator
 from .evaluation import encode_task, prompt_ids
 from .lesson import patch_to
-from .masks import blend, MaskedLinear
+from .masks import blend, MaskedLinear, MaskedModule
 from .merger import Merger
 from .scoring import evaluating, row_nats, agreeing_parts
 
@@ -186,21 +187,32 @@ def cut_rows(
     return groups
 
 # %% ../nbs/34_quick_look.ipynb #9b192ba4
-def frozen_facts(merger: Merger) -> list[tuple]:  # of each frozen tensor: address, dtype, device, how often it was changed in place
+def tensors_below(module: nn.Module) -> Iterator[Tensor]:
+    "Parameters and buffers of a module and of those in it, each as often as it is there; without their names, which take most of the time."
+    for held in (module._parameters, module._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
+    for child in module._modules.values():
+        yield from tensors_below(child)
+
+
+def frozen_facts(
+    merger: Merger,
+    leaves: Sequence[MaskedModule] | None = None,  # its own, where they are known: to find them takes longest
+) -> list[tuple]:  # of each frozen tensor: address, dtype, device, how often it was changed in place
     "What tells that frozen weights are no longer those that they were. A change through `.data` leaves no trace."
-    tensors = (t for leaf in merger.leaves().values() for part in (leaf.weights.parameters(), leaf.weights.buffers()) for t in part)
+    found = merger.leaves().values() if leaves is None else leaves
+    tensors = (tensor for leaf in found for tensor in tensors_below(leaf.weights))
     return [(t.data_ptr(), t.dtype, t.device, 0 if t.is_inference() else t._version) for t in tensors]
 
-
+# %% ../nbs/34_quick_look.ipynb #92fe3b16
 class HeldBlend:
     "The blended weights of a merger's linears, made anew where their alphas have changed."
 
     def __init__(self, merger: Merger):
-        self.masked = list(merger.masked_parameters())
+        self.masked, self.leaves, self.state = list(merger.masked_parameters()), list(merger.leaves().values()), merger.state
         owners = {id(leaf.masks[key]): name for name, leaf, key in self.masked}
         linears = {name: leaf for name, leaf in merger.leaves().items() if isinstance(leaf, MaskedLinear) and "weight" in leaf.masks}
         self.linears = {name: (leaf, owners[id(leaf.masks["weight"])]) for name, leaf in linears.items()}  # a tied head has another's mask
-        self.state = merger.state
         self.forget()
 
     def forget(self):
@@ -322,6 +334,12 @@ class Asked:
     ends: dict[int, int]  # prompt -> its last token in the tree
     kept: dict[int, object] = dataclasses.field(default_factory=dict)  # what each layer gave for the blend
 
+# %% ../nbs/34_quick_look.ipynb #41c0ec9e
+def predicting(row: dict) -> list[int]:  # input_ids and labels, -100 where nothing is scored -> token ids, one at least
+    "A row up to the last token that predicts one that is scored: nobody attends to what stands behind it, so its loss is the same."
+    last = max((place for place, label in enumerate(row["labels"]) if label != -100), default=1)
+    return list(row["input_ids"][: max(last, 1)])
+
 # %% ../nbs/34_quick_look.ipynb #ac6ea42d
 def ask_trees(
     rows: Sequence[dict],  # input_ids and labels, -100 where nothing is scored
@@ -329,7 +347,7 @@ def ask_trees(
     width: int,  # tokens of a tree, at most
 ) -> list[Asked]:
     "Trees of rows and prompts."
-    every, asked = [*(row["input_ids"] for row in rows), *prompts], []
+    every, asked = [*map(predicting, rows), *prompts], []
     for group in cut_rows(every, width):
         tree, scored, ends = token_tree([every[number] for number in group]), [], {}
         for number, places in zip(group, tree.places):
@@ -384,7 +402,7 @@ class QuickLook:
         self.as_tree = self.parts is not None
 
         states = self.tokens * merger.config.get_text_config().hidden_size * len(decoder_layers(merger.model)) if self.as_tree else 0
-        self.frozen = frozen_facts(merger)  # what the weights were when something was held
+        self.frozen = frozen_facts(merger, self.blend.leaves)  # what the weights were when something was held
         self.estimated_bytes = linears + states * merger.config.dtype.itemsize  # what `bytes` will be
 
     @property
@@ -436,7 +454,7 @@ def forget(self):
 @patch_to(QuickLook)
 def _through(self, merger: Merger) -> tuple[dict[str, float], list[str]]:
     "A look with the merger as it is."
-    component, before, self.frozen = merger.state.component is not None, self.frozen, frozen_facts(merger)
+    component, before, self.frozen = merger.state.component is not None, self.frozen, frozen_facts(merger, self.blend.leaves)
     if self.frozen != before:
         self.forget()
     moved = [] if component else self.blend.moved()

@@ -6,8 +6,8 @@
 __all__ = ['logger', 'PREFERENCES', 'NOTES_FILE', 'KEPT', 'ADJUSTED', 'MANIFEST', 'OPTIMIZER_FILE', 'STATE_FILE', 'RNG_FILE',
            'same_bits', 'one_run', 'hold', 'check_free', 'check_writable', 'check_one_process', 'holds_files', 'is_run',
            'check_run', 'check_outside', 'clear_run', 'write_config', 'begin_run', 'check_resumed', 'read_rows',
-           'kept_rows', 'write_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted', 'stopped',
-           'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
+           'kept_rows', 'write_rows', 'add_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted',
+           'stopped', 'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
            'checkpoint_to_resume', 'check_readable', 'steps_of', 'check_more_steps', 'check_going_on', 'check_start',
            'bundled_path']
 
@@ -262,14 +262,26 @@ def _end_last_line(file: typing.BinaryIO):
         file.truncate(sum(map(len, lines[:-1])))
 
 
-def add_row(path: str | Path, row: dict):
-    "One more row at the end of a file; a last line that a kill cut off goes."
-    line = json.dumps(row) + "\n"
-    with room_for(path, len(line)), Path(path).open("a+b") as file:
+def add_rows(path: str | Path, rows: typing.Iterable[dict]):
+    "More rows at the end of a file, all of them or none; a last line that a kill cut off goes. Raises `OSError` if the disk does not take them."
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with room_for(path, len(lines)), Path(path).open("a+b", buffering=0) as file:
         file.seek(max(file.tell() - 1, 0))
         if file.read(1) not in (b"", b"\n"):
             _end_last_line(file)
-        file.write(line.encode())
+        before = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(lines)
+            while left:
+                left = left[file.write(left) :]
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
+def add_row(path: str | Path, row: dict):
+    "One more row, as `add_rows`."
+    add_rows(path, [row])
 
 
 def read_history(path: str | Path) -> "pd.DataFrame":

@@ -106,8 +106,7 @@ class Bench:
             self._start = None
 
     def _own(self, merger: Merger) -> Merger:
-        with merger.lock:  # of somebody who works on it, if it is no new one
-            merger.state.lock = self.lock
+        self.lock.join(merger.lock)  # which may be another bench's too
         return merger
 
     def check_free(self, sessions: Iterable[SessionState] | None = None):

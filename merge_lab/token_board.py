@@ -169,9 +169,9 @@ def _look(self, merger: Merger):
     row, tokenizer = self.rows[self.row], self.explorer.tokenizer
     if self.whose != REFERENCE:
         row = answer_row(merger, tokenizer, row, dict(reversed(speakers_of(merger)))[self.whose])
-    self.found = disagreement(merger, tokenizer, row)
-    self.names = self.found.models
-    self.candidates = [self.found.candidates(tokenizer, token) for token in range(len(self.found.texts))]
+    found = disagreement(merger, tokenizer, row)
+    self.candidates = [found.candidates(tokenizer, token) for token in range(len(found.texts))]
+    self.found, self.names = found, found.models
 
 # %% ../nbs/37_token_board.ipynb #25f6a2b5
 def check_finite(token: int, influence: Influence):
@@ -198,13 +198,15 @@ def _take(self, merger: Merger, anew: bool):
 def _work(self):
     "Do what is asked for; the newest wish counts."
     with self._turn:
-        stale, self._stale = self._stale, set()
+        stale, self._stale, before = self._stale, set(), self.found
     try:
         with standing(self.explorer) as merger:
             self._take(merger, "answer" in stale)
         self.error = None
     except Exception as error:  # noqa: BLE001 - shown by the view
-        self.error = error.with_traceback(None)  # whose frames would keep the merger
+        self.error, self.influence = error.with_traceback(None), None  # whose frames would keep the merger
+        if "answer" in stale and self.found is before:  # another was asked for: the old one is not to be clicked on
+            self.found = None
     self._tell()
 
 # %% ../nbs/37_token_board.ipynb #dd60d12d
@@ -230,9 +232,12 @@ def look(self, row: int | None = None, whose: str | None = None):
 
 @patch_to(TokenBoard)
 def pin(self, token: int):
-    "Ask which coefficients a token hangs on. Raises `ValueError` if the answer has no such token."
-    if self.found is None or not 0 <= token < len(self.found.texts):
-        raise ValueError(f"token {token}: the answer has {0 if self.found is None else len(self.found.texts)} tokens, the first is 0.")
+    "Ask which coefficients a token hangs on. Raises `ValueError` if the answer has no such token, or if there is no answer."
+    found = self.found  # another thread may take another meanwhile
+    if found is None:
+        raise ValueError(f"token {token}: there is no answer yet{f', for {self.error}' if self.error else '.'}")
+    if not 0 <= token < len(found.texts):
+        raise ValueError(f"token {token}: the answer has {len(found.texts)} tokens, the first is 0.")
     self.pinned = token
     self.refresh("token")
 

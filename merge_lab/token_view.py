@@ -8,6 +8,7 @@ __all__ = ['SPANS', 'CHANGE_NOTE', 'SETTINGS', 'PARTS', 'ink_on', 'scale_of', 'q
            'TokenView', 'token_view']
 
 # %% ../nbs/38_token_view.ipynb #e91abc57
+import copy
 import html
 import math
 
@@ -105,12 +106,12 @@ def grid_data(sheet: Sheet, value: str, title: str, label: str, note: str = "") 
 CHANGE_NOTE = "−Σ alpha × slope of a cell's columns: what the token's loss changes by, to first order, if {name} gives its share there back; above 0: the token leans on it"
 
 
-def maps_of(board: TokenBoard) -> dict[str, dict]:  # alphas and layers; none while no token of the answer is pinned
+def maps_of(board: TokenBoard) -> dict[str, dict]:  # alphas and layers; none while no token of the answer is pinned, or where its loss is no number
     "The two maps of what the pinned token hangs on."
-    pinned = board.pinned  # another thread may ask for another answer meanwhile
-    if pinned is None or pinned >= len(board.found.texts):
+    pinned, found, sheet = board.pinned, board.found, board.sheet  # another thread may ask for another answer meanwhile
+    if found is None or sheet is None or pinned is None or pinned >= len(found.texts):
         return {}
-    sheet, name, word = board.sheet, board.names[board.component], shown_text(board.found.texts[pinned])
+    name, word = board.names[board.component], shown_text(found.texts[pinned])
     title = f"What token {pinned} ({word}) hangs on: change of its loss without {name}"
     return dict(
         alphas=grid_data(sheet, "alpha", f"Alphas of {name}", "mean alpha"),
@@ -139,12 +140,13 @@ def asked_of(row: dict, length: int = 60) -> str:
 
 def board_data(board: TokenBoard, quantity: str, status: str = "") -> dict:
     "What the widget draws."
+    board = copy.copy(board)  # another thread may let the answer go meanwhile
     prompts = [[i, f"{i + 1}: {asked_of(row)}"] for i, row in enumerate(board.rows)]
     chosen = dict(prompts=prompts, row=board.row, whose=board.whose, component=board.component, quantity=quantity, undo=len(board.brush.past))
     chosen |= said_of(board, status)
-    if board.influence is None:
-        return dict(tokens=[], path=[], voices=[], quantities=[], components=[]) | chosen
-    voices = [[MERGED, "the blend"], [REFERENCE, "the reference"], *([model, model] for model in board.names[:-1])]
+    voices = [[MERGED, "the blend"], [REFERENCE, "the reference"], *([model, model] for model in board.names[:-1])] if board.names else []
+    if board.found is None:
+        return dict(tokens=[], path=[], voices=voices, quantities=[], components=[]) | chosen
     own = [[i, model] for i, model in enumerate(board.names[: board.found.n_components])]
     path = [[step, depth] for depth, step in enumerate(["all layers", *(step.name for step in board.path)])]
     lists = dict(voices=voices, quantities=quantities(board), components=own, pinned=board.pinned, path=path)
@@ -166,8 +168,8 @@ def grid_html(grid: dict) -> str:
 
 def still_html(board: TokenBoard, quantity: str) -> str:
     "The board as HTML that needs no script: the tokens and the map of changes, as the widget has them."
-    if board.influence is None:
-        return block("no answer has been looked at yet", "line")
+    if board.found is None:
+        return block("there is no answer yet" if board.error is None else said_of(board)["status"], "line")
     drawn, spans = tokens_data(board, quantity), []
     for token in drawn["tokens"]:
         style = f"background:{token['colour']};color:{token['ink']};padding:2px;white-space:pre-wrap"

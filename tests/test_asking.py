@@ -230,7 +230,7 @@ def test_a_pick_is_said_to_be_kept_only_where_it_is(asking, monkeypatch):
 
     said = [Answer("a", "Yes.", "done"), Answer("b", "No.", "done")]
     asking.messages, asking.answers = [{"role": "user", "content": QUESTION}], list(said)
-    monkeypatch.setattr(module, "add_row", full)
+    monkeypatch.setattr(module, "add_rows", full)
     with pytest.raises(OSError, match="disk is full"):
         asking.pick("a")
     assert asking.note == "" and asking.answers == said and asking.kept == []
@@ -239,6 +239,23 @@ def test_a_pick_is_said_to_be_kept_only_where_it_is(asking, monkeypatch):
     loose = Asking(asking.merger, asking.tokenizer)
     loose.messages, loose.answers = [{"role": "user", "content": QUESTION}], list(said)
     assert len(loose.pick("a")) == 1 and loose.note == "not kept: no folder was given"
+
+
+def test_the_rows_of_a_pick_are_written_all_or_none(asking):
+    "The disk takes the first row and not the second: nothing is kept, and the next try writes each once."
+    import resource
+
+    asking.messages = [{"role": "user", "content": QUESTION}]
+    asking.answers = [Answer("a", "Yes.", "done"), Answer("b", "No.", "done"), Answer("c", "Perhaps. " * 400, "done")]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            asking.pick("a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert asking.kept == [] and len(asking.answers) == 3
+    assert asking.pick("a") == asking.kept and [row["rejected_by"] for row in asking.kept] == ["b", "c"]
 
 
 def test_instructions_and_turns_are_in_the_prompt_of_a_row(asking):

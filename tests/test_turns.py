@@ -184,9 +184,31 @@ def test_the_masks_of_a_training_step_are_nobody_elses(merger, tasks):
     assert all(torch.equal(mask, own.mask_state()[name]) for name, mask in merger.mask_state().items())
 
 
-def test_a_bench_gives_its_lock_to_what_it_loads(merger):
+def free(lock) -> bool:
+    "Whether another thread would get it."
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: lock.acquire(blocking=False) and (lock.release() or True)).result()
+
+
+def test_two_benches_that_load_one_merger_take_turns(merger):
+    "The merger keeps its lock, and that of each bench is one with it: none works on it while another does."
+    lock, panel = merger.lock, ConfigPanel(MergerConfig(PATHS, dtype="float32"))
+    first, second = (Bench(panel, lambda config: merger) for _ in range(2))
+    with first.lock:  # held before there is a merger, and through its coming
+        assert first.merger is second.merger is merger and merger.lock is lock
+        assert not free(first.lock) and not free(second.lock) and not free(lock)
+    assert free(first.lock)
+    with second.lock:
+        assert not free(first.lock) and not free(lock)
+    panel.set("mode", "scalar")  # each is handed the same once more
+    with second.lock:
+        assert second.merger is first.merger and merger.lock is lock and not free(first.lock)
+
+
+def test_the_lock_of_a_bench_is_that_of_what_it_loads(merger):
     bench = Bench(ConfigPanel(MergerConfig(PATHS, dtype="float32")), lambda config: merger)
-    assert bench.merger.lock is bench.lock
+    with bench.merger.lock:
+        assert not free(bench.lock)
     asking = Asking(lambda: bench.merger, load_tokenizer(PATHS[0]), max_new_tokens=4)
     heard = []
     with bench.lock:

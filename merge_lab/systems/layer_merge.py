@@ -155,6 +155,9 @@ def check_strategy(config):
     others, data = config.other_models or (), config.other_data or ()
     if config.way != "pairs" and config.merge_pairs:
         raise ValueError(f"merge_pairs with strategy={config.strategy!r}: pairs by hand are for 'pairs'. Leave one of the two out.")
+    unused = [name for name in ("pair_strategy", "pair_tries") if config.merge_pairs and name in pair_options(config)]
+    if unused:
+        raise ValueError(f"{unused[0]}={getattr(config, unused[0])!r} with merge_pairs: pairs by hand are not looked for. Leave one of the two out.")
     if config.way != "block" and (others or data):
         raise ValueError(f"other_models with strategy={config.way!r}: layers of several fine-tunes are blended by 'block' only. Leave out what asks for another strategy{told_pairs(config)}.")
     if len(others) != len(data) or (others and config.data_dir is None):

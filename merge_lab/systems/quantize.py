@@ -9,6 +9,7 @@ __all__ = ['logger', 'guard_layers', 'one_by_one', 'LayerHessians', 'squared_gra
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #f18a82c0
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ class QuantizeConfig(Options):
     seed_precision: int = option(3, "Fewest bits per weight", low=1, high=8, group="Precisions")
     parent_precision: int = option(8, "Most bits per weight", low=1, high=8, group="Precisions")
     method: str = option("compensated", "How weights are rounded: errors made good by later columns, each to the nearest value, or clusters with a table for each row", choices=["compensated", "nearest", "clusters"], group="Precisions")
-    static: list[float] = option([], "Also find the best precision for each linear at so many bits a weight, tables and scales included; several budgets, between the fewest and the most bits", group="Precisions", resumable=True)
+    static: list[float] = option([], "Also find the best precision for each linear at so many bits a weight, tables and scales included; several budgets, from the fewest bits on", group="Precisions", resumable=True)
     dataset: list[str] = option(["prose", "code", "tasks"], "Calibration text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
     max_length: int = option(512, "Tokens of a calibration window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
     num_samples: int = option(32, "Calibration windows in all", low=1, high=1_000_000, group="Model and text", aliases=("num_examples",))
@@ -161,8 +162,8 @@ class QuantizeConfig(Options):
         check_options(self)
         check_precisions(self.seed_precision, self.parent_precision)
         for budget in self.static:
-            if not self.seed_precision <= budget <= self.parent_precision + 1:
-                raise ValueError(f"static={budget:g}: a mix reads {self.seed_precision} to {self.parent_precision} bits a weight, and what tables and scales take. Give a number between.")
+            if not self.seed_precision <= budget < math.inf:  # how much tables and scales add is known of the quantised model only
+                raise ValueError(f"static={budget:g}: a mix reads {self.seed_precision} bits a weight or more, and what tables and scales take. Give a larger number.")
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #4093cfa0
 def check_folder(config: QuantizeConfig):
@@ -192,11 +193,13 @@ def has_all_layers(
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #c81373b2
 def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfig):
-    "Raise `ValueError` for budgets below what the fewest bits read with their tables."
+    "Raise `ValueError` for budgets below what the fewest bits read with their tables; one above what the most bits read is told of."
     real = memory_table(model).real_bits[1:]
     if config.static and min(config.static) < real.iloc[0]:
         go_on = resume_command("quantize", Path(config.output_dir))
         raise ValueError(f"static={min(config.static):g}: {real.index[0]} read {real.iloc[0]:.2f} bits a weight of this model, tables and scales included. The model is quantised; give more with: {go_on} --static {real.iloc[0] + 0.5:.1f}")
+    for budget in (budget for budget in config.static if budget > real.iloc[-1]):
+        logger.warning("static=%g: %s read %.2f bits a weight of this model, tables and scales included, so this mix is nothing else", budget, real.index[-1], real.iloc[-1])
 
 
 def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
