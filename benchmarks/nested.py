@@ -2,6 +2,7 @@
 
     merge-lab real --output_dir runs/real                     # makes the base
     python benchmarks/nested.py quantize score opponents static           # a part at a time, or several; what is there is kept
+    python benchmarks/nested.py time --old 4cd01d5         # `quantize` as it comes, beside an older build out of this repository's history; once more adds a turn
 
 The base was made plain from a 4-bit grid, so its hidden channels are permuted first, which changes no logit (`same_function`); `--how none` leaves the grid as
 it is. Divergence is from the plain model's predictions in float32, on test windows. Raw data go to data/benchmarks/nested.json.
@@ -9,9 +10,12 @@ it is. Divergence is from the plain model's predictions in float32, on test wind
 
 import argparse
 import json
+import os
 import platform
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 
 from merge_lab.architecture import decoder_layers
 from merge_lab.checkpoints import load_tokenizer
@@ -83,7 +88,6 @@ class Bench:
         begun, used = time.perf_counter(), processor_seconds()
         config = QuantizeConfig(str(self.base), str(self.nested), method=self.options.method, num_samples=self.options.calibration, resume=self.nested.exists())
         run_quantize(config)
-        layers = [p for layer in decoder_layers(load_model(self.base, "auto")) for p in layer.parameters()]
         size = {
             name: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
             for name, folder in (("folder_bytes", self.nested), ("original_bytes", self.base))
@@ -93,9 +97,13 @@ class Bench:
             seconds=time.perf_counter() - begun,
             processor_seconds=processor_seconds() - used,
             calibration=self.options.calibration,
-            layer_weights=sum(p.numel() for p in layers),
+            layer_weights=self.layer_weights(),
             **size,
         )
+
+    def layer_weights(self) -> int:
+        "Weights of the decoder layers."
+        return sum(p.numel() for layer in decoder_layers(load_model(self.base, "auto")) for p in layer.parameters())
 
     def draw(self):
         "Test windows, their labels, and the plain model's logits."
@@ -157,7 +165,7 @@ def hqq(weight, bits, size=64):
 def score_nested(bench: Bench):
     "All precisions of the folder; bytes are counted, not computed."
     model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested)
-    table, weights = memory_table(model), bench.rows[f"quantize {bench.options.method}"]["layer_weights"]
+    table, weights = memory_table(model), bench.layer_weights()
     for bits in model.precisions:
         key = f"{bench.options.method} {bits}"
         if bits in bench.options.bits and bench.wanted(key):
@@ -192,9 +200,30 @@ def score_static(bench: Bench):
         bench.score(f"static {target:g}", bench.dequantized(model, bits), read_bytes=read, real_bits=read / budget_of(model, 1), bits=bits)
 
 
+def quantize_once(root: Path, model: str) -> dict[str, float]:
+    "Seconds and bytes of `merge-lab quantize` with its defaults, in a process of its own on one thread."
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-c", "import sys; from merge_lab.cli import main; sys.exit(main())", "quantize", model, "--output_dir", f"{folder}/out"]
+        subprocess.run(words, cwd=folder, env=os.environ | dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1"), check=True)
+        size = sum(file.stat().st_size for file in Path(folder, "out").glob("*.safetensors"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return dict(seconds=time.perf_counter() - begun, processor_seconds=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, folder_bytes=size)
+
+
+def score_time(bench: Bench):
+    "Ours and an older build in turns; each turn is added to those that are there."
+    with tempfile.TemporaryDirectory() as old:
+        archive = subprocess.run(["git", "archive", bench.options.old], cwd=HERE, stdout=subprocess.PIPE, check=True)
+        subprocess.run(["tar", "x", "-C", old], input=archive.stdout, check=True)
+        for name, root in ((bench.options.old, Path(old)), ("ours", HERE)):
+            turns = bench.rows.get(f"time {name}", {}).get("turns", [])
+            bench.keep(f"time {name}", turns=[*turns, quantize_once(root, str(bench.base.resolve()))])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["base", "quantize", "score", "opponents", "static"]
+    parts = ["base", "quantize", "score", "opponents", "static", "time"]
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--model", default="runs/real/base")
     parser.add_argument("--folder", default="runs/nested-benchmark", help="models that are made on the way")
@@ -207,13 +236,14 @@ def main():
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--cost_windows", type=int, default=8, help="training windows that costs are measured on (default: 8)")
     parser.add_argument("--budgets", type=float, nargs="+", default=[3.5, 4.0, 4.5], help="bits a weight, tables and scales included")
+    parser.add_argument("--old", default="4cd01d5", help="build that `time` is measured beside (default: 4cd01d5)")
     parser.add_argument("--output", default="data/benchmarks/nested.json")
     options = parser.parse_args()
     bench = Bench(options)
     bench.make_base()
     if "quantize" in options.parts:
         bench.quantize()
-    if {*options.parts} - {"base", "quantize"}:
+    if {*options.parts} - {"base", "quantize", "time"}:
         bench.draw()
     if "score" in options.parts:
         score_nested(bench)
@@ -221,6 +251,8 @@ def main():
         score_opponents(bench)
     if "static" in options.parts:
         score_static(bench)
+    if "time" in options.parts:
+        score_time(bench)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Takes a minute on two cores: the bundled model of twelve layers, on the kind of 
 and on two that it does not know (code and tasks). Use your own model by changing the first lines of `main`; the same from the command line:
 
     merge-lab quantize MODEL --dataset prose code tasks --output_dir runs/quantized
-    merge-lab router runs/quantized --dataset prose code tasks --target_bits 4
+    merge-lab router runs/quantized --dataset prose code tasks --target_bits 4.5
 """
 
 import logging
@@ -35,7 +35,7 @@ def main():
     config = RouterConfig(
         model_path=str(quantized),
         output_dir="runs/example-router",
-        target_bits=3.5,
+        target_bits=4.0,  # bits a weight that are read, tables and scales included
         prefix_length=24,
         num_samples=60,
         num_validation=24,
@@ -45,11 +45,11 @@ def main():
         **text,
     )
     model, epochs = run(config)
-    print(epochs[["epoch", "ce", "average_bits"]].to_string(index=False))
+    print(epochs[["epoch", "ce", "average_bits", "real_bits"]].to_string(index=False))
 
     tokenizer = load_tokenizer(quantized)
     windows = text_windows(
-        tokenizer, text["dataset"], text["seq_len"], 48, "test"
+        tokenizer, text["dataset"], text["max_length"], 48, "test"
     )
     scores = score_windows(model, windows, config.prefix_length)
     ce, bits = scores.ce.mean(), scores.bits.mean()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .config import check_choice
 from .masks import masked_linear
+from .plane_products import few_inputs, plane_product, plane_weight, PlaneWeight
 
 # %% ../nbs/14_anyprec.ipynb #885130a5
 @dataclass
@@ -294,8 +295,9 @@ class WeightSlot:
     def __init__(
         self,
         keep_all: bool = False,  # trade memory for speed: dequantise each layer only once
+        direct: bool = True,  # a few tokens are multiplied with the codes, where that can be done
     ):
-        self.keep_all, self.held = keep_all, {}
+        self.keep_all, self.direct, self.held = keep_all, direct, {}
 
     def get(self, layer: "NestedLinear", precision: int) -> Tensor:
         "The layer's weight at this precision; drops every other layer's weights."
@@ -331,19 +333,32 @@ class NestedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.slot = WeightSlot() if slot is None else slot
-        self.choice = None
+        self.choice, self.ready = None, {}
 
     def nested(self, *precisions: int) -> NestedWeight:
         "The nested weight with the tables of these precisions; of all if none is given."
         tables = {bits: getattr(self, f"table_{bits}") for bits in precisions or self.precisions}
         return NestedWeight(self.planes, tables, self.in_features, **{name: getattr(self, name) for name in NOT_CODES})
 
+    def as_planes(self, precision: int) -> PlaneWeight | None:
+        "The weight as it lies, for `plane_product`; None where that cannot be."
+        held = [self._buffers[name] for name in (f"table_{precision}", "planes", *NOT_CODES)]
+        places = [None if tensor is None else tensor.data_ptr() for tensor in held]
+        if precision not in self.ready or self.ready[precision][0] != places:
+            self.ready[precision] = places, plane_weight(self.in_features, *held)
+        return self.ready[precision][1]
+
+    def __getstate__(self):
+        return self.__dict__ | dict(ready={})  # addresses are of this process
+
     def _apply(self, function, recurse: bool = True):
         self.slot.forget(self)  # `.to(...)` and its like
+        self.ready.clear()
         return super()._apply(function, recurse)
 
     def _load_from_state_dict(self, *arguments):
         self.slot.forget(self)
+        self.ready.clear()
         super()._load_from_state_dict(*arguments)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, ..., in_features)
@@ -381,12 +396,15 @@ def lean_linear(
     with torch.autograd.graph.saved_tensors_hooks(save, restore):
         return masked_linear(x, weights, alphas.unbind(), biases)
 
-
+# %% ../nbs/14_anyprec.ipynb #9de2a6ff
 def fixed_linear(layer: NestedLinear, x: Tensor, precision: int) -> Tensor:
     "All samples at one precision. Raises `ValueError` if the layer does not have it."
     check_choice("precision", precision, layer.precisions, "Quantise again for other precisions.")
     if torch.is_grad_enabled() and x.requires_grad:
         return lean_linear(layer, x, [precision], torch.ones(1, device=x.device))
+    if layer.slot.direct and few_inputs(x) and (as_it_lies := layer.as_planes(precision)) is not None:
+        y = plane_product(x, as_it_lies)
+        return y if layer.bias is None else y + layer.bias
     weight = layer.slot.get(layer, precision)
     return F.linear(x.to(weight.dtype), weight, layer.bias)
 

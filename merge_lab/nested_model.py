@@ -6,7 +6,7 @@
 __all__ = ['METHOD', 'layer_linears', 'check_quantizable', 'quantize_layer', 'layers_prefix', 'other_tensors', 'layer_file',
            'write_quantized', 'read_quantized', 'pick_precisions', 'load_nested', 'nest_layer', 'load_skeleton', 'Plan',
            'check_finite', 'NestedModel', 'linear_bytes', 'split_assignment', 'as_assignment', 'Restore',
-           'memory_table', 'read_bytes']
+           'memory_table', 'read_bytes', 'count_weights']
 
 # %% ../nbs/26_nested_model.ipynb #b84ec5e1
 import json
@@ -356,3 +356,8 @@ def read_bytes(
         return torch.full((len(bits),), sum(cost[f"{n}.{name}"][b] for n, own in enumerate(model.assignment) for name, b in own.items()))
     cost = [{b: sum(linear.nested(b).read_bytes(b) for linear in linears) for b in model.precisions} for linears in model._linears]
     return torch.tensor([sum(cost[n][b] for n, b in enumerate(row)) for row in bits.tolist()])
+
+
+def count_weights(model: NestedModel) -> int:
+    "Weights of all linears of the decoder layers."
+    return sum(linear.in_features * linear.out_features for linears in model._linears for linear in linears)

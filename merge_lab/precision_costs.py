@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['greedy_assignments', 'batch_costs', 'measure_costs', 'factor_error', 'explained', 'set_static', 'train_to_least',
-           'fit_costs', 'find_price', 'average_bits', 'fit_price']
+           'fit_costs', 'find_price', 'average_bits', 'average_real_bits', 'fit_price']
 
 # %% ../nbs/29_precision_costs.ipynb #a2889513
 import copy
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .logs import tqdm
+from .nested_model import count_weights, read_bytes
 from .routed_model import LayerwiseQuantizeForCausalLM, Routers
 from .run_folder import save_tensors
 from .text_windows import collate, Window, window_divergences, windows_at_once
@@ -188,6 +189,13 @@ def average_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[Tensor]) -> 
     return torch.cat([model.choose(ids).float().mean(1) for ids in prompts]).mean().item()
 
 
+@torch.no_grad()
+def average_real_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[Tensor]) -> float:
+    "Mean bits a weight that the routers' choices for batches of prompts read, tables and scales included."
+    read = torch.cat([read_bytes(model, model.choose(ids)) for ids in prompts])
+    return 8 * read.double().mean().item() / count_weights(model)
+
+
 def fit_price(
     model: LayerwiseQuantizeForCausalLM,
     windows: list[Window],
@@ -195,12 +203,13 @@ def fit_price(
     target_bits: float,
     tolerance: float = 0.01,  # bits
     batch_size: int = 64,  # prompts
+    average: Callable = average_bits,  # how bits are counted; `average_real_bits` by what is read
 ) -> float:  # the average that was reached
     "Set the price per bit so that hard choices spend `target_bits` on average, as nearly as they can."
     ids = torch.stack([window.input_ids[:prefix_length] for window in windows]).to(model.device)
 
     def spend(price):
         model.routers.price.fill_(price)
-        return average_bits(model, ids.split(batch_size))
+        return average(model, ids.split(batch_size))
 
     return spend(find_price(spend, target_bits, tolerance))

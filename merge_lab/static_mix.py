@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['error_products', 'drawn_labels', 'batch_token_costs', 'token_costs', 'uniform_costs', 'rescaled', 'best_mix',
-           'sizes_of', 'budget_of', 'static_mixes', 'spend', 'cost_of', 'by_layer', 'headroom']
+           'sizes_of', 'budget_of', 'static_mixes', 'spend', 'cost_of', 'by_layer', 'expected_real_bits', 'headroom']
 
 # %% ../nbs/29_static_mix.ipynb #0d28c7a9
 import pandas as pd
@@ -201,6 +201,15 @@ def cost_of(costs: Tensor, choice: Tensor) -> float:  # (samples, units, precisi
 def by_layer(costs: Tensor, model: LayerwiseQuantizeForCausalLM, dim: int = -2) -> Tensor:
     "Sums over the linears of each layer."
     return torch.stack([part.sum(dim) for part in costs.split([len(own) for own in model._linears], dim)], dim)
+
+# %% ../nbs/29_static_mix.ipynb #9231c57a
+def expected_real_bits(
+    model: LayerwiseQuantizeForCausalLM,
+    probabilities: Tensor,  # (batch, layers, precisions)
+) -> Tensor:  # (), differentiable
+    "Bits a weight that are read on average, tables and scales included."
+    read = by_layer(sizes_of(model), model).to(probabilities)
+    return (probabilities * read).sum((1, 2)).mean() / budget_of(model, 1)
 
 # %% ../nbs/29_static_mix.ipynb #6f0359ea
 def headroom(

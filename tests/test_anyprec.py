@@ -1,6 +1,9 @@
 "Nested precision: properties that hold for any dtype, shape and sensitivity."
 
+import copy
 import dataclasses
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -14,7 +17,12 @@ from merge_lab.anyprec import (
     quantize_weight,
     unpack_planes,
 )
+from merge_lab import plane_products
+from merge_lab.nested_model import layer_linears
+from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.rounding import round_weight
+from merge_lab.run_folder import bundled_path
+from merge_lab.systems.quantize import QuantizeConfig, run_quantize
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (4, 129), (2, 1000)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -218,3 +226,87 @@ def test_a_column_that_nothing_makes_good_is_kept():
     nested = round_weight(weight, hessian)
     assert 7 in nested.kept_columns
     assert all(torch.equal(nested.dequantize(bits)[:, 7], weight[:, 7]) for bits in range(3, 9))
+
+
+needs_compiler = pytest.mark.skipif(plane_products.products() is None, reason="no C compiler")
+PLANE_SHAPES = [(33, 576), (8, 1536), (16, 96), (5, 40), (3, 200), (7, 9)]  # blocks of 64 columns, of whole bytes, of no whole bytes
+
+
+def library_for(folder, *flags):
+    "The products compiled as for another machine."
+    compiler, library = plane_products.find_compiler(), folder / "other.so"
+    words = [compiler, "-O2", "-std=c11", "-shared", "-fPIC", *flags, str(plane_products.HERE / "plane_products.c"), "-o", str(library)]
+    if subprocess.run(words, capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler} knows no {flags}")
+    return plane_products.declared(plane_products.ctypes.CDLL(str(library)))
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [(), ("-march=x86-64",), ("-march=skylake-avx512",), ("-march=native",)], ids=["plain", "sse", "avx512", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_planes_are_those_with_the_plain_weight(dtype, flags, tmp_path, monkeypatch):
+    if flags[0:1] == ("-march=skylake-avx512",) and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("no AVX-512")
+    library = library_for(tmp_path, *flags)
+    monkeypatch.setattr(plane_products, "products", lambda: library)
+    for rows, columns in PLANE_SHAPES:
+        weight = torch.randn(rows, columns).to(dtype)
+        layer = NestedLinear(round_weight(weight, torch.eye(columns) + 0.1), torch.randn(rows).to(dtype))
+        for bits in layer.precisions:
+            assert (layer.as_planes(bits) is None) == (columns == 200), columns  # 200 columns are four blocks of 50
+            layer.choice, plain = bits, layer.nested(bits).dequantize(bits).double()
+            for inputs in (1, 5, 16, 17):
+                x = torch.randn(inputs, 1, columns).to(dtype)
+                exact = x.double() @ plain.T + layer.bias.double()
+                torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=(1e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max().item())
+
+
+@needs_compiler
+def test_what_a_layer_reads_as_planes_follows_its_tensors():
+    layers = [NestedLinear(round_weight(torch.randn(4, 64))) for _ in range(2)]
+    x = torch.randn(1, 64)
+    first, other = (layer(x) for layer in layers)
+    assert not torch.equal(first, other)
+    for change in (
+        lambda layer: layer.load_state_dict(layers[1].state_dict()),
+        lambda layer: layer.load_state_dict(layers[1].state_dict(), assign=True),
+        lambda layer: [setattr(layer, name, tensor.clone()) for name, tensor in layers[1].named_buffers()],
+    ):
+        layer = copy.deepcopy(layers[0])
+        assert torch.equal(layer(x), first) and layer.ready
+        change(layer)
+        assert torch.equal(layer(x), other)
+    assert copy.deepcopy(layers[0]).ready == {}
+    x = x.clone().requires_grad_()
+    layers[0](x).sum().backward()  # gradients go through a plain weight
+    assert x.grad is not None
+
+
+def test_without_a_compiler_weights_are_made_plain(monkeypatch):
+    monkeypatch.setattr(plane_products, "products", lambda: None)
+    layer = NestedLinear(round_weight(torch.randn(4, 64)))
+    x = torch.randn(2, 64)
+    assert layer.as_planes(8) is None
+    assert torch.equal(layer(x), F.linear(x, layer.nested(8).dequantize(8)))
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_no_compiler(tmp_path):
+    assert plane_products.compile_products(shutil.which("false") or "false", tmp_path) is None
+
+
+@needs_compiler
+def test_tokens_that_are_decoded_from_planes_are_those_of_plain_weights(tmp_path):
+    config = QuantizeConfig(str(bundled_path("models/base")), str(tmp_path / "any"), method="nearest", dtype="float32", dataset=["tasks"], num_samples=1, max_length=32, device="cpu")
+    model = LayerwiseQuantizeForCausalLM.from_quantized(run_quantize(config), [3, 4, 8])
+    linears = [linear for layer in model.model.get_decoder().layers for linear in layer_linears(layer, NestedLinear).values()]
+    assert all(linear.as_planes(4) is not None for linear in linears)
+    ids = torch.randint(5, 200, (3, 20))
+    each = torch.tensor([3, 8, 4])[:, None].repeat(1, len(model._linears))  # a precision for each sample
+    for precision in (3, 8, each):
+        tokens = {}
+        for direct in (True, False):
+            model.slot.direct = direct
+            with model.set_precision(precision):
+                tokens[direct] = model.generate(ids, max_new_tokens=16, do_sample=False)
+        assert torch.equal(tokens[True], tokens[False])

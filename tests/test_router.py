@@ -24,7 +24,7 @@ from merge_lab.architecture import decoder_layers
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main
 from merge_lab.components import load_model
-from merge_lab.nested_model import layer_linears
+from merge_lab.nested_model import layer_linears, memory_table
 from merge_lab.precision_costs import explained, fit_costs, fit_price, greedy_assignments, measure_costs, set_static
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
 from merge_lab.run_folder import bundled_path, read_history, RunInterrupted
@@ -557,7 +557,8 @@ def test_what_cannot_run_leaves_no_folder(tiny, tmp_path, monkeypatch):
         (dict(dataset=["c4"]), "Check the network"),
         (dict(precisions=[2, 4]), "precisions=2"),
         (dict(precisions=[4]), "a router needs at least two precisions"),
-        (dict(target_bits=2), "target_bits=2: the model has 3 to 8 bits"),
+        (dict(target_bits=2), "target_bits=2: the model reads 4.208 to 12.22 bits a weight"),
+        (dict(target_bits=4.0), "target_bits=4: the model reads"),  # four nominal bits read more
         (dict(model_path=tmp_path / "none"), "no such folder"),
         (dict(report_to="nowhere"), "report_to='nowhere'"),
         (dict(model_path=bundled_path("models/base")), "Quantise the model first"),
@@ -637,13 +638,32 @@ def test_what_is_trained_is_what_is_chosen(tiny, tmp_path):
     assert abs(trained - model.eval().infer_forward(ids, labels=labels).bits.float().mean()) < 0.1
 
 
-@pytest.mark.parametrize("weights, target, bits", [((0.7, 0.3), None, 3), ((1.0, 0.0), None, 8), ((0.7, 0.3), 3.0, None)])
-def test_an_objective_that_leaves_nothing_to_choose_says_so(tiny, tmp_path, caplog, weights, target, bits):
-    options = dict(zip(("weight_ce", "weight_precision"), weights)) | dict(num_epochs=0, num_costs=4, target_bits=target)
+@pytest.mark.parametrize("weights, budget, bits", [((0.7, 0.3), False, 3), ((1.0, 0.0), False, 8), ((0.7, 0.3), True, 3)])
+def test_an_objective_that_leaves_nothing_to_choose_says_so(tiny, tmp_path, caplog, weights, budget, bits):
+    least = memory_table(LayerwiseQuantizeForCausalLM.from_quantized(tiny)).real_bits["3 bits"]
+    options = dict(zip(("weight_ce", "weight_precision"), weights)) | dict(num_epochs=0, num_costs=4, target_bits=least if budget else None)
     _, epochs = run(router_config(tiny, tmp_path / "run", **options))
-    assert epochs.average_bits.iloc[0] == (bits or target)
-    assert ("all layers are read at" in caplog.text) == (target is None)
-    assert target or f"at {bits} bits for every window" in caplog.text
+    assert epochs.average_bits.iloc[0] == bits
+    assert ("all layers are read at" in caplog.text) == (not budget)
+    assert budget or f"at {bits} bits for every window" in caplog.text
+
+
+def test_a_budget_counts_what_is_read(tiny, tmp_path):
+    "Tables and scales of a small model are a third of what it reads: five bits are not five codes."
+    _, epochs = run(router_config(tiny, tmp_path / "run", target_bits=6.0, num_costs=4, num_epochs=1, static=False))
+    assert (epochs.real_bits - 6).abs().max() < 0.5
+    assert epochs.average_bits.max() < 5.2
+    assert epochs.precision.max() < 0.25  # the objective's term is of the same bits
+
+
+@pytest.mark.parametrize("target", [6.0, 7.0])  # routers that were not fitted read 5.3 or 6.5, and 6.5 or 7.9
+def test_where_no_router_is_trained_the_static_mix_spends_the_budget(tiny, tmp_path, target):
+    "A mix of as few bytes as unfitted routers read would waste what was asked for, one of more would exceed it."
+    model, epochs = run(router_config(tiny, tmp_path / "run", target_bits=target, least_headroom=1.0, static=True))
+    facts = epochs.attrs["static"]
+    assert target - 0.5 < facts["static"]["real_bits"] <= target + 1e-6
+    assert facts["kept"] == "static" or (facts["routed"]["real_bits"] <= target + 0.05 and facts["routed"]["kl"] <= facts["static"]["kl"])
+    assert (model.assignment is not None) == (facts["kept"] == "static")
 
 
 def test_a_curriculum_begins_with_the_easy_third_and_ends_cold(tiny, tmp_path):

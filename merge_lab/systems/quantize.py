@@ -255,7 +255,7 @@ def mix_table(folder: Path) -> pd.DataFrame | None:  # real bits, MB a token and
 
 def show_result(folder: Path):  # of `run_quantize`
     "Print where the model is and what to do with it."
-    print(f"Quantised model: {folder}. Let routers choose its precisions with\n\n    merge-lab router {folder} --target_bits 4")
+    print(f"Quantised model: {folder}. Let routers choose its precisions with\n\n    merge-lab router {folder} --target_bits 4.5")
     if (table := mix_table(folder)) is None:
         return print(f"\nThe best precision for each linear, the same for all prompts: {resume_command('quantize', folder)} --static 4")
     print(f"\nDivergence from the most bits on validation windows:\n{table.to_string(index=False)}\n\nLoad a static mix with\n")

@@ -24,7 +24,6 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
@@ -39,11 +38,11 @@ from ..held_out import Best
 from ..lesson import patch_to
 from ..loop_config import loop_option, LoopConfig, told_options
 from ..nested_model import linear_bytes, memory_table, read_quantized
-from ..precision_costs import fit_costs, fit_price, measure_costs
+from ..precision_costs import average_real_bits, fit_costs, fit_price, measure_costs
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
-from ..static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
+from ..static_mix import best_mix, budget_of, expected_real_bits, headroom, rescaled, sizes_of, token_costs, uniform_costs
 from ..text_windows import collate, exact_logits, few_of, score_windows, text_paths, text_windows, Window, windows_at_once
 from ..training import attach_watchers, check_report_to, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
@@ -76,8 +75,14 @@ class RouterObjective:
     mask_reference: None = None
     teachers: None = None
 
-    def __call__(self, ce: Tensor, bits: Tensor) -> dict[str, Tensor]:  # loss, ce, precision, average_bits
-        term = precision_term(bits, self.precisions, ce, self.target_bits)
+    def __call__(
+        self,
+        ce: Tensor,
+        bits: Tensor,  # (batch, layers) expected bits
+        real_bits: Tensor | None = None,  # () what they read, tables and scales included; None: as the bits
+    ) -> dict[str, Tensor]:  # loss, ce, precision, average_bits
+        spent = bits if self.target_bits is None or real_bits is None else real_bits
+        term = precision_term(spent, self.precisions, ce, self.target_bits)
         loss = self.losses["ce"] * ce + self.losses["precision"] * term
         return dict(loss=loss, ce=ce, precision=term, average_bits=bits.mean())
 
@@ -100,7 +105,7 @@ class RouterConfig(Options):
     lr_scheduler_type: str = option("cosine", "Learning rate over the run", choices=["constant", "linear", "cosine"], group="Training", aliases=("schedule",))
     weight_ce: float = option(0.7, "Weight of the cross-entropy", low=0, group="Objective")
     weight_precision: float = option(0.3, "Weight of the precision term", low=0, group="Objective")
-    target_bits: float | None = option(None, "Average bits to spend; none: a price on bits instead", low=1, high=8, group="Objective")
+    target_bits: float | None = option(None, "Average bits a weight to read, tables and scales included; none: a price on bits instead", low=1, high=16, group="Objective")
     precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has", group="Model and text")
     gate: str = option("softmax", "How logits become probabilities", choices=GATES, group="Router")
     straight_through: bool = option(True, "Hard choices in each forward pass, soft gradients; false: a blend, which need not end as a choice", group="Router")
@@ -304,7 +309,7 @@ def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=N
     temperature = self.temperature_at(step)
     self.model.gate = dict(gate=config.gate, temperature=temperature, straight_through=config.straight_through)
     output = self.model.train_forward(inputs["input_ids"].to(self.model.device), labels=inputs["labels"].to(self.model.device))
-    results = self.objective(output.loss, output.bits)
+    results = self.objective(output.loss, output.bits, expected_real_bits(self.model, output.probabilities))
     if not torch.isfinite(results["loss"]):
         self.keeper.put_back()
         raise FloatingPointError(f"loss is {results['loss'].item()} at step {step}: lower learning_rate. {self.folder} has the best routers so far.")
@@ -321,11 +326,12 @@ def validate(self) -> dict[str, float]:  # loss, ce, precision, average_bits, re
     model.eval()
     if config.target_bits is not None:
         prompts = min(64, self.at_once * config.max_length // config.prefix_length)  # no more tokens than in windows
-        fit_price(model, self.validation, config.prefix_length, config.target_bits, batch_size=prompts)
+        fit_price(model, self.validation, config.prefix_length, config.target_bits, batch_size=prompts, average=average_real_bits)
     scores = score_windows(model, self.validation, config.prefix_length, self.at_once)
-    found = self.objective(torch.tensor(scores.ce.mean()), torch.tensor(scores.bits.mean()))
     read = float(scores.read_bytes.mean())
-    return {name: value.item() for name, value in found.items()} | dict(read_bytes=read, real_bits=read / budget_of(model, 1))
+    real = read / budget_of(model, 1)
+    found = self.objective(torch.tensor(scores.ce.mean()), torch.tensor(scores.bits.mean()), torch.tensor(real))
+    return {name: value.item() for name, value in found.items()} | dict(read_bytes=read, real_bits=real)
 
 
 @patch_to(RouterTrainer)
@@ -468,7 +474,7 @@ def linear_costs(self) -> Tensor:  # (linears, precisions) nats per scored token
         real = memory_table(model).real_bits[1:]
         found = [real.iloc[0] + share * (real.iloc[-1] - real.iloc[0]) for share in (0.1, 0.2, 0.3)]
         if config.target_bits is not None:
-            found = [np.interp(config.target_bits, model.precisions, real)]
+            found = [config.target_bits]
         measured = uniform_costs(model, few, config.prefix_length, exact_logits(model, few))
         costs = rescaled(token_costs(model, few, config.prefix_length, seed=config.seed), measured)
         write_json(self.folder / HEADROOM_FILE, dict(rows=headroom(model, costs, found).to_dict("records")))
@@ -497,17 +503,20 @@ def is_worth_it(self) -> bool:
 
 @patch_to(RouterTrainer)
 def against_static(self) -> dict:  # kept, static and routed: real_bits, read_bytes, kl, ce; and bits of the mix
-    "Routers and the best static mix of as many bytes on validation windows; written to static.json."
+    "Routers and the best static mix within target_bits, or of as many bytes where there is no target, on validation windows; written to static.json."
     model, prefix, few = self.model, self.config.prefix_length, few_of(self.validation)
     exact = exact_logits(model, few)
     routed = score_windows(model, few, prefix, self.at_once, exact)
-    choice = best_mix(self.linear_costs(), sizes_of(model), max(routed.read_bytes.mean(), sizes_of(model).min(1).values.sum().item()) * (1 + 1e-9))
+    target = self.config.target_bits
+    budget = budget_of(model, target) if target else max(routed.read_bytes.mean(), sizes_of(model).min(1).values.sum().item()) * (1 + 1e-9)
+    choice = best_mix(self.linear_costs(), sizes_of(model), budget)
     bits = dict(zip(linear_bytes(model), (model.precisions[k] for k in choice)))
     with model.set_precision(bits):
         static = score_windows(model, few, prefix, self.at_once, exact)
     scores = {name: found[["read_bytes", "kl", "ce"]].mean().to_dict() for name, found in (("static", static), ("routed", routed))}
     scores = {name: row | dict(real_bits=row["read_bytes"] / budget_of(model, 1)) for name, row in scores.items()}
-    facts = dict(kept="static" if scores["static"]["kl"] < scores["routed"]["kl"] else "routed", **scores, bits=bits)
+    dear = target is not None and scores["routed"]["real_bits"] > target + 0.05  # routers of one mind may miss the target by a bit
+    facts = dict(kept="static" if dear or scores["static"]["kl"] < scores["routed"]["kl"] else "routed", **scores, bits=bits)
     write_json(self.folder / STATIC_FILE, facts)
     return facts
 
@@ -602,13 +611,17 @@ def check_folder(config: RouterConfig):
         check_same_inputs(config.output_dir, [config.model_path], text_paths(config.dataset))
 
 
-def check_budget(precisions: list[int], target_bits: float | None):
+def check_budget(
+    precisions: list[int],
+    target_bits: float | None,
+    real_bits: list[float] | None = None,  # that the precisions read, tables and scales included; None: as many as they have
+):
     "Raise `ValueError` if there is nothing to choose between, or the target is out of reach."
     if len(precisions) < 2:
         raise ValueError(f"precisions={precisions}: a router needs at least two precisions. Name more, or none for all that the model has.")
-    low, high = precisions[0], precisions[-1]
+    low, high = (precisions if real_bits is None else real_bits)[:: len(precisions) - 1]
     if target_bits is not None and not low <= target_bits <= high:
-        raise ValueError(f"target_bits={target_bits:g}: the model has {low} to {high} bits. Choose a target between them.")
+        raise ValueError(f"target_bits={target_bits:g}: the model reads {low:.4g} to {high:.4g} bits a weight, tables and scales included. Choose a target between them.")
 
 # %% ../../nbs/40_systems/05_router.ipynb #28992615
 def load_parts(config: RouterConfig) -> tuple:  # model, windows for training and for validation
@@ -618,7 +631,7 @@ def load_parts(config: RouterConfig) -> tuple:  # model, windows for training an
         config.model_path, config.precisions or None, device, config.trust_remote_code,
         router_hidden=config.router_hidden, dropout=config.dropout,
     )  # fmt: skip
-    check_budget(model.precisions, config.target_bits)
+    check_budget(model.precisions, config.target_bits, memory_table(model).real_bits[1:].tolist())
     text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.max_length, seed=config.seed)
     train = text_windows(n=config.num_samples, split="train", **text)
     return model, train, text_windows(n=config.num_validation, split="validation", **text)
@@ -673,7 +686,7 @@ def show_result(result: tuple):  # of `run`
     print(f"model = LayerwiseQuantizeForCausalLM.from_quantized({epochs.attrs['model_path']!r})\nmodel.load_state_dict(load_file({str(file)!r}))")
     if facts := epochs.attrs.get("static"):
         rows = pd.DataFrame({name: facts[name] for name in ("static", "routed")}).T[["real_bits", "kl", "ce"]]
-        print(f"\nBeside the best static mix of as many bytes, on validation windows:\n{rows.round(5).to_string()}\n")
+        print(f"\nBeside the best static mix of the same budget, on validation windows:\n{rows.round(5).to_string()}\n")
         print(f"Kept is what diverges less: {facts['kept']}. `use_kept(model, {epochs.attrs['folder']!r})` of merge_lab.systems.router sets it.")
 
 # %% ../../nbs/40_systems/05_router.ipynb #bc21587a
