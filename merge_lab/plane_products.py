@@ -114,7 +114,7 @@ def plane_product(
     x: Tensor,  # (..., columns), at most MOST_INPUTS inputs
     weight: PlaneWeight,
 ) -> Tensor:  # (..., rows) in the dtype of the row's scale
-    "Inputs times the weight, summed in float32. Raises `ValueError` where `few_inputs` says no, or for another number of columns."
+    "Inputs times the weight, summed in float32. Raises `ValueError` where `few_inputs` says no, or for another number of columns, `MemoryError` if there is none for them."
     if not few_inputs(x) or x.shape[-1] != weight.columns:
         raise ValueError(f"x of {tuple(x.shape)} on {x.device}: expected 1 to {MOST_INPUTS} inputs of {weight.columns} numbers on the CPU. Make the weight plain for more.")
     x = x.detach().to(DTYPES[weight.half]).contiguous()

@@ -6,7 +6,7 @@
 __all__ = ['logger', 'PREFERENCES', 'NOTES_FILE', 'KEPT', 'ADJUSTED', 'MANIFEST', 'OPTIMIZER_FILE', 'STATE_FILE', 'RNG_FILE',
            'same_bits', 'one_run', 'hold', 'check_free', 'check_writable', 'check_one_process', 'holds_files', 'is_run',
            'check_run', 'check_outside', 'clear_run', 'write_config', 'begin_run', 'check_resumed', 'read_rows',
-           'kept_rows', 'write_rows', 'add_rows', 'add_row', 'read_history', 'read_adjusted', 'RunInterrupted',
+           'kept_rows', 'write_rows', 'read_history', 'add_rows', 'add_row', 'read_adjusted', 'RunInterrupted',
            'stopped', 'resume_command', 'sha256_of', 'seal', 'damage_of', 'checkpoints_of', 'last_checkpoint',
            'checkpoint_to_resume', 'check_readable', 'steps_of', 'check_more_steps', 'check_going_on', 'check_start',
            'bundled_path']
@@ -248,6 +248,13 @@ def write_rows(path: str | Path, rows: typing.Iterable[dict]):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def read_history(path: str | Path) -> "pd.DataFrame":
+    "History of a run as a table. Raises what `read_rows` raises."
+    import pandas as pd
+
+    return pd.DataFrame(read_rows(path))
+
+# %% ../nbs/01_run_folder.ipynb #d5009166
 def _end_last_line(file: typing.BinaryIO):
     "Let a file of rows end with a whole one; what a kill cut off goes."
     file.seek(0)
@@ -282,13 +289,6 @@ def add_rows(path: str | Path, rows: typing.Iterable[dict]):
 def add_row(path: str | Path, row: dict):
     "One more row, as `add_rows`."
     add_rows(path, [row])
-
-
-def read_history(path: str | Path) -> "pd.DataFrame":
-    "History of a run as a table. Raises what `read_rows` raises."
-    import pandas as pd
-
-    return pd.DataFrame(read_rows(path))
 
 # %% ../nbs/01_run_folder.ipynb #a51c2e4e
 ADJUSTED = "adjusted.jsonl"  # in a run's folder
