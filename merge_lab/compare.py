@@ -233,8 +233,7 @@ class Record:
     def on_validation(self, seed: int, model: str, n: int) -> dict[str, float]:  # task -> nats per answer token
         "Losses of a row that is there, on the first n validation rows."
         row = next(row for row in self.rows if (row["seed"], row["model"]) == (seed, model))
-        some = [score for score in row["scores"] if score["split"] == "validation"]
-        return {score["task"]: sum(score["nats"][:n]) / sum(score["tokens"][:n]) if "nats" in score else score["loss"] for score in some}
+        return {score["task"]: sum(score["nats"][:n]) / sum(score["tokens"][:n]) if "nats" in score else score["loss"] for score in row["scores"] if score["split"] == "validation"}
 
     def add(self, seed: int, model: str, scores: list[dict], seconds: float | None = None, peak_bytes: int | None = None, trained: int = 0, trials: int | None = None, setting: dict | None = None):
         "Write down a row: its scores on both splits, and what it took."
@@ -256,9 +255,8 @@ class Scorer:
     @classmethod
     def of(cls, config: CompareConfig) -> "Scorer":
         "Read the rows of a comparison."
-        most = None if config.final_val_rows is None else max(config.val_rows, config.final_val_rows)
-        validation, test = load_tests(config.datasets, "validation", most), load_tests(config.datasets, "test", config.eval_samples)
-        return cls(config, validation, test, load_tokenizer(config.model_paths[0]))
+        validation = load_tests(config.datasets, "validation", config.final_val_rows and max(config.val_rows, config.final_val_rows))
+        return cls(config, validation, load_tests(config.datasets, "test", config.eval_samples), load_tokenizer(config.model_paths[0]))
 
     @property
     def device(self) -> str:

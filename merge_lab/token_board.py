@@ -229,7 +229,7 @@ def look(self, row: int | None = None, whose: str | None = None):
     self.pinned = None
     self.refresh()
 
-
+# %% ../nbs/37_token_board.ipynb #1bcf1f8e
 @patch_to(TokenBoard)
 def pin(self, token: int):
     "Ask which coefficients a token hangs on. Raises `ValueError` if the answer has no such token, or if there is no answer."

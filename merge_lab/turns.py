@@ -32,8 +32,7 @@ class TurnLock:
         "Give it back. Raises `RuntimeError` in a thread that does not have it."
         if self._owner != threading.get_ident():
             raise RuntimeError("cannot release a lock that this thread does not have.")
-        self._depth -= 1
-        self._owner = self._owner if self._depth else None
+        self._owner, self._depth = self._owner if self._depth > 1 else None, self._depth - 1
         self._lock.release()
 
     def __enter__(self):
