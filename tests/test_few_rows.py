@@ -9,6 +9,7 @@ import torch
 from small_runs import SignalAt, small
 
 from merge_lab.chat import load_task, prompt_of
+from merge_lab.config import read_yaml
 from merge_lab.merger import Merger
 from merge_lab.objective import Batch, importance, label_log_probs
 from merge_lab.rollouts import read_rows_of, WRITTEN
@@ -70,9 +71,16 @@ def test_no_data_are_needed(tmp_path):
     config = small(tmp_path, dataset_configs={}, written_prompts=6, save_merged=False, report=True, **OWN)
     found = run(config, progress=False)
     assert found.held_out["loss"] < found.held_out["start"]
+    assert read_yaml(tmp_path / "run" / "config.yaml")["mask_init"]["factors"] == [0.8, 0.8]
     assert "One model for rewrite and summarize" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     by_layer = small(tmp_path / "layers", dataset_configs={}, written_prompts=6, save_merged=False, train_mode="layerwise", layer_steps=4, **OWN)
     assert run(by_layer, progress=False).history.groupby("layer").size().tolist() == [4] * 4
+
+
+def test_a_merge_without_data_resumes_from_where_it_started(tmp_path):
+    same_after_interruption(tmp_path, dataset_configs={}, written_prompts=6, save_merged=False, **OWN)
+    for run_folder in ("whole", "cut"):
+        assert read_yaml(next((tmp_path / run_folder).rglob("config.yaml")))["mask_init"]["factors"] == [0.8, 0.8]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
