@@ -108,15 +108,17 @@ def agreement(model, bits: int, windows, count: int) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="runs/real/base")
-    parser.add_argument("--quantized", default="runs/quantized")
-    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6, 8])
-    parser.add_argument("--tokens", type=int, default=24, help="of a turn")
+    parser.add_argument("--model", default="runs/real/base", help="folder of the model; merge-lab real makes it (default: %(default)s)")
+    parser.add_argument("--quantized", default="runs/quantized", help="what merge-lab quantize made of it (default: %(default)s)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4, 5, 6, 8], help="precisions that are read, 4 and 8 among them (default: 3 4 5 6 8)")
+    parser.add_argument("--tokens", type=int, default=12, help="of a turn (default: 12)")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--windows", type=int, default=2, help="texts along which predictions are compared")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", default="data/benchmarks/decode.json")
     options = parser.parse_args()
+    if not {4, 8} <= set(options.bits):
+        parser.error(f"--bits {options.bits}: expected 4 and 8 among them.")
     torch.set_num_threads(options.threads)
     found, windows = contestants(options), text_windows(load_tokenizer(options.model), ["prose"], 96, options.windows, "test", 0)
     rows = take_turns(found, windows[0].input_ids[None, :PROMPT], options)

@@ -146,17 +146,26 @@ def main():
         "base": str(root / "base"), "experts": [str(root / "experts" / task / "final_merged") for task in args.tasks],
         "tasks": [str(root / "tasks" / task) for task in args.tasks], "test_rows": args.test_rows,
     }  # fmt: skip
-    written = json.loads(output.read_text()) if output.exists() else {"tasks": args.tasks, "test_rows": args.test_rows, "old": args.old, "contestants": {}}
+    about = {"pair": f"{root.name}: {' and '.join(args.tasks)}", "test_rows": args.test_rows, "steps": args.steps, "old_steps": args.old_steps}
+    written = json.loads(output.read_text()) if output.exists() else {"about": about, "contestants": {}}
+    if written["about"] != about:
+        parser.error(f"{output} holds what was measured of {written['about']}, and this is {about}. Name another --output.")
+    for place in (*asked["experts"], *asked["tasks"], asked["base"], output.absolute().parent):
+        if not Path(place).is_dir():
+            parser.error(f"{place}: no such folder. `merge-lab real` makes base, experts and tasks.")
     written |= {"versions": {name: version(name) for name in ("torch", "transformers")}, "machine": platform.processor() or platform.machine()}
     wanted = {"ours": {} if args.steps is None else {"max_steps": args.steps}}
     wanted |= {f"{args.old}, rate {rate:g}": {**OLD, "learning_rate": rate, "max_steps": args.old_steps} for rate in args.old_rates}
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
         old.mkdir()
-        archive = subprocess.run(["git", "archive", args.old], cwd=HERE, stdout=subprocess.PIPE, check=True)
+        archive = subprocess.run(["git", "archive", args.old], cwd=HERE, stdout=subprocess.PIPE)
+        if archive.returncode:
+            parser.error(f"--old {args.old}: git has no such commit here.")
         subprocess.run(["tar", "x", "-C", str(old)], input=archive.stdout, check=True)
         if "references" not in written:
             written["references"] = told("references", HERE, asked, Path(folder) / "log")
+            output.write_text(json.dumps(written, indent=1) + "\n")
         for who, options in wanted.items():
             if who in written["contestants"]:
                 continue

@@ -65,7 +65,7 @@ def kills(root: Path = ROOT) -> str:
     newest, every = list(facts["counts"].values()), [*facts["counts"].values(), *facts.get("earlier", {}).get("counts", {}).values()]
     hits, identical, refused, corrupt, mixed = (sum(row[name] for row in every) for name in ("hits", "identical", "refused", "corrupt", "mixed"))
     least, most, latest = min(row["hits"] for row in newest), max(row["hits"] for row in newest), sum(row["hits"] for row in newest)
-    which = f"{latest} of them, {least if least == most else f'{least} to {most}'} of each kind, on version {facts['commit']}"
+    which = f"{latest} of them, {least if least == most else f'{least} to {most}'} of each kind, on version {facts['commit']}, where checkpoints are replaced as a whole; the others on {facts['earlier']['commit']}, before that"
     return (
         f"Killed or stopped at random {hits} times ({which}), {len(newest)} kinds of runs and exports ended with the main file of undisturbed ones, byte for byte, {identical} times, and refused {refused} times\n"
         f"to go on where no whole checkpoint was there yet; {corrupt} files were corrupt and {mixed} checkpoints were mixed (`{facts['command']}`).\n"

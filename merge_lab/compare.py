@@ -219,11 +219,13 @@ def costs_of(rows: Sequence[dict]) -> pd.DataFrame:  # columns seed, model, seco
 
 
 class Record:
-    "Rows that are done, and how the next is written."
+    "Rows that are done, and how the next is written. Raises `ValueError` for rows of an older build."
 
     def __init__(self, folder: Path):
         self.file = folder / ROWS
         self.rows = kept_rows(self.file)
+        if any("nats" not in score for row in self.rows for score in row["scores"] if score["split"] == "validation"):
+            raise ValueError(f"{self.file}: an older build wrote these rows, without the nats of each row that merges are chosen by now. Compare anew in another folder.")
         write_rows(self.file, self.rows)  # without a line that was cut off
 
     def has(self, seed: int, model: str) -> bool:
@@ -233,7 +235,7 @@ class Record:
     def on_validation(self, seed: int, model: str, n: int) -> dict[str, float]:  # task -> nats per answer token
         "Losses of a row that is there, on the first n validation rows."
         row = next(row for row in self.rows if (row["seed"], row["model"]) == (seed, model))
-        return {score["task"]: sum(score["nats"][:n]) / sum(score["tokens"][:n]) if "nats" in score else score["loss"] for score in row["scores"] if score["split"] == "validation"}
+        return {score["task"]: sum(score["nats"][:n]) / sum(score["tokens"][:n]) for score in row["scores"] if score["split"] == "validation"}
 
     def add(self, seed: int, model: str, scores: list[dict], seconds: float | None = None, peak_bytes: int | None = None, trained: int = 0, trials: int | None = None, setting: dict | None = None):
         "Write down a row: its scores on both splits, and what it took."

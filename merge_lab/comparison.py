@@ -57,18 +57,20 @@ def drawn_shares(
     rng, rows = np.random.default_rng(seed), scores[scores.split == split]
     sizes = {task: len(some.nats.iloc[0]) for task, some in rows.groupby("task")}
     weights = {task: rng.multinomial(n, [1 / n] * n, size=draws) for task, n in sizes.items()}
+    weights = {task: np.vstack([np.ones(sizes[task], int), drawn]) for task, drawn in weights.items()}  # the rows as they are come first
     losses = [weights[task] @ np.array(nats) / (weights[task] @ np.array(tokens)) for task, nats, tokens in zip(rows.task, rows.nats, rows.tokens)]
     losses, worst = pd.DataFrame(losses, index=pd.MultiIndex.from_frame(rows[["seed", "task", "model"]])).sort_index(), []
     for one in losses.index.unique("seed"):
         shares = [_share_of(losses.loc[(one, task)], expert) for task, expert in experts.items()]
         worst.append(pd.concat(shares).groupby(level="model", sort=False).min())
-    return pd.concat(worst).groupby(level="model", sort=False).mean()
+    return pd.concat(worst).groupby(level="model", sort=False).mean().drop(columns=0)
 
 
-def _share_of(losses: pd.DataFrame, expert: str) -> pd.DataFrame:  # index model; columns draws
-    "Of one task; without a base, shares begin at the worst expert."
+def _share_of(losses: pd.DataFrame, expert: str) -> pd.DataFrame:  # index model; columns draws, after the rows as they are
+    "Of one task; without a base, shares begin at the worst expert. The way to the expert is that of all rows: drawn, a short one would come near nothing, and every share with it."
     start = losses.loc["base"] if "base" in losses.index else losses[losses.index.str.startswith("expert: ")].max()
-    return (start - losses) / (start - losses.loc[expert])
+    way = start[0] - losses.loc[expert, 0]
+    return (start - losses) / (way if way > 0 else np.nan)
 
 # %% ../nbs/38_comparison.ipynb #5ccc0bb2
 def paired_errors(shares: pd.DataFrame, best: str) -> pd.Series:  # shares: of `drawn_shares`
@@ -80,8 +82,8 @@ def errors_of(scores: pd.DataFrame, experts: dict[str, str]) -> dict[str, float]
     "Standard error of how far each merge is behind the best on validation rows."
     if "nats" not in scores or scores[scores.split == "validation"].nats.isna().any():
         return {}
-    best = candidates_of(worst_shares(scores, experts, "validation")).mean(axis=1).idxmax()
-    return paired_errors(drawn_shares(scores, experts), best).round(6).to_dict()
+    shares = candidates_of(worst_shares(scores, experts, "validation")).mean(axis=1)
+    return {} if shares.isna().all() else paired_errors(drawn_shares(scores, experts), shares.idxmax()).round(6).to_dict()
 
 # %% ../nbs/38_comparison.ipynb #550c2430
 def manner_table(
@@ -175,10 +177,10 @@ def _told_cost(row: pd.Series) -> str:
 
 
 def _told_apart(table: pd.DataFrame, use: str, best: str) -> str:
-    if ("worst task", "error") not in table:
-        return "by less than what can be told apart"
-    behind = table.loc[best, ("worst task", "on validation")] - table.loc[use, ("worst task", "on validation")]
-    return f"by {behind:.3f} with a standard error of {table.loc[use, ('worst task', 'error')]:.3f}, which these rows cannot tell apart (more of them would)"
+    behind, error = table.loc[best, ("worst task", "on validation")] - table.loc[use, ("worst task", "on validation")], table.get(("worst task", "error"), {}).get(use, 0)
+    if behind > error:
+        return f"by {behind:.3f}, less than what can be told apart"
+    return f"by {behind:.3f} with a standard error of {error:.3f}, which these rows cannot tell apart (more of them would)"
 
 
 def told_deltas(facts: pd.DataFrame) -> str:  # of `delta_facts`
@@ -194,8 +196,10 @@ def verdict(
     facts: pd.DataFrame | None = None,  # of `delta_facts`
 ) -> str:
     "What to use and why, in plain words tied to measured losses."
-    use, best = chosen(table)
     merges = candidates_of(table)
+    if merges[("worst task", "on validation")].isna().all():
+        return "Nothing can be said: on these validation rows an expert is no better on its own task than where it began, so there is no way that a merge could keep. Give more rows, or a better expert."
+    use, best = chosen(table)
     parts = [f"Use {use}. On test rows it keeps {_told(table, use)}. It took {_told_cost(table.loc[use])}."]
     if use != best:
         parts.append(f"On validation rows {best} was a little better, {_told_apart(table, use, best)}; it keeps {_told(table, best)}, and took {_told_cost(table.loc[best])}.")

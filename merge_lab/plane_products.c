@@ -149,10 +149,12 @@ static int64_t place_of(int64_t column, int words) {
     return words ? (turned & ~63) + 16 * (turned & 3) + (turned & 63) / 4 : turned;
 }
 
-// y (inputs, rows) = x (inputs, columns) times the weight; sums in float. Returns 0, or 1 where memory is short.
+// y (inputs, rows) = x (inputs, columns) times the weight; sums in float. Returns 0, 1 where memory is short, or 2 where a kept column is none.
 int plane_product(const struct weight *w, const void *x, void *y, int64_t inputs, int64_t threads) {
     int64_t size = (w->columns + w->blocks - 1) / w->blocks, bytes = (w->columns + 7) / 8, stride = w->rows * bytes, padded = bytes * 8;
     int half = (int)w->half, bits = (int)w->bits;
+    for (int64_t k = 0; k < w->kept_count; k++)
+        if (w->kept_columns[k] < 0 || w->kept_columns[k] >= w->columns) return 2;
     float *turned = calloc((size_t)(inputs * padded), sizeof(float));
     int words = 0;
 #ifdef __AVX512BW__

@@ -57,6 +57,7 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 def products() -> ctypes.CDLL | None:
     "The compiled products, made once in a process; None where there is no compiler."
     if (compiler := find_compiler()) is None:
+        logger.info("weights are made plain for each token: there is no C compiler (CC, cc, gcc or clang)")
         return None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +85,17 @@ class PlaneWeight(ctypes.Structure):
     ]
 
 
+def _lies_as_said(columns, table, planes, row_scale, block_scale, kept, kept_columns) -> bool:
+    "Whether tensors have the shapes and dtypes that the C code reads without asking: they may come from a file."
+    rows, bits = planes.shape[1] if planes.ndim == 3 else -1, table.shape[-1].bit_length() - 1
+    right = table.dtype == torch.int16 and table.shape == (1, 1 << bits) and planes.dtype == block_scale.dtype == torch.uint8
+    right = right and 1 <= bits <= min(8, len(planes)) and planes.shape[1:] == (rows, -(-columns // 8)) and row_scale.dtype in DTYPES and row_scale.numel() == rows
+    right = right and block_scale.ndim == 2 and len(block_scale) == rows and block_scale.shape[1] > 0 and (kept is None) == (kept_columns is None)
+    if kept is None or not right:
+        return right
+    return kept.dtype == row_scale.dtype and kept_columns.dtype == torch.int32 and kept.shape == (rows, kept_columns.numel())
+
+
 def plane_weight(
     columns: int,
     table: Tensor,  # (groups of rows, 2**bits) int16 shares of the scale
@@ -93,9 +105,9 @@ def plane_weight(
     kept: Tensor | None = None,  # (rows, kept columns), in the dtype of the row's scale
     kept_columns: Tensor | None = None,  # (kept columns,) int32
 ) -> PlaneWeight | None:
-    "A weight to multiply with; None where its layout is another: several tables, blocks of no whole bytes, another dtype or device, no compiler."
+    "A weight to multiply with; None where its layout is another: several tables, blocks of no whole bytes, another shape, dtype or device, no compiler."
     held = (table, planes, row_scale, block_scale, kept, kept_columns)
-    if row_scale is None or len(table) > 1 or row_scale.dtype not in DTYPES or not all(t is None or is_plain(t) for t in held):
+    if row_scale is None or block_scale is None or not all(t is None or is_plain(t) for t in held) or not _lies_as_said(columns, *held):
         return None
     blocks = block_scale.shape[1]
     if (blocks > 1 and -(-columns // blocks) % 8) or products() is None:
@@ -107,18 +119,22 @@ def plane_weight(
 # %% ../nbs/13_plane_products.ipynb #7ca2fbbe
 def few_inputs(x: Tensor) -> bool:
     "Whether an input, (..., columns), can be given to `plane_product`."
-    return type(x) is Tensor and x.device.type == "cpu" and 0 < x.numel() <= MOST_INPUTS * x.shape[-1]
+    watched = torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")  # what the C code does would not be seen, or be in another dtype
+    return type(x) is Tensor and not watched and x.device.type == "cpu" and 0 < x.numel() <= MOST_INPUTS * x.shape[-1]
 
 
 def plane_product(
     x: Tensor,  # (..., columns), at most MOST_INPUTS inputs
     weight: PlaneWeight,
 ) -> Tensor:  # (..., rows) in the dtype of the row's scale
-    "Inputs times the weight, summed in float32. Raises `ValueError` where `few_inputs` says no, or for another number of columns, `MemoryError` if there is none for them."
+    "Inputs times the weight, summed in float32. Raises `ValueError` where `few_inputs` says no, for another number of columns, or where kept columns lie beyond them, `MemoryError` if there is none for them."
     if not few_inputs(x) or x.shape[-1] != weight.columns:
         raise ValueError(f"x of {tuple(x.shape)} on {x.device}: expected 1 to {MOST_INPUTS} inputs of {weight.columns} numbers on the CPU. Make the weight plain for more.")
     x = x.detach().to(DTYPES[weight.half]).contiguous()
     y = x.new_empty(*x.shape[:-1], weight.rows)
-    if products().plane_product(ctypes.addressof(weight), x.data_ptr(), y.data_ptr(), x.numel() // weight.columns, torch.get_num_threads()):
+    failed = products().plane_product(ctypes.addressof(weight), x.data_ptr(), y.data_ptr(), x.numel() // weight.columns, torch.get_num_threads())
+    if failed == 2:
+        raise ValueError(f"kept columns lie beyond the {weight.columns} of the weight. The file is damaged; quantise the model again.")
+    if failed:
         raise MemoryError(f"no memory for inputs of {tuple(x.shape)}")
     return y

@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -59,7 +60,9 @@ class Run:
     "A run's folder: its config, curves, alphas and checkpoint, whichever system it is of."
 
     def __init__(self, folder: str | Path):
-        self.folder = finish_parts(folder)
+        self.folder = Path(folder)
+        with suppress(OSError):  # it can be read as it is, or somebody is at work there
+            finish_parts(folder)
         self.config = read_config(self.folder / "config.yaml")
         self.kind = kind_of(self.config)
         self.system = SYSTEMS.get(self.kind, OTHER)

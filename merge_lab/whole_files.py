@@ -386,8 +386,9 @@ def _replaced_by(made: Path, folder: Path) -> list[Path]:
     "Files of an earlier checkpoint that must not be there with those of a new one; what is read first comes first."
     names = {path.name for path in made.iterdir()}
     gone = _READ_FIRST & names if any(name.endswith(".safetensors") for name in names) else set()
+    others = {name for kind, files in _recorded(folder).items() if kind not in names and (folder / kind).exists() for name in files}  # of what stays
     for kind in _READ_FIRST & names:
-        gone |= {name for name in _companions(kind, folder) if not (made / name).exists()}
+        gone |= {name for name in _companions(kind, folder) - others if not (made / name).exists()}
     if any(_WEIGHTS.fullmatch(name) for name in names):
         gone |= {"config.json", *(path.name for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))}
     return list(reversed(_in_order(path for name in gone if (path := folder / name).is_symlink() or path.is_file())))

@@ -290,6 +290,48 @@ def test_without_a_compiler_weights_are_made_plain(monkeypatch):
     assert torch.equal(layer(x), F.linear(x, layer.nested(8).dequantize(8)))
 
 
+DAMAGED = {  # what a file may hold: place among the tensors of `plane_weight`, and what is there instead
+    "planes of too few bytes": (1, lambda planes: planes[..., :1].contiguous()),
+    "too few planes": (1, lambda planes: planes[:2].contiguous()),
+    "planes in another dtype": (1, lambda planes: planes.to(torch.int8)),
+    "a table in another dtype": (0, lambda table: table.float()),
+    "a table of another length": (0, lambda table: table[:, :-1].contiguous()),
+    "one scale for all rows": (2, lambda scale: scale[:1].contiguous()),
+    "scales of too few rows": (3, lambda scale: scale[:3].contiguous()),
+    "kept weights in another dtype": (4, lambda _: torch.zeros(64, 1, dtype=torch.bfloat16)),
+    "kept weights of too few rows": (4, lambda _: torch.zeros(3, 1)),
+    "places in another dtype": (5, lambda _: torch.zeros(1, dtype=torch.int8)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize(("place", "instead"), DAMAGED.values(), ids=DAMAGED)
+def test_tensors_that_do_not_fit_are_not_given_to_the_c_code(place, instead):
+    "It reads what it is pointed to, without asking."
+    layer = NestedLinear(round_weight(torch.randn(64, 128)))
+    held = [layer._buffers[name] for name in ("table_8", "planes", "row_scale", "block_scale")] + [torch.zeros(64, 1), torch.zeros(1, dtype=torch.int32)]
+    assert plane_products.plane_weight(128, *held) is not None
+    held[place] = instead(held[place])
+    assert plane_products.plane_weight(128, *held) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("column", [-1, 128, 2**28])
+def test_kept_columns_that_are_none_are_refused(column):
+    layer = NestedLinear(round_weight(torch.randn(64, 128)))
+    held = [layer._buffers[name] for name in ("table_8", "planes", "row_scale", "block_scale")] + [torch.zeros(64, 1), torch.tensor([column], dtype=torch.int32)]
+    with pytest.raises(ValueError, match="beyond the 128"):
+        plane_products.plane_product(torch.randn(1, 128), plane_products.plane_weight(128, *held))
+
+
+@needs_compiler
+def test_a_layer_that_is_traced_or_cast_takes_the_plain_weight():
+    layer, x = NestedLinear(round_weight(torch.randn(64, 128))), torch.randn(2, 128)
+    assert torch.allclose(torch.jit.trace(layer, x, check_trace=False)(x), layer(x), atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
 @needs_compiler
 def test_a_compiler_that_fails_is_no_compiler(tmp_path):
     assert plane_products.compile_products(shutil.which("false") or "false", tmp_path) is None

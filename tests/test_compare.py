@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from merge_lab import compare, search
@@ -229,7 +230,7 @@ def test_a_comparison_leaves_what_it_promises(small, whole):
         run(CompareConfig(**small, output_dir=str(whole.folder)))
 
 
-def test_finished_merges_are_chosen_on_more_rows_than_settings(small, whole):
+def test_finished_merges_are_chosen_on_more_rows_than_settings(small, whole, tmp_path):
     "Each row's nats are kept, so that the verdict knows how far the rows can be trusted; raw data hold what came of them."
     rows = read_rows(whole.folder / "rows.jsonl")
     kept = [score for row in rows for score in row["scores"] if score["split"] == "validation"]
@@ -242,8 +243,26 @@ def test_finished_merges_are_chosen_on_more_rows_than_settings(small, whole):
     assert "nats" not in (whole.folder / "results.json").read_text()
     table, deltas, _ = compare.read_comparison(whole.folder / "results.json")
     assert compare.verdict(table, deltas) == whole.verdict and table[("worst task", "error")].max() > 0
+    (older_folder := tmp_path / "older").mkdir()
     older = [{**row, "scores": [{name: value for name, value in score.items() if name not in ("nats", "tokens")} for score in row["scores"]]} for row in rows]
     assert ("worst task", "error") not in compare.comparison_table(compare.scores_of(older), compare.costs_of(older), {"rewrite": "expert: rewrite", "summarize": "expert: summarize"})
+    (older_folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in older))
+    with pytest.raises(ValueError, match="an older build wrote these rows"):
+        compare.Record(older_folder)
+
+
+@pytest.mark.parametrize("expert", [1.0, 1.04])
+def test_a_merge_that_is_worse_than_the_base_is_never_chosen(expert):
+    "An expert may be hardly better than its base on these rows, or no better: then nothing is said."
+    draw, losses = np.random.default_rng(0), {"base": 1.03, "expert: a": expert, "good": 1.005, "poor": 1.06}
+    hard = draw.gamma(4, 0.25, 40)
+    rows = [
+        dict(seed=0, model=model, task="a", split=split, nats=list(nats), tokens=[10] * 40, loss=sum(nats) / 400)
+        for model, loss in losses.items() for nats in [10 * loss * (hard / hard.mean()) + 0.3 * draw.standard_normal(40)] for split in ("validation", "test")
+    ]  # fmt: skip
+    costs = [dict(seed=0, model=model, seconds=seconds, peak_bytes=1, trained=1, trials=1) for model, seconds in (("good", 100.0), ("poor", 1.0))]
+    table = compare.comparison_table(pd.DataFrame(rows), pd.DataFrame(costs), {"a": "expert: a"})
+    assert compare.verdict(table).startswith("Use good." if expert == 1.0 else "Nothing can be said")
 
 
 def mask_shapes(folder):

@@ -766,3 +766,21 @@ def test_a_quantised_folder_is_verified(here, capsys):
     assert main(again) == 2 and f"{name} is missing" in capsys.readouterr().err
     save_tensors(file, {key: tensor * torch.nan if tensor.is_floating_point() else tensor for key, tensor in tensors.items()})
     assert main(again) == 2 and "decoder layer 1 gave NaN or infinity" in capsys.readouterr().err
+
+
+def test_a_file_of_two_checkpoints_stays_with_the_one_that_stays(tmp_path):
+    "A plain checkpoint and masks in one folder, with the same card: masks that are written anew without one leave it."
+
+    def write(first: str, *others: str):
+        with whole_checkpoint(tmp_path / "both") as place:
+            place.mkdir(exist_ok=True)
+            (place / first).write_text("{}")
+            for name in others:
+                (place / name).write_text("a card")
+
+    write("config.json", "README.md")
+    write("merger_config.json", "README.md")
+    write("merger_config.json")
+    assert (tmp_path / "both" / "README.md").read_text() == "a card"
+    write("config.json")
+    assert not (tmp_path / "both" / "README.md").exists()

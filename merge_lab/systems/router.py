@@ -641,7 +641,7 @@ def use_kept(
     model: LayerwiseQuantizeForCausalLM,
     folder: str | Path,  # of a run
 ) -> str:  # "static" or "routed"
-    "Let a model do what a run kept: its best routers, or the static mix where that diverges less."
+    "Let a model do what a run kept: its best routers, or the static mix where that diverges less, or routers read more than the budget."
     file = Path(folder) / STATIC_FILE
     facts = read_json(file) if file.exists() else dict(kept="routed")
     model.load_state_dict(load_file(Path(folder) / "best_router_checkpoint.safetensors"))
@@ -687,7 +687,7 @@ def show_result(result: tuple):  # of `run`
     if facts := epochs.attrs.get("static"):
         rows = pd.DataFrame({name: facts[name] for name in ("static", "routed")}).T[["real_bits", "kl", "ce"]]
         print(f"\nBeside the best static mix of the same budget, on validation windows:\n{rows.round(5).to_string()}\n")
-        print(f"Kept is what diverges less: {facts['kept']}. `use_kept(model, {epochs.attrs['folder']!r})` of merge_lab.systems.router sets it.")
+        print(f"Kept is what diverges less within the budget: {facts['kept']}. `use_kept(model, {epochs.attrs['folder']!r})` of merge_lab.systems.router sets it.")
 
 # %% ../../nbs/40_systems/05_router.ipynb #bc21587a
 def quantized_note(path: str, values: dict) -> str:
