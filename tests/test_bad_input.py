@@ -374,7 +374,7 @@ CASES = {
     "quantize what is not there": ("quantize nowhere --output_dir out", None, "nowhere"),
     "quantize with more bits than there are": (f"{QUANTIZE} --parent_precision 9", None, "parent_precision=9"),
     "quantize from more to fewer bits": (f"{QUANTIZE} --seed_precision 6 --parent_precision 3", None, "seed_precision=6"),
-    "quantize with a mix of more bits than there are": (f"{QUANTIZE} --static 12", None, "static=12"),
+    "quantize with a mix of no number": (f"{QUANTIZE} --static nan", None, "static"),
     "quantize with a mix below the fewest bits": (f"{QUANTIZE} --static 2.5", None, "static=2.5"),
     "quantize on a text of none": (QUANTIZE.replace("text.txt", "nothing.txt"), None, "nothing.txt"),
     "quantize on an empty text": (QUANTIZE, lambda: put("text.txt", ""), "text.txt"),

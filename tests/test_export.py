@@ -252,7 +252,7 @@ def test_a_folder_that_is_taken_for_abandoned_before_it_is_held_is_made_anew(mon
     monkeypatch.setattr(whole_files, "alone_in", late)
     with whole_folder("out") as made:
         (made / "a").touch()
-    assert Path("out", "a").exists() and len(calls) == 2
+    assert Path("out", "a").exists() and len(set(calls)) == 2
 
 
 STARTS = {

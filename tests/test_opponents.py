@@ -229,5 +229,5 @@ def test_scores_of_a_row_are_evaluate_tasks_own(tmp_path):
         row = found[task, "test"]
         assert row["loss"] == pytest.approx(table.loss[task]) and row["exact_match"] == table.exact_match[task]
         assert row["manners"].get("rewrite") == pytest.approx(1.0) and sum(row["manners"].values()) == pytest.approx(1.0)
-        assert set(found[task, "validation"]) == {"task", "split", "loss"}
+        assert set(found[task, "validation"]) == {"task", "split", "loss", "nats", "tokens"}
     assert set(json.loads((tmp_path / "manners.json").read_text())) == set(TASKS)
