@@ -159,7 +159,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
         old.mkdir()
-        archive = subprocess.run(["git", "archive", args.old], cwd=HERE, stdout=subprocess.PIPE)
+        archive = subprocess.run(["git", "archive", args.old], check=False, cwd=HERE, stdout=subprocess.PIPE)
         if archive.returncode:
             parser.error(f"--old {args.old}: git has no such commit here.")
         subprocess.run(["tar", "x", "-C", str(old)], input=archive.stdout, check=True)
