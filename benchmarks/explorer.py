@@ -77,7 +77,7 @@ def main():
     options = parser.parse_args()
     old, head = Path(options.old).resolve(), lambda where: subprocess.check_output(["git", "-C", where, "rev-parse", "--short", "HEAD"], text=True).strip()
     found = {"old": [], "new": [], "new, all rows": []}
-    runs = str(Path(options.runs).resolve())
+    runs, load = str(Path(options.runs).resolve()), os.getloadavg()[0]
     few = {name: MOVES[name] for name in ("first", "share")}
     for _ in range(options.repeats):
         for name, where, moves, more in (("old", old, few, {}), ("new", ROOT, MOVES, {}), ("new, all rows", ROOT, few, {"operations": "inf"})):
@@ -86,7 +86,7 @@ def main():
     file = ROOT / "data/benchmarks/workbench.json"
     versions = dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__)
     facts = dict(
-        command="python benchmarks/explorer.py --runs runs/real-2 --old ../older-checkout", date=DATE, machine=f"{os.cpu_count()} cores, CPU, one torch thread, not alone on the machine",
+        command="python benchmarks/explorer.py --runs runs/real-2 --old ../older-checkout", date=DATE, machine=f"{os.cpu_count()} cores, CPU, one torch thread, load {load:.1f} when it began",
         what="seconds from a slider's move to the new loss, the first answer tokens and all answers; SmolLM2-135M, three experts, 24 rows and 2 prompts of each of three tasks",
         versions=versions, old=head(old), runs=found,
     )  # fmt: skip
