@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'RUNGS', 'VERSIONS', 'CompareConfig', 'suite_file', 'read_suite',
            'with_suite', 'first_models', 'opponents_of', 'check_compare', 'measured', 'scores_of', 'costs_of', 'Record',
-           'Scorer', 'reference_rows', 'spent', 'leaders', 'climb', 'opponent_rows', 'together_row', 'recipe_rows',
-           'peft_rows', 'StopInTime', 'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run', 'compare_one',
-           'of_number', 'run_numbers', 'facts_of', 'read_comparison', 'settings_of', 'write_compare_report',
-           'write_number_report', 'finish', 'show_result']
+           'Scorer', 'reference_rows', 'tuning_judge', 'spent', 'leaders', 'climb', 'opponent_rows', 'together_row',
+           'recipe_rows', 'peft_rows', 'StopInTime', 'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run',
+           'compare_one', 'of_number', 'run_numbers', 'facts_of', 'read_comparison', 'settings_of',
+           'write_compare_report', 'write_number_report', 'finish', 'show_result']
 
 # %% ../nbs/62_compare.ipynb #2a99e335
 import dataclasses
@@ -334,6 +334,12 @@ def reference_rows(bench: Scorer, record: Record, lineup: Lineup, seed: int):
 RUNGS = ((1.0, 0.0), (0.5, 0.25), (0.25, 1.0))  # share of the opponents that go on; share of the trials (one at least)
 
 
+def tuning_judge(bench: Scorer, record: Record, lineup: Lineup, seed: int) -> Judge:
+    "The judge of settings, on the rows that they are tuned on; what base and experts have there is known."
+    known = [record.on_validation(seed, name, bench.config.val_rows) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
+    return judge_of(lineup, bench.tuning, known)
+
+
 def spent(files: dict[str, Path]) -> float:  # method -> its trials
     "Seconds of all trials."
     return sum(row["seconds"] for file in files.values() for row in kept_rows(file))
@@ -369,8 +375,7 @@ def opponent_rows(bench: Scorer, record: Record, lineup: Lineup, folder: Path, s
     if all(record.has(seed, method) for method in methods):
         return
     files = {method: folder / "trials" / f"{method}.jsonl" for method in methods}
-    known = [record.on_validation(seed, name, bench.config.val_rows) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
-    climb(lineup, judge_of(lineup, bench.tuning, known), files, bench.config.trials, seconds, seed)
+    climb(lineup, tuning_judge(bench, record, lineup, seed), files, bench.config.trials, seconds, seed)
     for method in tqdm(methods, desc=f"seed {seed}, test rows", unit="method", leave=False):
         trials = kept_rows(files[method])
         if record.has(seed, method) or not (best := best_of(trials)):
@@ -390,13 +395,12 @@ def together_row(bench: Scorer, record: Record, lineup: Lineup, seed: int, secon
     if reason := why_no_room(lineup):
         logger.info("%s is left out: %s", TOGETHER, reason)
         return
-    known = [record.on_validation(seed, name, bench.config.val_rows) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
     usual = MaskMergeConfig()
     steps, batch = bench.config.max_steps or usual.max_steps, usual.per_device_train_batch_size
     logger.info("seed %d: %s, for %.1f minutes at most", seed, TOGETHER, seconds / 60)
     with measured() as use:
         rows = rows_of_all(bench.config.datasets, lineup.tokenizer, steps * batch, seed=seed)
-        tensors, rate, _, tried = best_together(lineup, judge_of(lineup, bench.tuning, known), rows, steps, batch, seconds, seed)
+        tensors, rate, _, tried = best_together(lineup, tuning_judge(bench, record, lineup, seed), rows, steps, batch, seconds, seed)
     record.add(seed, TOGETHER, bench.scores(lineup.put(tensors)), use["seconds"], use["peak_bytes"], sum(tensor.numel() for tensor in tensors.values()), tried, {"step size": rate})
 
 # %% ../nbs/62_compare.ipynb #149d8cee
@@ -542,7 +546,7 @@ def run_numbers(config: CompareConfig) -> Comparison:
 VERSIONS = ("torch", "transformers", "mergekit", "optuna")
 
 
-def facts_of(bench: Scorer, record: Record, deltas: pd.DataFrame) -> dict:
+def facts_of(bench: Scorer, record: Record, deltas: pd.DataFrame, errors: dict[str, float] | None = None) -> dict:  # errors: of `errors_of`
     "Raw data of a comparison, without paths of this machine."
     config = bench.config
     named = dataclasses.replace(
@@ -551,7 +555,7 @@ def facts_of(bench: Scorer, record: Record, deltas: pd.DataFrame) -> dict:
     )  # fmt: skip
     packages = {name: metadata.version(name) for name in VERSIONS if name in {found.metadata["Name"] for found in metadata.distributions()}}
     return {
-        "command": config_to_cli(named, "merge-lab compare"), "experts": bench.experts, "rows": [{**row, "scores": [_small(score) for score in row["scores"]]} for row in record.rows], "errors": errors_of(scores_of(record.rows), bench.experts), "deltas": deltas.to_dict("records"), "versions": packages,
+        "command": config_to_cli(named, "merge-lab compare"), "experts": bench.experts, "rows": [{**row, "scores": [_small(score) for score in row["scores"]]} for row in record.rows], "errors": errors or {}, "deltas": deltas.to_dict("records"), "versions": packages,
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version()},
     }
 
@@ -613,13 +617,15 @@ def write_number_report(config: CompareConfig, root: Path, shares: pd.DataFrame,
 # %% ../nbs/62_compare.ipynb #0f224d0b
 def finish(bench: Scorer, record: Record, root: Path) -> Comparison:
     "Write table, report and raw data."
-    table, deltas = comparison_table(scores_of(record.rows), costs_of(record.rows), bench.experts), pd.read_csv(root / "deltas.csv")
+    scores, deltas = scores_of(record.rows), pd.read_csv(root / "deltas.csv")
+    errors = errors_of(scores, bench.experts)
+    table = comparison_table(scores, costs_of(record.rows), bench.experts, errors)
     said = verdict(table, deltas)
     write_text(root / "table.csv", table.to_csv())
-    if not (manners := manner_table(scores_of(record.rows))).empty:
+    if not (manners := manner_table(scores)).empty:
         write_text(root / "confusion.csv", manners.to_csv())
     write_text(root / "verdict.txt", said + "\n")
-    write_json(root / "results.json", facts_of(bench, record, deltas))
+    write_json(root / "results.json", facts_of(bench, record, deltas, errors))
     write_compare_report(bench, record, root, table, said, deltas)
     return Comparison(table, said, root)
 

@@ -56,8 +56,7 @@ def drawn_shares(
     need_columns(scores, ["seed", "model", "task", "split", "nats", "tokens"], "drawn_shares")
     rng, rows = np.random.default_rng(seed), scores[scores.split == split]
     sizes = {task: len(some.nats.iloc[0]) for task, some in rows.groupby("task")}
-    weights = {task: rng.multinomial(n, [1 / n] * n, size=draws) for task, n in sizes.items()}
-    weights = {task: np.vstack([np.ones(sizes[task], int), drawn]) for task, drawn in weights.items()}  # the rows as they are come first
+    weights = {task: np.vstack([np.ones(n, int), rng.multinomial(n, [1 / n] * n, size=draws)]) for task, n in sizes.items()}  # the rows as they are come first
     losses = [weights[task] @ np.array(nats) / (weights[task] @ np.array(tokens)) for task, nats, tokens in zip(rows.task, rows.nats, rows.tokens)]
     losses, worst = pd.DataFrame(losses, index=pd.MultiIndex.from_frame(rows[["seed", "task", "model"]])).sort_index(), []
     for one in losses.index.unique("seed"):

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from .chat import encode_questions, render, take_rows
 from .config import option, Options, read_yaml
-from .constraints import WITH_ANCHOR
 from .evaluation import answer_batches, end_tokens, pad_left
 from .lesson import patch_to
 from .logs import tqdm
 from .merger import Merger
+from .merger_config import anchored
 from .objective import Batch, label_log_probs, Objective, OLD_LOG_PROBS
 from .run_folder import save_tensors
 from .scoring import evaluating, MAX_TOKENS, positions_of
@@ -168,8 +168,8 @@ FARTHER = 2  # times as far as other deltas a component's own is taken to move a
 
 def with_start(config):  # a mask merge's, with its base; what comes back, too
     "The config with the start of a merge without data: n deltas from a base begin at 1 / (1 + (n - 1) / FARTHER**2) instead of the average. Factors that were asked for stay, and the start of a run that goes on."
-    n, base, begun = len(config.model_paths), config.base_model not in (None, "", "mean"), Path(config.output_dir) / "config.yaml"
-    if config.dataset_configs or not config.written_prompts or not base or config.constrain_mode not in WITH_ANCHOR or config.mask_init != {"strategy": "uniform"}:
+    n, begun = len(config.model_paths), Path(config.output_dir) / "config.yaml"
+    if config.dataset_configs or not config.written_prompts or not anchored(config) or config.mask_init != {"strategy": "uniform"}:
         return config
     if config.resume and begun.exists() and read_yaml(begun).get("mask_init") == config.mask_init:
         return config
