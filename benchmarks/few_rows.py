@@ -45,6 +45,7 @@ FREE = {  # nothing is given
     "no data, layer by layer, then KL": OWN | LAYERS | {"written_prompts": 64, "answers_per_prompt": 1, "finish_steps": 20},
 }
 TOYS = [("rewrite", "summarize"), ("rewrite", "extract"), ("quiz", "sort")]
+TEST_ROWS = 150
 TOY_OPTIONS = {"mode": "vector_output", "learning_rate": 0.2, "max_steps": 100, "per_device_train_batch_size": 32, "answer_tokens": 40, "dtype": "float32"}
 
 
@@ -105,7 +106,7 @@ def main():
     parser.add_argument("--rows", nargs="+", default=["4", "8", "16", "32", "128", "all"], help="training rows of each task")
     parser.add_argument("--variants", nargs="+", default=[*VARIANTS, *FREE], choices=[*VARIANTS, *FREE])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test_rows", type=int, default=150)
+    parser.add_argument("--test_rows", type=int, default=TEST_ROWS, help=f"test rows of each task (default: {TEST_ROWS})")
     parser.add_argument("--option", nargs="*", default=[], help="further options of the merge, name=value as JSON")
     parser.add_argument("--output", default="data/benchmarks/few_rows.json")
     asked = parser.parse_args()
@@ -113,7 +114,7 @@ def main():
     numbers = [None if n == "all" else int(n) for n in asked.rows]
     cases = [(variant, VARIANTS[variant], "all rows" if n is None else f"{n} rows", n, seed) for variant in asked.variants if variant in VARIANTS for n in numbers for seed in asked.seeds]
     cases += [(variant, FREE[variant], "0 rows", 0, seed) for variant in asked.variants if variant in FREE for seed in asked.seeds]
-    told = "".join(f", {name} {value}" for name, value in more.items())
+    told = "".join(f", {name} {value}" for name, value in more.items()) + ("" if asked.test_rows == TEST_ROWS else f", scored on {asked.test_rows} rows")
     for pair in [pair.split("+") for pair in asked.pairs] if asked.toys else ():
         experts = [str(bundled_path(f"models/{task}")) for task in pair]
         tasks = [bundled_path(f"tasks/{task}") for task in pair]
