@@ -32,7 +32,7 @@ from merge_lab.systems.dam import DAMConfig, merge
 from merge_lab.systems.lora_merge import AdapterMerger, LoRAMergeConfig
 from merge_lab.systems.mask_merge import MaskMergeConfig
 from merge_lab.tinylm import save_tiny, tiny_model
-from merge_lab.verify import check_against_masks, checkpoint_of, compare_readers, environment, GGUF_PACKAGES, stored_in, told_by
+from merge_lab.verify import check_against_masks, checkpoint_of, compare_readers, compare_readings, environment, GGUF_PACKAGES, READERS, stored_in, told_by, told_of
 from merge_lab.writer import save_plain
 
 EXPERTS = ("one", "two")
@@ -372,6 +372,20 @@ def test_llama_cpp_says_what_was_trained(llama_cpp):
         assert set(done.files) == {file.name, EXPORT_FILE} and "in llama.cpp" in done.proven[-1]
     sizes = [Path(f"out-{kind}", f"masks-{kind}.gguf").stat().st_size for kind in ("f32", "f16", "q8_0")]
     assert sizes[0] > 1.5 * sizes[1] > 2 * sizes[2] * 0.9
+
+
+def test_llama_cpp_says_what_was_learned_beside_the_coefficients(llama_cpp):
+    family(tokenizer=llama_cpp, vocab_size=len(llama_cpp), hidden_size=32, max_position_embeddings=128)
+    merger = masks(base_model="base", mode="vector_output", residual_rank=2)
+    run(ExportConfig("masks", "gguf", "out", dtype="f32", tokens=16))
+    words = [504, 476, 3391, 18, 620, 77]
+    there = told_by("gguf", Path("out", "masks-f32.gguf"), words)
+    assert compare_readings(told_of(merger, words), there, READERS["gguf"].tolerance)["same"]
+    with torch.no_grad():
+        for leaf in merger.leaves().values():
+            if leaf.has_residual:
+                leaf.residual_scale.zero_()
+    assert not compare_readings(told_of(merger, words), there, READERS["gguf"].tolerance)["same"]
 
 
 def test_llama_cpp_tells_of_tokens_that_are_half_a_character(llama_cpp):
