@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIONS_FILE', 'EXIT', 'EVERYWHERE', 'PreflightConfig', 'run_preflight', 'DemoConfig', 'run_demo', 'AlignConfig',
            'run_align', 'shadow_of', 'parser_of', 'parse', 'add_aliases', 'told_options', 'told_parser',
-           'write_options', 'help_of', 'show_tables', 'usage', 'call', 'main', 'stoppable', 'is_full_disk',
+           'write_options', 'help_of', 'show_tables', 'usage', 'call', 'main', 'printed', 'stoppable', 'is_full_disk',
            'is_out_of_memory', 'told_end']
 
 # %% ../nbs/60_cli.ipynb #8a883e08
@@ -21,6 +21,7 @@ import tempfile
 import threading
 import traceback
 import typing
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -274,6 +275,7 @@ def show_tables(result):
 EXIT = {  # statuses that a command ends with
     0: "done", 1: "checked, and the answer is no (preflight, verify, a dry run or memory that does not fit)", 2: "refused, with a sentence that names the file or option",
     3: "a fault of merge_lab or of a library; the sentence names the log to report", 130: "stopped by Ctrl-C or a signal",
+    141: "whoever reads what is printed left before the end, as `head` does",
 }
 EVERYWHERE = "Every command: --quiet (-q) for results and warnings alone, --verbose (-v) for more, and the code's own words with an error."
 
@@ -309,8 +311,7 @@ def main(words: list[str] | None = None) -> int:  # key of EXIT
     words = sys.argv[1:] if words is None else words
     choose_thread_waiting(os.environ)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
+        return printed(lambda: print(usage()))
     if words[0] in ("-V", "--version"):
         from merge_lab import __version__
 
@@ -320,19 +321,36 @@ def main(words: list[str] | None = None) -> int:  # key of EXIT
         print(f"merge-lab: unknown command {words[0]!r}. {did_you_mean(words[0], COMMANDS)}\n\n{usage()}", file=sys.stderr)
         return 2
     if {"-h", "--help"} & set(words[1:]):
-        print(f"{help_of(words[0])}\n{EVERYWHERE}")
-        return 0
+        return printed(lambda: print(f"{help_of(words[0])}\n{EVERYWHERE}"))
     others = not is_first_process()  # processes that torchrun started beside the first: they only compute
     words, level = _level_of(words)
     try:
         _set_logging(logging.ERROR if others else level)
         with _silence() if others else nullcontext(), stoppable():
-            return call(words[0], words[1:])
+            return printed(lambda: call(words[0], words[1:]))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it is, it is told
         status, told = told_end(words[0], error, level)
         if not (others and status == 130):
             print(without_tokens(f"merge-lab {words[0]}: {told}"), file=sys.stderr)
         return status
+
+# %% ../nbs/60_cli.ipynb #444b3f5a
+def printed(
+    show: Callable[[], int | None],  # prints, and may return a key of EXIT
+) -> int:  # key of EXIT
+    "Do what prints; 141 if the reader of the standard output left. Raises what `show` raises, `BrokenPipeError` of another pipe too."
+    try:
+        status = show()
+        sys.stdout.flush()
+        return status or 0
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:
+            with open(os.devnull, "wb") as nowhere:  # Python writes what is left when it ends
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
+            return 141
+        raise
 
 # %% ../nbs/60_cli.ipynb #bda9cf7a
 @contextmanager

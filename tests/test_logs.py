@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,23 @@ def test_no_token_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(cli, "call", refused)
     assert main(["push", "a"]) == 2
     assert "hf_..." in (err := capsys.readouterr().err) and "hf_a" not in err
+
+
+@pytest.mark.parametrize("words", [["mask-merge", "--help"], ["memory", str(bundled_path("models/rewrite"))]], ids=["help", "a table"])
+def test_a_reader_that_leaves_early_is_no_fault(words):
+    "As `merge-lab ... | head -1` leaves: what was asked for is done, and there is nothing to say."
+    process = subprocess.Popen([sys.executable, "-c", f"import sys; from merge_lab.cli import main; sys.exit(main({words!r}))"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert process.wait() == 141 and "Broken pipe" not in told and "Traceback" not in told, told
+
+
+def test_a_pipe_of_something_else_that_breaks_is_told(monkeypatch):
+    def broken():
+        raise BrokenPipeError("a worker has gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        cli.printed(broken)
 
 
 def test_statuses_are_told():
