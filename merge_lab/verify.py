@@ -417,7 +417,10 @@ def _verify_quantised(folder: Path, config) -> pd.DataFrame:  # as `told_by_prec
     if config.against:
         raise ValueError(f"against={config.against}: {folder} is quantised at nested precisions, which only this package reads. Leave it out.")
     source = read_yaml(folder / "config.yaml").get("model_path") if is_run(folder) else None
-    table = told_by_precisions(folder, text_tokens(folder, config.tokens), source if source and (Path(source) / "config.json").exists() else None)
+    if source and not (Path(source) / "config.json").exists():
+        logger.warning("%s: the model that it was made of is not at %s any more, so its own loss is not told beside", folder, source)
+        source = None
+    table = told_by_precisions(folder, text_tokens(folder, config.tokens), source)
     logger.info("%s: read at %d precisions, with no tensor missing", folder, table.bits.notna().sum())
     return table
 

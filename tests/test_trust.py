@@ -745,13 +745,18 @@ def test_an_audit_that_asked_nobody_is_no_good_news(tmp_path):
     assert audit.main(sys.executable, "nothing.txt") == 2  # a program that gives no report
 
 
-def test_a_quantised_folder_is_verified(here, capsys):
+def test_a_quantised_folder_is_verified(here, capsys, caplog):
     "Each precision reads the text; what is missing, damaged or no number is named."
     file, again = Path("q/layer-00001.safetensors"), ["verify", "q", "--tokens", "16"]
     assert main(again) == 0
     told = capsys.readouterr().out
     assert "The quantised model is whole" in told and all(f"{bits} bits" in told for bits in range(3, 9)) and "as it was" in told
     assert main([*again, "--against", "gguf"]) == 2 and "only this package reads" in capsys.readouterr().err
+    config = Path("q/config.yaml").read_text()
+    Path("q/config.yaml").write_text(config.replace("model_path: ", "model_path: gone/"))
+    assert main(again) == 0
+    assert "is not at gone/" in caplog.text and "as it was" not in capsys.readouterr().out
+    Path("q/config.yaml").write_text(config)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert main(again) == 2 and "layer-00001.safetensors is not what was written" in capsys.readouterr().err

@@ -161,6 +161,7 @@ class QuantizeConfig(Options):
     def __post_init__(self):
         check_options(self)
         check_precisions(self.seed_precision, self.parent_precision)
+        self.static = sorted(set(self.static))
         for budget in self.static:
             if not self.seed_precision <= budget < math.inf:  # how much tables and scales add is known of the quantised model only
                 raise ValueError(f"static={budget:g}: a mix reads {self.seed_precision} bits a weight or more, and what tables and scales take. Give a larger number.")
