@@ -5,7 +5,7 @@
     python benchmarks/minutes.py --root runs/real --old_rates 0.05 0.1 0.2  # a rate that is better for the older build is looked for
 
 Each contestant is a process of its own. Now and then its training stands still and the merge is scored on the same test rows; the clock, which
-is the process's own time of one thread, stands as well. The older build's defaults ruin a real pair, so it gets the constraint and the
+is the process's own time of one thread, stands as well. The older build scores other tokens of a row, so its merges are written and scored by this one. The older build's defaults ruin a real pair, so it gets the constraint and the
 mode that were best for it. Told is the time to 0.95 of the recovered share (0: base, 1: expert; the worse task) that ours ends with, and to 0.95 of
 what each ends with itself. What is in the output already is not measured again.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ def work(asked: dict):
     def losses(model) -> dict:
         return evaluate_tasks(model, AutoTokenizer.from_pretrained(asked["experts"][0]), tests, metrics=("loss",), progress=False).loss.to_dict()
 
-    if asked["who"] == "references":
-        for path in [asked["base"], *asked["experts"]]:
+    if asked["who"] == "scores":
+        for path in asked["models"]:
             with torch.no_grad():
                 print(json.dumps(losses(AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval())), file=out)
         return
@@ -57,10 +58,14 @@ def work(asked: dict):
             stopped = time.process_time()
             was_training = model.training
             model.eval()
+            found = {"step": step, "seconds": stopped - self.began - self.stood}
             with torch.no_grad():
-                found = losses(model)
+                if asked["who"] == "ours":
+                    found["losses"] = losses(model)
+                else:
+                    model.save_merged(f"{asked['store']}/{step}")
             model.train(was_training)
-            print(json.dumps({"step": step, "seconds": stopped - self.began - self.stood, "losses": found}), file=out)
+            print(json.dumps(found), file=out)
             self.stood += time.process_time() - stopped
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -163,13 +168,20 @@ def main():
         if archive.returncode:
             parser.error(f"--old {args.old}: git has no such commit here.")
         subprocess.run(["tar", "x", "-C", str(old)], input=archive.stdout, check=True)
+        score = lambda models: told("scores", HERE, asked | {"models": models}, Path(folder) / "log")
         if "references" not in written:
-            written["references"] = told("references", HERE, asked, Path(folder) / "log")
+            written["references"] = score([asked["base"], *asked["experts"]])
             output.write_text(json.dumps(written, indent=1) + "\n")
         for who, options in wanted.items():
             if who in written["contestants"]:
                 continue
-            written["contestants"][who] = told(who, HERE if who == "ours" else old, asked | {"options": options}, Path(folder) / "log")
+            store = Path(folder) / "merges"
+            looks = told(who, HERE if who == "ours" else old, asked | {"options": options, "store": str(store)}, Path(folder) / "log")
+            if store.exists():
+                for look, losses in zip(looks, score([str(store / str(look["step"])) for look in looks]), strict=True):
+                    look["losses"] = losses
+                shutil.rmtree(store)
+            written["contestants"][who] = looks
             output.write_text(json.dumps(written, indent=1) + "\n")
     print(summary(written))
 
