@@ -116,12 +116,13 @@ def ended(child: int) -> int | None:  # status; below 0: the signal; None: at wo
     return os.waitstatus_to_exitcode(status) if found else None
 
 
-def awaited(child: int, seconds: float = 120) -> int:  # status
-    "The end of a process; one that takes longer is killed."
+def awaited(child: int, seconds: float = 600) -> int:  # status
+    "The end of a process. Raises `SystemExit` for one that takes longer: it hangs, or the machine has no time for it; either way this is no hit."
     until = time.monotonic() + seconds
     while (status := ended(child)) is None:
         if time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
+            raise SystemExit(f"{os.getcwd()}: a command of a few seconds did not end in {seconds:g} s. Does it hang, or is the machine busy? What was counted is kept.")
         time.sleep(0.01)
     return status
 
