@@ -151,7 +151,7 @@ def main():
         "base": str(root / "base"), "experts": [str(root / "experts" / task / "final_merged") for task in args.tasks],
         "tasks": [str(root / "tasks" / task) for task in args.tasks], "test_rows": args.test_rows,
     }  # fmt: skip
-    about = {"pair": f"{root.name}: {' and '.join(args.tasks)}", "test_rows": args.test_rows, "steps": args.steps, "old_steps": args.old_steps}
+    about = {"pair": f"{root.name}: {' and '.join(args.tasks)}", "test_rows": args.test_rows, "steps": args.steps}
     written = json.loads(output.read_text()) if output.exists() else {"about": about, "contestants": {}}
     if written["about"] != about:
         parser.error(f"{output} holds what was measured of {written['about']}, and this is {about}. Name another --output.")
@@ -160,7 +160,7 @@ def main():
             parser.error(f"{place}: no such folder. `merge-lab real` makes base, experts and tasks.")
     written |= {"versions": {name: version(name) for name in ("torch", "transformers")}, "machine": platform.processor() or platform.machine()}
     wanted = {"ours": {} if args.steps is None else {"max_steps": args.steps}}
-    wanted |= {f"{args.old}, rate {rate:g}": {**OLD, "learning_rate": rate, "max_steps": args.old_steps} for rate in args.old_rates}
+    wanted |= {f"{args.old}, rate {rate:g}, {args.old_steps} steps": {**OLD, "learning_rate": rate, "max_steps": args.old_steps} for rate in args.old_rates}
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
         old.mkdir()
