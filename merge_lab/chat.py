@@ -542,12 +542,17 @@ def take_rows(
     sources: Sequence[int],  # whose rows are taken
     n: int,  # of each source, at most; a tenth of its rows at most
     seed: int = 0,  # of the choice
+    kinds: Sequence | None = None,  # of each row; rows of one kind are taken together. None: each row is a kind of its own
 ) -> tuple[Dataset, list[dict]]:  # what is left; the rows that were taken
-    "Take a few rows of each source out of a dataset; where there are fewer than ten, they are lent, not taken."
+    "Take a few rows of each source out of a dataset; where there are fewer than ten kinds, rows are taken whatever their kind, and fewer than ten rows are lent."
     generator, of_rows, held, taken = random.Random(seed), [int(source) for source in train["source"]], [], set()
     for source in dict.fromkeys(sources):
         own = [i for i, of in enumerate(of_rows) if of == source]
-        chosen = generator.sample(own, min(n, len(own) // 10) or min(n, len(own)))
+        if kinds is not None and len(groups := list(dict.fromkeys(kinds[i] for i in own))) >= 10:
+            few = set(generator.sample(groups, max(min(n, len(own) // 10) * len(groups) // len(own), min(n, 1))))
+            chosen = [i for i in own if kinds[i] in few]
+        else:
+            chosen = generator.sample(own, min(n, len(own) // 10) or min(n, len(own)))
         held += [train[i] for i in chosen]
         taken |= set(chosen) if len(own) >= 10 else set()
         if own and len(own) < 10:

@@ -81,19 +81,22 @@ def solve_masks(
     ridge: float = 0.1,  # pull towards the coefficients as they are
     progress: bool = False,
 ) -> int:  # weights that were solved for
-    "Set the masks of all linear layers in closed form. Raises `ValueError` for masks that do not multiply differences, or a component without rows."
+    "Set the masks of all linear layers in closed form. Raises `ValueError` for masks that do not multiply differences, a component without rows, or where there is nothing to solve."
     if merger.merger_config.constrain_mode not in WITH_ANCHOR:
         raise ValueError(f"least squares with constrain_mode={merger.merger_config.constrain_mode!r}: expected one of {', '.join(WITH_ANCHOR)}, where any number may stand and masks multiply what distinguishes components.")
     own = [[row for row in rows if row["source"] == i] for i in range(merger.n_components)]
     if lacking := [name for name, some in zip(merger.names, own) if not some]:
         raise ValueError(f"least squares: no rows for {', '.join(lacking)}. Give some of each component.")
-    groups, layers = _solvable(merger), decoder_layers(merger.model)
+    groups, layers, solved = _solvable(merger), decoder_layers(merger.model), 0
+    if not groups:
+        raise ValueError("least squares: no masked linear weight lies as outputs x inputs (GPT-2 and its like store them the other way round). Begin with 'uniform'.")
     for layer, modules in tqdm(sorted(groups.items()), desc="least squares", unit="layer", disable=not progress):
         grams = [collect_grams(merger, some, modules, layers[layer]) for some in own]
         for name, leaf in modules.items():
             if all(name in gram for gram in grams):
                 _solve(merger, leaf, [gram[name] for gram in grams], ridge)
-    return sum(map(len, groups.values()))
+                solved += 1
+    return solved
 
 # %% ../nbs/39_opponents/07_closed_form.ipynb #22db6976
 def check_least_squares(config):  # of a run, or of a merger

@@ -48,6 +48,8 @@ def question_of(row: dict) -> dict:
     messages = row["messages"][:-1] if row["messages"][-1]["role"] == "assistant" else row["messages"]
     if not messages:
         raise ValueError("the conversation begins with the answer, so that nothing is asked. Put a question before it, or leave the row out.")
+    if all(message["role"] in ("system", "developer") for message in messages):
+        raise ValueError("the conversation has a system turn alone, so that nothing is asked. Put a question behind it, or leave the row out.")
     return {**row, "messages": messages}
 
 

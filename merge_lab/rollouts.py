@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['logger', 'ANSWERS_OF', 'FARTHER', 'WRITTEN', 'ROLLOUTS', 'AnswerConfig', 'check_answers', 'drawn_answers',
-           'answered_row', 'component_answers', 'user_turn', 'written_questions', 'with_start', 'save_rows',
-           'read_rows_of', 'own_rows', 'divided_rows', 'save_divided', 'question_in', 'rows_in', 'Rollouts',
-           'log_probs_of', 'RolloutTrainer']
+           'answer_ends', 'answered_row', 'component_answers', 'user_turn', 'written_questions', 'with_start',
+           'save_rows', 'read_rows_of', 'own_rows', 'asked_of', 'divided_rows', 'save_divided', 'question_in',
+           'rows_in', 'Rollouts', 'spread', 'log_probs_of', 'RolloutTrainer']
 
 # %% ../nbs/33_rollouts.ipynb #c8efec5a
 import dataclasses
@@ -51,20 +51,23 @@ class AnswerConfig(Options):
     answers_per_prompt: int = option(8, "Answers that a component gives to each prompt", low=1, high=1000, group="Own words")
     answer_tokens: int = option(64, "Tokens of an answer that a model gives, at most", low=1, high=8192, log=True, group="Own words")
     answer_temperature: float = option(1.0, "Temperature that answers and prompts are drawn at; 0: the likeliest token each time", low=0, high=2, group="Own words")
-    written_prompts: int = option(0, "Prompts that each component writes itself, to be answered by it; with them no data are needed", low=0, high=100_000, group="Own words")
+    written_prompts: int = option(0, "Prompts that each component writes itself and answers (answers='components'); with them no data are needed", low=0, high=100_000, group="Own words")
     on_policy: float = option(0.0, "Share of each step's rows that the blend answers itself, to be scored by each row's component", low=0, high=1, group="Own words")
     rollout_steps: int = option(4, "Steps that an answer of the blend is learned from, weighted by how likely it still is", low=1, high=100, group="Own words")
 
     @property
     def are_written(self) -> bool:
         "Whether components write what is learned from."
-        return self.answers == "components" or self.written_prompts > 0
+        return self.answers == "components"
 
 
 def check_answers(config: AnswerConfig):
     "Raise `ValueError` for options that contradict each other."
-    if config.written_prompts and config.answers != "components":
-        raise ValueError(f"written_prompts={config.written_prompts} with answers={config.answers!r}: nobody but a component answers them. Set answers to 'components'.")
+    if config.on_policy and config.answer_temperature != 1 and config.rollout_steps > 1:
+        raise ValueError(
+            f"rollout_steps={config.rollout_steps} with answer_temperature={config.answer_temperature:g}: how much likelier an answer has become is told at temperature 1. "
+            "Set rollout_steps to 1, or answer_temperature to 1."
+        )
 
 # %% ../nbs/33_rollouts.ipynb #f913b85d
 def _up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
@@ -100,6 +103,11 @@ def drawn_answers(
     return answers
 
 # %% ../nbs/33_rollouts.ipynb #286d9576
+def answer_ends(merger: Merger, tokenizer) -> list[int]:
+    "Tokens that end what a model answers: those of settings and tokenizer, and what the chat template puts behind an answer. Raises `ValueError` if there are none."
+    return end_tokens(merger, tokenizer, {"messages": [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]})
+
+
 def answered_row(question: dict, answer: Sequence[int]) -> dict:  # encoded: input_ids, labels, source
     "An encoded question and the tokens of an answer, which are scored."
     ids = question["input_ids"]
@@ -115,7 +123,7 @@ def component_answers(
     progress: bool = False,
 ) -> list[dict]:  # encoded rows, the answers to each question one after another
     "What each question's own component answers."
-    ends, found = end_tokens(merger, tokenizer), {}
+    ends, found = answer_ends(merger, tokenizer), {}
     with tqdm(total=len(questions) * config.answers_per_prompt, desc="components answer", unit="row", disable=not progress) as bar:
         for source in sorted({row["source"] for row in questions}):
             own = [place for place, row in enumerate(questions) if row["source"] == source for _ in range(config.answers_per_prompt)]
@@ -148,7 +156,7 @@ def written_questions(
 ) -> list[dict]:  # encoded questions with their source
     "Prompts that each component writes. Raises `ValueError` if one writes nothing."
     (before, stops), encoded = user_turn(tokenizer), []
-    ends = list(dict.fromkeys([*stops, *end_tokens(merger, tokenizer)]))
+    ends = list(dict.fromkeys([*stops, *answer_ends(merger, tokenizer)]))
     turns = set(tokenizer.all_special_ids)
     for source in range(merger.n_components):
         texts = []
@@ -215,6 +223,11 @@ def own_rows(
     return made[0]
 
 # %% ../nbs/33_rollouts.ipynb #2270a68d
+def asked_of(rows: Sequence[dict]) -> list[tuple]:  # encoded rows, with their source
+    "What tells the question of each row from others."
+    return [(row["source"], *question_in(row)["input_ids"]) for row in rows]
+
+
 def divided_rows(
     merger: Merger,
     tokenizer,
@@ -229,7 +242,10 @@ def divided_rows(
         learned = [bool(values[0]) for values in more["learned"]]
         return [row for row, own in zip(rows, learned) if own], [row for row, own in zip(rows, learned) if not own]
     rows = own_rows(merger, tokenizer, questions, config, config.seed, progress)
-    left, held_out = take_rows(Dataset.from_list(rows), range(merger.n_components), config.held_out_rows, config.seed)
+    asked = asked_of(rows)
+    left, held_out = take_rows(Dataset.from_list(rows), range(merger.n_components), config.held_out_rows, config.seed, asked)
+    if held_out and set(asked_of(held_out)) & set(asked_of(left)):
+        logger.warning("there are fewer than ten prompts of a component, so held-out rows are other answers to prompts that are learned from; what they say holds for these prompts, not for others.")
     return list(left), held_out
 
 
@@ -276,21 +292,30 @@ class Rollouts:
         return step % self.config.rollout_steps == 0 or [n for n in counts if n] != [n for n in self.counts if n]
 
 # %% ../nbs/33_rollouts.ipynb #b3036390
+def spread(share: float, rows: int) -> list[bool]:
+    "Which rows of a step the blend answers: evenly spread, the same ones however a step is cut, and one at least."
+    chosen = [round(share * (place + 1)) > round(share * place) for place in range(rows)]
+    return chosen if any(chosen) or not share else [True, *chosen[1:]]
+
+
 @patch_to(Rollouts)
 def __call__(self, trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     "The micro-steps of a step, with the blend's answers in place of the first rows'."
     rows = [rows_in(batch) for batch in batches]
-    counts = [round(self.config.on_policy * len(part)) for part in rows]
+    chosen = iter(spread(self.config.on_policy, sum(map(len, rows))))
+    rows = [[(next(chosen), row) for row in part] for part in rows]
+    asked = [[row for is_asked, row in part if is_asked] for part in rows]
+    counts = [len(part) for part in asked]
     if self.is_due(trainer.state.global_step, counts):
-        self.write(trainer, [question_in(row) for part, n in zip(rows, counts) for row in part[:n]], counts)
+        self.write(trainer, [question_in(row) for part in asked for row in part], counts)
     ends = torch.tensor(counts).cumsum(0).tolist()
-    return [self._mixed(part, end - n, end, batches[0]["input_ids"].device) for part, n, end in zip(rows, counts, ends)]
+    return [self._mixed([row for is_asked, row in part if not is_asked], end - n, end, batches[0]["input_ids"].device) for part, n, end in zip(rows, counts, ends)]
 
 
 @patch_to(Rollouts)
 def _mixed(self, rows: list[dict], start: int, end: int, device) -> dict[str, Tensor]:
-    "Answered rows and the rest, collated."
-    batch = self.collate([*self.rows[start:end], *rows[end - start :]])
+    "Answered rows and those that keep theirs, collated."
+    batch = self.collate([*self.rows[start:end], *rows])
     old = torch.full(batch["labels"].shape, torch.nan)
     for place, values in enumerate(self.old[start:end]):
         old[place] = 0.0
@@ -308,7 +333,7 @@ def write(
     "Answer the questions, and take down how likely the blend and each row's component find the answers."
     merger, room, heat = trainer.accelerator.unwrap_model(trainer.model), self.config.answer_tokens, self.config.answer_temperature
     seed = self.seed + 1000 * (trainer.state.global_step + 1) + trainer.args.process_index
-    said = drawn_answers(merger, [row["input_ids"] for row in questions], room, end_tokens(merger, self.tokenizer), heat, seed)
+    said = drawn_answers(merger, [row["input_ids"] for row in questions], room, answer_ends(merger, self.tokenizer), heat, seed)
     self.rows, self.old, self.counts, nats = [answered_row(row, answer) for row, answer in zip(questions, said)], [], counts, 0.0
     for n, end in zip(counts, torch.tensor(counts).cumsum(0).tolist()):
         part = self.rows[end - n : end]

@@ -460,7 +460,7 @@ CASES = {
     "answers of nobody": (f"{MERGE} --answers parrots", None, "--answers"),
     "answers without a token": (f"{MERGE} --answers components --answer_tokens 0", None, "answer_tokens=0"),
     "answers colder than cold": (f"{MERGE} --answers components --answer_temperature -1", None, "answer_temperature=-1"),
-    "prompts that nobody answers": (f"{MERGE} --written_prompts 4", None, "written_prompts=4 with answers='data'"),
+    "answers drawn at one temperature and weighed at another": (f"{MERGE} --on_policy 1 --answer_temperature 0.5", None, "rollout_steps=4 with answer_temperature=0.5"),
     "neither data nor prompts": ("mask-merge --model_paths a b --output_dir out --answers components", None, "no data for a, b.*written_prompts"),
     "more of the blend's answers than rows": (f"{MERGE} --on_policy 1.5", None, "on_policy=1.5"),
     "the blend's answers without a teacher": (f"{MERGE} --on_policy 0.5 --loss_func_name ce", None, "nobody scores what the blend writes"),

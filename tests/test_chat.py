@@ -16,6 +16,7 @@ from merge_lab.calibration import calibration_split, text_paragraphs
 from merge_lab.chat import ChatCollator, build_dataset, encode_chat, has_split, hold_out, load_mmlu, load_task, template_ids
 from merge_lab.chat_templates import chat_tokenizer
 from merge_lab.conversations import answer_of, chat_row, prompt_row
+from merge_lab.rollouts import answer_ends
 from merge_lab.evaluation import end_tokens, generate_answers, load_tests, prompt_ids
 from merge_lab.sft_data import add_task_prefix, encode_rows, longest_row, mix_tasks, prepare_dataset
 from merge_lab.systems.layer_merge import LayerMergeConfig, prepare
@@ -476,6 +477,7 @@ def test_answers_end_where_their_template_ends_them(tokenizer):
     model.generation_config.eos_token_id = None
     turn_end = other.convert_tokens_to_ids("<system>")
     assert end_tokens(model, other, row) == [other.eos_token_id, turn_end] and end_tokens(model, tokenizer, row) == [tokenizer.eos_token_id]
+    assert answer_ends(model, other) == [other.eos_token_id, turn_end]  # of whom no conversation is known yet
     other.eos_token = None
     assert end_tokens(model, other, row) == [turn_end] == encode_chat(other, TURNS)["labels"][-1:]
     assert len(generate_answers(model, other, [row] * 2, max_new_tokens=3)) == 2

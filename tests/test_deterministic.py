@@ -1,5 +1,6 @@
 """Asked to, every system that trains gives the same bits twice."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,4 +40,6 @@ def test_the_same_bits_twice(name, ground, monkeypatch, capsys):
         status = main([*words.replace("_dir out", f"_dir {place}").split(), "--deterministic"])
         assert status == 0, capsys.readouterr().err[-2000:]
         found.append(sha256_of(Path(place, left)))
+    if "--on_policy" in words:
+        assert any(json.loads(line).get("rollout_tokens") for line in Path(place, "history.jsonl").read_text().splitlines())
     assert found[0] == found[1] and not torch.are_deterministic_algorithms_enabled()

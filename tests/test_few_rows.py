@@ -12,7 +12,7 @@ from merge_lab.chat import load_task, prompt_of
 from merge_lab.config import read_yaml
 from merge_lab.merger import Merger
 from merge_lab.objective import Batch, importance, label_log_probs
-from merge_lab.rollouts import read_rows_of, WRITTEN
+from merge_lab.rollouts import asked_of, read_rows_of, spread, WRITTEN
 from merge_lab.run_folder import bundled_path, RunInterrupted
 from merge_lab.systems.mask_merge import make_trainer, prepare, run, show_result
 from merge_lab.token_losses import shift_labels
@@ -63,8 +63,39 @@ def test_prompts_alone_are_enough(tmp_path):
     found = same_after_interruption(tmp_path, dataset_configs=prompts_alone(tmp_path), **OWN)
     assert found.held_out["loss"] < found.held_out["start"]
     assert found.scores is None
-    rows, _ = read_rows_of(tmp_path / "whole" / "run" / WRITTEN)
+    rows, more = read_rows_of(tmp_path / "whole" / "run" / WRITTEN)
+    learned = [bool(own[0]) for own in more["learned"]]
+    sides = [{tuple(asked) for asked, own in zip(asked_of(rows), learned) if own is side} for side in (True, False)]
+    assert sides[1] and not sides[0] & sides[1]  # a prompt that chooses the masks is not learned from
     assert len(rows) == 2 * 3 * 10 and {row["source"] for row in rows} == {0, 1}  # two of twelve are the file's validation and test rows
+
+
+def test_held_out_rows_of_prompts_that_are_learned_from_are_told(tmp_path, caplog):
+    run(small(tmp_path, dataset_configs=prompts_alone(tmp_path, 6), max_steps=1, held_out_rows=4, save_merged=False, eval_samples=0, **OWN | dict(answers_per_prompt=6)), progress=False)
+    assert "fewer than ten prompts of a component" in caplog.text
+
+
+def test_whoever_has_prompts_written_has_them_answered(tmp_path):
+    assert small(tmp_path, dataset_configs={}, written_prompts=4).answers == "components"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
+def test_rows_that_the_blend_answers_are_spread_over_a_step(share):
+    for rows in (1, 3, 8, 32):
+        chosen = spread(share, rows)
+        assert len(chosen) == rows and sum(chosen) == max(round(share * rows), share > 0)
+        assert rows < 8 or abs(sum(chosen[: rows // 2]) - share * rows / 2) <= 1
+
+
+def test_a_step_that_is_cut_answers_the_same_rows(tmp_path):
+    "The loss of a step is that of its rows, however many go through the model at once."
+    found = []
+    for n, size in enumerate((8, 4, 2, 1)):
+        options = dict(on_policy=0.25, answer_tokens=8, loss_func_name="reverse_kl", per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, max_steps=2, eval_samples=0)
+        found.append(run(small(tmp_path / str(n), save_merged=False, held_out_rows=0, **options), progress=False).history)
+    for one in found[1:]:
+        assert list(one.rollout_tokens.dropna()) == list(found[0].rollout_tokens.dropna()) and one.rollout_tokens[0] > 0
+        torch.testing.assert_close(torch.tensor(one.loss), torch.tensor(found[0].loss), rtol=1e-4, atol=0)
 
 
 def test_no_data_are_needed(tmp_path):
@@ -109,7 +140,8 @@ def test_answers_that_serve_one_step_weigh_one(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(written_prompts=4), "nobody but a component answers them"),
+        (dict(on_policy=0.5, answer_temperature=0.5), "rollout_steps=4 with answer_temperature=0.5"),
+        (dict(on_policy=0.5, loss_func_name="entropy"), "nobody scores what the blend writes"),
         (dict(on_policy=0.5, train_mode="layerwise"), "train_mode='layerwise' with on_policy=0.5"),
         (dict(on_policy=0.5, shard=True), "shard=True with on_policy=0.5"),
         (dict(on_policy=1.5), "on_policy=1.5"),

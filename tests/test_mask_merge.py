@@ -288,7 +288,7 @@ def test_a_run_without_scores_is_whole(tmp_path, capsys):
     assert {file.stem for file in (result.folder / "plots").iterdir()} >= {"loss", "held_out", "alphas"}
     show_result(result)
     told = capsys.readouterr().out
-    assert "No test rows were scored (eval_samples=0)." in told and "Written: " in told
+    assert "No test rows were scored: eval_samples is 0" in told and "Written: " in told
     show_result(run(small(tmp_path, dataset_configs=data, eval_samples=0, overwrite=True, dry_run=True), progress=False))
     assert "scores on nothing" in capsys.readouterr().out
 

@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 def _check_own_words(config: "MaskMergeConfig"):
     "Raise `ValueError` for ways of training and of writing that do not go together."
     check_answers(config)
-    if config.on_policy and LOSSES[config.loss_func_name].teachers == "labels":
+    if config.on_policy and LOSSES[config.loss_func_name].teachers in ("labels", "none"):
         raise ValueError(f"on_policy={config.on_policy} with loss_func_name={config.loss_func_name!r}: nobody scores what the blend writes. Choose a loss with a teacher, e.g. 'reverse_kl'.")
     if config.frozen_bits and config.torch_compile:
         raise ValueError("frozen_bits with torch_compile=True: they do not go together. Leave one out.")
@@ -96,6 +96,8 @@ class MaskMergeConfig(AnswerConfig, TrainConfig, MergerConfig):
 
     def __post_init__(self):
         self.dataset_configs = parse_datasets(self.dataset_configs)
+        if self.written_prompts:  # nobody else answers them
+            self.answers = "components"
         super().__post_init__()
         if len(self.model_paths) == 1:
             raise ValueError(f"model_paths={self.model_paths}: expected at least two components.")
@@ -574,7 +576,7 @@ def headline(result: MaskMergeResult) -> dict[str, str]:
     return numbers
 
 
-UNSCORED = "No test rows were scored (eval_samples=0)."
+UNSCORED = "No test rows were scored: eval_samples is 0, or the data have no answers to compare with."
 LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
@@ -587,9 +589,10 @@ def report_sections(result: MaskMergeResult, config: MaskMergeConfig, plots: dic
 
     masks = result.merger.n_coefficients
     weights = sum(p.numel() for p in result.merger.parameters() if not p.requires_grad)
+    beside = f", with a correction of rank {config.residual_rank} at most beside it" if config.residual_rank else ""
     intro = (
         f"{result.merger.n_components} experts were merged into one model of the size of one. Each weight of the merged model "
-        f"is a blend of the experts' weights; **{masks:,} coefficients** were trained and {weights:,} weights stayed as they "
+        f"is a blend of the experts' weights{beside}; **{masks:,} {'numbers' if beside else 'coefficients'}** were trained and {weights:,} weights stayed as they "
         f"were. On a sample of one task the merged model learned to predict what that task's expert predicts."
     )
     told = [R.Prose(told_held_out(result.held_out, len(result.history)))] if result.held_out else []
