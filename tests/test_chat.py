@@ -471,6 +471,12 @@ def test_questions_without_enough_examples_are_refused_before_a_run(tmp_path):
         prepare(LayerMergeConfig(mmlu_dir=str(tmp_path), output_dir=str(tmp_path / "run")))
 
 
+@pytest.mark.parametrize("roles", [["system"], ["assistant"], ["system", "assistant"]])
+def test_a_conversation_that_asks_nothing_is_refused(roles):
+    with pytest.raises(ValueError, match="nothing is asked"):
+        question_of({"messages": [{"role": role, "content": "x"} for role in roles]})
+
+
 def test_answers_end_where_their_template_ends_them(tokenizer):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<system>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     other, model, row = tiny_tokenizer(chat_template=template), tiny_model("llama"), SHAPES["messages"]

@@ -9,12 +9,15 @@ import torch
 from small_runs import SignalAt, small
 
 from merge_lab.chat import load_task, prompt_of
+from merge_lab.closed_form import solve_masks
 from merge_lab.config import read_yaml
 from merge_lab.merger import Merger
+from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Batch, importance, label_log_probs
 from merge_lab.rollouts import asked_of, read_rows_of, spread, WRITTEN
 from merge_lab.run_folder import bundled_path, RunInterrupted
 from merge_lab.systems.mask_merge import make_trainer, prepare, run, show_result
+from merge_lab.tinylm import tiny_experts
 from merge_lab.token_losses import shift_labels
 
 
@@ -186,3 +189,10 @@ def test_a_start_in_closed_form_is_not_the_average_and_a_run_resumes(tmp_path):
 def test_a_start_in_closed_form_says_what_it_needs(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         small(tmp_path, **options)
+
+
+def test_a_start_in_closed_form_says_where_there_is_nothing_to_solve():
+    "GPT-2 stores its weights inputs x outputs."
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7], "source": source} for source in range(2)]
+    with pytest.raises(ValueError, match="least squares: no masked linear weight"):
+        solve_masks(Merger(tiny_experts("gpt2", n=2), MergerConfig()), rows)

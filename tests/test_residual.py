@@ -163,3 +163,10 @@ def test_starting_anew_draws_the_same_factors():
     before = merger.mask_state()
     moved(merger).init_masks({"strategy": "uniform"})
     assert all(torch.equal(before[name], tensor) for name, tensor in merger.mask_state().items() if name.endswith((".left", ".right")))
+
+
+def test_factors_as_large_as_their_weights_are_told(caplog):
+    merger_of(rank=4)
+    assert "residual_rank" not in caplog.text
+    merger_of(rank=1000)
+    assert "residual_rank=1000: of 14 of 14 weights" in caplog.text
