@@ -15,7 +15,7 @@ from merge_lab import chat
 from merge_lab.calibration import calibration_split, text_paragraphs
 from merge_lab.chat import ChatCollator, build_dataset, encode_chat, has_split, hold_out, load_mmlu, load_task, template_ids
 from merge_lab.chat_templates import chat_tokenizer
-from merge_lab.conversations import answer_of, chat_row, prompt_row
+from merge_lab.conversations import answer_of, chat_row, prompt_row, question_of
 from merge_lab.rollouts import answer_ends
 from merge_lab.evaluation import end_tokens, generate_answers, load_tests, prompt_ids
 from merge_lab.sft_data import add_task_prefix, encode_rows, longest_row, mix_tasks, prepare_dataset
