@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'TOKEN_ROUTERS_FILE', 'fit_ridge', 'TokenRouters', 'TokenPlan', 'TokenwiseQuantizeForCausalLM',
-           'record_states', 'log_factors', 'fit_token_routers', 'score_tokens']
+           'record_states', 'log_factors', 'fit_token_routers', 'score_tokens', 'show_token_result']
 
 # %% ../nbs/31_token_routing.ipynb #536e95df
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .lesson import patch_to
-from .nested_model import linear_bytes, NestedModel, Plan
+from .nested_model import linear_bytes, Plan
 from .precision_costs import find_price
 from .routed_model import LayerwiseQuantizeForCausalLM, prompt_mask, RoutedOutput, scored_labels
-from .run_folder import save_tensors
+from .run_folder import save_tensors, write_json
 from .static_mix import budget_of, rescaled, token_costs, uniform_costs
 from .text_windows import collate, exact_logits, few_of, Window, window_losses
 from .token_levels import best_mixes, level_costs, Levels, make_levels, token_divergences, whole_token_costs
@@ -334,3 +334,40 @@ def load_token_routers(self, file: str | Path):
         )
     self.set_levels([dict(zip(names, row)) for row in bits.tolist()], start, tensors["costs"])
     self.token_routers.load_state_dict(tensors)
+
+# %% ../nbs/31_token_routing.ipynb #cadd40e9
+@patch_to(TokenwiseQuantizeForCausalLM)
+def fit_and_judge(
+    self,
+    train: list[Window],
+    validation: list[Window],  # two at least
+    prefix_length: int,
+    target: float,  # bits a weight that a token reads on average
+    folder: Path,  # of the run
+    file: str,  # in it, for what is kept
+    seed: int = 0,
+    most: int = 40,  # training windows
+) -> pd.DataFrame:  # one row: epoch, loss, ce, kl, average_bits, real_bits; what is kept beside it
+    "Fit routers, and write them, what they are worth and what is kept."
+    shares = self.fit_by_token(few_of(train, most), few_of(validation[::2]), prefix_length, target, seed=seed)
+    self.save_token_routers(folder / TOKEN_ROUTERS_FILE)
+    scores = self.beside_static(few_of(validation[1::2]), prefix_length)
+    routed, static = scores["routed"], scores["static"]
+    dear = routed["real_bits"] > target + 0.05  # held-out tokens may call for more than those that the price was found on
+    facts = dict(kept="static" if dear or static["kl"] <= routed["kl"] else "routed", **scores, explained=shares, bits=self.levels.mixes[self.start])
+    write_json(folder / file, facts)
+    row = dict(epoch=0, loss=routed["ce"], **routed, average_bits=routed["real_bits"])
+    write_json(folder / "training_history.json", {"steps": [], "epochs": [row]})
+    table = pd.DataFrame([row])
+    table.attrs.update(folder=str(folder), static=facts)
+    return table
+
+
+def show_token_result(table: pd.DataFrame):  # of `fit_and_judge`
+    "Print what routers by token are worth, and how to load them."
+    facts, folder = table.attrs["static"], table.attrs["folder"]
+    rows = pd.DataFrame({name: facts[name] for name in ("static", "routed")}).T[["real_bits", "kl", "ce"]]
+    print(f"On validation windows, tokens after the prompt:\n{rows.round(5).to_string()}\n")
+    print(f"States before the layers explain {100 * min(facts['explained']):.0f} to {100 * max(facts['explained']):.0f} % of how tokens differ. Kept is what diverges less within the budget: {facts['kept']}. Load it with\n")
+    print("from merge_lab.systems.router import TokenwiseQuantizeForCausalLM, use_kept\n")
+    print(f"model = TokenwiseQuantizeForCausalLM.from_quantized({table.attrs.get('model_path', 'FOLDER')!r})\nuse_kept(model, {folder!r})")
