@@ -368,10 +368,8 @@ class NestedLinear(nn.Module):
         soft = choice.is_floating_point()
         given, wanted = (tuple(shape[: 1 if soft else choice.ndim]) for shape in (choice.shape, x.shape))
         if given != wanted:
-            raise ValueError(
-                f"choice is for {' x '.join(map(str, given))} samples and the batch has {' x '.join(map(str, wanted))}. "
-                "Route the batch that is computed, or set one precision for all."
-            )
+            told, has = (" x ".join(map(str, shape)) for shape in (given, wanted))
+            raise ValueError(f"choice is for {told} samples and the batch has {has}. Route the batch that is computed, or set one precision for all.")
         return (mixed_linear if soft else grouped_linear)(self, x, choice)
 
     def extra_repr(self) -> str:

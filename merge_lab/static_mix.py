@@ -153,10 +153,13 @@ def check_budget(
     precisions: list[int],
     target_bits: float | None,
     real_bits: list[float] | None = None,  # that the precisions read, tables and scales included; None: as many as they have
+    needed: bool = False,  # whether there has to be a target
 ):
     "Raise `ValueError` if there is nothing to choose between, or the target is out of reach."
     if len(precisions) < 2:
         raise ValueError(f"precisions={precisions}: a router needs at least two precisions. Name more, or none for all that the model has.")
+    if needed and target_bits is None:
+        raise ValueError("target_bits: none. Routers by token spend a budget: say how many bits a weight tokens read on average (--target_bits 4).")
     low, high = (precisions if real_bits is None else real_bits)[:: len(precisions) - 1]
     if target_bits is not None and not low <= target_bits <= high:
         raise ValueError(f"target_bits={target_bits:g}: the model reads {low:.4g} to {high:.4g} bits a weight, tables and scales included. Choose a target between them.")

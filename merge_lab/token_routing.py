@@ -110,6 +110,7 @@ class TokenwiseQuantizeForCausalLM(LayerwiseQuantizeForCausalLM):
         self.token_routers = TokenRouters(costs, sizes, self.config.hidden_size).to(self.device)
 
     def start_plan(self, mask: Tensor, labels: Tensor | None, record: bool = False):
+        "A new plan for inference: what is fixed, or a level for each token after the prompt."
         if self.levels is None or self.assignment is not None:
             return super().start_plan(mask, labels, record)
         self.plan = TokenPlan(prompt=prompt_mask(mask, labels) | (mask == 0))
@@ -364,10 +365,8 @@ def fit_and_judge(
 
 
 def show_token_result(table: pd.DataFrame):  # of `fit_and_judge`
-    "Print what routers by token are worth, and how to load them."
-    facts, folder = table.attrs["static"], table.attrs["folder"]
+    "Print what routers by token are worth, and what is kept."
+    facts = table.attrs["static"]
     rows = pd.DataFrame({name: facts[name] for name in ("static", "routed")}).T[["real_bits", "kl", "ce"]]
     print(f"On validation windows, tokens after the prompt:\n{rows.round(5).to_string()}\n")
-    print(f"States before the layers explain {100 * min(facts['explained']):.0f} to {100 * max(facts['explained']):.0f} % of how tokens differ. Kept is what diverges less within the budget: {facts['kept']}. Load it with\n")
-    print("from merge_lab.systems.router import TokenwiseQuantizeForCausalLM, use_kept\n")
-    print(f"model = TokenwiseQuantizeForCausalLM.from_quantized({table.attrs.get('model_path', 'FOLDER')!r})\nuse_kept(model, {folder!r})")
+    print(f"States before the layers explain {100 * min(facts['explained']):.0f} to {100 * max(facts['explained']):.0f} % of how tokens differ. Kept is what diverges less within the budget: {facts['kept']}.")

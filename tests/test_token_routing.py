@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from merge_lab.cli import main
 from merge_lab.nested_model import write_quantized
 from merge_lab.run_folder import read_json
-from merge_lab.systems.router import RouterConfig, use_kept
+from merge_lab.systems.router import RouterConfig, run, use_kept
 from merge_lab.text_windows import collate, exact_logits, text_windows
 from merge_lab.tinylm import tiny_model, tiny_tokenizer
 from merge_lab.token_levels import layer_token_costs, level_logits, oracle_choice, run_choice, token_divergences, whole_token_costs
@@ -199,7 +199,8 @@ def test_the_command_fits_tells_and_keeps(folder, tmp_path, capsys, monkeypatch)
     assert use_kept(model, tmp_path / "run") == facts["kept"] and (model.assignment is None) == (facts["kept"] == "routed")
 
 
-def test_a_budget_has_to_be_said():
+def test_a_budget_has_to_be_said(folder, tmp_path):
+    words = dict(dataset=["prose"], max_length=24, prefix_length=PROMPT, num_samples=2, num_validation=2, device="cpu")
     with pytest.raises(ValueError, match="Routers by token spend a budget"):
-        RouterConfig("quantized", granularity="token")
-    assert RouterConfig("quantized").granularity == "prompt"
+        run(RouterConfig(str(folder), granularity="token", output_dir=str(tmp_path / "run"), **words))
+    assert not (tmp_path / "run").exists() and RouterConfig("quantized").granularity == "prompt"

@@ -107,7 +107,7 @@ class RouterConfig(Options):
     weight_precision: float = option(0.3, "Weight of the precision term", low=0, group="Objective")
     target_bits: float | None = option(None, "Average bits a weight to read, tables and scales included; none: a price on bits instead", low=1, high=16, group="Objective")
     precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has", group="Model and text")
-    granularity: str = option("prompt", "What a precision is chosen for: a prompt, or each token after it, from the hidden state before each layer", choices=["prompt", "token"], group="Router")
+    granularity: str = option("prompt", "What a choice is for: a prompt, or each token after it", choices=["prompt", "token"], group="Router")
     gate: str = option("softmax", "How logits become probabilities", choices=GATES, group="Router")
     straight_through: bool = option(True, "Hard choices in each forward pass, soft gradients; false: a blend, which need not end as a choice", group="Router")
     temperature_start: float = option(1.0, "Temperature at the beginning", low=1e-3, group="Router")
@@ -135,13 +135,9 @@ class RouterConfig(Options):
 
     def __post_init__(self):
         check_options(self)
-        if self.granularity == "token" and self.target_bits is None:
-            raise ValueError("target_bits: none. Routers by token spend a budget: say how many bits a weight tokens read on average (--target_bits 4).")
         if self.prefix_length >= self.max_length:
-            raise ValueError(
-                f"prefix_length={self.prefix_length}: expected less than max_length={self.max_length}, so that tokens are left to score. "
-                f"Lower it (--prefix_length {max(1, self.max_length // 4)}) or take longer windows."
-            )
+            lower = f"Lower it (--prefix_length {max(1, self.max_length // 4)}) or take longer windows."
+            raise ValueError(f"prefix_length={self.prefix_length}: expected less than max_length={self.max_length}, so that tokens are left to score. {lower}")
 
 # %% ../../nbs/40_systems/05_router.ipynb #bbe0c6f0
 def is_flat(
@@ -622,7 +618,7 @@ def load_parts(config: RouterConfig) -> tuple:  # model, windows for training an
         config.model_path, config.precisions or None, device, config.trust_remote_code,
         router_hidden=config.router_hidden, dropout=config.dropout,
     )  # fmt: skip
-    check_budget(model.precisions, config.target_bits, memory_table(model).real_bits[1:].tolist())
+    check_budget(model.precisions, config.target_bits, memory_table(model).real_bits[1:].tolist(), config.granularity == "token")
     text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.max_length, seed=config.seed)
     train = text_windows(n=config.num_samples, split="train", **text)
     return model, train, text_windows(n=config.num_validation, split="validation", **text)
@@ -678,7 +674,8 @@ def show_result(result: tuple):  # of `run`
     "Print the epochs, where the routers are and how to load them."
     model, epochs = result
     if isinstance(model, TokenwiseQuantizeForCausalLM):
-        return show_token_result(epochs)
+        show_token_result(epochs)
+        return print(f"Load it with `use_kept(TokenwiseQuantizeForCausalLM.from_quantized({epochs.attrs['model_path']!r}), {epochs.attrs['folder']!r})` of this module.")
     file = Path(epochs.attrs["folder"]) / "best_router_checkpoint.safetensors"
     print(epochs[["epoch", "loss", "ce", "average_bits", "real_bits"]].round(4).to_string(index=False))
     print(f"\nBest routers, of epoch {epochs.loss.idxmin()}: {file}. Load them with\n")
