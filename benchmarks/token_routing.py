@@ -1,7 +1,7 @@
 """Precision by token on a real model: what oracles over tokens promise and save, and three ways to choose without knowing the future.
 
     python benchmarks/nested.py quantize --model runs/real/base      # makes the quantised folder
-    python benchmarks/token_routing.py oracles states signals trained        # a part at a time, or several; what is there is kept
+    python benchmarks/token_routing.py oracles layers states signals trained   # a part at a time, or several; what is there is kept
 
 The base is off its grid (see nested.py). Levels are static mixes at several budgets. Divergence is from the model at 8 bits, in nats a token, on the tokens after
 the prompt of test windows of one kind of text; training and validation windows are of the same kind. Ways that choose see no future token:
@@ -38,7 +38,7 @@ from merge_lab.token_routing import fit_ridge, fit_token_routers, log_factors, T
 PREFIX, AT_ONCE = 32, 4  # tokens of a prompt; windows of a pass
 BUDGETS = [3.2323, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0]  # bits a weight of the levels
 TARGETS = [3.5, 4.0, 4.5]
-FEW = [0, 1, 3, 5, 7]  # levels that a layer goes through in company
+FEW = [0, 1, 3, 5]  # levels that a layer goes through in company, and 6 bits throughout
 
 
 class Bench:
@@ -109,22 +109,18 @@ class Bench:
             parts.append(own)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def few_levels(self):
+        "Levels that a layer goes through in company."
+        return make_levels(self.model, [*(self.mixes[k] for k in FEW), dict.fromkeys(self.mixes[0], 6)])
+
     def company(self, start: int = 3):
         "How each prediction changes when one layer goes through some levels, all others at the budget's."
-        few = make_levels(self.model, [self.mixes[k] for k in FEW])
+        few = self.few_levels()
         parts = []
         for ids, exact in self.draw("test", self.options.oracle_windows):
             choice = torch.full((*ids.shape, len(few.bits)), FEW.index(start))
             parts.append(layer_token_costs(self.model, few, ids, exact, choice)[1][:, PREFIX:])
         return torch.cat(parts)
-
-    def expected(self):
-        "Costs from several draws of labels, in nats a token."
-        windows, total, draws = self.windows("test", self.options.oracle_windows), 0.0, self.options.draws
-        for seed in range(draws):
-            costs = token_costs(self.model, windows, PREFIX, draws=1, batch_size=AT_ONCE, seed=seed)[0]
-            total = total + level_costs(costs, self.levels, self.model.precisions)[:, PREFIX:-1] / draws
-        return total * (self.options.seq_len - PREFIX)
 
 
 def note_error(errors, linear, args, output):
@@ -141,9 +137,8 @@ def uncertainty(logits):
 
 
 def oracles(bench: Bench):
-    "What oracles over prompts and tokens promise and save at each budget; layers by themselves at one."
-    costs, n = bench.kept("test", lambda: bench.tokens("test", bench.options.windows))["costs"], bench.options.oracle_windows
-    layers = len(bench.levels.bits)
+    "What oracles over prompts and tokens promise and save at each budget."
+    costs = bench.kept("test", lambda: bench.tokens("test", bench.options.windows))["costs"]
     ids, exact = (torch.cat(parts) for parts in zip(*bench.draw("test", bench.options.windows)))
     for target in TARGETS:
         start, key = BUDGETS.index(target), f"oracles {target:g}"
@@ -154,15 +149,20 @@ def oracles(bench: Bench):
         kinds["by token, factors"] = (factors / factors.mean())[..., None, None] * bench.layer_costs
         table = oracle_table(bench.model, bench.levels, ids, exact, kinds, start)
         bench.keep(key, windows=len(ids), rows=table.to_dict("records"))
-    if "layers 4" not in bench.known["rows"]:
-        start = BUDGETS.index(4.0)
-        changes, expected = bench.kept("company", bench.company), bench.kept("expected", bench.expected)
-        few = make_levels(bench.model, [bench.mixes[k] for k in FEW])
-        first = oracle_table(bench.model, few, ids[:n], exact[:n], {"in company": changes}, FEW.index(start)).to_dict("records")
-        scaled = expected * (costs[:n, :, start].mean() / expected[..., start].sum(-1).mean())
-        second = oracle_table(bench.model, bench.levels, ids[:n], exact[:n], {"expected": scaled, "by token": costs[:n, :, None]}, start).to_dict("records")
-        down = (changes[..., : FEW.index(start)] < 0).double().mean().item()
-        bench.keep("layers 4", windows=n, draws=bench.options.draws, layers=layers, fewer_bits_better=down, rows=first + second[1:])
+
+
+def by_layer(bench: Bench, target: float = 4.0):
+    "What an oracle by token and layer promises and saves, by true costs in company; and one that takes no error for a gift."
+    if f"layers {target:g}" in bench.known["rows"]:
+        return
+    n, start = bench.options.oracle_windows, FEW.index(BUDGETS.index(target))
+    changes, few = bench.kept("company", bench.company), bench.few_levels()
+    ids, exact = (torch.cat(parts) for parts in zip(*bench.draw("test", n)))
+    careful = torch.cat([changes[..., :start].clamp_min(0), changes[..., start : start + 1], changes[..., start + 1 :].clamp_max(0)], -1)
+    table = oracle_table(bench.model, few, ids, exact, {"in company": changes, "in company, no gifts": careful}, start)
+    down = (changes[..., :start] < 0).double().mean().item()
+    bench.keep(f"layers {target:g}", windows=n, layers=len(few.bits), fewer_bits_better=down, rows=table.to_dict("records"))
+
 
 
 def measured(bench: Bench, key: str, shares: list[float], choose, target: float, **facts):
@@ -302,12 +302,12 @@ def way_trained(bench: Bench, target: float):
     model.load_token_routers(bench.folder / f"states-{target:g}.safetensors")
     routers, looks = model.token_routers, []
     optimizer = torch.optim.Adam(routers.parameters(), options.rate)
-    validation = bench.windows("validation", 8)
+    validation = bench.windows("validation", AT_ONCE)
     checks = list(bench.draw("validation", AT_ONCE))
     windows, best = bench.windows("train", options.train), None
     scorer = run_routers(bench)
     for step in range(options.steps + 1):
-        if step % 10 == 0:
+        if step % 6 == 0:
             model.fit_token_price(validation, PREFIX, target)
             kl = sum(scorer(ids, exact, 0)["kl"] for ids, exact in checks) / len(checks)
             looks.append(dict(step=step, kl=kl))
@@ -337,16 +337,15 @@ WAYS = {"states": way_states, "signals": way_signals, "trained": way_trained}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="+", choices=["oracles", *WAYS])
+    parser.add_argument("parts", nargs="+", choices=["oracles", "layers", *WAYS])
     parser.add_argument("--nested", default="runs/nested-benchmark/nested-permute-compensated", help="quantised folder")
     parser.add_argument("--cache", default="runs/token-routing-benchmark", help="what is measured once")
     parser.add_argument("--text", default="prose")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--train", type=int, default=40)
     parser.add_argument("--oracle_windows", type=int, default=4, help="windows of the oracle by layer (default: 4)")
-    parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--seq_len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=40, help="of end-to-end training (default: 40)")
+    parser.add_argument("--steps", type=int, default=12, help="of end-to-end training, two windows each (default: 12)")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--targets", type=float, nargs="+", default=TARGETS)
     parser.add_argument("--output", default="data/benchmarks/token_routing.json")
@@ -356,6 +355,8 @@ def main():
     for part in options.parts:
         if part == "oracles":
             oracles(bench)
+        if part == "layers":
+            by_layer(bench)
         for target in options.targets if part in WAYS else []:
             if f"{part} {target:g}" not in bench.known["rows"]:
                 WAYS[part](bench, target)
