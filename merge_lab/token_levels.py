@@ -38,7 +38,7 @@ class Levels:
         "Bits of a layer's linears."
         return {name: bits.to(choice.device)[choice] for name, bits in self.bits[n].items()}
 
-
+# %% ../nbs/30_token_levels.ipynb #128b2f33
 def make_levels(
     model: NestedModel,
     mixes: list[dict[str, int]],  # a precision for each linear, from few bytes to many
@@ -50,7 +50,7 @@ def make_levels(
     read = [[sum(cost[f"{n}.{name}"][b] for name, b in mix[n].items()) for mix in split] for n in range(len(bits))]
     return Levels(mixes, bits, torch.tensor(read))
 
-
+# %% ../nbs/30_token_levels.ipynb #d23f0824
 def best_mixes(
     model: LayerwiseQuantizeForCausalLM,
     costs: Tensor,  # (linears, precisions), mean
@@ -61,7 +61,7 @@ def best_mixes(
     found = [best_mix(costs, sizes, budget_of(model, real)) for real in sorted(budgets)]
     return [{name: model.precisions[k] for name, k in zip(names, choice)} for choice in found]
 
-# %% ../nbs/30_token_levels.ipynb #892f902b
+# %% ../nbs/30_token_levels.ipynb #5d9dc9f8
 @torch.no_grad()
 def level_logits(
     model: LayerwiseQuantizeForCausalLM,
@@ -81,7 +81,7 @@ def token_divergences(logits: Tensor, exact: Tensor) -> Tensor:  # (windows, tok
     scored = torch.ones(logits.shape[0], logits.shape[1] - 1, dtype=torch.bool, device=logits.device)
     return kl_loss(logits[:, :-1], exact[:, :-1], scored, reduction="none").float()
 
-# %% ../nbs/30_token_levels.ipynb #9531985d
+# %% ../nbs/30_token_levels.ipynb #e8e25d94
 def whole_token_costs(
     model: LayerwiseQuantizeForCausalLM,
     levels: Levels,
@@ -95,7 +95,7 @@ def whole_token_costs(
         found.append(token_divergences(level_logits(model, levels, ids, choice), exact))
     return torch.stack(found, dim=-1)
 
-
+# %% ../nbs/30_token_levels.ipynb #36f675cc
 @contextmanager
 def remembering(
     model: NestedModel,
@@ -112,7 +112,7 @@ def remembering(
         for layer in layers:
             del layer.forward
 
-# %% ../nbs/30_token_levels.ipynb #e8e25d94
+# %% ../nbs/30_token_levels.ipynb #099950d8
 def layer_token_costs(
     model: LayerwiseQuantizeForCausalLM,
     levels: Levels,
@@ -140,7 +140,7 @@ def layer_token_costs(
         passed()
     return start, changes
 
-# %% ../nbs/30_token_levels.ipynb #099950d8
+# %% ../nbs/30_token_levels.ipynb #6b0d549b
 def level_costs(
     costs: Tensor,  # (..., linears, precisions)
     levels: Levels,
@@ -155,7 +155,7 @@ def level_costs(
         position += len(own)
     return torch.stack(sums, dim=-2)
 
-# %% ../nbs/30_token_levels.ipynb #6b0d549b
+# %% ../nbs/30_token_levels.ipynb #1738f7d9
 def run_choice(
     model: LayerwiseQuantizeForCausalLM,
     levels: Levels,
@@ -172,7 +172,7 @@ def run_choice(
     read = levels.sizes.expand(*routed.shape[:2], -1, -1).gather(-1, routed.expand(-1, -1, layers)[..., None])
     return dict(kl=kl.mean().item(), real_bits=read.double().sum((2, 3)).mean().item() / budget_of(model, 1))
 
-
+# %% ../nbs/30_token_levels.ipynb #8d116ece
 def oracle_choice(
     costs: Tensor,  # (windows, tokens, 1 or layers, levels)
     levels: Levels,
@@ -182,7 +182,7 @@ def oracle_choice(
     sizes = levels.sizes if costs.shape[2] > 1 else levels.sizes.sum(0, keepdim=True)
     return spend(costs, sizes, budget)
 
-# %% ../nbs/30_token_levels.ipynb #1738f7d9
+# %% ../nbs/30_token_levels.ipynb #d3ac94af
 def oracle_table(
     model: LayerwiseQuantizeForCausalLM,
     levels: Levels,

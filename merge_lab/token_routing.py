@@ -86,7 +86,7 @@ class TokenPlan(Plan):
     now: Tensor | None = None  # (batch, tokens of this pass) bool, which are prompt
     spent: list = field(default_factory=list)  # per pass, (batch, tokens) bits a weight; NaN for the prompt
 
-
+# %% ../nbs/31_token_routing.ipynb #8ed2305d
 class TokenwiseQuantizeForCausalLM(LayerwiseQuantizeForCausalLM):
     "A quantised model that reads its prompt at a static mix, and each token after it, in each layer, at a level that its router names."
 
@@ -115,7 +115,7 @@ class TokenwiseQuantizeForCausalLM(LayerwiseQuantizeForCausalLM):
             return super().start_plan(mask, labels, record)
         self.plan = TokenPlan(prompt=prompt_mask(mask, labels) | (mask == 0))
 
-# %% ../nbs/31_token_routing.ipynb #8ed2305d
+# %% ../nbs/31_token_routing.ipynb #ffec3fee
 @patch_to(TokenwiseQuantizeForCausalLM)
 def begin_pass(self, hidden: Tensor):
     "Which tokens of a pass are prompt: of a whole text those of the plan, of a step with a cache none."
@@ -128,7 +128,7 @@ def begin_pass(self, hidden: Tensor):
         plan.now, plan.seen = torch.zeros(batch, tokens, dtype=torch.bool, device=hidden.device), plan.seen + tokens
     plan.spent.append(torch.where(plan.now, torch.nan, 0.0))
 
-
+# %% ../nbs/31_token_routing.ipynb #9c8052e3
 @patch_to(TokenwiseQuantizeForCausalLM)
 def decide(self, n: int, hidden_states: Tensor):
     "Bits of the layer's linears for each token, from its own state before the layer."
@@ -142,7 +142,7 @@ def decide(self, n: int, hidden_states: Tensor):
     plan.spent[-1] = plan.spent[-1] + self.token_routers.sizes[n][choice]
     return self.levels.at(n, choice)
 
-# %% ../nbs/31_token_routing.ipynb #ffec3fee
+# %% ../nbs/31_token_routing.ipynb #3ce1268c
 @patch_to(TokenwiseQuantizeForCausalLM)
 @torch.no_grad()
 def infer_forward(
@@ -167,13 +167,13 @@ def infer_forward(
     output = self.model(input_ids=input_ids, attention_mask=mask, labels=labels, past_key_values=past_key_values, use_cache=use_cache)
     return RoutedOutput(output.loss, output.logits, self.plan.spent[-1], None, output.past_key_values)
 
-
+# %% ../nbs/31_token_routing.ipynb #253d9e30
 @patch_to(TokenwiseQuantizeForCausalLM)
 def written_bits(self) -> float:  # NaN where nothing was written
     "Mean bits a weight that the tokens after the prompt have read since the last prompt, tables and scales included."
     return torch.cat([part.flatten() for part in self.plan.spent]).nanmean().item()
 
-# %% ../nbs/31_token_routing.ipynb #3ce1268c
+# %% ../nbs/31_token_routing.ipynb #a1725102
 @torch.no_grad()
 def record_states(
     model: LayerwiseQuantizeForCausalLM,
@@ -195,7 +195,7 @@ def record_states(
         states.append(torch.stack(hidden, dim=2)[:, prefix_length:-1].cpu())
     return torch.cat(states), torch.cat(costs)
 
-
+# %% ../nbs/31_token_routing.ipynb #a93f32a9
 def log_factors(
     costs: Tensor,  # (windows, tokens, levels) nats
     start: int,  # level around which it is asked
@@ -206,7 +206,7 @@ def log_factors(
     ratios = near / near.mean((0, 1))
     return ratios.clamp_min(floor).log().mean(-1)
 
-
+# %% ../nbs/31_token_routing.ipynb #80289e32
 def fit_token_routers(
     routers: TokenRouters,
     states: Tensor,  # (windows, tokens, layers, width)
@@ -223,7 +223,7 @@ def fit_token_routers(
         shares.append(share)
     return shares
 
-# %% ../nbs/31_token_routing.ipynb #8e4edc90
+# %% ../nbs/31_token_routing.ipynb #d9e2ec8d
 @patch_to(TokenwiseQuantizeForCausalLM)
 @torch.no_grad()
 def spent_bits(self, windows: list[Window], prefix_length: int, batch_size: int = 4) -> float:
@@ -236,7 +236,7 @@ def spent_bits(self, windows: list[Window], prefix_length: int, batch_size: int 
         parts.append(self.plan.spent[-1][:, prefix_length:-1])
     return torch.cat(parts).mean().item()
 
-
+# %% ../nbs/31_token_routing.ipynb #47aa2dba
 @patch_to(TokenwiseQuantizeForCausalLM)
 def fit_token_price(
     self,
@@ -253,7 +253,7 @@ def fit_token_price(
 
     return spend(find_price(spend, target, tolerance))
 
-# %% ../nbs/31_token_routing.ipynb #a1725102
+# %% ../nbs/31_token_routing.ipynb #074206e2
 @patch_to(TokenwiseQuantizeForCausalLM)
 def fit_by_token(
     self,
@@ -279,7 +279,7 @@ def fit_by_token(
     self.fit_token_price(validation, prefix_length, target)
     return shares
 
-# %% ../nbs/31_token_routing.ipynb #47aa2dba
+# %% ../nbs/31_token_routing.ipynb #cadd40e9
 @torch.no_grad()
 def score_tokens(
     model: TokenwiseQuantizeForCausalLM,
@@ -299,7 +299,7 @@ def score_tokens(
         frames.append(frame if model.assignment is not None else frame.assign(real_bits=output.bits[:, prefix_length:-1].mean(1).tolist()))
     return pd.concat(frames, ignore_index=True)
 
-
+# %% ../nbs/31_token_routing.ipynb #d0380cfb
 @patch_to(TokenwiseQuantizeForCausalLM)
 def beside_static(self, windows: list[Window], prefix_length: int) -> dict[str, dict[str, float]]:  # static and routed: kl, ce, real_bits
     "Routers by token, and the static mix that the prompt is read at."
@@ -310,7 +310,7 @@ def beside_static(self, windows: list[Window], prefix_length: int) -> dict[str, 
     scores = dict(static=static, routed=score_tokens(self, windows, prefix_length, exact))
     return {name: table[["kl", "ce", "real_bits"]].mean().to_dict() for name, table in scores.items()}
 
-# %% ../nbs/31_token_routing.ipynb #f5097b4f
+# %% ../nbs/31_token_routing.ipynb #ff6af8af
 TOKEN_ROUTERS_FILE = "token_routers.safetensors"  # of a run
 
 
@@ -322,7 +322,7 @@ def save_token_routers(self, file: str | Path):
     state = {name: tensor.detach().cpu().clone() for name, tensor in self.token_routers.state_dict().items()}
     save_tensors(Path(file), dict(state, level_bits=bits, start=torch.tensor(self.start)))
 
-
+# %% ../nbs/31_token_routing.ipynb #d5f00510
 @patch_to(TokenwiseQuantizeForCausalLM)
 def load_token_routers(self, file: str | Path):
     "Read levels and routers. Raises `ValueError` for those of another model."
@@ -336,7 +336,7 @@ def load_token_routers(self, file: str | Path):
     self.set_levels([dict(zip(names, row)) for row in bits.tolist()], start, tensors["costs"])
     self.token_routers.load_state_dict(tensors)
 
-# %% ../nbs/31_token_routing.ipynb #cadd40e9
+# %% ../nbs/31_token_routing.ipynb #54dc77a7
 @patch_to(TokenwiseQuantizeForCausalLM)
 def fit_and_judge(
     self,
@@ -363,7 +363,7 @@ def fit_and_judge(
     table.attrs.update(folder=str(folder), static=facts)
     return table
 
-
+# %% ../nbs/31_token_routing.ipynb #524ca98f
 def show_token_result(table: pd.DataFrame):  # of `fit_and_judge`
     "Print what routers by token are worth, and what is kept."
     facts = table.attrs["static"]

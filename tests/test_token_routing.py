@@ -190,8 +190,10 @@ def test_routers_that_give_no_numbers_are_named(model):
 def test_the_command_fits_tells_and_keeps(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--dataset", "prose", "--max_length", "24", "--prefix_length", str(PROMPT), "--num_samples", "8", "--num_validation", "8", "--device", "cpu"]
-    main(["router", "--model_path", str(folder), "--granularity", "token", "--target_bits", str(TARGET), "--output_dir", "run", *words])
-    told, facts = capsys.readouterr().out, read_json(tmp_path / "run" / "static.json")
+    done = main(["router", "--model_path", str(folder), "--granularity", "token", "--target_bits", str(TARGET), "--output_dir", "run", *words])
+    told, wrong = capsys.readouterr()
+    assert not done, wrong
+    facts = read_json(tmp_path / "run" / "static.json")
     assert f"within the budget: {facts['kept']}" in told and "real_bits" in told
     assert abs(facts["routed"]["real_bits"] - TARGET) < 0.2 and facts["kept"] in ("static", "routed")
     assert read_json(tmp_path / "run" / "training_history.json")["epochs"][0]["real_bits"] == facts["routed"]["real_bits"]
