@@ -1,7 +1,7 @@
 """Nested precision on a real model: bytes and divergence of every precision beside round-to-nearest and HQQ, the time of `quantize`, static mixes and headroom.
 
     merge-lab real --output_dir runs/real                     # makes the base
-    python benchmarks/nested.py quantize score opponents static           # a part at a time, or several; what is there is kept
+    python benchmarks/nested.py quantize score opponents alone static     # a part at a time, or several; what is there is kept
     python benchmarks/nested.py time --old 4cd01d5         # `quantize` as it comes, beside an older build out of this repository's history; once more adds a turn
 
 The base was made plain from a 4-bit grid, so its hidden channels are permuted first, which changes no logit (`same_function`); `--how none` leaves the grid as
@@ -183,6 +183,18 @@ def score_opponents(bench: Bench):
                 bench.score(f"{name} {bits}", bench.rounded(partial(function, bits=bits)), real_bits=bits + 0.5)
 
 
+def score_alone(bench: Bench):
+    "Compensated codes of one precision alone: the same rounding and layout, with nothing to be nested in."
+    for bits in (3, 4):
+        if bits in bench.options.bits and bench.wanted(f"alone {bits}"):
+            folder, options = Path(bench.options.folder) / f"alone-{bench.options.how}-{bits}", bench.options
+            if not (folder / "config.json").exists():
+                run_quantize(QuantizeConfig(str(bench.base), str(folder), seed_precision=bits, parent_precision=bits, num_samples=options.calibration, resume=folder.exists()))
+            model = LayerwiseQuantizeForCausalLM.from_quantized(folder)
+            read, plain = int(memory_table(model).read_bytes_per_token.iloc[-1]), bench.dequantized(model, dict.fromkeys(linear_bytes(model), bits))
+            bench.score(f"alone {bits}", plain, read_bytes=read, real_bits=8 * read / bench.layer_weights())
+
+
 def score_static(bench: Bench):
     "The best static mix for each linear at each budget, and what an oracle would save of it; costs are measured on training text."
     begun, used, options = time.perf_counter(), processor_seconds(), bench.options
@@ -223,7 +235,7 @@ def score_time(bench: Bench):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["base", "quantize", "score", "opponents", "static", "time"]
+    parts = ["base", "quantize", "score", "opponents", "alone", "static", "time"]
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--model", default="runs/real/base")
     parser.add_argument("--folder", default="runs/nested-benchmark", help="models that are made on the way")
@@ -249,6 +261,8 @@ def main():
         score_nested(bench)
     if "opponents" in options.parts:
         score_opponents(bench)
+    if "alone" in options.parts:
+        score_alone(bench)
     if "static" in options.parts:
         score_static(bench)
     if "time" in options.parts:

@@ -365,12 +365,12 @@ class NestedLinear(nn.Module):
         choice = self.precisions[-1] if self.choice is None else self.choice
         if isinstance(choice, int):
             return fixed_linear(self, x, choice)
-        if len(choice) != len(x):
-            raise ValueError(
-                f"choice is for {len(choice)} samples and the batch has {len(x)}. "
-                "Route the batch that is computed, or set one precision for all."
-            )
-        return (mixed_linear if choice.is_floating_point() else grouped_linear)(self, x, choice)
+        soft = choice.is_floating_point()
+        given, wanted = (tuple(shape[: 1 if soft else choice.ndim]) for shape in (choice.shape, x.shape))
+        if given != wanted:
+            told, has = (" x ".join(map(str, shape)) for shape in (given, wanted))
+            raise ValueError(f"choice is for {told} samples and the batch has {has}. Route the batch that is computed, or set one precision for all.")
+        return (mixed_linear if soft else grouped_linear)(self, x, choice)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.precisions}"
@@ -410,7 +410,7 @@ def fixed_linear(layer: NestedLinear, x: Tensor, precision: int) -> Tensor:
 
 # %% ../nbs/14_anyprec.ipynb #8c72e734
 def grouped_linear(layer: NestedLinear, x: Tensor, choice: Tensor) -> Tensor:
-    "Each sample at its own precision; one dequantisation and one product for all that share it."
+    "Each sample, or each token of it, at its own precision; one dequantisation and one product for all that share it."
     y = None
     for precision in choice.unique().tolist():
         chosen = choice == precision

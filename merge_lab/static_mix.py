@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['error_products', 'drawn_labels', 'batch_token_costs', 'token_costs', 'uniform_costs', 'rescaled', 'best_mix',
-           'sizes_of', 'budget_of', 'static_mixes', 'spend', 'cost_of', 'by_layer', 'expected_real_bits', 'headroom']
+           'sizes_of', 'budget_of', 'check_budget', 'static_mixes', 'spend', 'cost_of', 'by_layer',
+           'expected_real_bits', 'headroom']
 
 # %% ../nbs/29_static_mix.ipynb #0d28c7a9
 import pandas as pd
@@ -146,6 +147,22 @@ def budget_of(model: LayerwiseQuantizeForCausalLM, real_bits: float) -> float:
     "Bytes of all linears at so many bits a weight, tables and scales included."
     weights = sum(linear.in_features * linear.out_features for own in model._linears for linear in own)
     return real_bits / 8 * weights * (1 + 1e-9)  # a precision's own bits are enough for it
+
+# %% ../nbs/29_static_mix.ipynb #5498340f
+def check_budget(
+    precisions: list[int],
+    target_bits: float | None,
+    real_bits: list[float] | None = None,  # that the precisions read, tables and scales included; None: as many as they have
+    needed: bool = False,  # whether there has to be a target
+):
+    "Raise `ValueError` if there is nothing to choose between, or the target is out of reach."
+    if len(precisions) < 2:
+        raise ValueError(f"precisions={precisions}: a router needs at least two precisions. Name more, or none for all that the model has.")
+    if needed and target_bits is None:
+        raise ValueError("target_bits: none. Routers by token spend a budget: say how many bits a weight tokens read on average (--target_bits 4).")
+    low, high = (precisions if real_bits is None else real_bits)[:: len(precisions) - 1]
+    if target_bits is not None and not low <= target_bits <= high:
+        raise ValueError(f"target_bits={target_bits:g}: the model reads {low:.4g} to {high:.4g} bits a weight, tables and scales included. Choose a target between them.")
 
 # %% ../nbs/29_static_mix.ipynb #d5df4be9
 def static_mixes(

@@ -6,8 +6,7 @@
 __all__ = ['logger', 'MEASURED', 'COSTS_FILE', 'ROUTERS_FILE', 'STEP_COLUMNS', 'HEADROOM_FILE', 'STATIC_FILE', 'precision_term',
            'RouterObjective', 'RouterConfig', 'is_flat', 'KeepRouters', 'WriteRouters', 'RouterBar', 'epoch_size',
            'arguments_of', 'step_tensors', 'RouterTrainer', 'kept', 'objective_price', 'told_time', 'check_folder',
-           'check_budget', 'load_parts', 'use_kept', 'run', 'show_result', 'quantized_note',
-           'LayerwiseQuantizeForCausalLM']
+           'load_parts', 'use_kept', 'run', 'show_result', 'quantized_note', 'LayerwiseQuantizeForCausalLM']
 
 # %% ../../nbs/40_systems/05_router.ipynb #b6c76b04
 import bisect
@@ -42,8 +41,9 @@ from ..precision_costs import average_real_bits, fit_costs, fit_price, measure_c
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
-from ..static_mix import best_mix, budget_of, expected_real_bits, headroom, rescaled, sizes_of, token_costs, uniform_costs
+from ..static_mix import best_mix, budget_of, check_budget, expected_real_bits, headroom, rescaled, sizes_of, token_costs, uniform_costs
 from ..text_windows import collate, exact_logits, few_of, score_windows, text_paths, text_windows, Window, windows_at_once
+from ..token_routing import show_token_result, TOKEN_ROUTERS_FILE, TokenwiseQuantizeForCausalLM
 from ..training import attach_watchers, check_report_to, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
 
 _all_ = ["LayerwiseQuantizeForCausalLM"]
@@ -107,6 +107,7 @@ class RouterConfig(Options):
     weight_precision: float = option(0.3, "Weight of the precision term", low=0, group="Objective")
     target_bits: float | None = option(None, "Average bits a weight to read, tables and scales included; none: a price on bits instead", low=1, high=16, group="Objective")
     precisions: list[int] = option([], "Precisions to choose from; empty: all that the model has", group="Model and text")
+    granularity: str = option("prompt", "What a choice is for: a prompt, or each token after it", choices=["prompt", "token"], group="Router")
     gate: str = option("softmax", "How logits become probabilities", choices=GATES, group="Router")
     straight_through: bool = option(True, "Hard choices in each forward pass, soft gradients; false: a blend, which need not end as a choice", group="Router")
     temperature_start: float = option(1.0, "Temperature at the beginning", low=1e-3, group="Router")
@@ -135,10 +136,8 @@ class RouterConfig(Options):
     def __post_init__(self):
         check_options(self)
         if self.prefix_length >= self.max_length:
-            raise ValueError(
-                f"prefix_length={self.prefix_length}: expected less than max_length={self.max_length}, so that tokens are left to score. "
-                f"Lower it (--prefix_length {max(1, self.max_length // 4)}) or take longer windows."
-            )
+            lower = f"Lower it (--prefix_length {max(1, self.max_length // 4)}) or take longer windows."
+            raise ValueError(f"prefix_length={self.prefix_length}: expected less than max_length={self.max_length}, so that tokens are left to score. {lower}")
 
 # %% ../../nbs/40_systems/05_router.ipynb #bbe0c6f0
 def is_flat(
@@ -610,28 +609,16 @@ def check_folder(config: RouterConfig):
     if config.resume:
         check_same_inputs(config.output_dir, [config.model_path], text_paths(config.dataset))
 
-
-def check_budget(
-    precisions: list[int],
-    target_bits: float | None,
-    real_bits: list[float] | None = None,  # that the precisions read, tables and scales included; None: as many as they have
-):
-    "Raise `ValueError` if there is nothing to choose between, or the target is out of reach."
-    if len(precisions) < 2:
-        raise ValueError(f"precisions={precisions}: a router needs at least two precisions. Name more, or none for all that the model has.")
-    low, high = (precisions if real_bits is None else real_bits)[:: len(precisions) - 1]
-    if target_bits is not None and not low <= target_bits <= high:
-        raise ValueError(f"target_bits={target_bits:g}: the model reads {low:.4g} to {high:.4g} bits a weight, tables and scales included. Choose a target between them.")
-
 # %% ../../nbs/40_systems/05_router.ipynb #28992615
 def load_parts(config: RouterConfig) -> tuple:  # model, windows for training and for validation
     "What a run is made of. Raises `ValueError` for a model or a text that is not there."
     device, tokenizer = find_device(config.device), load_tokenizer(config.model_path)
-    model = LayerwiseQuantizeForCausalLM.from_quantized(
+    kind = TokenwiseQuantizeForCausalLM if config.granularity == "token" else LayerwiseQuantizeForCausalLM
+    model = kind.from_quantized(
         config.model_path, config.precisions or None, device, config.trust_remote_code,
         router_hidden=config.router_hidden, dropout=config.dropout,
     )  # fmt: skip
-    check_budget(model.precisions, config.target_bits, memory_table(model).real_bits[1:].tolist())
+    check_budget(model.precisions, config.target_bits, memory_table(model).real_bits[1:].tolist(), config.granularity == "token")
     text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.max_length, seed=config.seed)
     train = text_windows(n=config.num_samples, split="train", **text)
     return model, train, text_windows(n=config.num_validation, split="validation", **text)
@@ -644,7 +631,10 @@ def use_kept(
     "Let a model do what a run kept: its best routers, or the static mix where that diverges less, or routers read more than the budget."
     file = Path(folder) / STATIC_FILE
     facts = read_json(file) if file.exists() else dict(kept="routed")
-    model.load_state_dict(load_file(Path(folder) / "best_router_checkpoint.safetensors"))
+    if isinstance(model, TokenwiseQuantizeForCausalLM):
+        model.load_token_routers(Path(folder) / TOKEN_ROUTERS_FILE)
+    else:
+        model.load_state_dict(load_file(Path(folder) / "best_router_checkpoint.safetensors"))
     model.set_precision(facts["bits"] if facts["kept"] == "static" else None)
     return facts["kept"]
 
@@ -659,11 +649,15 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
     check_folder(config)
     set_seed(config.seed)
     model, train, validation = load_parts(config)
-    trainer = RouterTrainer(model, config, train, validation)
+    trainer = RouterTrainer(model, config, train, validation) if config.granularity == "prompt" else None
     folder = begin_run(config, config.output_dir)
     note_inputs(folder, [config.model_path], text_paths(config.dataset))
     go_on = resume_command("router", folder)
     try:
+        if trainer is None:
+            epochs = model.fit_and_judge(train, validation, config.prefix_length, config.target_bits, folder, STATIC_FILE, config.seed)
+            epochs.attrs["model_path"], _ = config.model_path, use_kept(model, folder)
+            return model, epochs
         epochs = trainer.fit(last_checkpoint(folder) if config.resume else None)
     except KeyboardInterrupt as error:
         raise stopped(None, f"what was measured is in {folder}", go_on) from error
@@ -678,7 +672,10 @@ def run(config: RouterConfig) -> tuple[LayerwiseQuantizeForCausalLM, pd.DataFram
 # %% ../../nbs/40_systems/05_router.ipynb #98f5f77b
 def show_result(result: tuple):  # of `run`
     "Print the epochs, where the routers are and how to load them."
-    _, epochs = result
+    model, epochs = result
+    if isinstance(model, TokenwiseQuantizeForCausalLM):
+        show_token_result(epochs)
+        return print(f"Load it with `use_kept(TokenwiseQuantizeForCausalLM.from_quantized({epochs.attrs['model_path']!r}), {epochs.attrs['folder']!r})` of this module.")
     file = Path(epochs.attrs["folder"]) / "best_router_checkpoint.safetensors"
     print(epochs[["epoch", "loss", "ce", "average_bits", "real_bits"]].round(4).to_string(index=False))
     print(f"\nBest routers, of epoch {epochs.loss.idxmin()}: {file}. Load them with\n")
