@@ -515,7 +515,7 @@ def against_static(self) -> dict:  # kept, static and routed: real_bits, read_by
     scores = {name: found[["read_bytes", "kl", "ce"]].mean().to_dict() for name, found in (("static", static), ("routed", routed))}
     scores = {name: row | dict(real_bits=row["read_bytes"] / budget_of(model, 1)) for name, row in scores.items()}
     dear = target is not None and scores["routed"]["real_bits"] > target + 0.05  # routers of one mind may miss the target by a bit
-    facts = dict(kept="static" if dear or scores["static"]["kl"] < scores["routed"]["kl"] else "routed", **scores, bits=bits)
+    facts = dict(kept="static" if dear or scores["static"]["kl"] <= scores["routed"]["kl"] else "routed", **scores, bits=bits)
     write_json(self.folder / STATIC_FILE, facts)
     return facts
 
