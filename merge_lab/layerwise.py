@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'LAYERS', 'ATTEMPTS', 'handing_on', 'SingleLayers', 'check_single_layers', 'mapped', 'Streams', 'pass_rows',
-           'go_on', 'StreamObjective', 'OneLayer', 'LayersDone', 'streams_at', 'sweep', 'layer_trainer',
+           'go_on', 'StreamObjective', 'OneLayer', 'LayersDone', 'streams_at', 'sweep', 'LayerTrainer', 'layer_trainer',
            'finish_targets', 'gap_of', 'train_layer', 'drawn', 'train_layers', 'of_one_layer', 'one_layer_step',
            'fit_layers']
 
@@ -265,9 +265,9 @@ def go_on(
 
 # %% ../nbs/39_layerwise.ipynb #af4e6cc9
 class StreamObjective(Objective):
-    "Relative squared distance of a layer's hidden states to those of each row's teacher, averaged over tokens, then over sources."
+    "Relative squared distance of a layer's hidden states to those of each row's teacher, averaged over tokens, then over sources; in a step of several `parts` its share of their mean."
 
-    def __call__(self, merger, input_ids, attention_mask, source, student, target, **_) -> dict:
+    def __call__(self, merger, input_ids, attention_mask, source, student, target, parts=1, **_) -> dict:
         taken = attention_mask.bool()
         apart = state_gaps(merger.through(student, input_ids, attention_mask)[taken], target[taken])
         of = source[:, None].expand_as(taken)[taken]
@@ -276,7 +276,7 @@ class StreamObjective(Objective):
             own = apart[of == i]
             total = total + own.sum() / max(len(own), 1)
             results |= {f"sum_source_{i}": own.sum().detach(), f"tokens_source_{i}": torch.tensor(len(own))}
-        return {"loss": total / merger.n_components, **results}
+        return {"loss": total / merger.n_components / parts, **results}
 
 # %% ../nbs/39_layerwise.ipynb #a131ace2
 class OneLayer(Student):
@@ -392,6 +392,14 @@ def sweep(streams: Streams, done: int):
             file.unlink()
 
 # %% ../nbs/39_layerwise.ipynb #69ac94c6
+class LayerTrainer(MergerTrainer):
+    "The trainer of one layer; the loss of a step is the mean of those of its forward passes."
+
+    def compute_loss(self, model, inputs, **options):
+        parts = self.current_gradient_accumulation_steps if model.training else 1
+        return super().compute_loss(model, {**inputs, "parts": parts}, **options)
+
+
 def layer_trainer(
     one: OneLayer,
     streams: Streams,
@@ -409,7 +417,7 @@ def layer_trainer(
         teacher_cache_gb=0.0, report_to="none",
     )  # fmt: skip
     rows = [{"row": at} for at in range(len(streams.rows))]
-    return MergerTrainer(one, training_arguments(loop, folder), StreamObjective(), train_dataset=rows, data_collator=collate)
+    return LayerTrainer(one, training_arguments(loop, folder), StreamObjective(), train_dataset=rows, data_collator=collate)
 
 # %% ../nbs/39_layerwise.ipynb #0b2a2dd5
 def finish_targets(merger: Merger, layers: SingleLayers, streams: Streams, stream: Tensor):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'ANSWERS_OF', 'FARTHER', 'WRITTEN', 'ROLLOUTS', 'AnswerConfig', 'check_answers', 'drawn_answers',
            'answer_ends', 'answered_row', 'component_answers', 'user_turn', 'written_questions', 'with_start',
-           'save_rows', 'read_rows_of', 'own_rows', 'asked_of', 'divided_rows', 'save_divided', 'question_in',
+           'save_rows', 'read_rows_of', 'own_rows', 'question_in', 'asked_of', 'divided_rows', 'save_divided',
            'rows_in', 'Rollouts', 'spread', 'log_probs_of', 'RolloutTrainer']
 
 # %% ../nbs/33_rollouts.ipynb #c8efec5a
@@ -103,6 +103,9 @@ def drawn_answers(
     return answers
 
 # %% ../nbs/33_rollouts.ipynb #286d9576
+_MARK = "xyzzy"
+
+
 def answer_ends(merger: Merger, tokenizer) -> list[int]:
     "Tokens that end what a model answers: those of settings and tokenizer, and what the chat template puts behind an answer. Raises `ValueError` if there are none."
     return end_tokens(merger, tokenizer, {"messages": [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]})
@@ -134,9 +137,6 @@ def component_answers(
     return [row for place in sorted(found) for row in found[place]]
 
 # %% ../nbs/33_rollouts.ipynb #928d3249
-_MARK = "xyzzy"
-
-
 def user_turn(tokenizer) -> tuple[list[int], list[int]]:  # ids before what a user says; tokens that end it
     "How a chat template surrounds a user's words. Raises `ValueError` if it does not print them."
     text = render(tokenizer, [{"role": "user", "content": _MARK}], tokenize=False)
@@ -222,12 +222,19 @@ def own_rows(
     logger.info("components answered %d prompts with %d rows of %d tokens", len(questions), len(made[0]), sum(label != -100 for row in made[0] for label in row["labels"]))
     return made[0]
 
-# %% ../nbs/33_rollouts.ipynb #2270a68d
+# %% ../nbs/33_rollouts.ipynb #52c41b8e
+def question_in(row: dict) -> dict:  # with labels that are all -100
+    "The part of an encoded row that comes before its last answer."
+    scored = [label != -100 for label in row["labels"]]
+    start = max((place for place, (now, before) in enumerate(zip(scored, [False, *scored])) if now and not before), default=len(scored))
+    return row | {"input_ids": row["input_ids"][:start], "labels": [-100] * start}
+
+
 def asked_of(rows: Sequence[dict]) -> list[tuple]:  # encoded rows, with their source
     "What tells the question of each row from others."
     return [(row["source"], *question_in(row)["input_ids"]) for row in rows]
 
-
+# %% ../nbs/33_rollouts.ipynb #2270a68d
 def divided_rows(
     merger: Merger,
     tokenizer,
@@ -255,13 +262,6 @@ def save_divided(folder: Path, learned: Sequence[dict], held_out: Sequence[dict]
     save_rows(Path(folder) / WRITTEN, [*learned, *held_out], learned=values)
 
 # %% ../nbs/33_rollouts.ipynb #0d728941
-def question_in(row: dict) -> dict:  # with labels that are all -100
-    "The part of an encoded row that comes before its last answer."
-    scored = [label != -100 for label in row["labels"]]
-    start = max((place for place, (now, before) in enumerate(zip(scored, [False, *scored])) if now and not before), default=len(scored))
-    return row | {"input_ids": row["input_ids"][:start], "labels": [-100] * start}
-
-
 def rows_in(batch: dict[str, Tensor]) -> list[dict]:  # encoded rows
     "The rows of a collated batch, without their padding."
     lengths = batch["attention_mask"].sum(1).tolist()

@@ -67,6 +67,13 @@ def test_a_run_gets_nearer_to_both_and_leaves_nothing_but_its_result(whole):
     assert sorted(path.name for path in (folder / LAYERS).iterdir()) == ["best.json", "best_masks.safetensors", "done.json", "masks-4.safetensors"]
 
 
+def test_a_step_in_parts_is_no_larger_step(tmp_path):
+    "The gap that a step tells is the mean of its forward passes, not their sum."
+    parts = [dict(per_device_train_batch_size=16), dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)]
+    gaps = [run(by_layer(tmp_path / str(n), layer_steps=1, held_out_rows=0, **options), progress=False).history.loss for n, options in enumerate(parts)]
+    assert ((gaps[1] / gaps[0] - 1).abs() < 0.3).all(), gaps
+
+
 @pytest.mark.parametrize("call", random.Random(0).sample(range(1, 40), 4))
 def test_a_run_that_broke_off_goes_on_to_the_same_masks(call, whole, tmp_path, monkeypatch):
     calls, own = [], layerwise.go_on
