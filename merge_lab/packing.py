@@ -74,6 +74,7 @@ class Packed:
     ):
         self.shape = tuple(ids.shape)
         taken = attention_mask.bool().cpu()
+        longest = max(int(taken.sum(1).max()), 1)
         places = torch.arange(taken.numel()).view(self.shape)
         self.ids = torch.zeros(len(lines), width, dtype=ids.dtype)
         self.positions = torch.zeros(len(lines), width, dtype=torch.long)
@@ -88,7 +89,7 @@ class Packed:
                 came_from.append(own)
                 went_to.append(i * width + torch.arange(start, stop))
                 start = stop
-            self.positions[i, start:] = torch.arange(width - start)  # what is left is a text of its own
+            self.positions[i, start:] = torch.arange(width - start) % longest  # what is left are texts of their own, none longer than a row
         self.came_from, self.went_to = torch.cat(came_from).to(ids.device), torch.cat(went_to).to(ids.device)
         self.ids, self.positions = self.ids.to(ids.device), self.positions.to(ids.device)
 

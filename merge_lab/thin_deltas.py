@@ -73,7 +73,9 @@ def find_low_rank(
     energy = delta.square().sum()
     left = energy - s.square().cumsum(0)
     thin = left <= min(1.2 * noise + 1e-9 * energy, LEFT * energy)
-    rank = int(thin.int().argmax()) + 1
+    sides = delta.any(1).sum(), delta.any(0).sum()
+    edge = (noise / (sides[0] * sides[1])).sqrt() * (sides[0].sqrt() + sides[1].sqrt())  # the largest singular value of rounding alone
+    rank = max(int(thin.int().argmax()) + 1, int((s > 2 * edge).sum()))
     if not thin.any() or rank > most:
         return None
     root = s[:rank].sqrt()

@@ -5,7 +5,7 @@ import torch
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
-from merge_lab.packing import agrees, shared_lines
+from merge_lab.packing import Packed, agrees, shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
@@ -167,3 +167,9 @@ def test_fp32_weights_under_autocast_are_judged_as_16_bits():
     with torch.autocast("cpu", torch.bfloat16):
         merger.hidden(**{name: value for name, value in batch_of().items() if name in ("input_ids", "attention_mask")})
     assert merger.packs
+
+
+def test_what_is_left_of_a_line_has_no_position_that_no_row_has():
+    "A row may be as long as a model has positions."
+    packed = Packed(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]]), [[0, 1]], 12)
+    assert packed.positions.max() == 2 and packed.positions[0, :5].tolist() == [0, 1, 2, 0, 1]

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from merge_lab.thin_deltas import find_low_rank
 from merge_lab.factors import FactoredWeights
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
@@ -120,3 +121,14 @@ def test_an_adapter_beside_a_merged_lora_stays_what_it_is(tmp_path):
     ids = torch.arange(3, 15).unsqueeze(0)
     with torch.no_grad(), thin.as_component(1), whole.as_component(1):
         assert torch.allclose(thin(input_ids=ids).logits, whole(input_ids=ids).logits, atol=1e-4)
+
+
+def test_one_weight_that_was_changed_beside_a_merged_lora_is_not_taken_for_rounding():
+    draw = torch.Generator().manual_seed(0)
+    base = (0.1 * torch.randn(768, 512, generator=draw)).bfloat16()
+    lora = 0.01 * torch.randn(768, 4, generator=draw) @ torch.randn(4, 512, generator=draw)
+    weight = (base.float() + lora).bfloat16()
+    assert len(find_low_rank(weight, base).down) == 4
+    weight[5, 7] += 0.06  # half of what weights are in the mean, a hundred times its rounding
+    found = find_low_rank(weight, base)
+    assert found is None or abs((base.float() + found.dense().float() - weight.float())[5, 7]) < 0.02
