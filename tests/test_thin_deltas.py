@@ -129,6 +129,6 @@ def test_one_weight_that_was_changed_beside_a_merged_lora_is_not_taken_for_round
     lora = 0.01 * torch.randn(768, 4, generator=draw) @ torch.randn(4, 512, generator=draw)
     weight = (base.float() + lora).bfloat16()
     assert len(find_low_rank(weight, base).down) == 4
-    weight[5, 7] += 0.06  # half of what weights are in the mean, a hundred times its rounding
+    weight[5, 7] += 0.03  # a third of what weights are in the mean, sixty times its rounding
     found = find_low_rank(weight, base)
-    assert found is None or abs((base.float() + found.dense().float() - weight.float())[5, 7]) < 0.02
+    assert found is None or abs((base.float() + found.dense().float() - weight.float())[5, 7]) < 0.01
