@@ -300,7 +300,7 @@ def spread(share: float, rows: int) -> list[bool]:
 
 @patch_to(Rollouts)
 def __call__(self, trainer, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    "The micro-steps of a step, with the blend's answers in place of the first rows'."
+    "The micro-steps of a step, with the blend's answers in place of some rows'."
     rows = [rows_in(batch) for batch in batches]
     chosen = iter(spread(self.config.on_policy, sum(map(len, rows))))
     rows = [[(next(chosen), row) for row in part] for part in rows]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['error_products', 'drawn_labels', 'batch_token_costs', 'token_costs', 'uniform_costs', 'rescaled', 'best_mix',
-           'sizes_of', 'budget_of', 'check_budget', 'static_mixes', 'spend', 'cost_of', 'by_layer',
+           'sizes_of', 'budget_of', 'check_budget', 'kept_of', 'static_mixes', 'spend', 'cost_of', 'by_layer',
            'expected_real_bits', 'headroom']
 
 # %% ../nbs/29_static_mix.ipynb #0d28c7a9
@@ -163,6 +163,15 @@ def check_budget(
     low, high = (precisions if real_bits is None else real_bits)[:: len(precisions) - 1]
     if target_bits is not None and not low <= target_bits <= high:
         raise ValueError(f"target_bits={target_bits:g}: the model reads {low:.4g} to {high:.4g} bits a weight, tables and scales included. Choose a target between them.")
+
+# %% ../nbs/29_static_mix.ipynb #c578e6ec
+def kept_of(
+    scores: dict[str, dict[str, float]],  # static and routed: kl and real_bits, on validation windows
+    target: float | None,  # bits a weight; None: no budget
+) -> str:  # static or routed
+    "What is worth keeping: routers only where they diverge less, and read no more than the budget but for 0.05 bits (held-out text may call for more than that on which they were fitted)."
+    dear = target is not None and scores["routed"]["real_bits"] > target + 0.05
+    return "static" if dear or scores["static"]["kl"] <= scores["routed"]["kl"] else "routed"
 
 # %% ../nbs/29_static_mix.ipynb #d5df4be9
 def static_mixes(

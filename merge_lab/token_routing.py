@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .lesson import patch_to
 from .nested_model import linear_bytes, Plan
 from .precision_costs import find_price
-from .routed_model import LayerwiseQuantizeForCausalLM, prompt_mask, RoutedOutput, scored_labels
+from .routed_model import LayerwiseQuantizeForCausalLM, prompt_mask
 from .run_folder import save_tensors, write_json
-from .static_mix import budget_of, rescaled, token_costs, uniform_costs
+from .static_mix import budget_of, kept_of, rescaled, token_costs, uniform_costs
 from .text_windows import collate, exact_logits, few_of, Window, window_losses
 from .token_levels import best_mixes, level_costs, Levels, make_levels, token_divergences, whole_token_costs
 
@@ -144,28 +144,9 @@ def decide(self, n: int, hidden_states: Tensor):
 
 # %% ../nbs/31_token_routing.ipynb #3ce1268c
 @patch_to(TokenwiseQuantizeForCausalLM)
-@torch.no_grad()
-def infer_forward(
-    self,
-    input_ids: Tensor,  # (batch, tokens)
-    attention_mask: Tensor | None = None,  # (batch, tokens with the past); None: all ones
-    labels: Tensor | None = None,  # (batch, tokens); -100 on the prompt
-    past_key_values=None,  # cache of earlier tokens
-    use_cache: bool = False,  # give the cache back
-    record: bool = False,  # keep what prompt routers would see, at a fixed precision
-) -> RoutedOutput:  # bits: (batch, tokens) bits a weight that each read, NaN for the prompt; as ever at a fixed precision
-    "Each token after the prompt at levels of its own. Without labels all that is given is prompt, and with a cache none of it."
-    if self.levels is None or self.assignment is not None:
-        return LayerwiseQuantizeForCausalLM.infer_forward(self, input_ids, attention_mask, labels, past_key_values, use_cache, record)
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    mask = attention_mask
-    if mask is None:
-        mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
-    if not past:
-        labels = scored_labels(labels, mask)
-        self.start_plan(mask, labels)
-    output = self.model(input_ids=input_ids, attention_mask=mask, labels=labels, past_key_values=past_key_values, use_cache=use_cache)
-    return RoutedOutput(output.loss, output.logits, self.plan.spent[-1], None, output.past_key_values)
+def hard_bits(self, batch: int) -> Tensor:  # (batch, tokens) bits a weight, NaN for the prompt; as ever at a fixed precision
+    "What each token of the last pass read."
+    return self.plan.spent[-1] if isinstance(self.plan, TokenPlan) else LayerwiseQuantizeForCausalLM.hard_bits(self, batch)
 
 # %% ../nbs/31_token_routing.ipynb #253d9e30
 @patch_to(TokenwiseQuantizeForCausalLM)
@@ -353,9 +334,8 @@ def fit_and_judge(
     shares = self.fit_by_token(few_of(train, most), few_of(validation[::2]), prefix_length, target, seed=seed)
     self.save_token_routers(folder / TOKEN_ROUTERS_FILE)
     scores = self.beside_static(few_of(validation[1::2]), prefix_length)
-    routed, static = scores["routed"], scores["static"]
-    dear = routed["real_bits"] > target + 0.05  # held-out tokens may call for more than those that the price was found on
-    facts = dict(kept="static" if dear or static["kl"] <= routed["kl"] else "routed", **scores, explained=shares, bits=self.levels.mixes[self.start])
+    routed = scores["routed"]
+    facts = dict(kept=kept_of(scores, target), **scores, explained=shares, bits=self.levels.mixes[self.start])
     write_json(folder / file, facts)
     row = dict(epoch=0, loss=routed["ce"], **routed, average_bits=routed["real_bits"])
     write_json(folder / "training_history.json", {"steps": [], "epochs": [row]})

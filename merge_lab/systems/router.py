@@ -41,7 +41,7 @@ from ..precision_costs import average_real_bits, fit_costs, fit_price, measure_c
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
-from ..static_mix import best_mix, budget_of, check_budget, expected_real_bits, headroom, rescaled, sizes_of, token_costs, uniform_costs
+from ..static_mix import best_mix, budget_of, check_budget, expected_real_bits, headroom, kept_of, rescaled, sizes_of, token_costs, uniform_costs
 from ..text_windows import collate, exact_logits, few_of, score_windows, text_paths, text_windows, Window, windows_at_once
 from ..token_routing import show_token_result, TOKEN_ROUTERS_FILE, TokenwiseQuantizeForCausalLM
 from ..training import attach_watchers, check_report_to, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
@@ -514,8 +514,7 @@ def against_static(self) -> dict:  # kept, static and routed: real_bits, read_by
         static = score_windows(model, few, prefix, self.at_once, exact)
     scores = {name: found[["read_bytes", "kl", "ce"]].mean().to_dict() for name, found in (("static", static), ("routed", routed))}
     scores = {name: row | dict(real_bits=row["read_bytes"] / budget_of(model, 1)) for name, row in scores.items()}
-    dear = target is not None and scores["routed"]["real_bits"] > target + 0.05  # routers of one mind may miss the target by a bit
-    facts = dict(kept="static" if dear or scores["static"]["kl"] <= scores["routed"]["kl"] else "routed", **scores, bits=bits)
+    facts = dict(kept=kept_of(scores, target), **scores, bits=bits)  # routers of one mind may miss the target by a bit
     write_json(self.folder / STATIC_FILE, facts)
     return facts
 
