@@ -1,11 +1,13 @@
 "Rows that share lines give what padded rows give, and models that cannot share them are found out."
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
-from merge_lab.packing import Packed, agrees, shared_lines
+from merge_lab.packing import Packed, agrees, lines_of, shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
@@ -15,6 +17,7 @@ FAMILIES = {
     "gpt_neox": {},
     "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "gemma2": dict(num_key_value_heads=2, head_dim=8, sliding_window=4),
+    "mistral": dict(num_key_value_heads=2, head_dim=8, sliding_window=4),
     "bloom": dict(n_layer=2, n_head=4),
     "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
     "lfm2": dict(num_key_value_heads=2, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
@@ -173,3 +176,71 @@ def test_what_is_left_of_a_line_has_no_position_that_no_row_has():
     "A row may be as long as a model has positions."
     packed = Packed(torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]]), [[0, 1]], 12)
     assert packed.positions.max() == 2 and packed.positions[0, :5].tolist() == [0, 1, 2, 0, 1]
+
+
+def test_no_line_is_wider_than_a_chunk_of_attention():
+    "transformers 5.0 to 5.22 count chunks from the beginning of the line, so a row on the border of two would be cut."
+    config = AutoConfig.for_model(
+        "llama4_text", **TINY, intermediate_size_mlp=64, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=24
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for lengths, width in (((16, 5, 4, 6, 3, 9), 24), ((16, 3, 2, 2), 23), ((30, 5, 4, 6), None)):
+        batch = batch_of(lengths)
+        packed = lines_of(SimpleNamespace(packs=None), model.model, batch["input_ids"], batch["attention_mask"], 32)
+        assert packed is None if width is None else packed.ids.shape[1] <= width, lengths
+
+
+def spied_rows(monkeypatch):
+    "Lengths of the rows whose attention transformers' `sdpa` was asked for, and whether under a mask."
+    from transformers.integrations import sdpa_attention
+
+    seen, plain = [], sdpa_attention.sdpa_attention_forward
+
+    def spy(module, query, key, value, attention_mask, **options):
+        seen.append((query.shape[2], attention_mask is not None))
+        return plain(module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", spy)
+    return seen
+
+
+def test_attention_on_a_line_is_taken_row_by_row_without_a_mask(monkeypatch):
+    merger, batch, seen = merger_of("llama"), batch_of(), spied_rows(monkeypatch)
+    merger.packs = True
+    merger.hidden(batch["input_ids"], batch["attention_mask"])
+    assert seen == [(length, False) for length in (16, 5, 4, 6, 3, 9)] * 2  # two layers
+    assert merger.config._attn_implementation == "sdpa"
+
+
+def test_a_window_stays_a_window_on_a_line(monkeypatch):
+    merger, batch, seen = merger_of("mistral"), batch_of(), spied_rows(monkeypatch)
+    merger.packs = True
+    merger.hidden(batch["input_ids"], batch["attention_mask"])
+    assert {length for length, masked in seen if masked} == {16, 5, 6, 9} and {length for length, masked in seen if not masked} == {4, 3}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_that_are_computed_twice_do_the_same_twice(checkpointing):
+    merger = merger_of("llama")
+    wanted, gradients = loss_and_gradients(merger, False)
+    merger.train()
+    if checkpointing:
+        merger.checkpoint_activations()
+    got, found = loss_and_gradients(merger, None)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_an_error_in_the_middle_of_a_line_leaves_the_model_as_it_was():
+    merger, batch = merger_of("llama"), batch_of()
+    merger.packs = True
+    hook = merger.model.base_model.layers[1].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merger.hidden(batch["input_ids"], batch["attention_mask"])
+    hook.remove()
+    assert merger.config._attn_implementation == "sdpa"
+    wanted = merger.hidden(batch["input_ids"], batch["attention_mask"])
+    merger.packs = False
+    taken = batch["attention_mask"].bool()
+    torch.testing.assert_close(wanted[taken], merger.hidden(batch["input_ids"], batch["attention_mask"])[taken], rtol=1e-4, atol=1e-5)
