@@ -472,6 +472,8 @@ def train_layer(
         if asked_to_stop or gap_of(one, streams) <= before:
             break
         one.load_mask_state(start)
+    else:
+        logger.warning("layer by layer: in layer %d none of %d tries, each at half of the rate of the one before, came nearer to its components, so its masks stay where they began. A lower learning_rate may help.", number, ATTEMPTS)
     return [{**row, "step": number * config.layer_steps + row["step"], "layer": number} for row in rows], asked_to_stop
 
 # %% ../nbs/39_layerwise.ipynb #4e410892

@@ -55,6 +55,10 @@ class AnswerConfig(Options):
     on_policy: float = option(0.0, "Share of each step's rows that the blend answers itself, to be scored by each row's component", low=0, high=1, group="Own words")
     rollout_steps: int = option(4, "Steps that an answer of the blend is learned from, weighted by how likely it still is", low=1, high=100, group="Own words")
 
+    def __post_init__(self):
+        self.answers = "components" if self.written_prompts else self.answers  # nobody else answers them
+        getattr(super(), "__post_init__", lambda: None)()
+
     @property
     def are_written(self) -> bool:
         "Whether components write what is learned from."

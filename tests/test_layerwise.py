@@ -1,5 +1,6 @@
 "Masks that are trained one decoder layer after another."
 
+import itertools
 import dataclasses
 import random
 import signal
@@ -141,6 +142,16 @@ def test_steps_that_are_too_large_are_taken_back_and_halved(tmp_path):
     rows = read_rows(tmp_path / "run" / "history.jsonl")
     tops = {layer: max(row["learning_rate"] for row in rows if row["layer"] == layer) for layer in range(4)}
     assert len(rows) == 32 and min(tops.values()) <= 0.5 and result.held_out["loss"] <= result.held_out["start"]
+
+
+def test_a_layer_that_no_try_helps_is_told(tmp_path, caplog, monkeypatch):
+    gaps = itertools.count()
+    monkeypatch.setattr(layerwise, "gap_of", lambda one, streams: float(next(gaps)))  # each is worse than the one before
+    result = run(by_layer(tmp_path, learning_rate=1.0, layer_steps=1), progress=False)
+    told = [record.getMessage() for record in caplog.records if "none of 4 tries" in record.getMessage()]
+    assert len(told) == 4 and "in layer 3" in told[3]
+    start = Merger.from_config(result.merger.merger_config).mask_state()
+    assert all(torch.equal(mask, result.merger.mask_state()[name]) for name, mask in start.items())
 
 
 def test_masks_that_got_worse_are_not_kept(tmp_path, caplog, monkeypatch):

@@ -96,7 +96,6 @@ class MaskMergeConfig(AnswerConfig, TrainConfig, MergerConfig):
 
     def __post_init__(self):
         self.dataset_configs = parse_datasets(self.dataset_configs)
-        self.answers = "components" if self.written_prompts else self.answers  # nobody else answers them
         super().__post_init__()
         if len(self.model_paths) == 1:
             raise ValueError(f"model_paths={self.model_paths}: expected at least two components.")
