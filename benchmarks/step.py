@@ -3,11 +3,13 @@
     python benchmarks/step.py --rows 8 --old 4cd01d5           # an older build, out of this repository's history
     python benchmarks/step.py --rows 32 --dtype bfloat16
     python benchmarks/step.py --lengths 512 --rows 8           # rows of equal length
+    python benchmarks/step.py --lengths 512 --rows 8 --profile # which operations a step of ours spends its time on
 
 Models of SmolLM2-135M's shape with random weights. Each contestant is a process of its own; they take turns, one step each, so that
 a slow spell of the machine meets all. Lengths: log-normal, median 250 tokens, sigma 0.8, at most 2,048; the second half of each row
 is scored. "Later passes" read what the teachers said of these rows in the first. Time is the processes' own (of one thread by
-default, which other work on the machine disturbs least). Raw data go to data/benchmarks/step.json.
+default, which other work on the machine disturbs least). Raw data go to data/benchmarks/step.json, with the commit of ours; a setting
+that is measured again takes the place of what was there, since contestants of two runs do not stand side by side.
 """
 
 import argparse
@@ -183,6 +185,35 @@ def work(args):
         print(json.dumps(used | {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=out)
 
 
+KINDS = {"products": ("mm", "addmm", "bmm", "matmul", "linear"), "attention": ("attention",)}
+
+
+def profiled(args):
+    "Seconds of one step of ours by kind of operation, as torch's profiler counts them; then by operation."
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        make_models(Path(folder), args.dtype)
+        step, batch = merger_step(Path(folder), "ours", args), batch_of(args.rows, args.lengths, seed=0)
+        step(batch)
+        with profile(activities=[ProfilerActivity.CPU]) as prof:
+            step(batch)
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in prof.key_averages()}
+    kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+    for name, seconds in spent.items():
+        bare = name.removeprefix("aten::").strip("_")
+        kinds[next((kind for kind, words in KINDS.items() if bare in words or (kind == "attention" and kind in bare)), "other")] += seconds
+    return {"seconds": kinds, "operations": dict(sorted(spent.items(), key=lambda pair: -pair[1])[:25])}
+
+
+def commit_here():
+    "The commit of this checkout, with a plus where files differ from it."
+    said = [subprocess.run(["git", *words], cwd=HERE, stdout=subprocess.PIPE, text=True, check=False).stdout.strip() for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "merge_lab"))]
+    return said[0] + "+" * bool(said[1])
+
+
 def start(who, folder, args, old):
     "The process of a contestant, when it is ready."
     code = old if who.startswith("old") else HERE
@@ -231,6 +262,16 @@ def summary(found, real, padded):
     return "\n".join(lines)
 
 
+def write(args, found, kind=""):
+    "Keep what was found of a setting."
+    file = HERE / args.output
+    written = json.loads(file.read_text()) if file.exists() else {}
+    named = f"{kind}{args.rows} rows, {args.micro} at once, {args.lengths or 'log-normal'} tokens, {args.dtype}"
+    where = {"versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine()}
+    written[named] = found | {"ours": commit_here(), "threads": args.threads} | where
+    file.write_text(json.dumps(written, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=8, help="rows of an optimizer step (default: 8)")
@@ -241,12 +282,18 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--old", default="4cd01d5", help="commit of the older build (default: 4cd01d5)")
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
+    parser.add_argument("--profile", action="store_true", help="tell what one step of ours spends its time on, instead")
     parser.add_argument("--output", default="data/benchmarks/step.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return work(args)
+    if args.profile:
+        found = profiled(args)
+        total = sum(found["seconds"].values())
+        print("\n".join(f"{kind:12}{seconds:8.1f} s  {seconds / total:4.0%}" for kind, seconds in found["seconds"].items()))
+        return write(args, found, "profile of ours, ")
     with tempfile.TemporaryDirectory() as folder:
         folder, old = Path(folder), Path(folder) / "old"
         if any(who.startswith("old") for who in args.contestants):
@@ -259,14 +306,7 @@ def main():
     parts = [sizes[i : i + args.micro] for i in range(0, args.rows, args.micro)]
     padded = sum(max(part) * len(part) for part in parts)
     print(summary(found, sum(sizes), padded))
-    file = HERE / args.output
-    written = json.loads(file.read_text()) if file.exists() else {}
-    named = f"{args.rows} rows, {args.micro} at once, {args.lengths or 'log-normal'} tokens, {args.dtype}"
-    written[named] = {
-        "tokens": sum(sizes), "padded": padded, "old": args.old, "times": found, "threads": args.threads,
-        "versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine(),
-    }  # fmt: skip
-    file.write_text(json.dumps(written, indent=1) + "\n")
+    write(args, {"tokens": sum(sizes), "padded": padded, "old": args.old, "times": found})
 
 
 if __name__ == "__main__":
