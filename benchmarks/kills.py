@@ -332,7 +332,7 @@ if __name__ == "__main__":
     found = before.get("counts", {})
     killed = ", ".join(filter(None, dict.fromkeys([*before.get("commit", "").split(", "), commit()])))  # counts of several versions are told as such
     about = {
-        "what": "Signals at random moments of short runs on tiny models; then each run is taken up again.", "command": f"python benchmarks/kills.py --times {asked.times}", "commit": killed,
+        "what": "Signals at random moments of short runs on tiny models; then each run is taken up again.", "command": f"python benchmarks/kills.py --times {asked.times} --seed {asked.seed}", "commit": killed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")}, "seed": asked.seed,
     }  # fmt: skip
     warm()

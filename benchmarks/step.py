@@ -262,11 +262,11 @@ def summary(found, real, padded):
     return "\n".join(lines)
 
 
-def write(args, found, kind=""):
+def write(args, found):
     "Keep what was found of a setting."
-    file = HERE / args.output
+    file = HERE / (args.output or f"data/benchmarks/step{'_profile' if args.profile else ''}.json")
     written = json.loads(file.read_text()) if file.exists() else {}
-    named = f"{kind}{args.rows} rows, {args.micro} at once, {args.lengths or 'log-normal'} tokens, {args.dtype}"
+    named = f"{args.rows} rows, {args.micro} at once, {args.lengths or 'log-normal'} tokens, {args.dtype}"
     where = {"versions": {name: version(name) for name in PACKAGES}, "machine": platform.processor() or platform.machine()}
     written[named] = found | {"ours": commit_here(), "threads": args.threads} | where
     file.write_text(json.dumps(written, indent=1) + "\n")
@@ -283,7 +283,7 @@ def main():
     parser.add_argument("--old", default="4cd01d5", help="commit of the older build (default: 4cd01d5)")
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--profile", action="store_true", help="tell what one step of ours spends its time on, instead")
-    parser.add_argument("--output", default="data/benchmarks/step.json")
+    parser.add_argument("--output", help="default: data/benchmarks/step.json, with --profile step_profile.json beside it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -293,7 +293,7 @@ def main():
         found = profiled(args)
         total = sum(found["seconds"].values())
         print("\n".join(f"{kind:12}{seconds:8.1f} s  {seconds / total:4.0%}" for kind, seconds in found["seconds"].items()))
-        return write(args, found, "profile of ours, ")
+        return write(args, found)
     with tempfile.TemporaryDirectory() as folder:
         folder, old = Path(folder), Path(folder) / "old"
         if any(who.startswith("old") for who in args.contestants):

@@ -473,7 +473,7 @@ def train_layer(
             break
         one.load_mask_state(start)
     else:
-        logger.warning("layer by layer: in layer %d none of %d tries, each at half of the rate of the one before, came nearer to its components, so its masks stay where they began. A lower learning_rate may help.", number, ATTEMPTS)
+        logger.warning("layer by layer: no try out of %d (rate halved each time) brought layer %d closer to its components, so its masks stay as they began. Try a lower learning_rate.", ATTEMPTS, number)
     return [{**row, "step": number * config.layer_steps + row["step"], "layer": number} for row in rows], asked_to_stop
 
 # %% ../nbs/39_layerwise.ipynb #4e410892

@@ -1,7 +1,7 @@
 "Masks that are trained one decoder layer after another."
 
-import itertools
 import dataclasses
+import itertools
 import random
 import signal
 
@@ -148,8 +148,8 @@ def test_a_layer_that_no_try_helps_is_told(tmp_path, caplog, monkeypatch):
     gaps = itertools.count()
     monkeypatch.setattr(layerwise, "gap_of", lambda one, streams: float(next(gaps)))  # each is worse than the one before
     result = run(by_layer(tmp_path, learning_rate=1.0, layer_steps=1), progress=False)
-    told = [record.getMessage() for record in caplog.records if "none of 4 tries" in record.getMessage()]
-    assert len(told) == 4 and "in layer 3" in told[3]
+    told = [record.getMessage() for record in caplog.records if "no try out of 4" in record.getMessage()]
+    assert len(told) == 4 and "layer 3" in told[3]
     start = Merger.from_config(result.merger.merger_config).mask_state()
     assert all(torch.equal(mask, result.merger.mask_state()[name]) for name, mask in start.items())
 

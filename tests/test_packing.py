@@ -1,9 +1,12 @@
 "Rows that share lines give what padded rows give, and models that cannot share them are found out."
 
+import copy
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from merge_lab import packing
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
@@ -190,6 +193,12 @@ def test_no_line_is_wider_than_a_chunk_of_attention():
         assert packed is None if width is None else packed.ids.shape[1] <= width, lengths
 
 
+@pytest.fixture
+def by_rows(monkeypatch):
+    "Attention is taken row by row on tiny models, too, where a call costs more than it saves."
+    monkeypatch.setattr(packing, "ROW_COST", 0)
+
+
 def spied_rows(monkeypatch):
     "Lengths of the rows whose attention transformers' `sdpa` was asked for, and whether under a mask."
     from transformers.integrations import sdpa_attention
@@ -204,23 +213,86 @@ def spied_rows(monkeypatch):
     return seen
 
 
-def test_attention_on_a_line_is_taken_row_by_row_without_a_mask(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_row_by_row_is_the_padded_step(family, by_rows):
+    merger = merger_of(family)
+    wanted, gradients = loss_and_gradients(merger, False)
+    got, found = loss_and_gradients(merger, None)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+    eager_or_padded = family in ("gemma2", "bloom", "lfm2")
+    assert getattr(merger, "packs_by_rows", None) is (None if eager_or_padded else True)
+
+
+def test_attention_on_a_line_is_taken_row_by_row_without_a_mask(monkeypatch, by_rows):
     merger, batch, seen = merger_of("llama"), batch_of(), spied_rows(monkeypatch)
-    merger.packs = True
+    merger.packs = merger.packs_by_rows = True
     merger.hidden(batch["input_ids"], batch["attention_mask"])
     assert seen == [(length, False) for length in (16, 5, 4, 6, 3, 9)] * 2  # two layers
-    assert merger.config._attn_implementation == "sdpa"
 
 
-def test_a_window_stays_a_window_on_a_line(monkeypatch):
+def test_a_window_stays_a_window_on_a_line(monkeypatch, by_rows):
     merger, batch, seen = merger_of("mistral"), batch_of(), spied_rows(monkeypatch)
-    merger.packs = True
+    merger.packs = merger.packs_by_rows = True
     merger.hidden(batch["input_ids"], batch["attention_mask"])
     assert {length for length, masked in seen if masked} == {16, 5, 6, 9} and {length for length, masked in seen if not masked} == {4, 3}
 
 
+def test_what_an_indexer_chose_holds_on_a_line(by_rows):
+    "DeepSeek V3.2 applies it where attention is called `sdpa`, and two short rows do not tell."
+    config = AutoConfig.for_model(
+        "deepseek_v32", vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, q_lora_rank=16,
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, index_topk=16, index_n_heads=32, index_head_dim=16, max_position_embeddings=256,
+    )  # fmt: skip
+    decoder, batch = AutoModelForCausalLM.from_config(config).eval().model, batch_of((60, 10, 9, 12, 40, 11))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in decoder.parameters():  # wide enough that no two scores of the indexer are alike
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 if parameter.ndim > 1 else parameter.data
+    taken = batch["attention_mask"].bool()
+    packed = packing.lines_of(SimpleNamespace(packs=None), decoder, batch["input_ids"], batch["attention_mask"], 32)
+    with torch.no_grad():
+        padded = decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).last_hidden_state
+        torch.testing.assert_close(packed.through(decoder).last_hidden_state[taken], padded[taken], rtol=1e-4, atol=1e-5)
+    assert packed.line is not None
+
+
+def test_each_way_is_asked_for_itself(by_rows):
+    "Under gradient checkpointing only the plain way is asked; what comes later without it asks for the other."
+    model, batch = merger_of("llama"), batch_of()
+    decoder, asked = model.model.model, (batch["input_ids"], batch["attention_mask"], 32)
+    owner = SimpleNamespace(packs=None)
+    model.train()
+    model.checkpoint_activations()
+    assert lines_of(owner, decoder, *asked).line is None and not hasattr(owner, "packs_by_rows")
+    with torch.no_grad():
+        assert lines_of(owner, decoder, *asked).line is not None and owner.packs_by_rows is True
+        owner.packs_by_rows = False
+        assert lines_of(owner, decoder, *asked).line is None and owner.packs
+
+
+def test_only_who_wants_it_gets_another_attention(by_rows):
+    "What one thread wants is nothing to another, nor to a copy of the config."
+    merger, batch, said = merger_of("llama"), batch_of(), []
+    wanted = merger.hidden(batch["input_ids"], batch["attention_mask"])
+
+    def other(module, args):
+        if not said:
+            said.append(copy.deepcopy(merger.config)._attn_implementation)
+            thread = threading.Thread(target=lambda: said.append(merger.model.model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state))
+            thread.start()
+            thread.join()
+
+    merger.model.model.norm.register_forward_pre_hook(other)
+    found, taken = merger.hidden(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"].bool()
+    assert said[0] == "sdpa" and packing._wanted.get() is None
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(said[1][taken], wanted[taken], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_layers_that_are_computed_twice_do_the_same_twice(checkpointing):
+def test_layers_that_are_computed_twice_do_the_same_twice(checkpointing, by_rows):
     merger = merger_of("llama")
     wanted, gradients = loss_and_gradients(merger, False)
     merger.train()
@@ -232,14 +304,14 @@ def test_layers_that_are_computed_twice_do_the_same_twice(checkpointing):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_an_error_in_the_middle_of_a_line_leaves_the_model_as_it_was():
+def test_an_error_in_the_middle_of_a_line_leaves_the_model_as_it_was(by_rows):
     merger, batch = merger_of("llama"), batch_of()
-    merger.packs = True
+    merger.packs = merger.packs_by_rows = True
     hook = merger.model.base_model.layers[1].register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         merger.hidden(batch["input_ids"], batch["attention_mask"])
     hook.remove()
-    assert merger.config._attn_implementation == "sdpa"
+    assert packing._wanted.get() is None
     wanted = merger.hidden(batch["input_ids"], batch["attention_mask"])
     merger.packs = False
     taken = batch["attention_mask"].bool()
