@@ -387,9 +387,6 @@ class Options(metaclass=OptionsType):
     def __setattr__(self, name: str, value):
         super().__setattr__(alias_names(type(self)).get(name, name), value)
 
-    def __post_init__(self):
-        "Nothing: the last in the chain of those that mixed configs have."
-
 # %% ../nbs/00_config.ipynb #c39ad935
 def said_options(
     config: Options,

@@ -57,7 +57,7 @@ class AnswerConfig(Options):
 
     def __post_init__(self):
         self.answers = "components" if self.written_prompts else self.answers  # nobody else answers them
-        super().__post_init__()
+        getattr(super(), "__post_init__", lambda: None)()  # of what it is mixed with
 
     @property
     def are_written(self) -> bool:
