@@ -3,6 +3,7 @@
     merge-lab real --output_dir runs/real                                   # makes base, tasks and experts
     python benchmarks/minutes.py --root runs/real                           # ours by its defaults, the older build by its best settings
     python benchmarks/minutes.py --root runs/real --old_rates 0.05 0.1 0.2  # a rate that is better for the older build is looked for
+    python benchmarks/minutes.py --root runs/real --solved 30               # ours from a start in closed form, too
 
 Each contestant is a process of its own. Now and then its training stands still and the merge is scored on the same test rows; the clock, which
 is the process's own time of one thread, stands as well. The older build scores other tokens of a row, so its merges are written and scored by this one. The older build's defaults ruin a real pair, so it gets the constraint and the
@@ -35,7 +36,7 @@ def work(asked: dict):
     torch.set_num_threads(1)
     from merge_lab.chat import load_task
     from merge_lab.evaluation import evaluate_tasks
-    from merge_lab.systems.mask_merge import MaskMergeConfig, run
+    from merge_lab.systems import mask_merge
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -52,15 +53,20 @@ def work(asked: dict):
         return
 
     class Looks(transformers.TrainerCallback):
-        began, stood = None, 0.0
+        began, stood, before = None, 0.0, 0.0  # before: time that a start in closed form took
+
+        def solve(self, *args, **options):
+            began = time.process_time()
+            solve_start(*args, **options)
+            self.before = time.process_time() - began
 
         def look(self, step: int, model):
             stopped = time.process_time()
             was_training = model.training
             model.eval()
-            found = {"step": step, "seconds": stopped - self.began - self.stood}
+            found = {"step": step, "seconds": stopped - self.began - self.stood + self.before}
             with torch.no_grad():
-                if asked["who"] == "ours":
+                if asked["who"].startswith("ours"):
                     found["losses"] = losses(model)
                 else:
                     model.save_merged(f"{asked['store']}/{step}")
@@ -76,12 +82,14 @@ def work(asked: dict):
             if state.global_step in LOOKS or state.global_step == state.max_steps:
                 self.look(state.global_step, model)
 
-    data = dict.fromkeys(asked["tasks"])
+    data, looks = dict.fromkeys(asked["tasks"]), Looks()
+    if (solve_start := getattr(mask_merge, "solve_start", None)) is not None:
+        mask_merge.solve_start = looks.solve
     with tempfile.TemporaryDirectory() as place:
-        config = MaskMergeConfig(
+        config = mask_merge.MaskMergeConfig(
             model_paths=asked["experts"], dataset_configs=data, base_model=asked["base"], eval_samples=1, save_merged=False, report=False, output_dir=f"{place}/run", **asked["options"]
         )
-        run(config, callbacks=(Looks(),), progress=False)
+        mask_merge.run(config, callbacks=(looks,), progress=False)
 
 
 def told(who: str, code: Path, asked: dict, log: Path) -> list[dict]:
@@ -138,6 +146,7 @@ def main():
     parser.add_argument("--old_rates", nargs="+", type=float, default=[0.1], help="learning rates of the older build (default: 0.1)")
     parser.add_argument("--old_steps", type=int, default=60, help="its steps (default: 60)")
     parser.add_argument("--steps", type=int, help="our steps (default: mask merge's)")
+    parser.add_argument("--solved", type=int, metavar="STEPS", help="also ours from a start in closed form, with so many steps behind it; what the start takes is counted")
     parser.add_argument("--test_rows", type=int, default=60, help="test rows of each task that are scored at each look (default: 60)")
     parser.add_argument("--output", default=str(HERE / "data/benchmarks/minutes.json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -160,6 +169,8 @@ def main():
             parser.error(f"{place}: no such folder. `merge-lab real` makes base, experts and tasks.")
     written |= {"versions": {name: version(name) for name in ("torch", "transformers")}, "machine": platform.processor() or platform.machine()}
     wanted = {"ours": {} if args.steps is None else {"max_steps": args.steps}}
+    if args.solved is not None:
+        wanted[f"ours, least squares, {args.solved} steps"] = {"mask_init": {"strategy": "least_squares", "ridge": 0.01}, "max_steps": args.solved}
     wanted |= {f"{args.old}, rate {rate:g}, {args.old_steps} steps": {**OLD, "learning_rate": rate, "max_steps": args.old_steps} for rate in args.old_rates}
     with tempfile.TemporaryDirectory() as folder:
         old = Path(folder) / "old"
@@ -176,7 +187,7 @@ def main():
             if who in written["contestants"]:
                 continue
             store = Path(folder) / "merges"
-            looks = told(who, HERE if who == "ours" else old, asked | {"options": options, "store": str(store)}, Path(folder) / "log")
+            looks = told(who, HERE if who.startswith("ours") else old, asked | {"options": options, "store": str(store)}, Path(folder) / "log")
             if store.exists():
                 for look, losses in zip(looks, score([str(store / str(look["step"])) for look in looks]), strict=True):
                     look["losses"] = losses
