@@ -33,9 +33,11 @@ def row_system(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> tuple[Tenso
 
 def column_system(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (1, n in, n in), (1, n in)
     "Equations for a coefficient of each input column, those of one component after those of another."
-    total = sum(grams)
-    matrix = torch.cat([torch.cat([(first.T @ second) * total for second in deltas], 1) for first in deltas], 0)
-    wanted = torch.cat([sum(((first.T @ own) * gram).sum(1) for gram, own in zip(grams, deltas)) for first in deltas])
+    total, each = sum(grams), range(len(deltas))
+    products = {(i, j): deltas[i].T @ deltas[j] for i in each for j in each if i <= j}
+    products |= {(j, i): product.T for (i, j), product in products.items()}
+    matrix = torch.cat([torch.cat([products[i, j] * total for j in each], 1) for i in each], 0)
+    wanted = torch.cat([sum((products[i, j] * gram).sum(1) for j, gram in enumerate(grams)) for i in each])
     return matrix[None], wanted[None]
 
 # %% ../nbs/39_opponents/07_closed_form.ipynb #07090d02
