@@ -82,7 +82,7 @@ def rows_cost(
     "Time of one layer on a line whose attention is taken row by row."
     return sum(_cost(1, length, d, ATTENTION_COST[device_type]) + ROW_COST / d for length in lengths if length)
 
-
+# %% ../nbs/15_packing.ipynb #357d9ef6
 def _sees_all_before(mask: Tensor) -> bool:  # (..., length, length)
     "Whether each token may see itself and all before it."
     return mask.dtype == torch.bool and torch.equal(mask, torch.ones_like(mask).tril_())
