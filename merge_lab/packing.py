@@ -133,7 +133,7 @@ def _asking_attention(module: nn.Module, *tensors: Tensor | None, **options) -> 
     "transformers' `sdpa`, or what is wanted in its place. A bias by position goes with the whole only."
     from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
 
-    wanted = _wanted.get()
+    wanted = None if torch.compiler.is_compiling() else _wanted.get()  # a compiler cannot read it
     return (sdpa if wanted is None or options.get("position_bias") is not None else wanted)(module, *tensors, **options)
 
 

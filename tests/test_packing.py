@@ -316,3 +316,12 @@ def test_an_error_in_the_middle_of_a_line_leaves_the_model_as_it_was(by_rows):
     merger.packs = False
     taken = batch["attention_mask"].bool()
     torch.testing.assert_close(wanted[taken], merger.hidden(batch["input_ids"], batch["attention_mask"])[taken], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_compiled_later_is_compiled_in_one_piece():
+    "The function behind transformers' `sdpa` stays there, and a compiler cannot read what a thread wants."
+    with packing.other_attention(None):
+        pass
+    model, batch = plain_model("llama").base_model.model.eval(), batch_of((9, 9))
+    wanted = model(batch["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(batch["input_ids"], use_cache=False).logits, wanted)
