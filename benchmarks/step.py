@@ -185,7 +185,7 @@ def work(args):
         print(json.dumps(used | {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), file=out)
 
 
-KINDS = {"products": ("mm", "addmm", "bmm", "matmul", "linear"), "attention": ("attention",)}
+PRODUCTS = ("mm", "addmm", "bmm", "matmul", "linear")
 
 
 def profiled(args):
@@ -201,10 +201,10 @@ def profiled(args):
         with profile(activities=[ProfilerActivity.CPU]) as prof:
             step(batch)
     spent = {event.key: event.self_cpu_time_total / 1e6 for event in prof.key_averages()}
-    kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+    kinds = dict.fromkeys(("products", "attention", "other"), 0.0)
     for name, seconds in spent.items():
         bare = name.removeprefix("aten::").strip("_")
-        kinds[next((kind for kind, words in KINDS.items() if bare in words or (kind == "attention" and kind in bare)), "other")] += seconds
+        kinds["products" if bare in PRODUCTS else "attention" if "attention" in bare else "other"] += seconds
     return {"seconds": kinds, "operations": dict(sorted(spent.items(), key=lambda pair: -pair[1])[:25])}
 
 

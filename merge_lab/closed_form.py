@@ -6,8 +6,7 @@
 __all__ = ['row_system', 'column_system', 'solve_coefficients', 'solve_masks', 'check_least_squares', 'solve_start']
 
 # %% ../nbs/39_opponents/07_closed_form.ipynb #8bb7a5f7
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn, Tensor
@@ -15,6 +14,7 @@ from torch import nn, Tensor
 from .architecture import decoder_layers, ending_at, layer_of, summing_grams
 from .constraints import WITH_ANCHOR
 from .layerwise import drawn
+from .leaves import blended_once
 from .logs import tqdm
 from .masks import MaskedLinear
 from .merger import Merger
@@ -79,18 +79,6 @@ def _solve(merger: Merger, leaf: MaskedLinear, grams: Sequence[Tensor], ridge: f
     leaf.set_alphas("weight", [*found, rest] if merger.has_base else list(found + rest / n))
 
 # %% ../nbs/39_opponents/07_closed_form.ipynb #14583152
-@contextmanager
-def _blended_once(merger: Merger) -> Iterator[None]:
-    "Context in which each weight is blended once for as long as its coefficients stay."
-    before, merger.state.keep_merged = merger.state.keep_merged, True
-    try:
-        yield
-    finally:
-        merger.state.keep_merged = before
-        for leaf in merger.leaves().values() if not before else ():
-            leaf._merged.clear()
-
-
 def _goes_on(merger: Merger, ids: Tensor) -> bool:
     "Whether layers may give what they gave, and those behind them say the same."
     layers, whole = decoder_layers(merger.model), {}
@@ -147,7 +135,7 @@ def solve_masks(
     shortest = min((row["input_ids"] for row in rows), key=len)
     goes_on = _goes_on(merger, torch.tensor([shortest], device=merger.device))
     passing = [_Rows(merger, some, goes_on) for some in own]
-    with _blended_once(merger):
+    with blended_once(merger):
         for layer, modules in tqdm(sorted(groups.items()), desc="least squares", unit="layer", disable=not progress):
             grams = [some.grams(layer, modules) for some in passing]
             for name, leaf in modules.items():

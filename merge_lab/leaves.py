@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['logger', 'OWN', 'MaskedOwner', 'masked_class', 'put_leaf', 'take_leaf', 'plain_name', 'parameter_name',
-           'add_residuals', 'draw_residuals']
+           'add_residuals', 'draw_residuals', 'blended_once']
 
 # %% ../nbs/13_leaves.ipynb #2507a359
 import functools
 import inspect
 import logging
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -126,3 +128,15 @@ def draw_residuals(
         drawn = low_rank_factors((left.shape[0], right.shape[1]), right.shape[0], 1.0, generator)
         right.copy_(shard_like(drawn["right"].to(right.device), right))
         left.zero_()
+
+# %% ../nbs/13_leaves.ipynb #833018a3
+@contextmanager
+def blended_once(merger: nn.Module) -> Iterator[None]:  # with `state` and `leaves()`
+    "Context in which each weight is blended once for as long as its coefficients stay."
+    before, merger.state.keep_merged = merger.state.keep_merged, True
+    try:
+        yield
+    finally:
+        merger.state.keep_merged = before
+        for leaf in merger.leaves().values() if not before else ():
+            leaf._merged.clear()

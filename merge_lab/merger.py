@@ -28,7 +28,7 @@ from .constraints import OF_DELTAS
 from .devices import full, shard_like
 from .frozen_bits import code_weights, CodedWeights
 from .lesson import patch_to
-from .leaves import add_residuals, draw_residuals, masked_class, parameter_name, plain_name, put_leaf
+from .leaves import add_residuals, blended_once, draw_residuals, masked_class, parameter_name, plain_name, put_leaf
 from .masks import blend, MaskedModule, MergeState
 from .turns import in_turn, TurnLock
 from .thin_deltas import share_base
@@ -313,15 +313,10 @@ def from_config(cls, config: MergerConfig) -> Merger:
 @in_turn
 def generate(self, *args, **kwargs):
     "Generate with the merged model, as transformers does; its linears are blended once, not at every token."
-    before, self.state.keep_merged = self.state.keep_merged, True
     if hasattr(self, "reshard"):  # sharded: all processes gather until the last of them has ended
         kwargs.setdefault("synced_gpus", True)
-    try:
+    with blended_once(self):
         return self.model.generate(*args, **kwargs)
-    finally:
-        self.state.keep_merged = before
-        for leaf in self.leaves().values() if not before else ():
-            leaf._merged.clear()
 
 # %% ../nbs/20_merger.ipynb #ad7e23ca
 def checkpoint_activations(
