@@ -14,11 +14,13 @@ from merge_lab.config import read_yaml
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Batch, importance, label_log_probs
-from merge_lab.rollouts import asked_of, read_rows_of, spread, WRITTEN
-from merge_lab.run_folder import bundled_path, RunInterrupted
+from merge_lab.rollouts import asked_of, DRAFT, drawn_answers, read_rows_of, spread, WRITTEN
+from merge_lab.run_folder import bundled_path, read_rows, RunInterrupted
+from merge_lab.scoring import MAX_TOKENS
 from merge_lab.systems.mask_merge import make_trainer, prepare, run, show_result
 from merge_lab.tinylm import tiny_experts
 from merge_lab.token_losses import shift_labels
+from merge_lab.training import MergerTrainer
 
 
 def same_after_interruption(folder, **options):
@@ -71,6 +73,41 @@ def test_prompts_alone_are_enough(tmp_path):
     sides = [{tuple(asked) for asked, own in zip(asked_of(rows), learned) if own is side} for side in (True, False)]
     assert sides[1] and not sides[0] & sides[1]  # a prompt that chooses the masks is not learned from
     assert len(rows) == 2 * 3 * 10 and {row["source"] for row in rows} == {0, 1}  # two of twelve are the file's validation and test rows
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_what_components_had_written_when_a_run_was_stopped_is_not_written_again(data, tmp_path, monkeypatch):
+    options = dict(dataset_configs=prompts_alone(tmp_path) if data else {}, written_prompts=0 if data else 6, save_merged=False, eval_samples=0, max_steps=1, **OWN)
+    few_at_once = tuple(200 if value == MAX_TOKENS else value for value in drawn_answers.__defaults__)
+    monkeypatch.setattr(drawn_answers, "__defaults__", few_at_once)
+    calls, generate = [], Merger.generate
+
+    def counted(self, *arguments, **given):
+        calls.append(None)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, *arguments, **given)
+
+    monkeypatch.setattr(Merger, "generate", counted)
+    config = small(tmp_path / "cut", **options)
+    with pytest.raises(RunInterrupted, match="stopped while components write; what components have written is in .*--resume"):
+        run(config, progress=False)
+    assert len(read_rows(tmp_path / "cut" / "run" / DRAFT)) == 3
+    monkeypatch.setattr(MergerTrainer, "training_step", lambda *_, **__: pytest.fail("cut off in the first step"))
+    with pytest.raises(pytest.fail.Exception):  # all is written, and there is no checkpoint
+        run(dataclasses.replace(config, resume=True), progress=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(Merger, "generate", counted)
+    again = run(dataclasses.replace(config, resume=True), progress=False)
+    stopped_and_resumed = len(calls) - 1
+    assert not (tmp_path / "cut" / "run" / DRAFT).exists()
+    calls[:] = [None] * 10
+    monkeypatch.setattr(drawn_answers, "__defaults__", few_at_once)
+    whole = run(small(tmp_path / "whole", **options), progress=False)
+    assert len(calls) - 10 == stopped_and_resumed > 4  # no batch was drawn twice
+    assert all(torch.equal(mask, again.merger.mask_state()[name]) for name, mask in whole.merger.mask_state().items())
+    found = [read_rows_of(tmp_path / name / "run" / WRITTEN)[0] for name in ("cut", "whole")]
+    assert found[0] == found[1]
 
 
 def test_held_out_rows_of_prompts_that_are_learned_from_are_told(tmp_path, caplog):

@@ -39,8 +39,8 @@ from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
 from ..provenance import check_same_inputs
-from ..rollouts import AnswerConfig, check_answers, divided_rows, Rollouts, RolloutTrainer, save_divided, with_start
-from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
+from ..rollouts import AnswerConfig, check_answers, divided_rows, DRAFT, Rollouts, RolloutTrainer, with_start, WRITTEN
+from ..run_folder import bundled_path, check_disk_space, check_start, checkpoints_of, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import keeping_masks, positions_of
 from ..watch import told_run
 from merge_lab.training import (
@@ -187,9 +187,10 @@ def read_by(config: MaskMergeConfig) -> tuple[list[str | None], list[str]]:  # m
 
 
 def _check_folder(config: MaskMergeConfig, folder: Path, n_processes: int) -> Path | None:
-    "The checkpoint to go on from; layer by layer a run goes on without one, too."
+    "The checkpoint to go on from; layer by layer, and with what components have written, a run goes on without one, too."
     models, data = read_by(config)
-    checkpoint = check_start(config, folder, [*models, *data], None if config.by_layer else n_processes)
+    begun = config.are_written and not checkpoints_of(folder) and any((folder / name).exists() for name in (DRAFT, WRITTEN))
+    checkpoint = check_start(config, folder, [*models, *data], None if config.by_layer or begun else n_processes)
     if config.resume:
         check_same_inputs(folder, models, data)
     return last_checkpoint(folder) if config.by_layer and config.resume else checkpoint
@@ -379,9 +380,12 @@ def make_trainer(
     progress: bool = True,  # whether to draw a bar
     given: bool = False,  # whether the merger's masks are what is started from, whatever mask_init says
 ) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
-    "The trainer of a run, with its history and its stop. Opens the run's folder, since nothing is left to be refused."
+    "The trainer of a run, with its history and its stop. Opens the run's folder, before components write and where nothing is left to be refused."
     config, collate = ready.config, ChatCollator(ready.tokenizer)
-    rows, held_out = divided_rows(merger, ready.tokenizer, ready.dataset, config, progress) if config.are_written else (ready.dataset, ready.held_out)
+    rows, held_out = ready.dataset, ready.held_out
+    if config.are_written:
+        open_together(config, ready.folder, ready.arguments, *read_by(config))
+        rows, held_out = divided_rows(merger, ready.tokenizer, rows, config, progress)
     if config.mask_init["strategy"] == "least_squares" and not (given or _has_masks(ready)):
         solve_start(merger, rows, config.seed, progress)
     kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
@@ -391,9 +395,8 @@ def make_trainer(
         train_dataset=rows, data_collator=collate, callbacks=list(callbacks), **writer,
     )
     history, stopper = attach_watchers(trainer, ready.folder, "training masks" if progress else None)
-    open_together(config, ready.folder, ready.arguments, *read_by(config))
-    if config.are_written and ready.is_main:
-        save_divided(ready.folder, rows, held_out)
+    if not config.are_written:
+        open_together(config, ready.folder, ready.arguments, *read_by(config))
     return trainer, history, stopper
 
 # %% ../../nbs/40_systems/01_mask_merge.ipynb #be6e408c
