@@ -9,18 +9,16 @@ __all__ = ['row_system', 'column_system', 'solve_coefficients', 'solve_masks', '
 from collections.abc import Sequence
 
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 
-from .architecture import decoder_layers, ending_at, layer_of, summing_grams
+from .architecture import decoder_layers, layer_of
 from .constraints import WITH_ANCHOR
 from .layerwise import drawn
 from .leaves import blended_once
 from .logs import tqdm
 from .masks import MaskedLinear
 from .merger import Merger
-from .quick_look import replayed
-from .regmean import same_length
-from .scoring import evaluating
+from .regmean import can_go_on, Passage
 
 # %% ../nbs/39_opponents/07_closed_form.ipynb #ae09260c
 def row_system(deltas: Sequence[Tensor], grams: Sequence[Tensor]) -> tuple[Tensor, Tensor]:  # (out, n, n), (out, n)
@@ -78,43 +76,6 @@ def _solve(merger: Merger, leaf: MaskedLinear, grams: Sequence[Tensor], ridge: f
     rest = 1 - found.sum(0)
     leaf.set_alphas("weight", [*found, rest] if merger.has_base else list(found + rest / n))
 
-# %% ../nbs/39_opponents/07_closed_form.ipynb #14583152
-def _goes_on(merger: Merger, ids: Tensor) -> bool:
-    "Whether layers may give what they gave, and those behind them say the same."
-    layers, whole = decoder_layers(merger.model), {}
-    with evaluating(merger), replayed(layers, whole, 0):
-        merger(input_ids=ids, use_cache=False)
-    last, cut = len(layers) - 1, max(1, len(layers) // 2)
-    kept = dict.fromkeys(range(cut), whole[cut - 1])
-    try:
-        with evaluating(merger), replayed(layers, kept, cut):
-            merger(input_ids=ids, use_cache=False)
-    except (RuntimeError, KeyError, IndexError, AttributeError, TypeError, ValueError):  # it lacks what a layer below would have left
-        return False
-    said, again = (output[0] if isinstance(output, tuple) else output for output in (whole[last], kept[last]))
-    return torch.allclose(said, again, rtol=1e-3, atol=1e-5)
-
-# %% ../nbs/39_opponents/07_closed_form.ipynb #0ac9fc64
-class _Rows:
-    "Rows of one component on their way through the layers."
-
-    def __init__(self, merger: Merger, rows: Sequence[dict], goes_on: bool):
-        self.merger, self.goes_on, self.behind = merger, goes_on, -1  # the layer whose outputs are held; -1: none
-        self.batches = [torch.tensor(batch, device=merger.device) for batch in same_length(rows)]
-        self.states = [None] * len(self.batches)
-
-    def grams(self, layer: int, linears: dict[str, nn.Module]) -> dict[str, Tensor]:  # (in, in) each, float64, mean over tokens
-        "Gram matrices of what goes into some linears of a layer; layers below it are as they will stay."
-        layers, first = decoder_layers(self.merger.model), self.behind + 1 if self.goes_on else 0
-        with evaluating(self.merger), summing_grams(linears, sum(batch.numel() for batch in self.batches)) as found:
-            for place, batch in enumerate(self.batches):
-                kept = dict.fromkeys(range(first), self.states[place])
-                with replayed(layers, kept, first), ending_at(layers[layer]):
-                    self.merger(input_ids=batch, use_cache=False)
-                self.states[place] = kept.get(layer - 1)
-        self.behind = layer - 1
-        return {name: gram.cpu() for name, gram in found.items()}
-
 # %% ../nbs/39_opponents/07_closed_form.ipynb #c0d07a67
 @torch.no_grad()
 def solve_masks(
@@ -132,9 +93,9 @@ def solve_masks(
     groups, solved, before = _solvable(merger), 0, {}
     if not groups:
         raise ValueError("least squares: no masked linear weight lies as outputs x inputs (GPT-2 and its like store them the other way round). Begin with 'uniform'.")
-    shortest = min((row["input_ids"] for row in rows), key=len)
-    goes_on = _goes_on(merger, torch.tensor([shortest], device=merger.device))
-    passing = [_Rows(merger, some, goes_on) for some in own]
+    layers = decoder_layers(merger.model)
+    goes_on = can_go_on(merger, layers, rows)
+    passing = [Passage(merger, layers, some, goes_on) for some in own]
     with blended_once(merger):
         for layer, modules in tqdm(sorted(groups.items()), desc="least squares", unit="layer", disable=not progress):
             grams = [some.grams(layer, modules) for some in passing]
