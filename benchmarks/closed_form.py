@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,10 +30,10 @@ from merge_lab.run_folder import write_json
 from merge_lab.search import judge_of
 
 
-def solved(lineup, rows: list[list[dict]], mode: str, ridge: float) -> dict:
+def solved(lineup, rows: list[list[dict]], mode: str, ridge: float, unscored: float) -> dict:
     "The tensors of a merge whose coefficients were solved for."
     merger = Merger.from_config(MergerConfig(lineup.paths, base_model=lineup.base_path, mode=mode))
-    solve_masks(merger, [row | {"source": source} for source, some in enumerate(rows) for row in some], ridge)
+    solve_masks(merger, [row | {"source": source} for source, some in enumerate(rows) for row in some], ridge, unscored=unscored)
     return merger.merged_state_dict()
 
 
@@ -43,6 +44,8 @@ def main():
     parser.add_argument("--modes", nargs="+", default=["vector_input", "vector_output", "scalar"])
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 64], help="training rows of each task")
     parser.add_argument("--ridges", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="pulls towards the average, in units of a system's mean diagonal entry")
+    parser.add_argument("--unscored", nargs="+", type=float, default=[1.0], help="weights of tokens of prompts, beside 1 of answers' (default: 1)")
+    parser.add_argument("--without", nargs="+", default=[], choices=["RegMean", "RegMean++"], help="what is left out")
     parser.add_argument("--test_rows", type=int, default=60, help="test rows of each task (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn")
     parser.add_argument("--output", type=Path, default=Path("data/benchmarks/closed_form.json"))
@@ -73,9 +76,11 @@ def main():
         lineup.rows = [some[:n] for some in drawn]
         lineup.kept.clear()
         for name, method in (("RegMean", regmean), ("RegMean++", regmean_plus)):
-            note(f"{name}, {n} rows", lambda method=method: method(lineup))
-        for mode, ridge in itertools.product(args.modes, args.ridges):
-            note(f"least squares, {mode}, ridge {ridge:g}, {n} rows", lambda n=n, mode=mode, ridge=ridge: solved(lineup, [some[:n] for some in drawn], mode, ridge))
+            if name not in args.without:
+                note(f"{name}, {n} rows", lambda method=method: method(lineup))
+        for mode, ridge, unscored in itertools.product(args.modes, args.ridges, args.unscored):
+            told = "" if unscored == 1 else f", tokens of prompts {unscored:g}"
+            note(f"least squares, {mode}, ridge {ridge:g}{told}, {n} rows", partial(solved, lineup, [some[:n] for some in drawn], mode, ridge, unscored))
 
 
 if __name__ == "__main__":

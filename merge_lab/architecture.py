@@ -69,15 +69,18 @@ def ending_at(module: nn.Module | None):  # None: nothing ends
 @contextmanager
 def summing_grams(
     linears: dict[str, nn.Module],
-    tokens: int,  # that will pass: what is added up is divided by it
+    tokens: float,  # that will pass, or their weights in all: what is added up is divided by it
     dtype: torch.dtype = torch.float64,
+    weights: list[Tensor] | None = None,  # its last entry: (batch, tokens) of the pass at work; None: 1 each, as where a linear sees some tokens only
 ) -> Iterator[dict[str, Tensor]]:  # (in, in) each; of a linear that sees no token nothing
     "Context in which Gram matrices of what goes into some linears are added up."
     grams = {}
 
     def add(name: str, inputs: tuple):
         x = inputs[0].flatten(0, -2).to(dtype)
-        grams[name] = grams.get(name, 0) + x.T @ x / tokens
+        weighed = weights and weights[-1].numel() == len(x)
+        y = x * weights[-1].to(x).view(-1, 1) if weighed else x
+        grams[name] = grams.get(name, 0) + x.T @ y / tokens
 
     handles = [linear.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs)) for name, linear in linears.items()]
     try:

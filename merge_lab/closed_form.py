@@ -83,6 +83,7 @@ def solve_masks(
     rows: Sequence[dict],  # encoded, with their source; some of each
     ridge: float = 0.1,  # pull towards the coefficients as they are
     progress: bool = False,
+    unscored: float = 1.0,  # weight of a token that the loss does not score, beside 1 of one that it does
 ) -> int:  # weights that were solved for
     "Set the masks of all linear layers in closed form. Raises `ValueError` for masks that do not multiply differences, a component without rows, or where there is nothing to solve."
     if merger.merger_config.constrain_mode not in WITH_ANCHOR:
@@ -95,7 +96,7 @@ def solve_masks(
         raise ValueError("least squares: no masked linear weight lies as outputs x inputs (GPT-2 and its like store them the other way round). Begin with 'uniform'.")
     layers = decoder_layers(merger.model)
     goes_on = can_go_on(merger, layers, rows)
-    passing = [Passage(merger, layers, some, goes_on) for some in own]
+    passing = [Passage(merger, layers, some, goes_on, unscored) for some in own]
     with blended_once(merger):
         for layer, modules in tqdm(sorted(groups.items()), desc="least squares", unit="layer", disable=not progress):
             grams = [some.grams(layer, modules) for some in passing]

@@ -381,6 +381,7 @@ class Loss:
     teachers: str = "own"  # a key of TEACHERS
     unit: str = "nats per scored token"
     tempered: bool = False  # whether both forms take a temperature
+    takes: tuple[str, ...] = ()  # other fields of `Objective` that both forms take by name
     reads: str = "logits"  # or "states": both forms take hidden states (tokens, layers, d) of student and teacher, and no head
     topk: Callable | None = None  # (hidden, head, *stored, temperature, **options), stored as by `teacher_topk`; None: asks the whole teacher
     drawn: bool = False  # whether topk may be given weights of tokens that were drawn, see `drawn_teacher`
@@ -393,6 +394,10 @@ class Loss:
         if self.topk and self.teachers != "own":
             raise ValueError(f"topk with teachers={self.teachers!r}: expected teachers='own', the only ones that are stored. Leave topk out.")
 
+    def given(self, objective) -> dict:  # of an `Objective`
+        "What both forms are given of an objective's options."
+        return {name: getattr(objective, name) for name in ("temperature",) * self.tempered + self.takes}
+
     @property
     def is_taught(self) -> bool:
         "Whether components run as teachers."
@@ -400,27 +405,28 @@ class Loss:
 
 # %% ../nbs/11_losses.ipynb #71b8b655
 def loss_of_rows(
-    rows: Callable,  # (block of logits (rows, vocab), teacher's) -> losses (rows,), function that gives their gradient; with tempered=True, also temperature=
+    rows: Callable,  # (block of logits (rows, vocab), teacher's) -> losses (rows,), function that gives their gradient; with tempered=True, also temperature=, and what else it takes
     caption: str,  # one line, for panels and reports
-    **facts,  # unit, tempered, topk of `Loss`
+    **facts,  # unit, tempered, takes, topk of `Loss`
 ) -> Loss:
     "A distance to a sample's own component, in both forms."
 
-    def at(temperature):
-        if temperature is None:
-            return rows
-        check_temperature(temperature)
-        return partial(rows, temperature=temperature)
+    def at(temperature, options):
+        given = {name: options.pop(name) for name in facts.get("takes", ()) if name in options}
+        if temperature is not None:
+            check_temperature(temperature)
+            given["temperature"] = temperature
+        return partial(rows, **given) if given else rows
 
     def plain(logits, teacher, mask=None, temperature=None, **options):
         check_same_shape(logits, teacher)
-        return logits_loss(logits, at(temperature), [teacher], mask, **options)
+        return logits_loss(logits, at(temperature, options), [teacher], mask, **options)
 
     def chunked(
         hidden, teacher, weight, teacher_weight, mask=None, temperature=None, *, teacher_bias=None, softcap=None, logit_scale=1.0, **options
     ):
         teachers = [(teacher, teacher_weight, teacher_bias)]
-        return _linear_to_teachers(hidden, teachers, weight, at(temperature), mask, softcap, logit_scale, options)
+        return _linear_to_teachers(hidden, teachers, weight, at(temperature, options), mask, softcap, logit_scale, options)
 
     return Loss(plain, chunked, caption, **facts)
 
@@ -460,7 +466,7 @@ LOSSES: dict[str, Loss] = {
         unit="squared logits per scored token", topk=_mse_of_topk,
     ),
     "reverse_kl": loss_of_rows(reverse_kl_rows, "KL divergence from the merged model to each sample's own component", tempered=True),
-    "jsd": loss_of_rows(jsd_rows, "Jensen-Shannon divergence to each sample's own component", tempered=True),
+    "jsd": loss_of_rows(jsd_rows, "Jensen-Shannon divergence to each sample's own component", tempered=True, takes=("beta",)),
     "hidden": loss_of_states(state_gaps, "distance to the hidden states of each sample's own component", "relative squared distance per scored token"),
     "hidden_cosine": loss_of_states(state_angles, "one minus the cosine to the hidden states of each sample's own component", "one minus cosine per scored token"),
 }

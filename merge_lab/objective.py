@@ -42,6 +42,7 @@ class Objective:
     mask_reference: dict[str, Tensor] | None = None  # for mask_decay: masks to stay near; None: where they started
     angles: dict[str, Tensor] | None = None  # for angle_overlap: (n, n) angles of the task vectors, by parameter
     hidden_layers: Sequence[int] | None = None  # decoder layers, from 0, whose states losses of states compare; None: the last hidden state
+    beta: float = 0.5  # of jsd: the teacher's part of the mixture, above 0 and below 1
     teachers: TeacherCache | None = None  # what teachers said of samples seen before; None: each runs every time
 
     def __post_init__(self):
@@ -294,20 +295,20 @@ def _source_losses(merger, batch, objective, hidden, head, i, options) -> dict[s
         options = options | {"weights": batch.weights[at]}
     last, lasts = student[:, :d], {j: state[:, :d] for j, state in states.items()}
     for name, row in rows.items():
-        tempered = {"temperature": objective.temperature} if row.tempered else {}
+        given = row.given(objective)
         if row.reads == "states":
             found[name] = row.chunked(*(_states_of_layers(each, layers, d) for each in (student, states[i])), **{name: value for name, value in options.items() if name in ("num_items", "weights")})
         elif topk is not None and row.topk:
             found[name] = row.topk(last, head, *topk, objective.temperature, **options)
         elif row.teachers == "own":
             weight, bias = heads[i]
-            found[name] = row.chunked(last, lasts[i], head, weight, teacher_bias=bias, **tempered, **options)
+            found[name] = row.chunked(last, lasts[i], head, weight, teacher_bias=bias, **given, **options)
         elif row.teachers == "all":
             weights, biases = zip(*heads.values())
-            found[name] = row.chunked(last, list(lasts.values()), head, weights, teacher_biases=biases, **tempered, **options)
+            found[name] = row.chunked(last, list(lasts.values()), head, weights, teacher_biases=biases, **given, **options)
         else:
             labels = [batch.labels[at]] if row.teachers == "labels" else []
-            found[name] = row.chunked(last, head, *labels, **tempered, **options)
+            found[name] = row.chunked(last, head, *labels, **given, **options)
     return found
 
 # %% ../nbs/22_objective.ipynb #af9cdb74
@@ -338,14 +339,14 @@ def _plain_source_losses(merger, batch, objective, logits, hidden, i) -> dict[st
     }
     for name in objective.losses:
         row = L.LOSSES[name]
-        tempered = {"temperature": objective.temperature} if row.tempered else {}
+        asked = row.given(objective)
         if row.reads == "states":
             states, d = _teacher_hidden(merger, batch, i, i, objective.teachers, objective.layers), merger.config.get_text_config().hidden_size
             found[name] = row.plain(*(_states_of_layers(each, objective.layers, d) for each in (hidden[at], states)), **options, weights=weights)
         elif topk is not None and row.topk:  # the logits are there already: the head is the identity
             found[name] = row.topk(student, nn.Identity(), *topk, objective.temperature, **options, weights=weights)
         else:
-            each = row.plain(student, *given[row.teachers](), **tempered, reduction="none")
+            each = row.plain(student, *given[row.teachers](), **asked, reduction="none")
             found[name] = L.reduce_tokens(each if weights is None else each * weights, **options)
     return found
 

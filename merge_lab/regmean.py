@@ -10,6 +10,7 @@ __all__ = ['shrunk', 'solve_grams', 'same_length', 'gram_names', 'collect_grams'
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .architecture import decoder_layers, ending_at, is_conv1d, is_linear, layer_of, summing_grams
@@ -125,10 +126,14 @@ class Passage:
         layers: Sequence[nn.Module],  # its decoder layers
         rows: Sequence[dict],  # encoded
         goes_on: bool,  # of `can_go_on`; otherwise rows begin anew at each layer
+        unscored: float = 1.0,  # weight of a token whose prediction no loss scores, beside 1 of one that it does
     ):
         self.model, self.layers, self.goes_on, self.behind = model, layers, goes_on, -1  # the layer whose outputs are held; -1: none
         self.batches = [torch.tensor(batch, device=model.device) for batch in same_length(rows)]
-        self.states = [None] * len(self.batches)
+        self.states, self.weights = [None] * len(self.batches), [torch.ones(batch.shape) for batch in self.batches]
+        if unscored != 1:
+            labels = [torch.tensor(batch) for batch in same_length([{"input_ids": row["labels"]} for row in rows])]
+            self.weights = [torch.where(F.pad(own[:, 1:], (0, 1), value=-100) == -100, unscored, 1.0) for own in labels]
 
     @torch.no_grad()
     def grams(
@@ -139,8 +144,10 @@ class Passage:
         "Gram matrices of what goes into linears of a layer; layers below it are as they will stay."
         layers, first = self.layers, self.behind + 1 if self.goes_on else 0
         until, last = (None, len(layers) - 1) if layer is None else (layers[layer], layer - 1)
-        with evaluating(self.model), summing_grams(linears, sum(batch.numel() for batch in self.batches)) as found:
+        now, total = [], sum(float(weights.sum()) for weights in self.weights)
+        with evaluating(self.model), summing_grams(linears, total, weights=now) as found:
             for place, batch in enumerate(self.batches):
+                now[:] = [self.weights[place].to(batch.device)]
                 kept = dict.fromkeys(range(first), self.states[place])
                 with replayed(layers, kept, first), ending_at(until):
                     self.model(input_ids=batch, use_cache=False)

@@ -95,7 +95,7 @@ def default_rate(
 def objective_of(config: TrainConfig) -> Objective:
     "The objective that a config describes."
     penalties = {"mask_decay": config.mask_decay} if config.mask_decay else {}
-    return Objective({config.loss_func_name: 1.0}, config.temperature, penalties, config.logit_chunk, hidden_layers=config.hidden_layers)
+    return Objective({config.loss_func_name: 1.0}, config.temperature, penalties, config.logit_chunk, hidden_layers=config.hidden_layers, beta=config.beta)
 
 
 def _check_optimizer(name: str):

@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import merge_lab.losses as L
 from merge_lab import token_losses
+from merge_lab.loop_config import TrainConfig
+from merge_lab.objective import Objective
+from merge_lab.training import objective_of
 
 T, D, V, N = 13, 6, 37, 3
 EXACT = dict(rtol=1e-9, atol=1e-12)
@@ -140,7 +143,7 @@ def test_a_loss_of_states_in_parts_is_the_whole(name):
 def test_a_row_holds_the_same_loss_twice(name):
     case, weight, row = Case(), normal(V, D, seed=5).requires_grad_(), L.LOSSES[name]
     case.labels = torch.arange(T) % V
-    tempered = {"temperature": 2.0} if row.tempered else {}
+    tempered = row.given(Objective(temperature=2.0, beta=0.2))
     logits = [h @ w.T for h, w in zip(case.teacher_hidden, case.weights)]
     given = {
         "own": (logits[:1], case.teacher_hidden[:1], case.weights[:1]),
@@ -157,6 +160,20 @@ def test_a_row_holds_the_same_loss_twice(name):
     wanted = [case.hidden, weight]
     gradients = [torch.autograd.grad(loss, wanted) for loss in (chunked, plain)]
     assert_close(*gradients, **EXACT)
+
+
+def test_a_runs_beta_reaches_the_divergence():
+    "By definition: each of the two against the mixture, weighed as it is mixed."
+    case, objective = Case(), objective_of(TrainConfig(loss_func_name="jsd", beta=0.2))
+    z, teacher = case.hidden.detach() @ case.weights[1].T, case.teacher_hidden[0] @ case.weights[0].T
+    p, q = teacher.softmax(-1), z.softmax(-1)
+    middle = 0.2 * p + 0.8 * q
+    wanted = 0.2 * (p * (p / middle).log()).sum(-1) + 0.8 * (q * (q / middle).log()).sum(-1)
+    row = L.LOSSES["jsd"]
+    assert_close(row.plain(z, teacher, **row.given(objective)), wanted.mean(), **EXACT)
+    assert not torch.isclose(row.plain(z, teacher), wanted.mean())
+    with pytest.raises(ValueError, match="beta=1: expected a number between 0 and 1"):
+        row.plain(z, teacher, beta=1)
 
 
 @pytest.mark.parametrize("name", [n for n, row in L.LOSSES.items() if row.topk])
