@@ -413,9 +413,9 @@ def loss_of_rows(
 
     def at(temperature, options):
         given = {name: options.pop(name) for name in facts.get("takes", ()) if name in options}
-        if temperature is not None:
-            check_temperature(temperature)
-            given["temperature"] = temperature
+        if facts.get("tempered") or temperature is not None:
+            given["temperature"] = 1.0 if temperature is None else temperature
+            check_temperature(given["temperature"])
         return partial(rows, **given) if given else rows
 
     def plain(logits, teacher, mask=None, temperature=None, **options):
