@@ -26,7 +26,7 @@ from merge_lab.run_folder import bundled_path, write_json
 from merge_lab.search import judge_of
 from merge_lab.systems.mask_merge import MaskMergeConfig, run
 
-OWN = {"answers": "components"}
+OWN = {"answers": "components", "answers_per_prompt": 8}
 LAYERS = {"train_mode": "layerwise"}
 VARIANTS = {  # name -> options of a mask merge; prompts alone are given where components answer
     "given answers, KL": {},

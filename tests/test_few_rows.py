@@ -115,6 +115,16 @@ def test_held_out_rows_of_prompts_that_are_learned_from_are_told(tmp_path, caplo
     assert "fewer than ten prompts of a component" in caplog.text
 
 
+def test_many_prompts_are_answered_once_and_few_more_often(tmp_path):
+    "Writing costs about the same however many prompts there are."
+    assert [small(tmp_path, answers="components").answers_to_each(prompts) for prompts in (2, 8, 16, 64, 5000)] == [8, 8, 4, 1, 1]
+    assert small(tmp_path, answers="components", answers_per_prompt=5).answers_to_each(5000) == 5
+    assert small(tmp_path, answers="components", answer_temperature=0.0).answers_to_each(8) == 1  # they would all be the same
+    options = dict(dataset_configs=prompts_alone(tmp_path), answers="components", answer_tokens=8, max_steps=1, save_merged=False, eval_samples=0)
+    run(small(tmp_path / "run", **options), progress=False)
+    assert len(read_rows_of(tmp_path / "run" / "run" / WRITTEN)[0]) == 2 * 10 * 7
+
+
 def test_whoever_has_prompts_written_has_them_answered(tmp_path):
     assert small(tmp_path, dataset_configs={}, written_prompts=4).answers == "components"
 
