@@ -21,7 +21,7 @@ from .logs import tqdm
 from .nested_model import count_weights, read_bytes
 from .routed_model import LayerwiseQuantizeForCausalLM, Routers
 from .run_folder import save_tensors
-from .text_windows import collate, Window, window_divergences, windows_at_once
+from .text_windows import collate, prompts_of, Window, window_divergences, windows_at_once
 
 # %% ../nbs/29_precision_costs.ipynb #422948f0
 def greedy_assignments(
@@ -184,15 +184,15 @@ def find_price(
 
 # %% ../nbs/29_precision_costs.ipynb #8a370367
 @torch.no_grad()
-def average_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[Tensor]) -> float:
-    "Mean bits that the routers choose for batches of prompts."
-    return torch.cat([model.choose(ids).float().mean(1) for ids in prompts]).mean().item()
+def average_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[tuple[Tensor, Tensor]]) -> float:
+    "Mean bits that the routers choose for batches of prompts, as `prompts_of` gives them."
+    return torch.cat([model.choose(*batch).float().mean(1) for batch in prompts]).mean().item()
 
 
 @torch.no_grad()
-def average_real_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[Tensor]) -> float:
+def average_real_bits(model: LayerwiseQuantizeForCausalLM, prompts: list[tuple[Tensor, Tensor]]) -> float:
     "Mean bits a weight that the routers' choices for batches of prompts read, tables and scales included."
-    read = torch.cat([read_bytes(model, model.choose(ids)) for ids in prompts])
+    read = torch.cat([read_bytes(model, model.choose(*batch)) for batch in prompts])
     return 8 * read.double().mean().item() / count_weights(model)
 
 
@@ -206,10 +206,11 @@ def fit_price(
     average: Callable = average_bits,  # how bits are counted; `average_real_bits` by what is read
 ) -> float:  # the average that was reached
     "Set the price per bit so that hard choices spend `target_bits` on average, as nearly as they can."
-    ids = torch.stack([window.input_ids[:prefix_length] for window in windows]).to(model.device)
+    starts = range(0, len(windows), batch_size)
+    prompts = [prompts_of(windows[start : start + batch_size], prefix_length, model.device) for start in starts]
 
     def spend(price):
         model.routers.price.fill_(price)
-        return average(model, ids.split(batch_size))
+        return average(model, prompts)
 
     return spend(find_price(spend, target_bits, tolerance))

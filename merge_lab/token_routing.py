@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'TOKEN_ROUTERS_FILE', 'fit_ridge', 'TokenRouters', 'TokenPlan', 'TokenwiseQuantizeForCausalLM',
-           'record_states', 'log_factors', 'fit_token_routers', 'score_tokens', 'show_token_result']
+           'scored_after', 'record_states', 'log_factors', 'fit_token_routers', 'score_tokens', 'show_token_result']
 
 # %% ../nbs/31_token_routing.ipynb #536e95df
 from dataclasses import dataclass, field
@@ -32,13 +32,15 @@ STRENGTHS = (30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4, 1e9)  # penalties that comp
 def fit_ridge(
     x: Tensor,  # (windows, tokens, features)
     y: Tensor,  # (windows, tokens)
+    counted: Tensor | None = None,  # (windows, tokens) bool; None: all
 ) -> tuple[Tensor, Tensor, float]:  # (features,), () and the share of held-out variance that is explained
     "Least squares with the penalty that predicts every fourth window best."
     held = torch.arange(len(x)) % 4 == 3 if len(x) > 3 else torch.ones(len(x), dtype=torch.bool)
-    fitted = ~held if len(x) > 3 else held
-    centre, spread = x[fitted].mean((0, 1)), x[fitted].std((0, 1)).clamp_min(1e-6)
+    counted = torch.ones(y.shape, dtype=torch.bool) if counted is None else counted
+    held, fitted = counted & held[:, None], counted & (~held if len(x) > 3 else held)[:, None]
+    centre, spread = x[fitted].mean(0), x[fitted].std(0).clamp_min(1e-6)
     z, mean = (x - centre) / spread, y[fitted].mean()
-    inside, own = z[fitted].flatten(0, 1), (y[fitted] - mean).flatten()
+    inside, own = z[fitted], y[fitted] - mean
     gram, moment = inside.T @ inside, inside.T @ own
     tried = [torch.linalg.solve(gram + strength * torch.eye(len(gram)), moment) for strength in STRENGTHS]
     errors = [(z[held] @ weight + mean - y[held]).square().mean().item() for weight in tried]
@@ -155,6 +157,14 @@ def written_bits(self) -> float:  # NaN where nothing was written
     return torch.cat([part.flatten() for part in self.plan.spent]).nanmean().item()
 
 # %% ../nbs/31_token_routing.ipynb #a1725102
+def scored_after(
+    labels: Tensor,  # (windows, tokens), -100 where nothing is scored
+    prefix_length: int,
+) -> Tensor:  # (windows, tokens behind the prompt but the last) bool
+    "Which of the tokens behind the prompt predict one that is scored."
+    return labels[:, prefix_length + 1 :] != -100
+
+
 @torch.no_grad()
 def record_states(
     model: LayerwiseQuantizeForCausalLM,
@@ -163,28 +173,30 @@ def record_states(
     prefix_length: int,
     start: int,  # level that states are recorded at
     batch_size: int = 4,  # windows at once
-) -> tuple[Tensor, Tensor]:  # (windows, tokens, layers, width) in the model's dtype; (windows, tokens, levels) nats
-    "States before each layer, and the divergence at each level, of the tokens after the prompt whose predictions are scored."
-    states, costs = [], []
+) -> tuple[Tensor, Tensor, Tensor]:  # (windows, tokens, layers, width) in the model's dtype; (windows, tokens, levels) nats; (windows, tokens) bool
+    "States before each layer, and the divergence at each level, of the tokens after the prompt; and which predictions are scored."
+    states, costs, counted = [], [], []
     for first in range(0, len(windows), batch_size):
         part = windows[first : first + batch_size]
-        ids, _ = collate(part, prefix_length, model.device)
+        ids, labels = collate(part, prefix_length, model.device)
+        counted.append(scored_after(labels, prefix_length).cpu())
         costs.append(whole_token_costs(model, levels, ids, exact_logits(model, part))[:, prefix_length:].cpu())
         with model.set_precision(levels.mixes[start]):
             model.start_plan(torch.ones_like(ids), None)
             hidden = model.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[: len(levels.bits)]
         states.append(torch.stack(hidden, dim=2)[:, prefix_length:-1].cpu())
-    return torch.cat(states), torch.cat(costs)
+    return torch.cat(states), torch.cat(costs), torch.cat(counted)
 
 # %% ../nbs/31_token_routing.ipynb #a93f32a9
 def log_factors(
     costs: Tensor,  # (windows, tokens, levels) nats
     start: int,  # level around which it is asked
     floor: float = 1e-3,  # least cost, as a share of the mean
+    counted: Tensor | None = None,  # (windows, tokens) bool, those of the mean; None: all
 ) -> Tensor:  # (windows, tokens)
     "Logarithm of the factor by which a token's divergence differs from the mean, over the level and its neighbours."
     near = costs[..., max(0, start - 1) : start + 2]
-    ratios = near / near.mean((0, 1))
+    ratios = near / (near.flatten(0, 1) if counted is None else near[counted]).mean(0)
     return ratios.clamp_min(floor).log().mean(-1)
 
 # %% ../nbs/31_token_routing.ipynb #80289e32
@@ -192,13 +204,15 @@ def fit_token_routers(
     routers: TokenRouters,
     states: Tensor,  # (windows, tokens, layers, width)
     factors: Tensor,  # (windows, tokens) logarithms
+    counted: Tensor | None = None,  # (windows, tokens) bool, those to predict; None: all
 ) -> list[float]:  # for each layer, share of held-out variance that is explained
     "Set weights such that each layer predicts factors from its own states."
     shares = []
     for n in range(states.shape[2]):
         x = routers.features(states[:, :, n])
-        weight, bias, share = fit_ridge(x, factors)
-        level = (x @ weight + bias).exp().mean().log()  # a factor is one on average
+        weight, bias, share = fit_ridge(x, factors, counted)
+        found = (x @ weight + bias).exp()
+        level = (found if counted is None else found[counted]).mean().log()  # a factor is one on average
         routers.weight.data[n].copy_(weight)
         routers.bias.data[n].copy_(bias - level)
         shares.append(share)
@@ -208,13 +222,13 @@ def fit_token_routers(
 @patch_to(TokenwiseQuantizeForCausalLM)
 @torch.no_grad()
 def spent_bits(self, windows: list[Window], prefix_length: int, batch_size: int = 4) -> float:
-    "Mean bits a weight that tokens after the prompt read on some windows."
+    "Mean bits a weight that tokens whose predictions are scored read on some windows."
     parts = []
     for first in range(0, len(windows), batch_size):
         ids, labels = collate(windows[first : first + batch_size], prefix_length, self.device)
         self.start_plan(torch.ones_like(ids), labels)
         self.model.get_decoder()(input_ids=ids, use_cache=False)
-        parts.append(self.plan.spent[-1][:, prefix_length:-1])
+        parts.append(self.plan.spent[-1][:, prefix_length:-1][scored_after(labels, prefix_length)])
     return torch.cat(parts).mean().item()
 
 # %% ../nbs/31_token_routing.ipynb #47aa2dba
@@ -255,8 +269,8 @@ def fit_by_token(
     mixes = best_mixes(self, costs, budgets)
     mean = level_costs(costs, make_levels(self, mixes), self.precisions)
     self.set_levels(mixes, budgets.index(target), mean)
-    states, tokens = record_states(self, self.levels, train, prefix_length, self.start)
-    shares = fit_token_routers(self.token_routers, states, log_factors(tokens, self.start))
+    states, tokens, counted = record_states(self, self.levels, train, prefix_length, self.start)
+    shares = fit_token_routers(self.token_routers, states, log_factors(tokens, self.start, counted=counted), counted)
     self.fit_token_price(validation, prefix_length, target)
     return shares
 
@@ -275,9 +289,12 @@ def score_tokens(
         part = windows[first : first + batch_size]
         ids, labels = collate(part, prefix_length, model.device)
         output = model.infer_forward(ids, labels=labels)
-        kl = token_divergences(output.logits, exact[first : first + batch_size])[:, prefix_length:].mean(1)
-        frame = pd.DataFrame(dict(kind=[window.kind for window in part], kl=kl.tolist(), ce=window_losses(output.logits, labels.index_fill(1, torch.tensor([prefix_length], device=labels.device), -100)).tolist()))
-        frames.append(frame if model.assignment is not None else frame.assign(real_bits=output.bits[:, prefix_length:-1].mean(1).tolist()))
+        labels = labels.index_fill(1, torch.tensor([prefix_length], device=labels.device), -100)  # the prompt's last token predicts it
+        counted = scored_after(labels, prefix_length)
+        mean = lambda values, counted=counted: ((values.nan_to_num() * counted).sum(1) / counted.sum(1)).tolist()
+        kl = token_divergences(output.logits, exact[first : first + batch_size])[:, prefix_length:]
+        frame = pd.DataFrame(dict(kind=[window.kind for window in part], kl=mean(kl), ce=window_losses(output.logits, labels).tolist()))
+        frames.append(frame if model.assignment is not None else frame.assign(real_bits=mean(output.bits[:, prefix_length:-1])))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/31_token_routing.ipynb #d0380cfb

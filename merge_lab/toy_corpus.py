@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['synonyms', 'other_word', 'days', 'prepositions', 'tasks', 'more_tasks', 'all_tasks', 'split_sizes', 'kinds',
-           'subjects', 'generic', 'base_shape', 'base_steps', 'base_rate', 'expert_steps', 'expert_rate', 'more_steps',
-           'draw_sentence', 'sentence_of', 'rewrite', 'summarize', 'extract', 'quiz', 'sort', 'date', 'generate_tasks',
-           'asked_of', 'generate_all', 'make_tasks', 'choice_row', 'ask_synonym', 'ask_kind', 'ask_odd', 'ask_day',
-           'generate_mmlu', 'choice_key', 'make_mmlu', 'prose_paragraphs', 'code_paragraphs', 'without_docstrings',
-           'text_corpus', 'text_hash', 'repeat', 'thank', 'ask_back', 'fact', 'vocabulary', 'task_tokenizer',
-           'base_row', 'encode_question', 'fit', 'shuffled_batches', 'held_out_text', 'make_base', 'make_expert',
-           'make_experts', 'make_experts_of']
+           'subjects', 'CORPORA', 'generic', 'base_shape', 'base_steps', 'base_rate', 'expert_steps', 'expert_rate',
+           'more_steps', 'draw_sentence', 'sentence_of', 'rewrite', 'summarize', 'extract', 'quiz', 'sort', 'date',
+           'generate_tasks', 'asked_of', 'generate_all', 'make_tasks', 'choice_row', 'ask_synonym', 'ask_kind',
+           'ask_odd', 'ask_day', 'generate_mmlu', 'choice_key', 'make_mmlu', 'prose_documents', 'code_documents',
+           'without_docstrings', 'text_corpus', 'text_hash', 'repeat', 'thank', 'ask_back', 'fact', 'vocabulary',
+           'task_tokenizer', 'base_row', 'encode_question', 'fit', 'shuffled_batches', 'held_out_text', 'make_base',
+           'make_expert', 'make_experts', 'make_experts_of']
 
 # %% ../nbs/16_toy_corpus.ipynb #b1362b9d
 import ast
@@ -238,10 +238,11 @@ def make_mmlu(
             write_text(Path(folder) / split / f"{subject}_{split}.csv", lines)
 
 # %% ../nbs/16_toy_corpus.ipynb #6b77f3df
-def prose_paragraphs():
+def prose_documents() -> dict[str, list[str]]:  # topic -> its paragraphs
     "Paragraphs of `pydoc_data.topics`, without examples, grammar and tables."
     from pydoc_data.topics import topics
 
+    found = {}
     for name in sorted(topics):
         for paragraph in topics[name].split("\n\n"):
             lines = paragraph.splitlines()
@@ -249,15 +250,21 @@ def prose_paragraphs():
             if lines and not told and not any(line.startswith(" " * 4) for line in lines):
                 joined = " ".join(line.strip() for line in lines).strip()
                 if len(joined) > 40:
-                    yield joined
+                    found.setdefault(name, []).append(joined)
+    return found
 
 
-def code_paragraphs():
+def code_documents() -> dict[str, list[str]]:  # module -> its functions and classes
     "Functions and classes of the standard library, printed without docstrings and comments."
+    found = {}
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                yield ast.unparse(without_docstrings(node))
+                found.setdefault(path.stem, []).append(ast.unparse(without_docstrings(node)))
+    return found
+
+
+CORPORA = {"prose": prose_documents, "code": code_documents}
 
 
 def without_docstrings(tree: ast.AST) -> ast.AST:
@@ -274,8 +281,8 @@ def text_corpus(
     seed: int | None = 0,  # order of the paragraphs; None for that of the source
 ) -> list[str]:
     "Paragraphs of real text from the running Python's standard library. Raises `ValueError` if it has fewer characters."
-    check_choice("kind", kind, ["prose", "code"], "Use 'prose' for documentation, 'code' for source.")
-    paragraphs = list(prose_paragraphs() if kind == "prose" else code_paragraphs())
+    check_choice("kind", kind, CORPORA, "Use 'prose' for documentation, 'code' for source.")
+    paragraphs = [paragraph for own in CORPORA[kind]().values() for paragraph in own]
     if seed is not None:
         random.Random(seed).shuffle(paragraphs)
     kept, total = [], 0

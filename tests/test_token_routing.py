@@ -132,12 +132,24 @@ def test_a_budget_is_met_on_text_that_nothing_was_fitted_on(fitted):
 
 def test_states_are_those_that_a_model_at_the_budget_meets(fitted):
     windows = text_windows(tiny_tokenizer(), ["prose"], seq_len=24, n=5, split="test")
-    states, costs = record_states(fitted, fitted.levels, windows, PROMPT, fitted.start, batch_size=2)
+    states, costs, counted = record_states(fitted, fitted.levels, windows, PROMPT, fitted.start, batch_size=2)
     ids, _ = collate(windows, PROMPT)
     assert states.shape == (5, 17, 3, 32) and costs.shape == (5, 17, len(fitted.levels.mixes))
     torch.testing.assert_close(states[:, :, 0], fitted.model.get_input_embeddings()(ids)[:, PROMPT:-1])
     whole = whole_token_costs(fitted, fitted.levels, ids, exact_logits(fitted, windows))
     torch.testing.assert_close(costs, whole[:, PROMPT:], atol=1e-6, rtol=1e-3)
+    assert counted.all()
+
+
+def test_of_a_conversation_only_answers_count():
+    "A question costs what it costs: neither the factors nor the mean divergence see it."
+    generator = torch.Generator().manual_seed(0)
+    routers = TokenRouters(torch.ones(1, 3), torch.ones(1, 3), 8)
+    states, counted = torch.randn(12, 60, 1, 8, generator=generator), torch.rand(12, 60, generator=generator) < 0.5
+    told = F.rms_norm(states[:, :, 0], (8,))[..., 3] * 0.7
+    costs = torch.where(counted, told, -3 * told).exp()[..., None] * torch.tensor([4.0, 2, 1])
+    assert fit_token_routers(routers, states, log_factors(costs, 1, counted=counted), counted)[0] > 0.95
+    assert fit_token_routers(routers, states, log_factors(costs, 1))[0] < 0.5
 
 
 def test_what_can_be_predicted_is_predicted_and_noise_is_not():
