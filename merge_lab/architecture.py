@@ -69,18 +69,17 @@ def ending_at(module: nn.Module | None):  # None: nothing ends
 @contextmanager
 def summing_grams(
     linears: dict[str, nn.Module],
-    tokens: float,  # that will pass, or their weights in all: what is added up is divided by it
+    tokens: int,  # that will pass: what is added up is divided by it
     dtype: torch.dtype = torch.float64,
-    weights: list[Tensor] | None = None,  # its last entry: (batch, tokens) of the pass at work; None: 1 each, as where a linear sees some tokens only
+    weights: list[Tensor] | None = None,  # its last entry: (batch, tokens) of the pass at work, 1 on average over all; None: 1 each
 ) -> Iterator[dict[str, Tensor]]:  # (in, in) each; of a linear that sees no token nothing
     "Context in which Gram matrices of what goes into some linears are added up."
     grams = {}
 
     def add(name: str, inputs: tuple):
-        x = inputs[0].flatten(0, -2).to(dtype)
-        weighed = weights and weights[-1].numel() == len(x)
-        y = x * weights[-1].to(x).view(-1, 1) if weighed else x
-        grams[name] = grams.get(name, 0) + x.T @ y / tokens
+        x = inputs[0].to(dtype)
+        y = x * weights[-1].to(x)[..., None] if weights and weights[-1].shape == x.shape[:-1] else x  # an expert of a mixture sees tokens in an order of its own
+        grams[name] = grams.get(name, 0) + x.flatten(0, -2).T @ y.flatten(0, -2) / tokens
 
     handles = [linear.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs)) for name, linear in linears.items()]
     try:

@@ -334,6 +334,11 @@ def main(words: list[str] | None = None) -> int:  # key of EXIT
             print(without_tokens(f"merge-lab {words[0]}: {told}"), file=sys.stderr)
         return status
 
+# %% ../nbs/60_cli.ipynb #b0db8c63
+if __name__ == "__main__" and "__file__" in globals():  # python -m merge_lab.cli; a notebook is no file
+    sys.exit(main())
+
+
 # %% ../nbs/60_cli.ipynb #444b3f5a
 def printed(
     show: Callable[[], int | None],  # prints, and may return a key of EXIT

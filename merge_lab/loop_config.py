@@ -64,7 +64,7 @@ class TrainConfig(LoopConfig):
 
     loss_func_name: str = option("kl", "What the masks are trained towards", choices=L.LOSSES, group="Objective", aliases=("loss",))
     temperature: float = option(1.0, "Of the distributions that KL compares", low=0.1, high=10, log=True, group="Objective")
-    beta: float = option(0.5, "Of jsd: the teacher's part of the mixture that both are compared with, as in GKD; near 0 it is like kl, near 1 like reverse_kl", low=0.01, high=0.99, group="Objective")
+    beta: float = option(0.5, "Of jsd: the teacher's part of the mixture that both are compared with, as in GKD; divided by beta (1 - beta) it is kl near 0 and reverse_kl near 1", low=0.01, high=0.99, group="Objective")
     hidden_layers: list[int] | None = option(
         None, "Decoder layers (from 0) whose states the losses hidden and hidden_cosine compare; none given: what comes out of the last", group="Objective"
     )

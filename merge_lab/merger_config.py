@@ -30,11 +30,11 @@ _INIT_KEYS = {
     "random": {"seed"},
     "spherical": {"parameters"},
     "blend": {"parameters", "selected_idx"},
-    "least_squares": {"rows", "ridge"},
+    "least_squares": {"rows", "ridge", "unscored"},
 }
 _Value = FiniteFloat | list[FiniteFloat]
 _INIT_TYPES = {
-    "factors": list[FiniteFloat] | None, "selected_idx": int, "seed": int, "rows": int, "ridge": FiniteFloat, "parameters": _Value | dict[str, _Value],
+    "factors": list[FiniteFloat] | None, "selected_idx": int, "seed": int, "rows": int, "ridge": FiniteFloat, "unscored": FiniteFloat, "parameters": _Value | dict[str, _Value],
 }
 
 
@@ -64,6 +64,8 @@ def check_mask_init(
         raise ValueError("mask_init odd_one_out: expected 'selected_idx', the component that gets alpha 1.")
     if mask_init.get("rows", 1) < 1 or mask_init.get("ridge", 1.0) <= 0:
         raise ValueError(f"mask_init {mask_init}: expected rows of 1 or more and a ridge above 0.")
+    if not 0 <= mask_init.get("unscored", 1.0) <= 1:
+        raise ValueError(f"mask_init {mask_init}: expected unscored, the weight of tokens that the loss does not score, from 0 to 1.")
     if strategy == "spherical" and n not in (None, 2):
         raise ValueError(f"mask_init 'spherical' with {n} components: expected 2. Use 'blend' for more.")
 

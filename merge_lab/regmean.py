@@ -62,14 +62,12 @@ def collect_grams(
     model: nn.Module,
     rows: Sequence[dict],  # encoded
     modules: dict[str, nn.Module],  # linears of the model
-    until: nn.Module | None = None,  # what comes after this module is not computed
 ) -> dict[str, Tensor]:  # (in, in) each, float64, mean over tokens
     "Gram matrices of what goes into some linears."
     tokens = sum(len(row["input_ids"]) for row in rows)
     with evaluating(model), summing_grams(modules, tokens) as grams:
         for batch in same_length(rows):
-            with ending_at(until):
-                model(input_ids=torch.tensor(batch, device=model.device), use_cache=False)
+            model(input_ids=torch.tensor(batch, device=model.device), use_cache=False)
     return {name: gram.cpu() for name, gram in grams.items()}
 
 # %% ../nbs/39_opponents/02_regmean.ipynb #3ef3d21f
@@ -130,10 +128,14 @@ class Passage:
     ):
         self.model, self.layers, self.goes_on, self.behind = model, layers, goes_on, -1  # the layer whose outputs are held; -1: none
         self.batches = [torch.tensor(batch, device=model.device) for batch in same_length(rows)]
-        self.states, self.weights = [None] * len(self.batches), [torch.ones(batch.shape) for batch in self.batches]
+        self.states, self.weights = [None] * len(self.batches), None
         if unscored != 1:
             labels = [torch.tensor(batch) for batch in same_length([{"input_ids": row["labels"]} for row in rows])]
-            self.weights = [torch.where(F.pad(own[:, 1:], (0, 1), value=-100) == -100, unscored, 1.0) for own in labels]
+            weights = [torch.where(F.pad(own[:, 1:], (0, 1), value=-100) == -100, unscored, 1.0) for own in labels]
+            mean = sum(float(own.sum()) for own in weights) / sum(own.numel() for own in weights)
+            if not mean:
+                raise ValueError("no token of some rows is scored. Give rows with answers, or tokens that are not scored a weight above 0.")
+            self.weights = [own / mean for own in weights]
 
     @torch.no_grad()
     def grams(
@@ -144,10 +146,11 @@ class Passage:
         "Gram matrices of what goes into linears of a layer; layers below it are as they will stay."
         layers, first = self.layers, self.behind + 1 if self.goes_on else 0
         until, last = (None, len(layers) - 1) if layer is None else (layers[layer], layer - 1)
-        now, total = [], sum(float(weights.sum()) for weights in self.weights)
-        with evaluating(self.model), summing_grams(linears, total, weights=now) as found:
+        now = None if self.weights is None else [None]
+        with evaluating(self.model), summing_grams(linears, sum(batch.numel() for batch in self.batches), weights=now) as found:
             for place, batch in enumerate(self.batches):
-                now[:] = [self.weights[place].to(batch.device)]
+                if now:
+                    now[0] = self.weights[place].to(batch.device)
                 kept = dict.fromkeys(range(first), self.states[place])
                 with replayed(layers, kept, first), ending_at(until):
                     self.model(input_ids=batch, use_cache=False)

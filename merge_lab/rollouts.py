@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['logger', 'ANSWERS_OF', 'ENOUGH_ROWS', 'MOST_ANSWERS', 'DRAFT', 'FARTHER', 'WRITTEN', 'ROLLOUTS', 'AnswerConfig',
-           'check_answers', 'Draft', 'drawn_answers', 'answer_ends', 'answered_row', 'component_answers', 'user_turn',
-           'written_questions', 'with_start', 'save_rows', 'read_rows_of', 'own_rows', 'question_in', 'asked_of',
-           'divided_rows', 'save_divided', 'rows_in', 'Rollouts', 'spread', 'log_probs_of', 'RolloutTrainer']
+           'check_can_write', 'check_answers', 'Draft', 'drawn_answers', 'answer_ends', 'answered_row',
+           'component_answers', 'user_turn', 'written_questions', 'with_start', 'save_rows', 'read_rows_of', 'own_rows',
+           'question_in', 'asked_of', 'divided_rows', 'save_divided', 'rows_in', 'Rollouts', 'spread', 'log_probs_of',
+           'RolloutTrainer']
 
 # %% ../nbs/33_rollouts.ipynb #c8efec5a
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,7 +35,7 @@ from .logs import tqdm
 from .merger import Merger
 from .merger_config import anchored
 from .objective import Batch, label_log_probs, Objective, OLD_LOG_PROBS
-from .run_folder import add_row, kept_rows, resume_command, save_tensors, stopped
+from .run_folder import add_row, resume_command, save_tensors, stopped, write_rows
 from .scoring import evaluating, MAX_TOKENS, positions_of
 from .token_losses import shift_labels
 from .training import MergerTrainer
@@ -57,7 +61,7 @@ class AnswerConfig(Options):
     answer_tokens: int = option(64, "Tokens of an answer that a model gives, at most", low=1, high=8192, log=True, group="Own words")
     answer_temperature: float = option(1.0, "Temperature that answers and prompts are drawn at; 0: the likeliest token each time", low=0, high=2, group="Own words")
     written_prompts: int = option(0, "Prompts that each component writes itself and answers (answers='components'); with them no data are needed", low=0, high=100_000, group="Own words")
-    on_policy: float = option(0.0, "Share of each step's rows that the blend answers itself, to be scored by each row's component", low=0, high=1, group="Own words")
+    on_policy: float = option(0.0, "Share of each step's rows that the blend answers itself, to be scored by each row's component; prompts alone want answers='components', which then choose the masks", low=0, high=1, group="Own words")
     rollout_steps: int = option(4, "Steps that an answer of the blend is learned from, weighted by how likely it still is", low=1, high=100, group="Own words")
 
     def __post_init__(self):
@@ -79,6 +83,13 @@ class AnswerConfig(Options):
         return min(MOST_ANSWERS if self.answer_temperature else 1, math.ceil(ENOUGH_ROWS / prompts))
 
 
+def check_can_write(tokenizer, merger: Merger, config: AnswerConfig):
+    "Raise `ValueError` where nothing says when an answer ends, or how a prompt is begun."
+    answer_ends(merger, tokenizer)
+    if config.written_prompts:
+        user_turn(tokenizer)
+
+
 def check_answers(config: AnswerConfig):
     "Raise `ValueError` for options that contradict each other."
     if config.on_policy and config.answer_temperature != 1 and config.rollout_steps > 1:
@@ -97,26 +108,51 @@ def _up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 DRAFT = "draft.jsonl"  # in a run's folder, until all is written: a batch of answers a line
 
 
+def _lines(file: Path) -> list[dict]:
+    "The rows of a draft up to the first that is none."
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            rows.append({"of": str(row["of"]), "answers": [[token.__index__() for token in answer] for answer in row["answers"]]})
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+            break
+    return rows
+
+
 class Draft:
     "Batches of answers, in the order in which they are drawn."
 
     def __init__(
         self,
         file: Path | None = None,  # where they are kept, and may stand from a run that was stopped; None: nowhere
-        writes: bool = True,  # whether this process writes them; others only read what was there
+        writes: bool = True,  # whether this process writes them; others only know what was there
     ):
-        self.file, self.writes, self.place = file, writes, 0
-        self.held = [] if file is None else kept_rows(file)
+        self.file, self.writes, self.place = file, writes and file is not None, 0
+        self.held = _lines(file) if file is not None and file.exists() else []
+        if self.writes:
+            write_rows(file, self.held)  # from the beginning there is one
 
-    def next(self, draw: Callable[[], list[list[int]]]) -> list[list[int]]:
-        "The next batch: as it stands here, or drawn now."
+    def next(
+        self,
+        asked: object,  # what tells this batch from others: its prompts, and how it is drawn
+        prompts: int,  # how many answers there have to be
+        draw: Callable[[], list[list[int]]],
+    ) -> list[list[int]]:
+        "The next batch: as it stands here, or drawn now. From the first that is of something else nothing is taken."
+        of, place = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16], self.place
         self.place += 1
-        if self.place <= len(self.held):
-            return self.held[self.place - 1]["answers"]
-        answers = draw()
-        if self.file is not None and self.writes:
-            add_row(self.file, {"answers": answers})
-        return answers
+        if place < len(self.held):
+            if self.held[place]["of"] == of and len(self.held[place]["answers"]) == prompts:
+                return self.held[place]["answers"]
+            logger.warning("%s: what was written from batch %d on is of other prompts, and is written again.", self.file, place + 1)
+            del self.held[place:]
+            if self.writes:
+                write_rows(self.file, self.held)
+        self.held.append({"of": of, "answers": draw()})
+        if self.writes:
+            add_row(self.file, self.held[-1])
+        return self.held[-1]["answers"]
 
 
 # %% ../nbs/33_rollouts.ipynb #73001a7a
@@ -149,7 +185,9 @@ def drawn_answers(
     answers, draft = [[] for _ in prompts], draft or Draft()
     with evaluating(model), torch.random.fork_rng():
         for number, (batch, new) in enumerate(answer_batches(prompts, room, positions_of(model), batch_size, max_tokens)):
-            said = draft.next(partial(_drawn, model, [prompts[p] for p in batch], new, ends, options, seed + number * _APART))
+            own = [list(prompts[p]) for p in batch]
+            asked = (own, new, temperature, seed + number * _APART)
+            said = draft.next(asked, len(own), partial(_drawn, model, own, new, ends, options, seed + number * _APART))
             for position, answer in zip(batch, said):
                 answers[position] = answer
             if bar is not None:
@@ -258,8 +296,11 @@ def save_rows(file: Path, rows: Sequence[dict], **more: Sequence[Tensor]):  # mo
 
 
 def read_rows_of(file: Path) -> tuple[list[dict], dict[str, tuple[Tensor, ...]]]:  # encoded rows; further values of each row's tokens
-    "What `save_rows` wrote."
-    held = load_file(file)
+    "What `save_rows` wrote. Raises `ValueError` for a file that is not whole."
+    try:
+        held = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not whole ({error}). Remove it: what components write is then written again.") from error
     lengths, sources = held.pop("lengths").tolist(), held.pop("sources").tolist()
     parts = {name: value.split(lengths) for name, value in held.items()}
     ids, labels = (parts.pop(name) for name in ("input_ids", "labels"))
@@ -300,7 +341,10 @@ def _written(merger: Merger, tokenizer, questions: Sequence[dict], config, progr
     "`own_rows` of a run, each batch kept. Raises `RunInterrupted` if it is stopped."
     folder, state = Path(config.output_dir), PartialState()
     try:
-        return own_rows(merger, tokenizer, questions, config, config.seed, progress, Draft(folder / DRAFT, state.is_main_process))
+        draft = Draft(folder / DRAFT, state.is_main_process)
+        if state.num_processes > 1:  # what one has drawn, nobody draws
+            draft.held = broadcast_object_list([draft.held])[0]
+        return own_rows(merger, tokenizer, questions, config, config.seed, progress, draft)
     except KeyboardInterrupt as error:
         go_on = resume_command("mask-merge", folder, state.num_processes)
         raise stopped(None, f"what components have written is in {folder}", go_on, "while components write") from error
@@ -317,6 +361,7 @@ def divided_rows(
     file = Path(config.output_dir) / WRITTEN
     if config.resume and file.exists():
         rows, more = read_rows_of(file)
+        file.with_name(DRAFT).unlink(missing_ok=True)  # a kill may have left it
         learned = [bool(values[0]) for values in more["learned"]]
         return [row for row, own in zip(rows, learned) if own], [row for row, own in zip(rows, learned) if not own]
     rows = _written(merger, tokenizer, questions, config, progress)

@@ -18,7 +18,7 @@ from merge_lab.rollouts import asked_of, DRAFT, drawn_answers, read_rows_of, spr
 from merge_lab.run_folder import bundled_path, read_rows, RunInterrupted
 from merge_lab.scoring import MAX_TOKENS
 from merge_lab.systems.mask_merge import make_trainer, prepare, run, show_result
-from merge_lab.tinylm import tiny_experts
+from merge_lab.tinylm import save_tiny, tiny_experts
 from merge_lab.token_losses import shift_labels
 from merge_lab.training import MergerTrainer
 
@@ -63,6 +63,14 @@ def prompts_alone(folder, n=12):
 OWN = dict(answers="components", answers_per_prompt=3, answer_tokens=24)
 
 
+def gpt2_pair(folder):
+    "Two models whose linears are stored as inputs x outputs."
+    paths = [str(folder / f"gpt2-{n}") for n in range(2)]
+    for path, model in zip(paths, tiny_experts("gpt2", n=2)):
+        save_tiny(model, path)
+    return paths
+
+
 def test_prompts_alone_are_enough(tmp_path):
     "Components answer them; the run resumes with the very answers, also those that choose the masks."
     found = same_after_interruption(tmp_path, dataset_configs=prompts_alone(tmp_path), **OWN)
@@ -75,8 +83,8 @@ def test_prompts_alone_are_enough(tmp_path):
     assert len(rows) == 2 * 3 * 10 and {row["source"] for row in rows} == {0, 1}  # two of twelve are the file's validation and test rows
 
 
-@pytest.mark.parametrize("data", [True, False])
-def test_what_components_had_written_when_a_run_was_stopped_is_not_written_again(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("data, at", [(True, 4), (False, 4), (True, 1)])
+def test_what_components_had_written_when_a_run_was_stopped_is_not_written_again(data, at, tmp_path, monkeypatch):
     options = dict(dataset_configs=prompts_alone(tmp_path) if data else {}, written_prompts=0 if data else 6, save_merged=False, eval_samples=0, max_steps=1, **OWN)
     few_at_once = tuple(200 if value == MAX_TOKENS else value for value in drawn_answers.__defaults__)
     monkeypatch.setattr(drawn_answers, "__defaults__", few_at_once)
@@ -84,7 +92,7 @@ def test_what_components_had_written_when_a_run_was_stopped_is_not_written_again
 
     def counted(self, *arguments, **given):
         calls.append(None)
-        if len(calls) == 4:
+        if len(calls) == at:
             raise KeyboardInterrupt
         return generate(self, *arguments, **given)
 
@@ -92,7 +100,7 @@ def test_what_components_had_written_when_a_run_was_stopped_is_not_written_again
     config = small(tmp_path / "cut", **options)
     with pytest.raises(RunInterrupted, match="stopped while components write; what components have written is in .*--resume"):
         run(config, progress=False)
-    assert len(read_rows(tmp_path / "cut" / "run" / DRAFT)) == 3
+    assert len(read_rows(tmp_path / "cut" / "run" / DRAFT)) == at - 1
     monkeypatch.setattr(MergerTrainer, "training_step", lambda *_, **__: pytest.fail("cut off in the first step"))
     with pytest.raises(pytest.fail.Exception):  # all is written, and there is no checkpoint
         run(dataclasses.replace(config, resume=True), progress=False)
@@ -108,6 +116,61 @@ def test_what_components_had_written_when_a_run_was_stopped_is_not_written_again
     assert all(torch.equal(mask, again.merger.mask_state()[name]) for name, mask in whole.merger.mask_state().items())
     found = [read_rows_of(tmp_path / name / "run" / WRITTEN)[0] for name in ("cut", "whole")]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("harm", ["line out", "answer out", "no rows", "of another"])
+def test_a_draft_never_gives_an_answer_to_another_prompt(harm, tmp_path, monkeypatch, caplog):
+    options = dict(dataset_configs=prompts_alone(tmp_path), save_merged=False, eval_samples=0, max_steps=1, **OWN)
+    monkeypatch.setattr(drawn_answers, "__defaults__", tuple(200 if value == MAX_TOKENS else value for value in drawn_answers.__defaults__))
+    config = small(tmp_path / "cut", **options)
+    monkeypatch.setattr("merge_lab.rollouts.save_divided", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(config, progress=False)
+    monkeypatch.undo()
+    monkeypatch.setattr(drawn_answers, "__defaults__", tuple(200 if value == MAX_TOKENS else value for value in drawn_answers.__defaults__))
+    file = tmp_path / "cut" / "run" / DRAFT
+    lines = file.read_text().splitlines()
+    whole = [json.loads(line) for line in lines]
+    harmed = {
+        "line out": lines[:1] + lines[2:],
+        "answer out": [lines[0], json.dumps(whole[1] | {"answers": whole[1]["answers"][:1]}), *lines[2:]],
+        "no rows": [lines[0], "{]", json.dumps({"foo": 1}), *lines[2:]],
+        "of another": [lines[0], json.dumps(whole[2]), json.dumps(whole[1])],
+    }
+    file.write_text("\n".join(harmed[harm]) + "\n")
+    run(dataclasses.replace(config, resume=True), progress=False)
+    run(small(tmp_path / "whole", **options), progress=False)
+    found = [read_rows_of(tmp_path / name / "run" / WRITTEN)[0] for name in ("cut", "whole")]
+    assert found[0] == found[1] and not file.exists()
+    assert ("is written again" in caplog.text) == (harm != "no rows")
+
+
+def test_what_was_written_and_is_not_whole_is_told(tmp_path):
+    config = small(tmp_path, dataset_configs=prompts_alone(tmp_path), save_merged=False, eval_samples=0, max_steps=1, **OWN)
+    run(config, progress=False)
+    file = tmp_path / "run" / WRITTEN
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{WRITTEN}: not whole"):
+        run(dataclasses.replace(config, resume=True, max_steps=2), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["a template that prints no user", "weights the other way round"])
+def test_what_is_refused_before_components_write_clears_nothing(kind, tmp_path, monkeypatch):
+    "A run that is there stays, and a folder that was free stays free."
+    for place in ("old", "new"):
+        folder = tmp_path / place / "run"
+        if place == "old":
+            run(small(tmp_path / place, max_steps=1, save_merged=False, eval_samples=0), progress=False)
+            kept = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        options = dict(dataset_configs={}, written_prompts=4, overwrite=place == "old", save_merged=False, **OWN)
+        if kind == "weights the other way round":
+            options |= dict(model_paths=gpt2_pair(tmp_path), base_model="mean", mask_init={"strategy": "least_squares"})
+        else:
+            (tmp_path / "deaf.jinja").write_text("{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}")
+            options["chat_template"] = str(tmp_path / "deaf.jinja")
+        with pytest.raises(ValueError, match="does not print what a user says|lies as outputs x inputs"):
+            run(small(tmp_path / place, **options), progress=False)
+        assert not folder.exists() if place == "new" else all(file.read_bytes() == data for file, data in kept.items())
 
 
 def test_held_out_rows_of_prompts_that_are_learned_from_are_told(tmp_path, caplog):

@@ -31,7 +31,7 @@ from merge_lab.evaluation import (
     confusion, encode_task, generate_answers, LEARNED, load_tests, recovered_share, score_baselines, score_model, UNIFORM, uniform_name,
 )
 from ..held_out import HeldOut, told_held_out
-from ..closed_form import check_least_squares, solve_start
+from ..closed_form import check_least_squares, check_solvable, solve_start
 from ..layerwise import fit_layers, LAYERS, train_layers
 from ..loop_config import check_hidden_layers, TrainConfig
 from ..losses import LOSSES
@@ -39,8 +39,8 @@ from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
 from ..provenance import check_same_inputs
-from ..rollouts import AnswerConfig, check_answers, divided_rows, DRAFT, Rollouts, RolloutTrainer, with_start, WRITTEN
-from ..run_folder import bundled_path, check_disk_space, check_start, checkpoints_of, last_checkpoint, one_run, resume_command, stopped, write_text
+from ..rollouts import AnswerConfig, check_answers, check_can_write, divided_rows, DRAFT, Rollouts, RolloutTrainer, with_start, WRITTEN
+from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import keeping_masks, positions_of
 from ..watch import told_run
 from merge_lab.training import (
@@ -189,7 +189,7 @@ def read_by(config: MaskMergeConfig) -> tuple[list[str | None], list[str]]:  # m
 def _check_folder(config: MaskMergeConfig, folder: Path, n_processes: int) -> Path | None:
     "The checkpoint to go on from; layer by layer, and with what components have written, a run goes on without one, too."
     models, data = read_by(config)
-    begun = config.are_written and not checkpoints_of(folder) and any((folder / name).exists() for name in (DRAFT, WRITTEN))
+    begun = config.are_written and last_checkpoint(folder) is None and any((folder / name).exists() for name in (DRAFT, WRITTEN))
     checkpoint = check_start(config, folder, [*models, *data], None if config.by_layer or begun else n_processes)
     if config.resume:
         check_same_inputs(folder, models, data)
@@ -211,7 +211,7 @@ def _read_tests(config: MaskMergeConfig) -> dict[str, list]:
     except ValueError as error:
         if not config.are_written:
             raise
-        logger.warning("nothing is scored: %s", error)
+        logger.warning("nothing is scored, for which prompts alone have no answers: %s", str(error).partition(" Or let mask-merge")[0])
         return {}
 
 
@@ -380,13 +380,17 @@ def make_trainer(
     progress: bool = True,  # whether to draw a bar
     given: bool = False,  # whether the merger's masks are what is started from, whatever mask_init says
 ) -> tuple[MergerTrainer, HistoryCallback, StopCallback]:
-    "The trainer of a run, with its history and its stop. Opens the run's folder, before components write and where nothing is left to be refused."
+    "The trainer of a run, with its history and its stop. Opens the run's folder where nothing is left to be refused, and before components write."
     config, collate = ready.config, ChatCollator(ready.tokenizer)
     rows, held_out = ready.dataset, ready.held_out
+    solves = config.mask_init["strategy"] == "least_squares" and not (given or _has_masks(ready))
+    if solves:
+        check_solvable(merger)
     if config.are_written:
+        check_can_write(ready.tokenizer, merger, config)
         open_together(config, ready.folder, ready.arguments, *read_by(config))
         rows, held_out = divided_rows(merger, ready.tokenizer, rows, config, progress)
-    if config.mask_init["strategy"] == "least_squares" and not (given or _has_masks(ready)):
+    if solves:
         solve_start(merger, rows, config.seed, progress)
     kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
     trainer = kind(
