@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .lesson import patch_to
+from .logs import tqdm
 from .nested_model import linear_bytes, Plan
-from .precision_costs import find_price
+from .precision_costs import find_price, kept, MEASURED
 from .routed_model import LayerwiseQuantizeForCausalLM, prompt_mask
 from .run_folder import save_tensors, write_json
 from .static_mix import budget_of, kept_of, rescaled, token_costs, uniform_costs
@@ -173,14 +174,16 @@ def record_states(
     prefix_length: int,
     start: int,  # level that states are recorded at
     batch_size: int = 4,  # windows at once
+    folder: Path | None = None,  # keeps the divergences of each batch; those that it has are not measured again
 ) -> tuple[Tensor, Tensor, Tensor]:  # (windows, tokens, layers, width) in the model's dtype; (windows, tokens, levels) nats; (windows, tokens) bool
     "States before each layer, and the divergence at each level, of the tokens after the prompt; and which predictions are scored."
     states, costs, counted = [], [], []
-    for first in range(0, len(windows), batch_size):
+    for first in tqdm(range(0, len(windows), batch_size), desc="levels", unit="batch"):
         part = windows[first : first + batch_size]
         ids, labels = collate(part, prefix_length, model.device)
         counted.append(scored_after(labels, prefix_length).cpu())
-        costs.append(whole_token_costs(model, levels, ids, exact_logits(model, part))[:, prefix_length:].cpu())
+        measure = lambda ids=ids, part=part: whole_token_costs(model, levels, ids, exact_logits(model, part))[:, prefix_length:].cpu().contiguous()
+        costs.append(measure() if folder is None else kept(folder / f"levels_{first}.safetensors", measure))
         with model.set_precision(levels.mixes[start]):
             model.start_plan(torch.ones_like(ids), None)
             hidden = model.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[: len(levels.bits)]
@@ -258,18 +261,23 @@ def fit_by_token(
     target: float,  # bits a weight that a token reads on average, tables and scales included
     above: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0),  # levels beside the target's, in bits; those below it are as far apart
     seed: int = 0,
+    folder: Path | None = None,  # of the run: what is measured is kept there, and not measured again
 ) -> list[float]:  # for each layer, share of held-out factors that is explained
     "Measure costs, choose levels, fit the routers and their price. Raises `ValueError` for a target below what the fewest bits read."
-    few = few_of(train)
-    measured = uniform_costs(self, few, prefix_length, exact_logits(self, few))
-    costs = rescaled(token_costs(self, few, prefix_length, seed=seed), measured).sum(2).mean((0, 1))
+    few, place = few_of(train), None if folder is None else Path(folder) / MEASURED
+
+    def measure():
+        measured = uniform_costs(self, few, prefix_length, exact_logits(self, few))
+        return rescaled(token_costs(self, few, prefix_length, seed=seed), measured).sum(2).mean((0, 1))
+
+    costs = measure() if place is None else kept(place / "linear_costs.safetensors", measure)
     least, most = (8 * sum(own[bits] for own in linear_bytes(self).values()) / budget_of(self, 8) for bits in (self.precisions[0], self.precisions[-1]))
     budgets = {target} | {target + sign * step for step in above for sign in (-1, 1)} | {least}
     budgets = sorted(real for real in budgets if least <= real <= most)
     mixes = best_mixes(self, costs, budgets)
     mean = level_costs(costs, make_levels(self, mixes), self.precisions)
     self.set_levels(mixes, budgets.index(target), mean)
-    states, tokens, counted = record_states(self, self.levels, train, prefix_length, self.start)
+    states, tokens, counted = record_states(self, self.levels, train, prefix_length, self.start, folder=place)
     shares = fit_token_routers(self.token_routers, states, log_factors(tokens, self.start, counted=counted), counted)
     self.fit_token_price(validation, prefix_length, target)
     return shares
@@ -348,7 +356,7 @@ def fit_and_judge(
     most: int = 40,  # training windows
 ) -> pd.DataFrame:  # one row: epoch, loss, ce, kl, average_bits, real_bits; what is kept beside it
     "Fit routers, and write them, what they are worth and what is kept."
-    shares = self.fit_by_token(few_of(train, most), few_of(validation[::2]), prefix_length, target, seed=seed)
+    shares = self.fit_by_token(few_of(train, most), few_of(validation[::2]), prefix_length, target, seed=seed, folder=folder)
     self.save_token_routers(folder / TOKEN_ROUTERS_FILE)
     scores = self.beside_static(few_of(validation[1::2]), prefix_length)
     routed = scores["routed"]

@@ -1,12 +1,15 @@
 "Levels by token: nothing of the future, the same choices however a text is read, budgets on held-out text, files."
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from merge_lab import token_routing
 from merge_lab.cli import main
 from merge_lab.nested_model import write_quantized
-from merge_lab.run_folder import read_json
+from merge_lab.run_folder import read_json, RunInterrupted
 from merge_lab.systems.router import RouterConfig, run, use_kept
 from merge_lab.text_windows import collate, exact_logits, text_windows
 from merge_lab.tinylm import tiny_model, tiny_tokenizer
@@ -218,3 +221,25 @@ def test_a_budget_has_to_be_said(folder, tmp_path):
     with pytest.raises(ValueError, match="Routers by token spend a budget"):
         run(RouterConfig(str(folder), granularity="token", output_dir=str(tmp_path / "run"), **words))
     assert not (tmp_path / "run").exists() and RouterConfig("quantized").granularity == "prompt"
+
+
+def test_a_run_by_token_that_is_stopped_measures_nothing_twice(folder, tmp_path, monkeypatch):
+    config = RouterConfig(str(folder), dataset=["prose"], granularity="token", target_bits=TARGET, precisions=[3, 4, 5, 8], max_length=24, prefix_length=PROMPT, num_samples=12, num_validation=8, output_dir=str(tmp_path / "cut"))
+    calls, measure = [], token_routing.whole_token_costs
+
+    def counted(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(token_routing, "whole_token_costs", counted)
+    with pytest.raises(RunInterrupted, match="what was measured is in .*--resume"):
+        run(config)
+    monkeypatch.setattr(token_routing, "token_costs", lambda *_, **__: pytest.fail("measured again"))
+    run(dataclasses.replace(config, resume=True))
+    assert len(calls) == 1 + 3  # of three batches one was there
+    monkeypatch.undo()
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+    files = [(tmp_path / name / token_routing.TOKEN_ROUTERS_FILE).read_bytes() for name in ("cut", "whole")]
+    assert files[0] == files[1]
