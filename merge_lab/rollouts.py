@@ -40,6 +40,8 @@ from .scoring import evaluating, MAX_TOKENS, positions_of
 from .token_losses import shift_labels
 from .training import MergerTrainer
 
+
+# %% ../nbs/33_rollouts.ipynb #8c155122
 logger = logging.getLogger(__name__)
 
 # %% ../nbs/33_rollouts.ipynb #4bbb8ee5
@@ -120,6 +122,7 @@ def _lines(file: Path) -> list[dict]:
     return rows
 
 
+# %% ../nbs/33_rollouts.ipynb #491cbb96
 class Draft:
     "Batches of answers, in the order in which they are drawn."
 
@@ -167,6 +170,7 @@ def _drawn(model, prompts: Sequence[Sequence[int]], room: int, ends: Sequence[in
     return [_up_to_end(row, ends) for row in said.tolist()]
 
 
+# %% ../nbs/33_rollouts.ipynb #2d5f2000
 def drawn_answers(
     model,  # transformers model or Merger
     prompts: Sequence[Sequence[int]],  # token ids
@@ -185,9 +189,8 @@ def drawn_answers(
     answers, draft = [[] for _ in prompts], draft or Draft()
     with evaluating(model), torch.random.fork_rng():
         for number, (batch, new) in enumerate(answer_batches(prompts, room, positions_of(model), batch_size, max_tokens)):
-            own = [list(prompts[p]) for p in batch]
-            asked = (own, new, temperature, seed + number * _APART)
-            said = draft.next(asked, len(own), partial(_drawn, model, own, new, ends, options, seed + number * _APART))
+            own, of_batch = [list(prompts[p]) for p in batch], seed + number * _APART
+            said = draft.next((own, new, temperature, of_batch), len(own), partial(_drawn, model, own, new, ends, options, of_batch))
             for position, answer in zip(batch, said):
                 answers[position] = answer
             if bar is not None:
@@ -350,6 +353,7 @@ def _written(merger: Merger, tokenizer, questions: Sequence[dict], config, progr
         raise stopped(None, f"what components have written is in {folder}", go_on, "while components write") from error
 
 
+# %% ../nbs/33_rollouts.ipynb #39ca0f46
 def divided_rows(
     merger: Merger,
     tokenizer,
@@ -374,6 +378,7 @@ def divided_rows(
     return list(left), held_out
 
 
+# %% ../nbs/33_rollouts.ipynb #8cdc18fc
 def save_divided(folder: Path, learned: Sequence[dict], held_out: Sequence[dict]):
     "Keep what components wrote with a run, in place of their draft."
     values = [torch.full((len(row["labels"]),), own) for rows, own in ((learned, True), (held_out, False)) for row in rows]

@@ -88,6 +88,7 @@ def split_documents(documents: list[str], split: str) -> list[str]:
     return [document for i, document in enumerate(dict.fromkeys(documents)) if i % 10 in held]
 
 
+# %% ../nbs/28_text_windows.ipynb #6989bb42
 PASSAGE = 4000  # characters of one
 
 
@@ -105,6 +106,7 @@ def passages(
     return found + ["\n\n".join(own)] * bool(own)
 
 
+# %% ../nbs/28_text_windows.ipynb #e8b7e024
 @lru_cache
 def whole_corpus(kind: str) -> list[str]:
     "All passages of `prose` or `code`; a paragraph that comes again is left out. Reading the standard library's source takes seconds."
@@ -152,6 +154,7 @@ def text_rows(
     return [{"text": text} for text in split_documents(texts, split)]
 
 
+# %% ../nbs/28_text_windows.ipynb #261ce837
 def read_documents(
     name: str,  # as for `text_rows`
     split: str,
@@ -183,6 +186,7 @@ def encode_row(tokenizer, row: dict) -> tuple[list[int], list[bool]]:  # tokens,
     return ids, [True] * len(ids)
 
 
+# %% ../nbs/28_text_windows.ipynb #7842055b
 def pieces_of(
     rows: list[dict],  # with text or messages, in their order
     tokenizer,
@@ -264,6 +268,7 @@ def collate(
     return ids, labels
 
 
+# %% ../nbs/28_text_windows.ipynb #540b435b
 def prompts_of(
     windows: list[Window],
     prefix_length: int,  # tokens that are prompt, at least

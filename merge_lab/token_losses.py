@@ -227,7 +227,7 @@ def reverse_kl_rows(z: Tensor, teacher: Tensor, temperature: float):
 
 
 def jsd_rows(z: Tensor, teacher: Tensor, temperature: float, beta: float = 0.5):
-    "Generalised Jensen-Shannon divergence of each row and the softmax of the teacher's logits; beta: the teacher's part of the mixture, above 0 and below 1."
+    "Generalised Jensen-Shannon divergence of each row and the softmax of the teacher's logits; beta: the teacher's part of the mixture, above 0 and below 1. Raises `ValueError` for any other."
     if not 0 < beta < 1:
         raise ValueError(f"beta={beta}: expected a number between 0 and 1, neither of them. At the ends it is a KL: use 'kl' or 'reverse_kl'.")
     log_q, log_p = _log_softmax(z, temperature), _log_softmax(teacher.to(z.dtype), temperature)

@@ -166,6 +166,7 @@ def scored_after(
     return labels[:, prefix_length + 1 :] != -100
 
 
+# %% ../nbs/31_token_routing.ipynb #0a9ae1cd
 @torch.no_grad()
 def record_states(
     model: LayerwiseQuantizeForCausalLM,

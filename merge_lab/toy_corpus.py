@@ -254,6 +254,7 @@ def prose_documents() -> dict[str, list[str]]:  # topic -> its paragraphs
     return found
 
 
+# %% ../nbs/16_toy_corpus.ipynb #757dfa56
 def code_documents() -> dict[str, list[str]]:  # module -> its functions and classes
     "Functions and classes of the standard library, printed without docstrings and comments."
     found = {}
