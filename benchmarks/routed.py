@@ -45,7 +45,9 @@ def main():
     model.slot.keep_all = True
     kinds = {"prose": "prose", "code": "code", "chat": str(bundled_path(f"tasks/{CHAT}"))}
     known = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    known["about"] = dict(windows=args.windows, seq_len=args.seq_len, prefix=PREFIX, precisions=PRECISIONS, chat=CHAT, versions={name: version(name) for name in ("torch", "transformers")}, machine=platform.processor() or platform.machine())
+    about = dict(windows=args.windows, seq_len=args.seq_len, prefix=PREFIX, precisions=PRECISIONS, chat=CHAT, versions={name: version(name) for name in ("torch", "transformers")}, machine=platform.processor() or platform.machine())
+    if known.setdefault("about", about) != about:
+        parser.error(f"{args.output} holds what was measured of {known['about']}, and this is {about}. Name another --output.")
     sizes, names = sizes_of(model), list(linear_bytes(model))
 
     def note(**row):
@@ -57,7 +59,7 @@ def main():
         return {name: PRECISIONS[k] for name, k in zip(names, best_mix(costs.sum(2).mean((0, 1)), sizes, budget_of(model, target)))}
 
     for seed in args.seeds:
-        if any(row["seed"] == seed and row["text"] == "mixed" and row["budget"] == args.budgets[-1] for row in known["rows"]):
+        if {row["budget"] for row in known["rows"] if row["seed"] == seed and row["text"] == "mixed"} >= set(args.budgets):
             continue
         known["rows"], began = [row for row in known["rows"] if row["seed"] != seed], time.process_time()
         costs, tests = {}, {}

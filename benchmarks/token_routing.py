@@ -340,7 +340,7 @@ def main():
     parser.add_argument("parts", nargs="+", choices=["oracles", "layers", *WAYS])
     parser.add_argument("--nested", default="runs/nested-benchmark/nested-permute-compensated", help="quantised folder")
     parser.add_argument("--cache", default="runs/token-routing-benchmark", help="what is measured once")
-    parser.add_argument("--text", default="prose")
+    parser.add_argument("--text", default="prose", choices=["prose", "code"], help="kind of text, of which every token counts (default: prose)")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--train", type=int, default=40)
     parser.add_argument("--oracle_windows", type=int, default=4, help="windows of the oracle by layer (default: 4)")

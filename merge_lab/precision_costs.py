@@ -177,11 +177,13 @@ def find_price(
     target_bits: float,
     tolerance: float,  # bits
 ) -> float:
-    "The price at which the average is nearest to the target, by bisection."
+    "The price at which the average is nearest to the target, by bisection. Raises `FloatingPointError` where nothing is spent that is a number."
     tried = {}
 
     def above(price):  # how many bits too many
         tried[price] = spend(price)
+        if math.isnan(tried[price]):
+            raise FloatingPointError(f"at a price of {price:g} no number of bits is spent: no token counts, or routers gave NaN.")
         return tried[price] - target_bits
 
     sign = 1 if above(0.0) > 0 else -1

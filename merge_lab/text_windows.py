@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'HUB_TEXT', 'LOCAL_TEXT', 'PASSAGE', 'FEWEST_DOCUMENTS', 'chat_text', 'row_text', 'text_paths', 'hub_text',
            'split_documents', 'passages', 'whole_corpus', 'text_documents', 'text_rows', 'read_documents', 'Window',
-           'encode_row', 'pieces_of', 'windows_of', 'text_windows', 'collate', 'prompts_of', 'windows_at_once',
+           'counted_ids', 'pieces_of', 'windows_of', 'text_windows', 'collate', 'prompts_of', 'windows_at_once',
            'few_of', 'window_losses', 'window_divergences', 'exact_logits', 'score_windows', 'bits_by_kind']
 
 # %% ../nbs/28_text_windows.ipynb #1a27d822
@@ -98,12 +98,15 @@ def passages(
 ) -> list[str]:
     "Paragraphs that follow each other, together; one that comes again is left out."
     paragraphs = list(dict.fromkeys(paragraphs))
-    size, found, own = min(PASSAGE, sum(map(len, paragraphs)) // (2 * least)), [], []
+    size, found, own, long = min(PASSAGE, sum(map(len, paragraphs)) // (2 * least)), [], [], 0
     for paragraph in paragraphs:
         own.append(paragraph)
-        if sum(map(len, own)) >= size:
-            found, own = [*found, "\n\n".join(own)], []
-    return found + ["\n\n".join(own)] * bool(own)
+        long += len(paragraph)
+        if long >= size:
+            found.append("\n\n".join(own))
+            own, long = [], 0
+    found += ["\n\n".join(own)] * bool(own)
+    return paragraphs if len(found) < least <= len(paragraphs) else found
 
 
 # %% ../nbs/28_text_windows.ipynb #e8b7e024
@@ -175,14 +178,19 @@ class Window:
 
 
 # %% ../nbs/28_text_windows.ipynb #26596472
-def encode_row(tokenizer, row: dict) -> tuple[list[int], list[bool]]:  # tokens, and which of them count
-    "A document, or a conversation, of which answers count. Raises `ValueError` that names a row which the template refuses."
-    if "messages" in row and tokenizer.chat_template:
+def counted_ids(
+    tokenizer,
+    row: dict,  # with text or messages
+    answers: bool = True,  # whether of a conversation only answers count
+) -> tuple[list[int], list[bool]]:  # tokens, the document's end included, and which of them count
+    "A document, or a conversation by the tokenizer's template. All of it counts where there is no template. Raises `ValueError` that names a row which the template refuses."
+    if answers and "messages" in row and tokenizer.chat_template:
         try:
             return assistant_spans(tokenizer, row)
         except ValueError as error:
             raise ValueError(f"{place_of(row)}: {error}") from error
-    ids = tokenizer(row_text(row, tokenizer), add_special_tokens=False).input_ids
+    ends = tokenizer.eos_token_id is not None and not ("messages" in row and tokenizer.chat_template)  # a template has an end of its own
+    ids = [*tokenizer(row_text(row, tokenizer), add_special_tokens=False).input_ids, *[tokenizer.eos_token_id] * ends]
     return ids, [True] * len(ids)
 
 
@@ -191,20 +199,20 @@ def pieces_of(
     rows: list[dict],  # with text or messages, in their order
     tokenizer,
     seq_len: int,
+    answers: bool = True,  # whether of a conversation only answers count
 ) -> Iterator[list[tuple[list[int], list[bool]]]]:  # tokens, and which of them count, of windows that belong together
     "Windows of each document that is long enough; of shorter ones, and of what is left of long ones, put together, whenever they fill one."
-    held, end = ([], []), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    held = ([], [])
     for row in rows:
-        (ids, counted), behind = encode_row(tokenizer, row), end if "text" in row else []  # a conversation has an end of its own
+        ids, counted = counted_ids(tokenizer, row, answers)
         whole = len(ids) - len(ids) % seq_len
         if whole:
             yield [(ids[at : at + seq_len], counted[at : at + seq_len]) for at in range(0, whole, seq_len)]
         if len(ids) - whole >= seq_len // 4 or not whole:
-            held[0].extend([*ids[whole:], *behind])
-            held[1].extend([*counted[whole:], *(True for _ in behind)])
+            held = (held[0] + ids[whole:], held[1] + counted[whole:])
         if len(held[0]) >= seq_len:
             yield [(held[0][:seq_len], held[1][:seq_len])]
-            held = ([], [])
+            held = (held[0][seq_len:], held[1][seq_len:])
 
 
 # %% ../nbs/28_text_windows.ipynb #5c3eeb46
@@ -215,13 +223,18 @@ def windows_of(
     n: int,  # fewer if the text is short
     split: str,
     seed: int,
+    prefix_length: int | None = None,  # tokens that are prompt: behind them two at least count; None: half of a window
+    answers: bool = True,  # whether of a conversation only answers count
 ) -> list[Window]:
     "Windows of one dataset, from as many documents as there are. Raises `ValueError` if it is shorter than one window."
-    rows = text_rows(name, split)
-    found, more, each = [], [], math.ceil(n / max(1, len(rows)))
-    for pieces in pieces_of(random.Random(seed).sample(rows, len(rows)), tokenizer, seq_len):
-        pieces = [(ids, counted) for ids, counted in pieces if any(counted[seq_len // 2 :])]  # something is left to score behind a prompt
-        found, more = found + pieces[:each], more + pieces[each:]
+    rows, prefix = text_rows(name, split), seq_len // 2 if prefix_length is None else prefix_length
+    if not rows:
+        raise ValueError(f"{name} ({split}): of so few documents none is left for this split. Give more text.")
+    found, more, each = [], [], math.ceil(n / len(rows))
+    for pieces in pieces_of(random.Random(seed).sample(rows, len(rows)), tokenizer, seq_len, answers):
+        pieces = [(ids, counted) for ids, counted in pieces if sum(counted[prefix:]) > 1]
+        found.extend(pieces[:each])
+        more.extend(pieces[each:])
         if len(found) >= n:
             break
     found = [*found, *more][:n]
@@ -240,15 +253,17 @@ def text_windows(
     n: int,  # windows in all; fewer if the text is short
     split: str = "train",
     seed: int = 0,
+    prefix_length: int | None = None,  # tokens that are prompt: behind them two at least count; None: half of a window
+    answers: bool = True,  # whether of a conversation only answers count
 ) -> list[Window]:
     "Windows of text from documents in a seeded order, without overlap. Raises `ValueError` if a dataset is shorter than one window."
     wanted = math.ceil(n / len(names))
-    return [window for name in names for window in windows_of(tokenizer, name, seq_len, wanted, split, seed)]
+    return [window for name in names for window in windows_of(tokenizer, name, seq_len, wanted, split, seed, prefix_length, answers)]
 
 # %% ../nbs/28_text_windows.ipynb #afc0a419
 def collate(
     windows: list[Window],
-    prefix_length: int,  # tokens that are prompt
+    prefix_length: int,  # tokens that are prompt, at least
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:  # input ids and labels, (batch, tokens)
     "Stack windows; labels of the prompt, and of what does not count, are -100. Raises `ValueError` if nothing is left to score."

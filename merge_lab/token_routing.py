@@ -162,8 +162,9 @@ def scored_after(
     labels: Tensor,  # (windows, tokens), -100 where nothing is scored
     prefix_length: int,
 ) -> Tensor:  # (windows, tokens behind the prompt but the last) bool
-    "Which of the tokens behind the prompt predict one that is scored."
-    return labels[:, prefix_length + 1 :] != -100
+    "Which of the tokens behind the prompt predict one that is scored. The first that is scored is predicted by the prompt's last token."
+    scored = labels != -100
+    return (scored & (scored.cumsum(1) > 1))[:, prefix_length + 1 :]
 
 
 # %% ../nbs/31_token_routing.ipynb #0a9ae1cd
@@ -298,9 +299,9 @@ def score_tokens(
         part = windows[first : first + batch_size]
         ids, labels = collate(part, prefix_length, model.device)
         output = model.infer_forward(ids, labels=labels)
-        labels = labels.index_fill(1, torch.tensor([prefix_length], device=labels.device), -100)  # the prompt's last token predicts it
         counted = scored_after(labels, prefix_length)
-        mean = lambda values, counted=counted: ((values.nan_to_num() * counted).sum(1) / counted.sum(1)).tolist()
+        labels = torch.cat([torch.full_like(labels[:, : prefix_length + 1], -100), labels[:, prefix_length + 1 :].masked_fill(~counted, -100)], 1)
+        mean = lambda values, counted=counted: (values.masked_fill(~counted, 0).sum(1) / counted.sum(1)).tolist()
         kl = token_divergences(output.logits, exact[first : first + batch_size])[:, prefix_length:]
         frame = pd.DataFrame(dict(kind=[window.kind for window in part], kl=mean(kl), ce=window_losses(output.logits, labels).tolist()))
         frames.append(frame if model.assignment is not None else frame.assign(real_bits=mean(output.bits[:, prefix_length:-1])))

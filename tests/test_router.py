@@ -21,6 +21,7 @@ from transformers import HfArgumentParser, TrainerCallback
 
 from merge_lab import nested_model, precision_costs, text_windows as windows_module
 from merge_lab.architecture import decoder_layers
+from merge_lab.chat import assistant_spans
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main
 from merge_lab.components import load_model
@@ -31,7 +32,7 @@ from merge_lab.run_folder import bundled_path, read_history, RunInterrupted
 from merge_lab.systems import router
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
 from merge_lab.systems.router import RouterConfig, RouterTrainer, run
-from merge_lab.text_windows import collate, exact_logits, score_windows, text_windows, window_losses, windows_at_once
+from merge_lab.text_windows import counted_ids, collate, exact_logits, score_windows, text_rows, text_windows, window_losses, windows_at_once
 from merge_lab.tinylm import save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 CASES = [("llama", torch.float32), ("qwen2", torch.float32), ("qwen2", torch.bfloat16)]
@@ -41,16 +42,16 @@ SMALL = dict(dataset=["tasks"], seq_len=24, device="cpu")
 @pytest.fixture(scope="module", autouse=True)
 def conversations_are_rendered_once():
     "Most runs here read the bundled conversations, and their template takes longer than their training."
-    real, known = windows_module.chat_text, {}
+    real, known = windows_module.counted_ids, {}
 
-    def chat_text(rows, tokenizer):
-        key = repr(rows), tokenizer.chat_template
+    def counted_ids(tokenizer, row, answers=True):
+        key = repr(row), tokenizer.chat_template, answers
         if key not in known:
-            known[key] = real(rows, tokenizer)
+            known[key] = real(tokenizer, row, answers)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows_module, "chat_text", chat_text)
+        patch.setattr(windows_module, "counted_ids", counted_ids)
         yield
 
 
@@ -313,9 +314,11 @@ def test_the_splits_of_every_kind_of_text_are_apart_and_complete(tmp_path):
     paragraphs = [f"Paragraph {i % 20}." for i in range(40)]
     (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
     tokenizer = tiny_tokenizer()
+    (tmp_path / "uneven.txt").write_text("\n\n".join(["long " * 1000, *paragraphs[:9]]))
     for name, count in (
         (tmp_path / "chat.jsonl", [16, 2, 2]),
         (tmp_path / "text.txt", [16, 2, 2]),
+        (tmp_path / "uneven.txt", [8, 1, 1]),
         ("prose", None),
         ("code", None),
     ):
@@ -327,6 +330,26 @@ def test_the_splits_of_every_kind_of_text_are_apart_and_complete(tmp_path):
         assert not (train & validation or train & test or validation & test)
         if count:
             assert [len(side) for side in sides] == count
+
+
+def test_windows_begin_and_end_where_text_does_and_answers_count(tmp_path):
+    tokenizer = tiny_tokenizer()
+    row = {"messages": [{"role": "user", "content": "the old cat sleeps in the garden"}, {"role": "assistant", "content": "the cat sleeps"}]}
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps(row) for _ in range(40)))
+    ids, said = assistant_spans(tokenizer, row)
+    length = 2 * len(ids)
+    window = text_windows(tokenizer, [str(tmp_path / "chat.jsonl")], length, 1)[0]
+    assert window.input_ids.tolist() == ids * 2 and window.scored.tolist() == [bool(own) for own in said] * 2
+    assert text_windows(tokenizer, [str(tmp_path / "chat.jsonl")], length, 1, answers=False)[0].scored is None
+    with pytest.raises(ValueError, match="or no answers in them"):
+        text_windows(tokenizer, [str(tmp_path / "chat.jsonl")], length, 1, prefix_length=length - 1)
+    bare = tiny_tokenizer()
+    bare.chat_template = None
+    window = text_windows(bare, [str(tmp_path / "chat.jsonl")], length, 1)[0]
+    assert bare.eos_token_id in window.input_ids and window.scored is None
+    (tmp_path / "long.txt").write_text("\n\n".join(f"the dog {'runs ' * 60}{i}" for i in range(20)))
+    starts = {tuple(counted_ids(tokenizer, row)[0][:12]) for row in text_rows(str(tmp_path / "long.txt"), "train")}
+    assert all(tuple(text_windows(tokenizer, [str(tmp_path / "long.txt")], 12, 1, seed=seed)[0].input_ids.tolist()) in starts for seed in range(5))
 
 
 def router_config(folder, save_dir, **options):

@@ -155,6 +155,15 @@ def test_of_a_conversation_only_answers_count():
     assert fit_token_routers(routers, states, log_factors(costs, 1))[0] < 0.5
 
 
+def test_a_budget_is_met_on_conversations(folder):
+    "A token that predicts the first word of an answer is prompt, and reads nothing of the budget."
+    train, validation = (text_windows(tiny_tokenizer(), ["tasks"], seq_len=48, n=12, split=split, prefix_length=PROMPT) for split in ("train", "validation"))
+    model = TokenwiseQuantizeForCausalLM.from_quantized(folder, precisions=[3, 4, 5, 8])
+    model.fit_by_token(train, validation, PROMPT, TARGET)
+    found = model.beside_static(validation, PROMPT)["routed"]
+    assert abs(model.spent_bits(validation, PROMPT) - TARGET) < 0.2 and abs(found["real_bits"] - TARGET) < 0.4
+
+
 def test_what_can_be_predicted_is_predicted_and_noise_is_not():
     generator = torch.Generator().manual_seed(0)
     routers = TokenRouters(torch.ones(2, 3), torch.ones(2, 3), 8)

@@ -208,7 +208,7 @@ def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
     model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, None, find_device(config.device), config.trust_remote_code)
     check_mix_budgets(model, config)
     seen, prefix = few_of(windows), max(1, config.max_length // 8)
-    held = few_of(text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "validation", config.seed))
+    held = few_of(text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "validation", config.seed, answers=False))
     costs = rescaled(token_costs(model, seen, prefix, seed=config.seed), uniform_costs(model, seen, prefix, exact_logits(model, seen)))
     measured = uniform_costs(model, held, prefix, exact_logits(model, held))
     mixes = [row for row in read_mixes(config.output_dir)["mixes"] if row["target"] not in config.static]
@@ -228,7 +228,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     tokenizer = load_tokenizer(config.model_path)
     model = load_model(config.model_path, config.dtype, trust_remote_code=config.trust_remote_code).to(device)
     check_quantizable(model)
-    windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed)
+    windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed, answers=False)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
     if config.static and config.resume and has_all_layers(config.output_dir, model):  # before options are written down
         check_mix_budgets(LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, trust_remote_code=config.trust_remote_code), config)

@@ -93,7 +93,7 @@ class RouterConfig(Options):
     model_path: str = option("", "Quantised model: a folder made by `merge-lab quantize`", group="Model and text")
     dataset: list[str] = option(["prose", "code", "tasks"], "Text: prose, code, tasks, c4, wikitext2, ptb, pileval or a path", group="Model and text")
     max_length: int = option(512, "Tokens of a window", low=2, high=131072, group="Model and text", aliases=("seq_len",))
-    prefix_length: int = option(64, "Tokens at the start of a window that the router sees; the rest is scored", low=1, group="Model and text")
+    prefix_length: int = option(64, "Tokens at the start of a window that the router sees, in a conversation all up to the next answer; the rest is scored, of a conversation the answers", low=1, group="Model and text")
     num_samples: int = option(1000, "Windows for training", low=1, group="Model and text", aliases=("num_examples",))
     num_validation: int = option(100, "Windows for validation", low=1, group="Model and text")
     per_device_train_batch_size: int = option(4, "Windows per step", low=1, group="Training", aliases=("batch_size",))
@@ -605,7 +605,7 @@ def load_parts(config: RouterConfig) -> tuple:  # model, windows for training an
         router_hidden=config.router_hidden, dropout=config.dropout,
     )  # fmt: skip
     check_budget(model.precisions, config.target_bits, memory_table(model).real_bits[1:].tolist(), config.granularity == "token")
-    text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.max_length, seed=config.seed)
+    text = dict(tokenizer=tokenizer, names=config.dataset, seq_len=config.max_length, seed=config.seed, prefix_length=config.prefix_length)
     train = text_windows(n=config.num_samples, split="train", **text)
     return model, train, text_windows(n=config.num_validation, split="validation", **text)
 
