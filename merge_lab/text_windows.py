@@ -227,18 +227,17 @@ def windows_of(
     answers: bool = True,  # whether of a conversation only answers count
 ) -> list[Window]:
     "Windows of one dataset, from as many documents as there are. Raises `ValueError` if it is shorter than one window."
-    rows, prefix = text_rows(name, split), seq_len // 2 if prefix_length is None else prefix_length
-    if not rows:
+    prefix = seq_len // 2 if prefix_length is None else prefix_length
+    if not (rows := text_rows(name, split)):
         raise ValueError(f"{name} ({split}): of so few documents none is left for this split. Give more text.")
     found, more, each = [], [], math.ceil(n / len(rows))
     for pieces in pieces_of(random.Random(seed).sample(rows, len(rows)), tokenizer, seq_len, answers):
-        pieces = [(ids, counted) for ids, counted in pieces if sum(counted[prefix:]) > 1]
+        pieces = [piece for piece in pieces if sum(piece[1][prefix:]) > 1]
         found.extend(pieces[:each])
         more.extend(pieces[each:])
         if len(found) >= n:
             break
-    found = [*found, *more][:n]
-    if not found:
+    if not (found := [*found, *more][:n]):
         raise ValueError(f"{name} ({split}): fewer than seq_len={seq_len} tokens, or no answers in them. Use shorter windows.")
     if len(found) < n:
         logger.warning("%s (%s): %d windows of %d tokens, %d were asked for", name, split, len(found), seq_len, n)

@@ -274,11 +274,9 @@ def fit_by_token(
 
     costs = measure() if place is None else kept(place / "linear_costs.safetensors", measure)
     least, most = (8 * sum(own[bits] for own in linear_bytes(self).values()) / budget_of(self, 8) for bits in (self.precisions[0], self.precisions[-1]))
-    budgets = {target} | {target + sign * step for step in above for sign in (-1, 1)} | {least}
-    budgets = sorted(real for real in budgets if least <= real <= most)
+    budgets = sorted(real for real in {target, least, *(target + sign * step for step in above for sign in (-1, 1))} if least <= real <= most)
     mixes = best_mixes(self, costs, budgets)
-    mean = level_costs(costs, make_levels(self, mixes), self.precisions)
-    self.set_levels(mixes, budgets.index(target), mean)
+    self.set_levels(mixes, budgets.index(target), level_costs(costs, make_levels(self, mixes), self.precisions))
     states, tokens, counted = record_states(self, self.levels, train, prefix_length, self.start, folder=place)
     shares = fit_token_routers(self.token_routers, states, log_factors(tokens, self.start, counted=counted), counted)
     self.fit_token_price(validation, prefix_length, target)

@@ -45,7 +45,7 @@ def conversations_are_rendered_once():
     real, known = windows_module.counted_ids, {}
 
     def counted_ids(tokenizer, row, answers=True):
-        key = repr(row), tokenizer.chat_template, answers
+        key = repr(row), tokenizer.chat_template, tokenizer.name_or_path, len(tokenizer), answers
         if key not in known:
             known[key] = real(tokenizer, row, answers)
         return known[key]
