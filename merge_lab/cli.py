@@ -334,11 +334,6 @@ def main(words: list[str] | None = None) -> int:  # key of EXIT
             print(without_tokens(f"merge-lab {words[0]}: {told}"), file=sys.stderr)
         return status
 
-# %% ../nbs/60_cli.ipynb #b0db8c63
-if __name__ == "__main__" and "__file__" in globals():  # python -m merge_lab.cli; a notebook is no file
-    sys.exit(main())
-
-
 # %% ../nbs/60_cli.ipynb #444b3f5a
 def printed(
     show: Callable[[], int | None],  # prints, and may return a key of EXIT
@@ -454,3 +449,8 @@ def _set_logging(level: int):
         transformers_logging.disable_progress_bar()
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     transformers_logging.set_verbosity(logging.WARNING if loud else logging.ERROR)
+
+# %% ../nbs/60_cli.ipynb #812f7df7
+if __name__ == "__main__" and "__file__" in globals():  # python -m merge_lab.cli; a notebook is no file
+    sys.exit(main())
+

@@ -341,3 +341,9 @@ def test_what_is_printed_for_copying_uses_the_main_names():
     for name, *words in found:
         flags = {re.match(r"[\w-]*", word[2:])[0] for word in words if word.startswith("--")}
         assert not flags & alias_names(CONFIGS[name]).keys(), (name, words)
+
+
+def test_the_module_is_the_command_too(tmp_path):
+    words = ["mask-merge", "nowhere", "nor-here", "--datasets", "none", "--output_dir", str(tmp_path / "run")]
+    found = subprocess.run([sys.executable, "-m", "merge_lab.cli", *words], check=False, capture_output=True, text=True)
+    assert found.returncode == 2 and "merge-lab mask-merge: " in found.stderr and "Traceback" not in found.stderr
