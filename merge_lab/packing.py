@@ -137,11 +137,15 @@ def _asking_attention(module: nn.Module, *tensors: Tensor | None, **options) -> 
     return (sdpa if wanted is None or options.get("position_bias") is not None else wanted)(module, *tensors, **options)
 
 
+_asking_attention.package = "merge_lab"  # known by it, for a module that is loaded again has another function of this name
+
+
 def has_torch_attention(config) -> bool:  # of a decoder
     "Whether attention may be taken in another way: it is torch's own, nobody else put a function in its place, and there is one config for all layers."
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ours = ALL_ATTENTION_FUNCTIONS["sdpa"] is _asking_attention or ALL_ATTENTION_FUNCTIONS["sdpa"].__module__.startswith("transformers.")
+    now = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ours = getattr(now, "package", None) == "merge_lab" or now.__module__.startswith("transformers.")
     return ours and getattr(config, "_attn_implementation", None) == "sdpa" and not getattr(config, "sub_configs", None)
 
 

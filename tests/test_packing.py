@@ -1,6 +1,7 @@
 "Rows that share lines give what padded rows give, and models that cannot share them are found out."
 
 import copy
+import importlib.util
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Objective
 from merge_lab.packing import Packed, agrees, lines_of, shared_lines
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TINY = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
 FAMILIES = {
@@ -325,3 +327,18 @@ def test_a_model_that_is_compiled_later_is_compiled_in_one_piece():
     model, batch = plain_model("llama").base_model.model.eval(), batch_of((9, 9))
     wanted = model(batch["input_ids"], use_cache=False).logits
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(batch["input_ids"], use_cache=False).logits, wanted)
+
+
+def test_a_module_that_is_loaded_again_knows_who_took_attention():
+    "As where a notebook reloads what was edited: otherwise rows would be taken the slow way without a word."
+    spec = importlib.util.spec_from_file_location("merge_lab.packing_again", packing.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    for first, second in ((again, packing), (packing, again)):
+        with first.other_attention(lambda *_, **__: "taken"):
+            assert second.has_torch_attention(config)
+        with second.other_attention(lambda *_, **__: "taken"):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"](None) == "taken"
+    with packing.other_attention(lambda *_, **__: None):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is packing._asking_attention
