@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.run_folder import bundled_path, write_json
-from merge_lab.static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
-from merge_lab.nested_model import linear_bytes
+from merge_lab.static_mix import headroom, rescaled, token_costs, uniform_costs
 from merge_lab.text_windows import exact_logits, score_windows, text_windows
+from merge_lab.token_levels import best_mixes
 
 PREFIX, PRECISIONS = 32, [3, 4, 5, 6, 8]
 CHAT = "rewrite"  # the one chat task
@@ -48,7 +48,6 @@ def main():
     about = dict(windows=args.windows, seq_len=args.seq_len, prefix=PREFIX, precisions=PRECISIONS, chat=CHAT, versions={name: version(name) for name in ("torch", "transformers")}, machine=platform.processor() or platform.machine())
     if known.setdefault("about", about) != about:
         parser.error(f"{args.output} holds what was measured of {known['about']}, and this is {about}. Name another --output.")
-    sizes, names = sizes_of(model), list(linear_bytes(model))
 
     def note(**row):
         known["rows"].append(row)
@@ -56,7 +55,7 @@ def main():
         print({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}, flush=True)
 
     def mix_of(costs, target):
-        return {name: PRECISIONS[k] for name, k in zip(names, best_mix(costs.sum(2).mean((0, 1)), sizes, budget_of(model, target)))}
+        return best_mixes(model, costs.sum(2).mean((0, 1)), [target])[0]
 
     for seed in args.seeds:
         if {row["budget"] for row in known["rows"] if row["seed"] == seed and row["text"] == "mixed"} >= set(args.budgets):

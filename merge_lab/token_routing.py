@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'TOKEN_ROUTERS_FILE', 'fit_ridge', 'TokenRouters', 'TokenPlan', 'TokenwiseQuantizeForCausalLM',
-           'scored_after', 'record_states', 'log_factors', 'fit_token_routers', 'score_tokens', 'show_token_result']
+           'routed_labels', 'scored_after', 'record_states', 'log_factors', 'fit_token_routers', 'score_tokens',
+           'show_token_result']
 
 # %% ../nbs/31_token_routing.ipynb #536e95df
 from dataclasses import dataclass, field
@@ -158,13 +159,19 @@ def written_bits(self) -> float:  # NaN where nothing was written
     return torch.cat([part.flatten() for part in self.plan.spent]).nanmean().item()
 
 # %% ../nbs/31_token_routing.ipynb #a1725102
+def routed_labels(
+    labels: Tensor,  # (windows, tokens), -100 where nothing is scored
+) -> Tensor:  # the same
+    "Labels without the first that is scored: the prompt's last token predicts it."
+    return labels.masked_fill((labels != -100).cumsum(1) == 1, -100)
+
+
 def scored_after(
     labels: Tensor,  # (windows, tokens), -100 where nothing is scored
     prefix_length: int,
 ) -> Tensor:  # (windows, tokens behind the prompt but the last) bool
-    "Which of the tokens behind the prompt predict one that is scored. The first that is scored is predicted by the prompt's last token."
-    scored = labels != -100
-    return (scored & (scored.cumsum(1) > 1))[:, prefix_length + 1 :]
+    "Which of the tokens behind the prompt predict one that is scored."
+    return routed_labels(labels)[:, prefix_length + 1 :] != -100
 
 
 # %% ../nbs/31_token_routing.ipynb #0a9ae1cd
@@ -297,8 +304,7 @@ def score_tokens(
         part = windows[first : first + batch_size]
         ids, labels = collate(part, prefix_length, model.device)
         output = model.infer_forward(ids, labels=labels)
-        counted = scored_after(labels, prefix_length)
-        labels = torch.cat([torch.full_like(labels[:, : prefix_length + 1], -100), labels[:, prefix_length + 1 :].masked_fill(~counted, -100)], 1)
+        counted, labels = scored_after(labels, prefix_length), routed_labels(labels)
         mean = lambda values, counted=counted: (values.masked_fill(~counted, 0).sum(1) / counted.sum(1)).tolist()
         kl = token_divergences(output.logits, exact[first : first + batch_size])[:, prefix_length:]
         frame = pd.DataFrame(dict(kind=[window.kind for window in part], kl=mean(kl), ce=window_losses(output.logits, labels).tolist()))

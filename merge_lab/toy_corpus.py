@@ -8,9 +8,9 @@ __all__ = ['synonyms', 'other_word', 'days', 'prepositions', 'tasks', 'more_task
            'more_steps', 'draw_sentence', 'sentence_of', 'rewrite', 'summarize', 'extract', 'quiz', 'sort', 'date',
            'generate_tasks', 'asked_of', 'generate_all', 'make_tasks', 'choice_row', 'ask_synonym', 'ask_kind',
            'ask_odd', 'ask_day', 'generate_mmlu', 'choice_key', 'make_mmlu', 'prose_documents', 'code_documents',
-           'without_docstrings', 'text_corpus', 'text_hash', 'repeat', 'thank', 'ask_back', 'fact', 'vocabulary',
-           'task_tokenizer', 'base_row', 'encode_question', 'fit', 'shuffled_batches', 'held_out_text', 'make_base',
-           'make_expert', 'make_experts', 'make_experts_of']
+           'prose_paragraphs', 'code_paragraphs', 'without_docstrings', 'text_corpus', 'text_hash', 'repeat', 'thank',
+           'ask_back', 'fact', 'vocabulary', 'task_tokenizer', 'base_row', 'encode_question', 'fit', 'shuffled_batches',
+           'held_out_text', 'make_base', 'make_expert', 'make_experts', 'make_experts_of']
 
 # %% ../nbs/16_toy_corpus.ipynb #b1362b9d
 import ast
@@ -19,6 +19,7 @@ import hashlib
 import random
 import re
 import sysconfig
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -268,6 +269,16 @@ def code_documents() -> dict[str, list[str]]:  # module -> its functions and cla
 CORPORA = {"prose": prose_documents, "code": code_documents}
 
 
+def prose_paragraphs():
+    "Paragraphs of all topics."
+    yield from chain.from_iterable(prose_documents().values())
+
+
+def code_paragraphs():
+    "Functions and classes of all modules."
+    yield from chain.from_iterable(code_documents().values())
+
+
 def without_docstrings(tree: ast.AST) -> ast.AST:
     "The tree with every docstring taken out, in place; an empty body becomes `pass`."
     for node in ast.walk(tree):
@@ -283,7 +294,7 @@ def text_corpus(
 ) -> list[str]:
     "Paragraphs of real text from the running Python's standard library. Raises `ValueError` if it has fewer characters."
     check_choice("kind", kind, CORPORA, "Use 'prose' for documentation, 'code' for source.")
-    paragraphs = [paragraph for own in CORPORA[kind]().values() for paragraph in own]
+    paragraphs = list(chain.from_iterable(CORPORA[kind]().values()))
     if seed is not None:
         random.Random(seed).shuffle(paragraphs)
     kept, total = [], 0
