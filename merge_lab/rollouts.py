@@ -6,8 +6,8 @@
 __all__ = ['logger', 'ANSWERS_OF', 'ENOUGH_ROWS', 'MOST_ANSWERS', 'DRAFT', 'FARTHER', 'WRITTEN', 'ROLLOUTS', 'AnswerConfig',
            'check_can_write', 'check_answers', 'Draft', 'drawn_answers', 'answer_ends', 'answered_row',
            'component_answers', 'user_turn', 'written_questions', 'with_start', 'save_rows', 'read_rows_of', 'own_rows',
-           'question_in', 'asked_of', 'divided_rows', 'save_divided', 'rows_in', 'Rollouts', 'spread', 'log_probs_of',
-           'RolloutTrainer']
+           'question_in', 'asked_of', 'rows_read', 'enough_questions', 'divided_rows', 'save_divided', 'rows_in',
+           'Rollouts', 'spread', 'log_probs_of', 'RolloutTrainer']
 
 # %% ../nbs/33_rollouts.ipynb #c8efec5a
 import dataclasses
@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -338,6 +339,38 @@ def question_in(row: dict) -> dict:  # with labels that are all -100
 def asked_of(rows: Sequence[dict]) -> list[tuple]:  # encoded rows, with their source
     "What tells the question of each row from others."
     return [(row["source"], *question_in(row)["input_ids"]) for row in rows]
+
+# %% ../nbs/33_rollouts.ipynb #aa1e583a
+def rows_read(
+    config,  # of the run: `by_layer`, `end_to_end`, and the fields of `LoopConfig` and of steps
+    own: int,  # rows of a component
+    total: int,  # of all
+    components: int,
+    processes: int = 1,
+) -> int:
+    "Rows of a component that training takes in, at most."
+    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+    by_layer = config.layer_steps * a_step / components if config.by_layer else 0
+    steps = (config.finish_steps if config.by_layer else config.max_steps) if config.end_to_end else 0
+    return own if steps < 0 else min(own, math.ceil(max(by_layer, steps * a_step * own / total)))
+
+
+def enough_questions(
+    questions: Sequence[dict],  # encoded, with their source
+    config,  # of the run
+    processes: int = 1,
+) -> list[dict]:  # in their order
+    "As many prompts of each component as training takes in rows, and a few more that choose the masks; not fewer than `ENOUGH_ROWS`."
+    of, chosen = {}, []
+    for place, row in enumerate(questions):
+        of.setdefault(row["source"], []).append(place)
+    for source, own in of.items():
+        wanted = max(rows_read(config, len(own), len(questions), len(of), processes), ENOUGH_ROWS) + config.held_out_rows
+        chosen += random.Random(config.seed + source).sample(own, wanted) if wanted < len(own) else own
+    if len(chosen) < len(questions):
+        logger.info("components answer %d of %d prompts: training takes in no more", len(chosen), len(questions))
+    return [questions[place] for place in sorted(chosen)]
+
 
 # %% ../nbs/33_rollouts.ipynb #2270a68d
 def _written(merger: Merger, tokenizer, questions: Sequence[dict], config, progress: bool) -> list[dict]:

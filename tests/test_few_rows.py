@@ -14,7 +14,7 @@ from merge_lab.config import read_yaml
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.objective import Batch, importance, label_log_probs
-from merge_lab.rollouts import asked_of, DRAFT, drawn_answers, read_rows_of, spread, WRITTEN
+from merge_lab.rollouts import asked_of, DRAFT, drawn_answers, ENOUGH_ROWS, read_rows_of, spread, WRITTEN
 from merge_lab.run_folder import bundled_path, read_rows, RunInterrupted
 from merge_lab.scoring import MAX_TOKENS
 from merge_lab.systems.mask_merge import make_trainer, prepare, run, show_result
@@ -186,6 +186,15 @@ def test_many_prompts_are_answered_once_and_few_more_often(tmp_path):
     options = dict(dataset_configs=prompts_alone(tmp_path), answers="components", answer_tokens=8, max_steps=1, save_merged=False, eval_samples=0)
     run(small(tmp_path / "run", **options), progress=False)
     assert len(read_rows_of(tmp_path / "run" / "run" / WRITTEN)[0]) == 2 * 10 * 7
+
+
+@pytest.mark.parametrize("train_mode", ["end_to_end", "layerwise"])
+def test_prompts_that_training_does_not_come_to_are_not_answered(tmp_path, train_mode):
+    options = dict(dataset_configs=prompts_alone(tmp_path, n=200), answers="components", answer_tokens=4, max_steps=1, layer_steps=1, save_merged=False, eval_samples=0, held_out_rows=4)
+    found = run(small(tmp_path / "run", train_mode=train_mode, **options), progress=False)
+    rows = read_rows_of(tmp_path / "run" / "run" / WRITTEN)[0]
+    assert len(rows) == len(set(asked_of(rows))) == 2 * (ENOUGH_ROWS + 4)
+    assert len(found.held_out["looks"]) > 1
 
 
 def test_whoever_has_prompts_written_has_them_answered(tmp_path):
