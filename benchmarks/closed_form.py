@@ -29,6 +29,8 @@ from merge_lab.regmean import regmean, regmean_plus
 from merge_lab.run_folder import write_json
 from merge_lab.search import judge_of
 
+SCALE = 0.9  # of regmean and regmean_plus, where nothing is said
+
 
 def solved(lineup, rows: list[list[dict]], mode: str, ridge: float, unscored: float) -> dict:
     "The tensors of a merge whose coefficients were solved for."
@@ -45,6 +47,7 @@ def main():
     parser.add_argument("--rows", nargs="+", type=int, default=[8, 16, 64], help="training rows of each task")
     parser.add_argument("--ridges", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="pulls towards the average, in units of a system's mean diagonal entry")
     parser.add_argument("--unscored", nargs="+", type=float, default=[1.0], help="weights of tokens of prompts, beside 1 of answers' (default: 1)")
+    parser.add_argument("--scales", nargs="+", type=float, default=[SCALE], help=f"factors of RegMean's off-diagonal entries (default: {SCALE:g})")
     parser.add_argument("--without", nargs="+", default=[], choices=["RegMean", "RegMean++"], help="what is left out")
     parser.add_argument("--test_rows", type=int, default=60, help="test rows of each task (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are drawn")
@@ -75,9 +78,9 @@ def main():
     for n in args.rows:
         lineup.rows = [some[:n] for some in drawn]
         lineup.kept.clear()
-        for name, method in (("RegMean", regmean), ("RegMean++", regmean_plus)):
+        for (name, method), scale in itertools.product((("RegMean", regmean), ("RegMean++", regmean_plus)), args.scales):
             if name not in args.without:
-                note(f"{name}, {n} rows", lambda method=method: method(lineup))
+                note(f"{name}{'' if scale == SCALE else f', factor {scale:g}'}, {n} rows", partial(method, lineup, scale))
         for mode, ridge, unscored in itertools.product(args.modes, args.ridges, args.unscored):
             told = "" if unscored == 1 else f", tokens of prompts {unscored:g}"
             note(f"least squares, {mode}, ridge {ridge:g}{told}, {n} rows", partial(solved, lineup, [some[:n] for some in drawn], mode, ridge, unscored))
