@@ -33,9 +33,10 @@ from merge_lab.nested_model import layer_linears, linear_bytes, memory_table
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.run_folder import write_json
 from merge_lab.same_function import leave_grid
-from merge_lab.static_mix import best_mix, budget_of, headroom, rescaled, sizes_of, token_costs, uniform_costs
+from merge_lab.static_mix import budget_of, headroom, measured_costs
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
-from merge_lab.text_windows import collate, exact_logits, text_windows, window_divergences, window_losses
+from merge_lab.text_windows import collate, text_windows, window_divergences, window_losses
+from merge_lab.token_levels import best_mixes
 from merge_lab.writer import write_tokenizer
 
 PREFIX = 32  # tokens of a window that are not scored
@@ -200,15 +201,11 @@ def score_static(bench: Bench):
     begun, used, options = time.perf_counter(), processor_seconds(), bench.options
     model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested, [3, 4, 5, 6, 8])
     few = text_windows(load_tokenizer(bench.base), [options.text], options.seq_len, options.cost_windows, "train", 0)
-    measured = uniform_costs(model, few, PREFIX, exact_logits(model, few))
-    costs = rescaled(token_costs(model, few, PREFIX), measured)
+    costs = measured_costs(model, few, PREFIX)
     rows = headroom(model, costs, options.budgets).to_dict("records")
     bench.keep("headroom", seconds=time.perf_counter() - begun, processor_seconds=processor_seconds() - used, rows=rows)
-    mean, sizes = costs.sum(2).mean((0, 1)), sizes_of(model)
-    for target in options.budgets:
-        choice = best_mix(mean, sizes, budget_of(model, target))
-        bits = {name: model.precisions[k] for name, k in zip(linear_bytes(model), choice)}
-        read = sum(sizes[n, k].item() for n, k in enumerate(choice))
+    for target, bits in zip(sorted(options.budgets), best_mixes(model, costs.sum(2).mean((0, 1)), options.budgets)):
+        read = sum(own[bits[name]] for name, own in linear_bytes(model).items())
         bench.score(f"static {target:g}", bench.dequantized(model, bits), read_bytes=read, real_bits=read / budget_of(model, 1), bits=bits)
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.run_folder import bundled_path, write_json
-from merge_lab.static_mix import headroom, rescaled, token_costs, uniform_costs
+from merge_lab.static_mix import headroom, measured_costs
 from merge_lab.text_windows import exact_logits, score_windows, text_windows
 from merge_lab.token_levels import best_mixes
 
@@ -64,7 +64,7 @@ def main():
         costs, tests = {}, {}
         for kind, source in kinds.items():
             few = text_windows(tokenizer, [source], args.seq_len, args.windows, "train", seed)
-            costs[kind] = rescaled(token_costs(model, few, PREFIX, seed=seed), uniform_costs(model, few, PREFIX, exact_logits(model, few)))
+            costs[kind] = measured_costs(model, few, PREFIX, seed)
             windows = text_windows(tokenizer, [source], args.seq_len, args.windows, "test", seed)
             tests[kind] = windows, exact_logits(model, windows)
         costs["mixed"] = torch.cat(list(costs.values()), 1)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE))
 
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.run_folder import write_json
-from merge_lab.static_mix import rescaled, token_costs, uniform_costs
+from merge_lab.static_mix import measured_costs
 from merge_lab.text_windows import collate, exact_logits, text_windows
 from merge_lab.token_levels import best_mixes, layer_token_costs, level_costs, make_levels, oracle_table, run_choice, token_divergences, whole_token_costs
 from merge_lab.token_losses import kl_loss
@@ -75,9 +75,7 @@ class Bench:
 
     def mean_costs(self):
         "Mean cost of each linear at each precision, from training windows."
-        few = self.windows("train", 8)
-        measured = uniform_costs(self.model, few, PREFIX, exact_logits(self.model, few))
-        return rescaled(token_costs(self.model, few, PREFIX), measured).sum(2).mean((0, 1))
+        return measured_costs(self.model, self.windows("train", 8), PREFIX).sum(2).mean((0, 1))
 
     def draw(self, split: str, n: int):
         "Ids and exact logits, some windows at a time."

@@ -411,25 +411,23 @@ def loss_of_rows(
 ) -> Loss:
     "A distance to a sample's own component, in both forms."
 
-    def at(temperature, taken):
-        given = {name: value for name, value in taken.items() if name in facts.get("takes", ())}
+    def at(temperature, options):  # takes what is its own out of the options
+        given = {name: options.pop(name) for name in facts.get("takes", ()) if name in options}
         if facts.get("tempered") or temperature is not None:
             given["temperature"] = 1.0 if temperature is None else temperature
             check_temperature(given["temperature"])
         return partial(rows, **given) if given else rows
 
-    def left(options):
-        return {name: value for name, value in options.items() if name not in facts.get("takes", ())}
-
     def plain(logits, teacher, mask=None, temperature=None, **options):
         check_same_shape(logits, teacher)
-        return logits_loss(logits, at(temperature, options), [teacher], mask, **left(options))
+        own = at(temperature, options)
+        return logits_loss(logits, own, [teacher], mask, **options)
 
     def chunked(
         hidden, teacher, weight, teacher_weight, mask=None, temperature=None, *, teacher_bias=None, softcap=None, logit_scale=1.0, **options
     ):
-        teachers = [(teacher, teacher_weight, teacher_bias)]
-        return _linear_to_teachers(hidden, teachers, weight, at(temperature, options), mask, softcap, logit_scale, left(options))
+        own = at(temperature, options)
+        return _linear_to_teachers(hidden, [(teacher, teacher_weight, teacher_bias)], weight, own, mask, softcap, logit_scale, options)
 
     return Loss(plain, chunked, caption, **facts)
 

@@ -144,6 +144,8 @@ class Draft:
         draw: Callable[[], list[list[int]]],
     ) -> list[list[int]]:
         "The next batch: as it stands here, or drawn now. From the first that is of something else nothing is taken."
+        if self.file is None:
+            return draw()
         of, place = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16], self.place
         self.place += 1
         if place < len(self.held):

@@ -23,7 +23,7 @@ from .nested_model import linear_bytes, Plan
 from .precision_costs import find_price, kept, MEASURED
 from .routed_model import LayerwiseQuantizeForCausalLM, prompt_mask
 from .run_folder import save_tensors, write_json
-from .static_mix import budget_of, kept_of, rescaled, token_costs, uniform_costs
+from .static_mix import budget_of, kept_of, measured_costs
 from .text_windows import collate, exact_logits, few_of, Window, window_losses
 from .token_levels import best_mixes, level_costs, Levels, make_levels, token_divergences, whole_token_costs
 
@@ -276,8 +276,7 @@ def fit_by_token(
     few, place = few_of(train), None if folder is None else Path(folder) / MEASURED
 
     def measure():
-        measured = uniform_costs(self, few, prefix_length, exact_logits(self, few))
-        return rescaled(token_costs(self, few, prefix_length, seed=seed), measured).sum(2).mean((0, 1))
+        return measured_costs(self, few, prefix_length, seed).sum(2).mean((0, 1))
 
     costs = measure() if place is None else kept(place / "linear_costs.safetensors", measure)
     least, most = (8 * sum(own[bits] for own in linear_bytes(self).values()) / budget_of(self, 8) for bits in (self.precisions[0], self.precisions[-1]))

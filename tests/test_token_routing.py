@@ -245,7 +245,7 @@ def test_a_run_by_token_that_is_stopped_measures_nothing_twice(folder, tmp_path,
     monkeypatch.setattr(token_routing, "whole_token_costs", counted)
     with pytest.raises(RunInterrupted, match="what was measured is in .*--resume"):
         run(config)
-    monkeypatch.setattr(token_routing, "token_costs", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(token_routing, "measured_costs", lambda *_, **__: pytest.fail("measured again"))
     run(dataclasses.replace(config, resume=True))
     assert len(calls) == 1 + 3  # of three batches one was there
     monkeypatch.undo()

@@ -31,7 +31,7 @@ from ..origins import write_sums
 from ..provenance import check_same_inputs, note_inputs
 from ..routed_model import LayerwiseQuantizeForCausalLM, MIXES_FILE, read_mixes
 from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run, resume_command, write_json
-from ..static_mix import rescaled, static_mixes, token_costs, uniform_costs
+from ..static_mix import measured_costs, static_mixes, uniform_costs
 from ..text_windows import exact_logits, few_of, text_paths, text_windows, Window
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
     check_mix_budgets(model, config)
     seen, prefix = few_of(windows), max(1, config.max_length // 8)
     held = few_of(text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "validation", config.seed, answers=False))
-    costs = rescaled(token_costs(model, seen, prefix, seed=config.seed), uniform_costs(model, seen, prefix, exact_logits(model, seen)))
+    costs = measured_costs(model, seen, prefix, config.seed)
     measured = uniform_costs(model, held, prefix, exact_logits(model, held))
     mixes = [row for row in read_mixes(config.output_dir)["mixes"] if row["target"] not in config.static]
     mixes = sorted([*mixes, *static_mixes(model, held, prefix, config.static, costs, measured)], key=lambda row: row["target"])

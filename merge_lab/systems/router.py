@@ -40,7 +40,7 @@ from ..precision_costs import average_real_bits, fit_costs, fit_price, kept, mea
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
-from ..static_mix import best_mix, budget_of, check_budget, expected_real_bits, headroom, kept_of, rescaled, sizes_of, token_costs, uniform_costs
+from ..static_mix import best_mix, budget_of, check_budget, expected_real_bits, headroom, kept_of, measured_costs, sizes_of
 from ..text_windows import collate, exact_logits, few_of, score_windows, text_paths, text_windows, Window, windows_at_once
 from ..token_routing import show_token_result, TOKEN_ROUTERS_FILE, TokenwiseQuantizeForCausalLM
 from ..training import attach_watchers, check_report_to, KeepBest, MergerTrainer, ProgressBar, train_from, training_arguments
@@ -461,8 +461,7 @@ def linear_costs(self) -> Tensor:  # (linears, precisions) nats per scored token
         found = [real.iloc[0] + share * (real.iloc[-1] - real.iloc[0]) for share in (0.1, 0.2, 0.3)]
         if config.target_bits is not None:
             found = [config.target_bits]
-        measured = uniform_costs(model, few, config.prefix_length, exact_logits(model, few))
-        costs = rescaled(token_costs(model, few, config.prefix_length, seed=config.seed), measured)
+        costs = measured_costs(model, few, config.prefix_length, config.seed)
         write_json(self.folder / HEADROOM_FILE, dict(rows=headroom(model, costs, found).to_dict("records")))
         return costs.sum(2).mean((0, 1))
 
