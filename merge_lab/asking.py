@@ -22,12 +22,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from .commands import Viewed
 from .config import check_choice
-from .evaluation import check_length, evaluating, greedy_options, pad_left, positions_of
+from .evaluation import check_length, greedy_options, pad_left, positions_of
 from .chat import template_ids
 from .lesson import patch_to
 from .merger import Merger
 from .run_folder import add_rows, kept_rows, PREFERENCES
-from .scoring import keeping_masks
+from .scoring import generating, keeping_masks
 from .turns import WorksInTurn
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def generate_pieces(
     greedy = greedy_options(merger, tokenizer)
     inputs, mask = (tensor.to(merger.device) for tensor in pad_left([ids], greedy["pad_token_id"]))
     options = greedy | dict(max_new_tokens=room) | options
-    with evaluating(merger):
+    with generating(merger):
         said = merger.generate(
             input_ids=inputs, attention_mask=mask, streamer=streamer, stopping_criteria=StoppingCriteriaList([Halt(*stops)]), **options
         )

@@ -21,7 +21,7 @@ from .chat import ChatCollator
 from .checkpoints import config_value
 from .evaluation import multiple_choice, option_scores, option_tails, perplexity, positions_of
 from .logs import tqdm
-from .scoring import evaluating
+from .scoring import generating
 
 # %% ../nbs/37_depth_scores.ipynb #1ecb6eda
 def cloze_questions(
@@ -91,7 +91,7 @@ def generation_facts(
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
     options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    with evaluating(model):
+    with generating(model):
         start = time.perf_counter()
         cached = model.generate(ids, use_cache=True, **options)[0, length:]
         seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ from .config import check_choice
 from .logs import tqdm
 from .merger import Merger
 from merge_lab.scoring import (  # noqa: F401
-    CHECKED_TOKENS, MAX_TOKENS, ModelParts, check_length, cut_model, evaluating, keeping_masks, parts_agree, positions_of, row_nats, scoring,
+    CHECKED_TOKENS, MAX_TOKENS, ModelParts, check_length, cut_model, evaluating, generating, keeping_masks, parts_agree, positions_of, row_nats, scoring,
     warn_whole, whole_model,
 )
 
@@ -152,7 +152,7 @@ def generate_answers(
     greedy = greedy_options(model, tokenizer, next(iter(rows), None))
     answers = [""] * len(rows)
     bar = tqdm(total=len(rows), unit="row", disable=not progress, leave=False) if bar is None else bar
-    with evaluating(model):
+    with generating(model):
         for batch, new in answer_batches(prompts, room, positions_of(model), batch_size, max_tokens_per_batch):
             ids, mask = (tensor.to(model.device) for tensor in pad_left([prompts[p] for p in batch], greedy["pad_token_id"]))
             options = dict(greedy, max_new_tokens=new)

@@ -37,7 +37,7 @@ from .merger import Merger
 from .merger_config import anchored
 from .objective import Batch, label_log_probs, Objective, OLD_LOG_PROBS
 from .run_folder import add_row, resume_command, save_tensors, stopped, write_rows
-from .scoring import evaluating, MAX_TOKENS, positions_of
+from .scoring import generating, MAX_TOKENS, positions_of
 from .token_losses import shift_labels
 from .training import MergerTrainer
 
@@ -190,7 +190,7 @@ def drawn_answers(
     options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
     options |= {"num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": list(ends), "pad_token_id": ends[0]}
     answers, draft = [[] for _ in prompts], draft or Draft()
-    with evaluating(model), torch.random.fork_rng():
+    with generating(model), torch.random.fork_rng():
         for number, (batch, new) in enumerate(answer_batches(prompts, room, positions_of(model), batch_size, max_tokens)):
             own, of_batch = [list(prompts[p]) for p in batch], seed + number * _APART
             said = draft.next((own, new, temperature, of_batch), len(own), partial(_drawn, model, own, new, ends, options, of_batch))

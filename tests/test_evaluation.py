@@ -96,10 +96,23 @@ def test_batch_size_and_order_change_nothing():
 def test_answers_are_greedy_whatever_the_model_prefers():
     model = tiny_model(seed=2)
     plain = ev.generate_answers(model, tokenizer, rows, max_new_tokens=5)
-    settings = dict(do_sample=True, temperature=9.0, top_k=3, repetition_penalty=5.0)
+    settings = dict(
+        do_sample=True,
+        temperature=9.0,
+        top_k=3,
+        repetition_penalty=5.0,
+        no_repeat_ngram_size=1,
+        min_new_tokens=5,
+        begin_suppress_tokens=list(range(100)),
+        sequence_bias=[[[7], 50.0]],
+        num_return_sequences=2,
+        return_dict_in_generate=True,
+        max_time=0.0,
+    )
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
     assert ev.generate_answers(model, tokenizer, rows, max_new_tokens=5) == plain
+    assert model.generation_config.temperature == 9.0
 
 
 def test_answers_stop_at_any_end_token():

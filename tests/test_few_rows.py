@@ -8,7 +8,8 @@ import pytest
 import torch
 from small_runs import SignalAt, small
 
-from merge_lab.chat import load_task, prompt_of
+from merge_lab.chat import chat_row, encode_questions, load_task, prompt_of
+from merge_lab.checkpoints import load_tokenizer
 from merge_lab.closed_form import solve_masks
 from merge_lab.config import read_yaml
 from merge_lab.merger import Merger
@@ -186,6 +187,20 @@ def test_many_prompts_are_answered_once_and_few_more_often(tmp_path):
     options = dict(dataset_configs=prompts_alone(tmp_path), answers="components", answer_tokens=8, max_steps=1, save_merged=False, eval_samples=0)
     run(small(tmp_path / "run", **options), progress=False)
     assert len(read_rows_of(tmp_path / "run" / "run" / WRITTEN)[0]) == 2 * 10 * 7
+
+
+@pytest.mark.parametrize("setting", [dict(min_p=0.5), dict(typical_p=0.2), dict(min_new_tokens=20), dict(suppress_tokens=list(range(5, 60))), dict(num_return_sequences=2)], ids=lambda setting: next(iter(setting)))
+def test_what_a_model_writes_is_its_own_whatever_its_settings_prefer(setting):
+    """Neither cut nor stretched: how likely an answer is, is told of the whole distribution."""
+    merger = Merger.from_config(MergerConfig([str(bundled_path(f"models/{task}")) for task in ("rewrite", "summarize")], base_model="mean", dtype="float32"))
+    tokenizer = load_tokenizer(bundled_path("models/rewrite"))
+    asked = encode_questions(tokenizer, [chat_row("Summarize: the cat sleeps in the garden.", "")] * 8, 0)
+    asked = [row["input_ids"] for row in asked], 16, [2], 2.0
+    plain = drawn_answers(merger, *asked)
+    assert min(map(len, plain)) > 4
+    for name, value in setting.items():
+        setattr(merger.model.generation_config, name, value)
+    assert drawn_answers(merger, *asked) == plain
 
 
 @pytest.mark.parametrize("train_mode", ["end_to_end", "layerwise"])

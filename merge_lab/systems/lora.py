@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ from ..provenance import check_same_inputs, note_inputs
 from merge_lab.run_folder import (
     begin_run, bundled_path, check_one_process, check_start, checkpoint_to_resume, one_run, resume_command, room_for, share_files, steps_of, stopped, whole_checkpoint, write_json, write_text,
 )
+from ..scoring import generating
 from merge_lab.sft_data import (
     bytes_of_token, check_padding, count_words, curriculum, encode_dataset, evaluation_steps, has_split, layout_of, longest_row, mix_tasks, prepare_dataset,
     split_batch, task_names, validation_budget, validation_sample,
@@ -488,7 +489,8 @@ def complete(
         encoded = tokenizer(prompt, return_tensors="pt")
     inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "use_cache": True} | generation
-    said = model.eval().generate(**inputs, **options)
+    with nullcontext() if options["do_sample"] else generating(model):  # the likeliest tokens are those of no penalty
+        said = model.eval().generate(**inputs, **options)
     return tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 # %% ../../nbs/40_systems/04_lora.ipynb #510d4591
