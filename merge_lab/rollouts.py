@@ -356,7 +356,7 @@ def rows_read(
     steps = (config.finish_steps if config.by_layer else config.max_steps) if config.end_to_end else 0
     return own if steps < 0 else min(own, math.ceil(max(by_layer, steps * a_step * own / total)))
 
-
+# %% ../nbs/33_rollouts.ipynb #4b7e87b4
 def enough_questions(
     questions: Sequence[dict],  # encoded, with their source
     config,  # of the run

@@ -119,7 +119,7 @@ def rescaled(
     sums = costs.sum((2, 3)).mean((0, 1))
     return costs * torch.where(sums > 0, measured / sums, torch.ones(()))
 
-
+# %% ../nbs/29_static_mix.ipynb #99f0f34a
 def measured_costs(
     model: LayerwiseQuantizeForCausalLM,
     windows: list[Window],
