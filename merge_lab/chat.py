@@ -555,7 +555,7 @@ def take_rows(
             chosen = generator.sample(own, min(n, len(own) // 10) or min(n, len(own)))
         held += [train[i] for i in chosen]
         taken |= set(chosen) if len(own) >= 10 else set()
-        if own and len(own) < 10:
+        if n and own and len(own) < 10:
             logger.warning("source %d has %d rows: too few to hold any out, so the masks are chosen on rows that are trained on, too.", source, len(own))
     left = [i for i in range(len(train)) if i not in taken]
     return (train.select(left) if taken else train), held

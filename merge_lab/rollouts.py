@@ -345,16 +345,17 @@ def asked_of(rows: Sequence[dict]) -> list[tuple]:  # encoded rows, with their s
 # %% ../nbs/33_rollouts.ipynb #aa1e583a
 def rows_read(
     config,  # of the run: `by_layer`, `end_to_end`, and the fields of `LoopConfig` and of steps
-    own: int,  # rows of a component
-    total: int,  # of all
-    components: int,
+    sizes: Sequence[int],  # rows of each component
+    place: int,  # component that is asked about
     processes: int = 1,
 ) -> int:
-    "Rows of a component that training takes in, at most."
-    a_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    by_layer = config.layer_steps * a_step / components if config.by_layer else 0
+    "Rows of a component that training takes in, at most; layer by layer a larger one makes up for others that have few."
+    a_step, own, total = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes, sizes[place], sum(sizes)
+    layer_rows = config.layer_steps * a_step if config.by_layer else 0
+    by_layer = layer_rows - sum(min(size, layer_rows // len(sizes)) for n, size in enumerate(sizes) if n != place)
     steps = (config.finish_steps if config.by_layer else config.max_steps) if config.end_to_end else 0
-    return own if steps < 0 else min(own, math.ceil(max(by_layer, steps * a_step * own / total)))
+    whole = own * config.num_train_epochs if steps < 0 else steps * a_step * own / total
+    return min(own, math.ceil(max(by_layer, whole)))
 
 # %% ../nbs/33_rollouts.ipynb #4b7e87b4
 def enough_questions(
@@ -362,22 +363,24 @@ def enough_questions(
     config,  # of the run
     processes: int = 1,
 ) -> list[dict]:  # in their order
-    "As many prompts of each component as training takes in rows, and a few more that choose the masks; not fewer than `ENOUGH_ROWS`."
+    "As many prompts of each component as training takes in rows, `ENOUGH_ROWS` at least, and a few more that choose the masks."
     of, chosen = {}, []
     for place, row in enumerate(questions):
         of.setdefault(row["source"], []).append(place)
-    for source, own in of.items():
-        wanted = max(rows_read(config, len(own), len(questions), len(of), processes), ENOUGH_ROWS) + config.held_out_rows
+    sizes = [len(own) for own in of.values()]
+    for n, (source, own) in enumerate(of.items()):
+        learned = max(rows_read(config, sizes, n, processes), ENOUGH_ROWS)
+        wanted = learned + min(config.held_out_rows, math.ceil(learned / 9))  # `take_rows` takes a tenth at most
         chosen += random.Random(config.seed + source).sample(own, wanted) if wanted < len(own) else own
     if len(chosen) < len(questions):
-        logger.info("components answer %d of %d prompts: training takes in no more", len(chosen), len(questions))
+        logger.info("components answer %d of %d prompts, enough for what training takes in", len(chosen), len(questions))
     return [questions[place] for place in sorted(chosen)]
-
 
 # %% ../nbs/33_rollouts.ipynb #2270a68d
 def _written(merger: Merger, tokenizer, questions: Sequence[dict], config, progress: bool) -> list[dict]:
     "`own_rows` of a run, each batch kept. Raises `RunInterrupted` if it is stopped."
     folder, state = Path(config.output_dir), PartialState()
+    questions = enough_questions(questions, config, state.num_processes)
     try:
         draft = Draft(folder / DRAFT, state.is_main_process)
         if state.num_processes > 1:  # what one has drawn, nobody draws

@@ -212,6 +212,18 @@ def test_prompts_that_training_does_not_come_to_are_not_answered(tmp_path, train
     assert len(found.held_out["looks"]) > 1
 
 
+def test_a_run_that_goes_on_says_of_no_prompt_that_it_is_answered(tmp_path, caplog):
+    options = dict(dataset_configs=prompts_alone(tmp_path, n=200), answers="components", answer_tokens=4, max_steps=1, save_merged=False, eval_samples=0)
+    config = small(tmp_path / "run", **options)
+    caplog.set_level("INFO")
+    run(config, progress=False)
+    rows = read_rows_of(tmp_path / "run" / "run" / WRITTEN)[0]
+    assert "components answer 144 of" in caplog.text and len(rows) == 2 * (ENOUGH_ROWS + 8)  # of the 32 that may choose the masks a tenth
+    caplog.clear()
+    run(dataclasses.replace(config, max_steps=2, resume=True), progress=False)
+    assert "components answer" not in caplog.text and read_rows_of(tmp_path / "run" / "run" / WRITTEN)[0] == rows
+
+
 def test_whoever_has_prompts_written_has_them_answered(tmp_path):
     assert small(tmp_path, dataset_configs={}, written_prompts=4).answers == "components"
 

@@ -39,7 +39,7 @@ from ..memory import fit_run, FitReport, readable
 from ..merger import Merger
 from ..merger_config import MergerConfig
 from ..provenance import check_same_inputs
-from ..rollouts import AnswerConfig, check_answers, check_can_write, divided_rows, DRAFT, enough_questions, Rollouts, RolloutTrainer, with_start, WRITTEN
+from ..rollouts import AnswerConfig, check_answers, check_can_write, divided_rows, DRAFT, Rollouts, RolloutTrainer, with_start, WRITTEN
 from ..run_folder import bundled_path, check_disk_space, check_start, last_checkpoint, one_run, resume_command, stopped, write_text
 from ..scoring import keeping_masks, positions_of
 from ..watch import told_run
@@ -389,7 +389,7 @@ def make_trainer(
     if config.are_written:
         check_can_write(ready.tokenizer, merger, config)
         open_together(config, ready.folder, ready.arguments, *read_by(config))
-        rows, held_out = divided_rows(merger, ready.tokenizer, enough_questions(rows, config, ready.arguments.world_size), config, progress)
+        rows, held_out = divided_rows(merger, ready.tokenizer, rows, config, progress)
     if solves:
         solve_start(merger, rows, config.seed, progress)
     kind, writer = (RolloutTrainer, {"writer": Rollouts(ready.tokenizer, collate, config, config.seed)}) if config.on_policy else (MergerTrainer, {})
