@@ -68,7 +68,7 @@ def check_room(merger: Merger, name: str, leaf: MaskedLinear):
     "Raise `ValueError` where the system of one weight does not fit into memory."
     inputs = leaf.weights["weight"][0].shape[1]
     unknowns = merger.n_components * inputs if merger.merger_config.mode == "vector_input" else merger.n_components
-    needed, free = 8 * (2 * unknowns**2 + (merger.n_components + 3) * inputs**2), free_memory("cpu")  # the matrix, its factors, Gram matrices and a block, in float64
+    needed, free = 8 * (4 * unknowns**2 + (merger.n_components + 3) * inputs**2), free_memory("cpu")  # float64: the matrix and copies that solving takes (measured: up to 4.6 in all), Gram matrices
     if needed > free:
         raise ValueError(
             f"least squares: the equations of {name} have {unknowns:,} unknowns, {inputs:,} inputs of {merger.n_components} components, and take {readable(needed)} of memory; {readable(free)} are free. "
