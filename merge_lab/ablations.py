@@ -9,6 +9,7 @@ __all__ = ['logger', 'DEFAULT', 'AXES', 'SAID', 'variants', 'AblationConfig', 'v
 # %% ../nbs/63_ablations.ipynb #61e3f87f
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from .logs import tqdm
 
-from .compare import check_compare, CompareConfig, costs_of, facts_of, first_models, measured, Record, reference_rows, Scorer, scores_of, StopInTime, trained_config, with_suite
+from .compare import check_suite, costs_of, facts_of, first_models, measured, Record, reference_rows, Scorer, scores_of, StopInTime, SuiteConfig, trained_config, with_suite
 from .comparison import candidates_of, comparison_table
 from .components import load_model
 from .config import check_choice, config_to_cli, option
@@ -61,14 +62,16 @@ def variants(
 
 # %% ../nbs/63_ablations.ipynb #ea8bb93b
 @dataclasses.dataclass
-class AblationConfig(CompareConfig):
-    "Options of a comparison; what is about opponents has no effect."
+class AblationConfig(SuiteConfig):
+    "What is changed, of which models' merge, and on what it is judged."
 
     axes: list[str] = option(list(AXES), f"What is changed, one at a time: {', '.join(AXES)}", group="Methods")
     output_dir: str = option("runs/ablations", "Folder of the study", group="Output", resumable=True, recipe=False)
 
     def __post_init__(self):
         super().__post_init__()
+        if len(self.components) > 1:
+            raise ValueError(f"components={self.components}: a study is of one number of models.")
         for axis in self.axes:
             check_choice("axes", axis, AXES)
 
@@ -95,7 +98,8 @@ def variant_rows(bench: Scorer, record: Record, root: Path, seed: int, seconds: 
             logger.warning("%s is left out: %s", name, error)
             continue
         model = load_model(place / "merged", bench.config.dtype)
-        record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1, {key: value for key, value in options.items()})
+        record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1, dict(options))
+        shutil.rmtree(place / "merged")  # a study has dozens of them, each as large as the model
 
 
 def axis_table(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:  # table: of `comparison_table`; index axis, row
@@ -143,9 +147,9 @@ class Ablations:
 
 @one_run
 def run(config: AblationConfig) -> Ablations:
-    "Train what is not there yet, and write table, picture and raw data. Raises before any long work what `check_compare` raises; `RunInterrupted` if stopped."
+    "Train what is not there yet, and write table, picture and raw data. Raises before any long work what `check_suite` raises; `RunInterrupted` if stopped."
     check_one_process("ablate")
-    config = check_compare(first_models(with_suite(config)))
+    config = check_suite(first_models(with_suite(config)))
     root = begin_run(config)
     bench, record = Scorer.of(config), Record(root)
     lineup = line_up(config.model_paths, config.base_model, config.datasets, config.dtype, 1, config.seed, bench.device)
@@ -170,8 +174,7 @@ def finish(bench: Scorer, record: Record, root: Path) -> Ablations:
     from merge_lab import report as R
     from merge_lab.figures import save_figure
 
-    facts = facts_of(bench, record, pd.DataFrame()) | {"axes": list(bench.config.axes)}
-    facts["command"] = facts["command"].replace("merge-lab compare", "merge-lab ablate")
+    facts = facts_of(bench, record, pd.DataFrame(), command="merge-lab ablate") | {"axes": list(bench.config.axes)}
     table, average = read_ablations(facts)
     write_json(root / "results.json", facts)
     write_text(root / "table.csv", table.to_csv())
