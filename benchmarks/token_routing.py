@@ -9,7 +9,7 @@ the prompt of test windows of one kind of text; training and validation windows 
     states    a linear router in each layer, on the hidden state before it, fitted to the tokens' divergences
     signals   the same fit on a few signals: entropy and margin of the prediction before, the norm of the state, and what reading the layer's linears at
               the fewest bits does to their outputs (as in DP-LLM, arXiv 2508.06041; exact here, where a real system estimates it)
-    trained   the routers of `states`, trained end to end: straight-through gates, the price of a bit met in each step
+    trained   the routers of `states`, trained end to end: straight-through gates, the price of a bit met at each look
 
 Raw data go to data/benchmarks/token_routing.json.
 """
@@ -32,8 +32,8 @@ from merge_lab.run_folder import write_json
 from merge_lab.static_mix import measured_costs
 from merge_lab.text_windows import collate, exact_logits, text_windows
 from merge_lab.token_levels import best_mixes, layer_token_costs, level_costs, make_levels, oracle_table, run_choice, token_divergences, whole_token_costs
-from merge_lab.token_losses import kl_loss
 from merge_lab.token_routing import fit_ridge, fit_token_routers, log_factors, TokenwiseQuantizeForCausalLM
+from merge_lab.token_training import gate_gradients, gate_loss
 
 PREFIX, AT_ONCE = 32, 4  # tokens of a prompt; windows of a pass
 BUDGETS = [3.2323, 3.5, 3.75, 4.0, 4.25, 4.5, 5.0, 6.0]  # bits a weight of the levels
@@ -250,51 +250,8 @@ def at_price_of(train, test, levels, start):
     return (test + torch.tensor(high).exp() * sizes).argmin(-1)
 
 
-def gate_gradients(bench: Bench, ids, exact):
-    "What each level of each layer would do to the divergence, (windows, tokens, layers, levels), to first order at the choices of a pass; and states before the layers."
-    model, levels, states, handles = bench.model, bench.levels, {}, []
-    gradients = torch.zeros(*ids.shape, len(levels.bits), len(levels.mixes))
-
-    def watch(n, name):
-        def hook(linear, args, output):
-            x = args[0].detach()
-            output.register_hook(lambda gradient: price(n, name, linear, x, gradient))
-
-        return hook
-
-    def price(n, name, linear, x, gradient):
-        bits = levels.bits[n][name]
-        for b in bits.unique().tolist():
-            product = (F.linear(x.to(gradient.dtype), linear.slot.get(linear, b)) * gradient).float().sum(-1)
-            gradients[:, :, n][..., bits == b] += product[..., None]
-
-    for n, own in enumerate(model._named):
-        handles += [linear.register_forward_hook(watch(n, name)) for name, linear in own.items()]
-    keep = model.decide
-
-    def decide(n, hidden):
-        states[n] = hidden.detach()
-        return keep(n, hidden)
-
-    model.decide = decide
-    handles.append(model.model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
-    labels = ids.clone()
-    labels[:, :PREFIX] = -100
-    try:
-        with torch.enable_grad():
-            model.start_plan(torch.ones_like(ids), labels)
-            logits = model.model(input_ids=ids, use_cache=False).logits
-            loss = kl_loss(logits[:, PREFIX:-1], exact[:, PREFIX:-1], torch.ones_like(ids[:, PREFIX + 1 :]).bool(), reduction="sum")
-            loss.backward()
-    finally:
-        del model.decide
-        for handle in handles:
-            handle.remove()
-    return gradients[:, PREFIX:-1], torch.stack([states[n] for n in sorted(states)], 2)[:, PREFIX:-1]
-
-
 def way_trained(bench: Bench, target: float):
-    "Routers of `states` trained end to end: the gradient of each gate at hard choices, a softmax over levels for what is not chosen, the price met in each step."
+    "Routers of `states` trained end to end."
     prepare(bench, target)
     model, options = bench.model, bench.options
     model.load_token_routers(bench.folder / f"states-{target:g}.safetensors")
@@ -316,15 +273,8 @@ def way_trained(bench: Bench, target: float):
         if step == options.steps:
             break
         part = [windows[(2 * step + k) % len(windows)] for k in range(2)]
-        ids, exact = collate(part, PREFIX)[0], exact_logits(model, part)
-        gradients, states = gate_gradients(bench, ids, exact)
         optimizer.zero_grad()
-        total = 0.0
-        for n in range(states.shape[2]):
-            costs = routers.costs[n] * routers.factors(n, states[:, :, n]).exp()[..., None] + routers.price * routers.sizes[n]
-            gate = (-costs / (routers.price * routers.sizes[n].diff().mean())).softmax(-1)  # as soft as a level is wide
-            total = total + (gate * (gradients[:, :, n] + routers.price * routers.sizes[n])).sum()
-        (total / gradients[..., 0, 0].numel()).backward()
+        gate_loss(routers, gate_gradients(model, part, PREFIX)).backward()
         optimizer.step()
     model.load_token_routers(bench.folder / f"trained-{target:g}.safetensors")
     measured(bench, "trained", [], scorer, target, looks=looks, steps=options.steps)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['error_products', 'drawn_labels', 'batch_token_costs', 'token_costs', 'uniform_costs', 'rescaled', 'measured_costs',
-           'best_mix', 'sizes_of', 'budget_of', 'check_budget', 'kept_of', 'static_mixes', 'spend', 'cost_of',
-           'by_layer', 'expected_real_bits', 'headroom']
+           'best_mix', 'sizes_of', 'budget_of', 'check_budget', 'paired_gain', 'kept_of', 'load_of', 'static_mixes',
+           'spend', 'cost_of', 'by_layer', 'expected_real_bits', 'headroom']
 
 # %% ../nbs/29_static_mix.ipynb #0d28c7a9
 import pandas as pd
@@ -175,13 +175,33 @@ def check_budget(
         raise ValueError(f"target_bits={target_bits:g}: the model reads {low:.4g} to {high:.4g} bits a weight, tables and scales included. Choose a target between them.")
 
 # %% ../nbs/29_static_mix.ipynb #c578e6ec
+def paired_gain(
+    static: Tensor,  # (windows,) nats, of a mix of the same bytes
+    routed: Tensor,  # (windows,) nats
+) -> dict[str, float]:  # gain, and its standard error over windows (of one window the gain itself): shares of the static divergence
+    "What routers save, window by window."
+    saved = (static.double() - routed.double()) / static.double().mean().clamp_min(1e-12)
+    gain = saved.mean()
+    return dict(gain=gain.item(), error=(saved.std() / len(saved) ** 0.5 if len(saved) > 1 else gain.abs()).item())
+
+
 def kept_of(
-    scores: dict[str, dict[str, float]],  # static and routed: kl and real_bits, on validation windows
+    scores: dict[str, dict[str, float]],  # static and routed, on validation windows; of routed real_bits, gain and error
     target: float | None,  # bits a weight; None: no budget
 ) -> str:  # static or routed
-    "What is worth keeping: routers only where they diverge less, and read no more than the budget but for 0.05 bits (held-out text may call for more than that on which they were fitted)."
-    dear = target is not None and scores["routed"]["real_bits"] > target + 0.05
-    return "static" if dear or scores["static"]["kl"] <= scores["routed"]["kl"] else "routed"
+    "What is worth keeping: routers only where they save more than the standard error beside a mix of the same bytes, and read no more than the budget but for 0.05 bits (held-out text may call for more than that on which they were fitted)."
+    routed = scores["routed"]
+    dear = target is not None and routed["real_bits"] > target + 0.05
+    return "routed" if not dear and routed["gain"] > routed["error"] else "static"
+
+
+def load_of(
+    choices: Tensor,  # (samples, layers) positions of levels
+    levels: int,
+) -> dict[str, list]:  # load: (layers, levels) shares; entropy: (layers,) nats, of 0 where all samples choose alike
+    "How often each level is chosen, and how evenly."
+    load = F.one_hot(choices.cpu().long(), levels).double().mean(0)
+    return dict(load=load.tolist(), entropy=torch.special.entr(load).sum(1).tolist())
 
 # %% ../nbs/29_static_mix.ipynb #d5df4be9
 def static_mixes(

@@ -535,14 +535,20 @@ def test_it_says_how_long_it_takes_before_it_begins(tiny, tmp_path, caplog, monk
     assert "about 3 min to measure costs (44 passes), then at most 3 min for 6 steps, which end after 2 epochs" in begun[0]
 
 
-def test_the_end_says_where_the_routers_are_and_the_words_load_them(tiny, tmp_path, capsys):
-    result = run(router_config(tiny, tmp_path / "run", target_bits=5.0))
+@pytest.mark.parametrize("options", [
+    dict(target_bits=5.0), dict(target_bits=5.0, precisions=[4, 5, 6], router_hidden=16), dict(target_bits=5.0, least_headroom=1.0),
+    dict(target_bits=5.0, granularity="token", token_steps=0),
+], ids=["prompt", "other routers", "the static mix is kept", "token"])  # fmt: skip
+def test_the_end_says_how_to_load_what_is_kept(tiny, tmp_path, capsys, options):
+    options = {"num_train_epochs": 1} | options if options.get("granularity") != "token" else options
+    words = {name: value for name, value in dataclasses.asdict(router_config(tiny, tmp_path / "run")).items() if name in ("dataset", "max_length", "prefix_length", "num_samples", "num_validation", "device")}
+    result = run(RouterConfig(str(tiny), output_dir=str(tmp_path / "run"), **words | options))
     router.show_result(result)
-    told = capsys.readouterr().out
-    names = {}
-    exec(told[told.index("from safetensors") :], names)  # noqa: S102
+    told, names = capsys.readouterr().out, {}
+    exec(told[told.index("from merge_lab") :], names)  # noqa: S102
     ids = torch.randint(7, 60, (8, 12))
-    assert torch.equal(names["model"].infer_forward(ids).bits, result[0].infer_forward(ids).bits)
+    loaded, own = names["model"].infer_forward(ids), result[0].infer_forward(ids)
+    assert torch.equal(loaded.logits, own.logits) and f"within the budget: {json.loads((tmp_path / 'run/static.json').read_text())['kept']}" in told
 
 
 def test_the_commands_end_with_the_next_step(tmp_path, capsys):
