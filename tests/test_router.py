@@ -536,7 +536,7 @@ def test_it_says_how_long_it_takes_before_it_begins(tiny, tmp_path, caplog, monk
 
 
 @pytest.mark.parametrize("options", [
-    dict(target_bits=5.0), dict(target_bits=5.0, precisions=[4, 5, 6], router_hidden=16), dict(target_bits=5.0, least_headroom=1.0),
+    dict(target_bits=5.0), dict(target_bits=6.0, precisions=[4, 5, 6], router_hidden=16), dict(target_bits=5.0, least_headroom=1.0),
     dict(target_bits=5.0, granularity="token", token_steps=0),
 ], ids=["prompt", "other routers", "the static mix is kept", "token"])  # fmt: skip
 def test_the_end_says_how_to_load_what_is_kept(tiny, tmp_path, capsys, options):
