@@ -535,6 +535,28 @@ def test_it_says_how_long_it_takes_before_it_begins(tiny, tmp_path, caplog, monk
     assert "about 3 min to measure costs (44 passes), then at most 3 min for 6 steps, which end after 2 epochs" in begun[0]
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gradients_of_a_blend_are_those_of_finite_differences(tiny, layer):
+    model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
+    model.gate = dict(gate="softmax", temperature=1.0, straight_through=False)
+    for own in model.routers.layers:
+        torch.nn.init.normal_(own[-1].weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(7, 60, (4, 16), generator=torch.Generator().manual_seed(1))
+    labels, bias = ids.masked_fill(torch.arange(16) < 6, -100), model.routers.layers[layer][-1].bias
+    model.train_forward(ids, labels=labels).loss.backward()
+
+    def loss(k, step):
+        with torch.no_grad():
+            bias[k] += step
+            found = model.train_forward(ids, labels=labels).loss.double().item()
+            bias[k] -= step
+        return found
+
+    told = torch.tensor([(loss(k, 0.3) - loss(k, -0.3)) / 0.6 for k in range(len(bias))])
+    assert bias.grad.abs().max() > 1e-5
+    torch.testing.assert_close(bias.grad.float(), told.float(), rtol=0.1, atol=2e-6)
+
+
 @pytest.mark.parametrize("options", [
     dict(target_bits=5.0), dict(target_bits=6.0, precisions=[4, 5, 6], router_hidden=16), dict(target_bits=5.0, least_headroom=1.0),
     dict(target_bits=5.0, granularity="token", token_steps=0),

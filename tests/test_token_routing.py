@@ -239,7 +239,10 @@ def test_the_command_fits_tells_and_keeps(folder, tmp_path, capsys, monkeypatch)
     assert not done, wrong
     facts = read_json(tmp_path / "run" / "static.json")
     assert f"within the budget: {facts['kept']}" in told and "real_bits" in told
-    assert abs(facts["routed"]["real_bits"] - TARGET) < 0.2 and facts["kept"] in ("static", "routed")
+    routed = facts["routed"]
+    assert abs(routed["real_bits"] - TARGET) < 0.2 and (facts["kept"] == "routed") == (routed["gain"] > routed["error"] and routed["real_bits"] <= TARGET + 0.05)
+    assert [row["oracle"] for row in facts["headroom"]] == ["static", "by token"] and "An oracle by token promises" in told
+    assert all(sum(own) == pytest.approx(1) for own in facts["load"]) and len(facts["entropy"]) == len(facts["load"]) == 3 and "entropy" in told
     assert read_json(tmp_path / "run" / "training_history.json")["epochs"][0]["real_bits"] == facts["routed"]["real_bits"]
     model = TokenwiseQuantizeForCausalLM.from_quantized(folder)
     assert use_kept(model, tmp_path / "run") == facts["kept"] and (model.assignment is None) == (facts["kept"] == "routed")
@@ -256,6 +259,12 @@ def test_the_fewest_bits_of_any_model_are_a_level(tmp_path):
 def test_what_is_of_prompts_alone_is_refused(option):
     with pytest.raises(ValueError, match=f"{option} would have no effect"):
         RouterConfig("any", granularity="token", **{option: {"num_costs": 3, "gate": "sparsemax", "dropout": 0.1}[option]})
+
+
+def test_where_an_oracle_has_too_little_to_win_the_mix_is_kept_and_nothing_trained(folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(token_training, "gate_gradients", lambda *_: pytest.fail("trained"))
+    config = RouterConfig(str(folder), dataset=["prose"], granularity="token", target_bits=TARGET, max_length=24, prefix_length=PROMPT, num_samples=8, num_validation=8, least_headroom=1.0, output_dir=str(tmp_path / "run"))
+    assert run(config)[1].attrs["static"]["kept"] == "static" and "least_headroom=1" in caplog.text
 
 
 def test_more_bytes_are_no_skill(fitted):
