@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['logger', 'Layout', 'FLOATING', 'METHOD', 'layer_linears', 'check_quantizable', 'quantize_layer', 'layers_prefix',
            'other_tensors', 'layer_file', 'weight_layout', 'plain_layout', 'layer_layout', 'misfit', 'file_misfit',
-           'layer_misfits', 'write_quantized', 'read_quantized', 'pick_precisions', 'load_nested', 'nest_layer',
-           'load_skeleton', 'Plan', 'check_finite', 'NestedModel', 'linear_bytes', 'split_assignment', 'as_assignment',
-           'Restore', 'memory_table', 'read_bytes', 'count_weights']
+           'layer_misfits', 'write_quantized', 'again', 'read_quantized', 'all_precisions', 'pick_precisions',
+           'load_nested', 'nest_layer', 'layer_tensors', 'fill_skeleton', 'read_by_transformers', 'load_skeleton',
+           'Plan', 'check_finite', 'NestedModel', 'linear_bytes', 'split_assignment', 'as_assignment', 'Restore',
+           'memory_table', 'read_bytes', 'count_weights']
 
 # %% ../nbs/26_nested_model.ipynb #b84ec5e1
 import json
 import logging
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -25,10 +27,10 @@ from torch import Tensor, nn
 from .anyprec import check_precisions, NestedLinear, NestedWeight, NOT_CODES, quantize_weight, WeightSlot
 from .architecture import decoder_layers
 from .checkpoints import LOAD_LOCK
-from .config import check_choice, read_json
+from .config import check_choice, check_type, read_json
 from .lesson import patch_to
 from .rounding import block_scales, round_weight
-from .run_folder import save_tensors, write_text
+from .run_folder import resume_command, save_tensors, write_text
 from .weight_files import read_header, TensorHeader, UnreadableComponent
 from .writer import write_generation_config, write_tokenizer
 
@@ -170,7 +172,7 @@ def file_misfit(
         return f"it cannot be read ({getattr(error, 'obstacle', error)})"
     return misfit(held, layout(held))
 
-
+# %% ../nbs/26_nested_model.ipynb #b5015480
 def layer_misfits(
     folder: str | Path,  # of a quantised model, or to be one
     model,  # that is quantised
@@ -213,25 +215,43 @@ def write_quantized(
 
 METHOD = "merge_lab_anyprec"  # mark of these folders in config.json
 
+# %% ../nbs/26_nested_model.ipynb #ae012b16
+def again(
+    file: Path,  # of a quantised folder
+) -> str:
+    "What to do about a file that is damaged or of another model."
+    return f"Copy the file again, or have it made again with: {resume_command('quantize', file.parent)}"
+
 # %% ../nbs/26_nested_model.ipynb #f86d0858
 def read_quantized(folder: Path) -> dict:
-    "The config of a quantised folder. Raises `ValueError` for a folder that is not one."
+    "The config of a quantised folder. Raises `ValueError` for a folder that is not one, or whose config does not say its precisions."
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder. Give one that `merge-lab quantize` has written.")
     file = folder / "config.json"
     description = read_json(file) if file.exists() else {}
-    if (description.get("quantization_config") or {}).get("quant_method") != METHOD:
+    section = description.get("quantization_config")
+    if not isinstance(section, dict) or section.get("quant_method") != METHOD:
         raise ValueError(
             f"{folder}: not a folder that `merge-lab quantize` has finished. Quantise the model first: "
             f"merge-lab quantize {folder}, or finish a run that was cut off with --resume."
         )
+    try:
+        check_precisions(**(bits := {name: check_type(name, section.get(name), int) for name in ("seed_precision", "parent_precision")}))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} {again(file)}") from error
+    section |= bits
     return description
+
+# %% ../nbs/26_nested_model.ipynb #b95ad2cd
+def all_precisions(description: dict) -> range:
+    "Precisions that a folder has."
+    section = description["quantization_config"]
+    return range(section["seed_precision"], section["parent_precision"] + 1)
 
 
 def pick_precisions(description: dict, precisions: list[int] | None) -> list[int]:
     "Precisions to load, in order. Raises `ValueError` for one that the folder does not have."
-    section = description["quantization_config"]
-    allowed = list(range(section["seed_precision"], section["parent_precision"] + 1))
+    allowed = list(all_precisions(description))
     for bits in precisions or []:
         check_choice("precisions", bits, allowed, "Quantise again for other precisions.")
     return sorted(set(precisions or allowed))
@@ -258,37 +278,81 @@ def nest_layer(
     return {name: tensor for name, tensor in tensors.items() if ".table_" not in name}
 
 # %% ../nbs/26_nested_model.ipynb #100d0d41
-def _tensors_of(file: Path) -> dict[str, Tensor]:
-    "Tensors of a file of a quantised folder. Raises `ValueError` that names it where it is not there, or damaged."
+def _tensors_of(file: Path, layout: Callable[[dict[str, TensorHeader]], Layout]) -> dict[str, Tensor]:
+    "Tensors of a file of a quantised folder. Raises `ValueError` that names it where it is not there, damaged or of another model."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if why := file_misfit(file, layout):
+        raise ValueError(f"{file}: {why}. {again(file)}")
     try:
         return load_file(str(file))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: it cannot be read ({error}). Copy the file again, or quantise the model again.") from error
+    except (OSError, SafetensorError) as error:  # a dtype that this torch does not have
+        raise ValueError(f"{file}: it cannot be read ({error}). {again(file)}") from error
+
+
+def layer_tensors(
+    folder: Path,  # quantised
+    n: int,
+    layer: nn.Module,  # with its linears
+    prefix: str,  # e.g. "model.layers.0"
+    bits: range,  # all precisions of the folder
+) -> dict[str, Tensor]:
+    "Tensors of a decoder layer. Raises `ValueError` that names the file where they are not those of the layer."
+    file = layer_file(folder, n)
+    tensors = _tensors_of(file, partial(layer_layout, layer, prefix, bits))
+    for name, linear in layer_linears(layer).items():
+        places = tensors.get(f"{prefix}.{name}.kept_columns", torch.zeros(0))
+        if ((places < 0) | (places >= linear.in_features)).any():
+            raise ValueError(f"{file}: {prefix}.{name}.kept_columns names columns beyond the {linear.in_features} of the weight. {again(file)}")
+    return tensors
 
 # %% ../nbs/26_nested_model.ipynb #c8ceb49d
+def fill_skeleton(
+    model,  # transformers model without weights, changed in place
+    folder: Path,  # quantised
+    precisions: list[int],
+):
+    "Nested leaves and all other tensors, from their files. Raises `ValueError` that names a file which lacks tensors, is damaged or of another model."
+    prefix, slot, bits, layers = layers_prefix(model), WeightSlot(), all_precisions(read_quantized(folder)), decoder_layers(model)
+    layout = plain_layout({name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefix)})
+    others, more = folder / "others.safetensors", layer_file(folder, len(layers))
+    tensors = _tensors_of(others, lambda held: {name: wanted for name, wanted in layout.items() if name in held})  # tied ones are there once
+    for n, layer in enumerate(layers):
+        tensors |= nest_layer(layer, layer_tensors(folder, n, layer, f"{prefix}{n}", bits), f"{prefix}{n}", precisions, slot)
+    if more.exists():
+        raise ValueError(f"{more}: the model has {len(layers)} layers by config.json. Copy config.json again, or remove the file if it is of another model.")
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{others}: {missing[0]} is missing ({len(missing)} tensors in all). {again(others)}")
+
+# %% ../nbs/26_nested_model.ipynb #e3554f09
+@contextmanager
+def read_by_transformers(file: Path):
+    "Raise `ValueError` that names the file for whatever transformers makes of it inside the block."
+    from transformers import __version__
+
+    try:
+        yield
+    except Exception as error:  # classes of configs raise of all kinds
+        raise ValueError(f"{file}: transformers {__version__} cannot use it ({' '.join(str(error).split())}). {again(file)}") from error
+
+
 def load_skeleton(folder: Path, precisions: list[int], trust_remote_code: bool = False):
-    "The transformers model with nested leaves, on the CPU. Raises `ValueError` if the folder lacks tensors."
+    "The transformers model with nested leaves, on the CPU. Raises `ValueError` as `read_quantized` and `fill_skeleton` do, and for a config that transformers refuses."
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    del config.quantization_config
-    with LOAD_LOCK, init_empty_weights(include_buffers=False):
+    read_quantized(folder)
+    with read_by_transformers(folder / "config.json"), LOAD_LOCK, init_empty_weights(include_buffers=False):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        del config.quantization_config
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
-    prefix, slot = layers_prefix(model), WeightSlot()
-    tensors = _tensors_of(folder / "others.safetensors")
-    for n, layer in enumerate(decoder_layers(model)):
-        tensors |= nest_layer(layer, _tensors_of(layer_file(folder, n)), f"{prefix}{n}", precisions, slot)
-    model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"{folder}: {missing[0]} is missing ({len(missing)} tensors in all). Quantise the model again.")
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    fill_skeleton(model, folder, precisions)
+    if (file := folder / "generation_config.json").exists():
+        with read_by_transformers(file):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 # %% ../nbs/26_nested_model.ipynb #a5eb8e89
