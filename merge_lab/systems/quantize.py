@@ -216,14 +216,16 @@ def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfi
 
 
 def check_new_budgets(config: QuantizeConfig):
-    "`check_mix_budgets` for a folder that can be read as it is; of any other they are checked once it is mended."
+    "`check_mix_budgets` of a run that goes on, before its options are written down; where its folder cannot be read as it is, once it is mended."
+    if not (config.static and config.resume):
+        return
     try:
         model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, trust_remote_code=config.trust_remote_code)
     except ValueError:
         return
     check_mix_budgets(model, config)
 
-
+# %% ../../nbs/40_systems/05_quantize.ipynb #e8096d0d
 def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
     "Write the best precision for each linear at the budgets of `static`, beside those that are there. Raises `ValueError` for one that is too small."
     model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, None, find_device(config.device), config.trust_remote_code)
@@ -251,8 +253,7 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     check_quantizable(model)
     windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed, answers=False)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
-    if config.static and config.resume:  # before options are written down
-        check_new_budgets(config)
+    check_new_budgets(config)
     folder = begin_run(config, config.output_dir)
     drop_changed(folder)
     note_inputs(folder, [config.model_path], text_paths(config.dataset))
