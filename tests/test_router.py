@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -28,7 +29,7 @@ from merge_lab.components import load_model
 from merge_lab.nested_model import layer_linears, memory_table
 from merge_lab.precision_costs import explained, fit_costs, fit_price, greedy_assignments, measure_costs, set_static
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
-from merge_lab.run_folder import bundled_path, read_history, RunInterrupted
+from merge_lab.run_folder import bundled_path, read_history, RunInterrupted, save_tensors
 from merge_lab.systems import router
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
 from merge_lab.systems.router import RouterConfig, RouterTrainer, run
@@ -362,6 +363,127 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny(tiny_model("llama"), folder / "model")
     return run_quantize(QuantizeConfig(str(folder / "model"), str(folder / "any"), num_examples=2, **SMALL))
+
+
+def with_tensors(**changes):
+    "Damage to the file of layer 1: other tensors under some names, made of what is there; None: none."
+
+    def damage(folder):
+        file = folder / "layer-00001.safetensors"
+        tensors = load_file(file)
+        for name, change in changes.items():
+            key = f"model.layers.1.{name.replace('__', '.')}"
+            tensors[key] = change(tensors.get(key))
+        save_tensors(file, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+
+    return damage
+
+
+UP = "mlp__up_proj__"
+DAMAGED = {  # what happened to a layer's file -> how, what is told
+    "cut off": (lambda folder: os.truncate(folder / "layer-00001.safetensors", 5000), "it cannot be read"),
+    "of another layer": (lambda folder: shutil.copy(folder / "layer-00000.safetensors", folder / "layer-00001.safetensors"), "model.layers.1.*is missing"),
+    "too few planes": (with_tensors(**{f"{UP}planes": lambda planes: planes[:5]}), "up_proj.planes is U8 of shape .5, 64, 4"),
+    "too few rows": (with_tensors(**{f"{UP}planes": lambda planes: planes[:, :-1]}), "shape .8, 63, 4"),
+    "a table too few": (with_tensors(**{f"{UP}table_8": lambda _: None}), "table_8 is missing"),
+    "a table that is too short": (with_tensors(**{f"{UP}table_4": lambda table: table[:, :8]}), "shape .1, 8"),
+    "a table in another dtype": (with_tensors(**{f"{UP}table_4": lambda table: table.float()}), "table_4 is F32"),
+    "one scale for all rows": (with_tensors(**{f"{UP}row_scale": lambda scale: scale[:1]}), "row_scale"),
+    "too many blocks": (with_tensors(**{f"{UP}block_scale": lambda scale: scale.repeat(1, 2)}), "block_scale"),
+    "no scales": (with_tensors(**{f"{UP}block_scale": lambda _: None, f"{UP}row_scale": lambda _: None}), "ask for floating point of shape"),
+    "kept weights without their places": (with_tensors(**{f"{UP}kept": lambda _: torch.zeros(64, 1)}), "kept"),
+    "a bias that the model does not have": (with_tensors(**{f"{UP}bias": lambda _: torch.zeros(64)}), "bias is not of this layer"),
+    "a norm of another width": (with_tensors(input_layernorm__weight=lambda weight: weight[:-1]), "input_layernorm"),
+}  # fmt: skip
+
+
+def copy_of(folder, place):
+    "A quantised folder elsewhere, and the options that go on with it."
+    shutil.copytree(folder, place)
+    return place, QuantizeConfig(**(yaml.safe_load((folder / "config.yaml").read_text()) | dict(output_dir=str(place), resume=True)))
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGED.values(), ids=DAMAGED)
+def test_a_layer_that_does_not_fit_is_made_again(tiny, tmp_path, caplog, damage, told):
+    folder, config = copy_of(tiny, tmp_path / "any")
+    (folder / "SHA256SUMS").unlink()  # of a run that was cut off
+    damage(folder)
+    run_quantize(config)
+    assert re.search(f"layer-00001.safetensors: .*{told}.*; the layer is quantised again", caplog.text)
+    for name in ("layer-00000.safetensors", "layer-00001.safetensors", "SHA256SUMS"):
+        assert (folder / name).read_bytes() == (tiny / name).read_bytes()
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGED.values(), ids=DAMAGED)
+def test_a_layer_that_does_not_fit_is_named(tiny, tmp_path, damage, told):
+    folder, _ = copy_of(tiny, tmp_path / "any")
+    damage(folder)
+    with pytest.raises(ValueError, match=rf"layer-00001.safetensors: .*{told}.*Copy the file again, or .*any/config.yaml --resume$"):
+        LayerwiseQuantizeForCausalLM.from_quantized(folder, precisions=[4, 8])
+
+
+def with_config(**changes):
+    "Other values in config.json; of the precisions under their own names."
+
+    def damage(folder):
+        values = json.loads((folder / "config.json").read_text())
+        own = {name: changes[name] for name in changes if name.endswith("_precision")}
+        values |= {name: value for name, value in changes.items() if name not in own}
+        if own:
+            values["quantization_config"] |= own
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return damage
+
+
+def without_norm(folder):
+    save_tensors(folder / "others.safetensors", {name: tensor for name, tensor in load_file(folder / "others.safetensors").items() if name != "model.norm.weight"})
+
+
+KEPT = {f"{UP}kept": lambda _: torch.zeros(64, 1), f"{UP}kept_columns": lambda _: torch.tensor([32], dtype=torch.int32)}
+MISMATCHED = {  # what happened to a quantised folder -> how, what is told
+    "kept columns that are none": (with_tensors(**KEPT), "layer-00001.safetensors: .*kept_columns names columns beyond the 32"),
+    "fewer layers": (with_config(num_hidden_layers=1), "layer-00001.safetensors: the model has 1 layers by config.json"),
+    "another width": (with_config(intermediate_size=48), "layer-00000.safetensors: .*mlp.gate_proj.planes is U8"),
+    "another vocabulary": (with_config(vocab_size=50), "others.safetensors: model.embed_tokens.weight is F32"),
+    "a missing norm": (without_norm, "others.safetensors: model.norm.weight is missing"),
+    "a layer among the others": (lambda folder: shutil.copy(folder / "layer-00000.safetensors", folder / "others.safetensors"), "others.safetensors: model.layers.0"),
+    "fewer bits": (with_config(parent_precision=5), r"layer-00000.safetensors: .*planes is U8 of shape .8, 32, 4., .* .5, 32, 4"),
+    "more bits": (with_config(seed_precision=2), "layer-00000.safetensors: .*table_2 is missing"),
+    "no precision": (with_config(parent_precision=None), "config.json: parent_precision=None"),
+    "too many bits": (with_config(parent_precision=9), "config.json: .*parent_precision=9: expected"),
+    "a width that is none": (with_config(hidden_size="wide"), "config.json: transformers .*cannot use it .*hidden_size"),
+    "a dtype that is none": (with_config(dtype="float99"), "config.json: transformers .*cannot use it .*float99"),
+    "damaged options of generation": (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json: transformers .*cannot use it"),
+    "no section": (with_config(quantization_config="int8"), "not a folder that `merge-lab quantize` has finished"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "told"), MISMATCHED.values(), ids=MISMATCHED)
+def test_files_of_a_folder_that_contradict_each_other_are_named(tiny, tmp_path, damage, told):
+    folder, _ = copy_of(tiny, tmp_path / "any")
+    damage(folder)
+    with pytest.raises(ValueError, match=told):
+        LayerwiseQuantizeForCausalLM.from_quantized(folder)
+
+
+def test_kept_columns_are_known_by_their_shapes(tmp_path):
+    "A weight that is wide enough has some."
+    save_tiny(tiny_model("llama", hidden_size=384, num_hidden_layers=2), tmp_path / "model")
+    folder = run_quantize(QuantizeConfig(str(tmp_path / "model"), str(tmp_path / "any"), num_examples=2, **SMALL))
+    assert LayerwiseQuantizeForCausalLM.from_quantized(folder) and load_file(folder / "layer-00001.safetensors")["model.layers.1.mlp.up_proj.kept"].shape[1]
+    with_tensors(**{f"{UP}kept": lambda kept: kept[:5]})(folder)
+    with pytest.raises(ValueError, match="up_proj.kept is F32 of shape .5, 1"):
+        LayerwiseQuantizeForCausalLM.from_quantized(folder)
+
+
+def test_no_checksum_is_written_for_a_layer_that_changed_since(tiny, tmp_path, caplog):
+    folder, config = copy_of(tiny, tmp_path / "any")
+    file = folder / "layer-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    run_quantize(config)
+    assert "layer-00001.safetensors is not what was written (SHA256SUMS)" in caplog.text
+    assert all((folder / name).read_bytes() == (tiny / name).read_bytes() for name in (file.name, "SHA256SUMS"))
 
 
 def results_of(folder):

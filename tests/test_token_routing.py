@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 
 import pytest
@@ -307,7 +308,7 @@ def test_a_budget_has_to_be_said(folder, tmp_path):
     assert not (tmp_path / "run").exists() and RouterConfig("quantized").granularity == "prompt"
 
 
-def test_a_run_by_token_that_is_stopped_measures_nothing_twice(folder, tmp_path, monkeypatch):
+def test_a_run_by_token_that_is_stopped_measures_nothing_twice(folder, tmp_path, monkeypatch, caplog):
     config = RouterConfig(str(folder), dataset=["prose"], granularity="token", target_bits=TARGET, precisions=[3, 4, 5, 8], max_length=24, prefix_length=PROMPT, num_samples=12, num_validation=8, output_dir=str(tmp_path / "cut"))
     calls, measure = [], token_routing.whole_token_costs
 
@@ -323,6 +324,9 @@ def test_a_run_by_token_that_is_stopped_measures_nothing_twice(folder, tmp_path,
     monkeypatch.setattr(token_routing, "measured_costs", lambda *_, **__: pytest.fail("measured again"))
     run(dataclasses.replace(config, resume=True))
     assert len(calls) == 1 + 3  # of three batches one was there
+    os.truncate(tmp_path / "cut" / "measured" / "levels_0.safetensors", 300)
+    run(dataclasses.replace(config, resume=True))
+    assert len(calls) == 1 + 3 + 1 and re.search(r"levels_0.safetensors cannot be read .*measured again", caplog.text)
     monkeypatch.undo()
     run(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
     files = [(tmp_path / name / token_routing.TOKEN_ROUTERS_FILE).read_bytes() for name in ("cut", "whole")]

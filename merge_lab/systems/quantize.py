@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'guard_layers', 'one_by_one', 'LayerHessians', 'squared_gradients', 'weight_sensitivity', 'QuantizeConfig',
-           'check_folder', 'calibrate', 'has_all_layers', 'check_mix_budgets', 'find_mixes', 'run_quantize',
-           'mix_table', 'show_result']
+           'check_folder', 'calibrate', 'drop_changed', 'has_all_layers', 'check_mix_budgets', 'check_new_budgets',
+           'find_mixes', 'run_quantize', 'mix_table', 'show_result']
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #f18a82c0
 import logging
@@ -26,11 +26,11 @@ from ..config import check_options, option, Options
 from ..devices import find_device
 from ..layerwise import check_single_layers, SingleLayers
 from ..logs import tqdm
-from ..nested_model import check_finite, check_quantizable, layer_file, layer_linears, memory_table, write_quantized
-from ..origins import write_sums
+from ..nested_model import check_finite, check_quantizable, layer_linears, layer_misfits, memory_table, write_quantized
+from ..origins import SUMS_FILE, write_sums
 from ..provenance import check_same_inputs, note_inputs
 from ..routed_model import LayerwiseQuantizeForCausalLM, MIXES_FILE, read_mixes
-from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run, resume_command, write_json
+from ..run_folder import begin_run, check_disk_space, check_one_process, check_start, one_run, resume_command, sha256_of, write_json
 from ..static_mix import measured_costs, static_mixes, uniform_costs
 from ..text_windows import exact_logits, few_of, text_paths, text_windows, Window
 
@@ -184,13 +184,25 @@ def calibrate(
         return dict(sensitivity=weight_sensitivity(model, windows, next(model.parameters()).device))
     return dict(hessians=LayerHessians(model, windows) if method == "compensated" else lambda n: {})
 
+# %% ../../nbs/40_systems/05_quantize.ipynb #a7eb312a
+def drop_changed(
+    folder: Path,  # of a run that goes on
+):
+    "Remove layers that are not what was written by their checksums, and the checksums then; they are made again."
+    sums = folder / SUMS_FILE
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
+    told = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    changed = [file for file in sorted(folder.glob("layer-?????.safetensors")) if file.name in told and sha256_of(file) != told[file.name]]
+    for file in changed:
+        logger.warning("%s is not what was written (%s); the layer is quantised again", file, SUMS_FILE)
+        file.unlink()
+    if changed:
+        sums.unlink()
 
-def has_all_layers(
-    folder: str | Path,  # of a quantised model, or to be one
-    model,  # that is quantised
-) -> bool:
-    "Whether every layer's file is there."
-    return all(layer_file(Path(folder), n).exists() for n in range(len(decoder_layers(model))))
+
+def has_all_layers(config: QuantizeConfig, model) -> bool:
+    "Whether every layer's file is there, and fits the model by its header."
+    return not layer_misfits(config.output_dir, model, range(config.seed_precision, config.parent_precision + 1))
 
 # %% ../../nbs/40_systems/05_quantize.ipynb #c81373b2
 def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfig):
@@ -203,6 +215,17 @@ def check_mix_budgets(model: LayerwiseQuantizeForCausalLM, config: QuantizeConfi
         logger.warning("static=%g: %s read %.2f bits a weight of this model, tables and scales included, so this mix is nothing else", budget, real.index[-1], real.iloc[-1])
 
 
+def check_new_budgets(config: QuantizeConfig):
+    "`check_mix_budgets` of a run that goes on, before its options are written down; where its folder cannot be read as it is, once it is mended."
+    if not (config.static and config.resume):
+        return
+    try:
+        model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, trust_remote_code=config.trust_remote_code)
+    except ValueError:
+        return
+    check_mix_budgets(model, config)
+
+# %% ../../nbs/40_systems/05_quantize.ipynb #e8096d0d
 def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
     "Write the best precision for each linear at the budgets of `static`, beside those that are there. Raises `ValueError` for one that is too small."
     model = LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, None, find_device(config.device), config.trust_remote_code)
@@ -230,12 +253,12 @@ def run_quantize(config: QuantizeConfig) -> Path:  # folder of the quantised mod
     check_quantizable(model)
     windows = text_windows(tokenizer, config.dataset, config.max_length, config.num_samples, "train", config.seed, answers=False)
     check_disk_space(config.output_dir, 2 * sum(p.numel() * p.element_size() for p in model.parameters()))
-    if config.static and config.resume and has_all_layers(config.output_dir, model):  # before options are written down
-        check_mix_budgets(LayerwiseQuantizeForCausalLM.from_quantized(config.output_dir, trust_remote_code=config.trust_remote_code), config)
+    check_new_budgets(config)
     folder = begin_run(config, config.output_dir)
+    drop_changed(folder)
     note_inputs(folder, [config.model_path], text_paths(config.dataset))
     bits = dict(seed_precision=config.seed_precision, parent_precision=config.parent_precision)
-    known = {} if has_all_layers(config.output_dir, model) else calibrate(config.method, model, windows)
+    known = {} if has_all_layers(config, model) else calibrate(config.method, model, windows)
     write_quantized(model, tokenizer, folder, **known, **bits, progress=lambda layers: tqdm(layers, desc="quantise", unit="layer"))
     write_sums(folder)
     logger.info("quantised model in %s", folder)
