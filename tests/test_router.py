@@ -659,6 +659,7 @@ def test_it_says_how_long_it_takes_before_it_begins(tiny, tmp_path, caplog, monk
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_gradients_of_a_blend_are_those_of_finite_differences(tiny, layer):
+    torch.manual_seed(0)
     model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
     model.gate = dict(gate="softmax", temperature=1.0, straight_through=False)
     for own in model.routers.layers:
@@ -674,9 +675,9 @@ def test_gradients_of_a_blend_are_those_of_finite_differences(tiny, layer):
             bias[k] -= step
         return found
 
-    told = torch.tensor([(loss(k, 0.3) - loss(k, -0.3)) / 0.6 for k in range(len(bias))])
+    told = torch.tensor([(loss(k, 0.1) - loss(k, -0.1)) / 0.2 for k in range(len(bias))])
     assert bias.grad.abs().max() > 1e-5
-    torch.testing.assert_close(bias.grad.float(), told.float(), rtol=0.1, atol=2e-6)
+    torch.testing.assert_close(bias.grad.float(), told.float(), rtol=0.05, atol=5e-6)
 
 
 @pytest.mark.parametrize("options", [
