@@ -151,7 +151,7 @@ def run(config: AblationConfig) -> Ablations:
     check_one_process("ablate")
     config = check_suite(first_models(with_suite(config)))
     root = begin_run(config)
-    bench, record = Scorer.of(config), Record(root)
+    bench, record = Scorer.of(config, root), Record(root)
     lineup = line_up(config.model_paths, config.base_model, config.datasets, config.dtype, 1, config.seed, bench.device)
     seconds = 60 * config.minutes / config.seeds / len(variants(config.axes, 2))
     try:

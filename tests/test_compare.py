@@ -217,6 +217,22 @@ def test_a_comparison_that_is_stopped_goes_on_to_the_same_table(small, whole, tm
     assert [len(read_rows(file)) for file in sorted((tmp_path / "cut" / "seed-0" / "trials").iterdir())] == [len(read_rows(file)) for file in sorted((whole.folder / "seed-0" / "trials").iterdir())]
 
 
+def test_rows_after_a_stop_know_whose_manner_answers_have(small, tmp_path, monkeypatch):
+    "Base, experts and opponents are there, and masks are not: the experts are not asked again, and masks are compared with what they said."
+    config = CompareConfig(**small | dict(metric="exact_match", answered=4, methods=["linear"], trials=1, max_steps=1, together=False), output_dir=str(tmp_path / "run"))
+    usual = compare.merge_masks
+    monkeypatch.setattr(compare, "merge_masks", stopping_at(1, usual))
+    with pytest.raises(RunInterrupted):
+        run(config)
+    monkeypatch.setattr(compare, "merge_masks", usual)
+    monkeypatch.setattr(compare, "line_up", lambda *_: pytest.fail("nothing asks for the experts again"))
+    run(dataclasses.replace(config, resume=True))
+    told = {row["model"]: [score.get("manners") for score in row["scores"] if score["split"] == "test"] for row in read_rows(tmp_path / "run" / "rows.jsonl")}
+    assert {len(manners) for manners in told.values()} == {2}
+    assert all(sum(shares.values()) == pytest.approx(1, abs=1e-5) for manners in told.values() for shares in manners)
+    assert "learned masks" in (tmp_path / "run" / "confusion.csv").read_text()
+
+
 def test_a_comparison_leaves_what_it_promises(small, whole):
     for name in ("config.yaml", "rows.jsonl", "table.csv", "verdict.txt", "results.json", "report.html", "deltas.csv", "plots/share_against_seconds.png", "plots/deltas.png", "seed-0/best/linear.yml"):
         assert (whole.folder / name).is_file(), name
