@@ -95,7 +95,7 @@ def variant_rows(bench: Scorer, record: Record, root: Path, seed: int, seconds: 
             with measured() as use:
                 merge_masks(variant_config(bench.config, options, place, seed), callbacks=(StopInTime(seconds),), progress=False)
         except ValueError as error:
-            logger.warning("%s is left out: %s", name, error)
+            bench.leave_out(seed, str(error), name)
             continue
         model = load_model(place / "merged", bench.config.dtype)
         record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1, dict(options))

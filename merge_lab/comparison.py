@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DRAWS', 'LEAST', 'DELTA_PANELS', 'worst_shares', 'drawn_shares', 'paired_errors', 'errors_of', 'manner_table',
            'confused_with', 'candidates_of', 'best_first', 'comparison_table', 'near', 'chosen', 'told_deltas',
-           'verdict', 'label_points', 'share_against_seconds', 'shares_by_number', 'share_against_number',
-           'delta_picture']
+           'told_left_out', 'verdict', 'label_points', 'share_against_seconds', 'shares_by_number',
+           'share_against_number', 'delta_picture']
 
 # %% ../nbs/38_comparison.ipynb #646e9184
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -189,15 +189,26 @@ def told_deltas(facts: pd.DataFrame) -> str:  # of `delta_facts`
     size = ", ".join(f"{name} {100 * value:.2g} %" for name, value in sizes.items())
     return f"Away from what they share the models lie by {size} of the weights' norm; the cosine of their deltas is {mean.cosine:.2f}, and {100 * mean['sign conflict']:.0f} % of the entries that both move go in opposite directions."
 
+
+def told_left_out(
+    left_out: Mapping[str, str],  # row -> why it is not there
+) -> str:
+    "What the table does not hold, by reason."
+    rows = {why: [name for name, other in left_out.items() if other == why] for why in left_out.values()}
+    return "Left out: " + "; ".join(f"{', '.join(names)}, since {why}" for why, names in rows.items()).rstrip(".") + "."
+
 # %% ../nbs/38_comparison.ipynb #f17fed30
 def verdict(
     table: pd.DataFrame,  # of `comparison_table`
     facts: pd.DataFrame | None = None,  # of `delta_facts`
+    left_out: Mapping[str, str] | None = None,  # row -> why it is not there
 ) -> str:
     "What to use and why, in plain words tied to measured losses."
     merges = candidates_of(table)
+    last = [told_left_out(left_out)] if left_out else []
     if merges[("worst task", "on validation")].isna().all():
-        return "Nothing can be said: on these validation rows an expert is no better on its own task than where it began, so there is no way that a merge could keep. Give more rows, or a better expert."
+        nothing = "Nothing can be said: on these validation rows an expert is no better on its own task than where it began, so there is no way that a merge could keep. Give more rows, or a better expert."
+        return " ".join([nothing, *last])
     use, best = chosen(table)
     parts = [f"Use {use}. On test rows it keeps {_told(table, use)}. It took {_told_cost(table.loc[use])}."]
     if use != best:
@@ -210,7 +221,7 @@ def verdict(
         parts.append(f"Of the others {next_best} keeps most on test rows, {others.max():.3f}: {abs(ahead):.3f} {'less' if ahead >= 0 else 'more'}, {clear}.")
     if UNIFORM in merges.index and UNIFORM != use:
         parts.append(f"The plain average, which costs nothing, keeps {table.loc[UNIFORM, ('worst task', 'recovered')]:.3f}.")
-    return " ".join(parts + ([told_deltas(facts)] if facts is not None else []))
+    return " ".join(parts + ([told_deltas(facts)] if facts is not None else []) + last)
 
 # %% ../nbs/38_comparison.ipynb #eee949ed
 _PLACES = [(6, -10), (6, 4), (6, -20), (6, 14), (-6, -10), (-6, 4), (6, -30), (6, 24), (-6, -20), (-6, 14)]  # of a label beside its point, in points

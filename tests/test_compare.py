@@ -357,6 +357,34 @@ def test_a_method_stays_on_the_ladder_by_its_better_beginning(tmp_path, monkeypa
     assert {method: made.count(method) for method in files} == {"linear": 1, "karcher": 1, "ties": 4, "sce": 1}
 
 
+def test_nobody_gets_a_second_trial_before_everybody_had_the_first(tmp_path, monkeypatch):
+    "Time for five trials: closed forms, which stand last in the list, are among them."
+    made = []
+
+    def tried(lineup, judge, method, setting, seed=0):
+        made.append(method)
+        return {"setting": setting, "losses": {}, "worst": 0.5, "error": None, "seconds": 1.0}
+
+    monkeypatch.setattr(search, "try_setting", tried)
+    methods = ["linear", "karcher", "task_arithmetic", "ties", "dare_ties", "della", "regmean", "regmean++", "wudi-like"]
+    files = {method: tmp_path / f"{method}.jsonl" for method in methods}
+    late = search.climb(lined_up(tiny_experts(n=2)), None, files, 4, 5.0, 0)
+    assert made == ["linear", "task_arithmetic", "ties", "regmean++", "wudi-like"]
+    assert late == ["karcher", "dare_ties", "della", "regmean"]
+    assert search.climb(lined_up(tiny_experts(n=2)), None, files, 4, 9.0, 0) == [] and len(made) == len(set(made)) == 9
+
+
+@pytest.mark.parametrize("methods", [["linear"], ["linear", "ties"]])
+def test_opponents_without_time_are_named(small, methods, tmp_path, caplog):
+    asked = small | dict(methods=methods, minutes=0, trained=["none"], together=False)
+    result = run(CompareConfig(**asked, output_dir=str(tmp_path / "run")))
+    named = f"{', '.join(methods)}, since there was no time for any setting"
+    assert result.verdict.startswith("Use uniform average.") and named in result.verdict and named in caplog.text
+    assert named in (tmp_path / "run" / "report.html").read_text()
+    table, deltas, facts = compare.read_comparison(tmp_path / "run" / "results.json")
+    assert compare.verdict(table, deltas, facts["left_out"]) == result.verdict
+
+
 def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):
     asked = CompareConfig(["a", "b"], datasets=["c", "d"], report_to="tensorboard")
     assert trained_config(asked, "learned masks", tmp_path / "run", 0).report_to == "tensorboard"
