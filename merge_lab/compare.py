@@ -6,9 +6,9 @@
 __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'MANNERS', 'NO_TIME', 'VERSIONS', 'SuiteConfig', 'CompareConfig',
            'suite_file', 'read_suite', 'with_suite', 'first_models', 'opponents_of', 'check_suite', 'check_compare',
            'measured', 'scores_of', 'costs_of', 'Record', 'Scorer', 'reference_rows', 'tuning_judge', 'opponent_rows',
-           'together_row', 'recipe_rows', 'peft_rows', 'StopInTime', 'trained_config', 'trained_rows', 'one_seed',
-           'Comparison', 'run', 'compare_one', 'of_number', 'run_numbers', 'facts_of', 'read_comparison', 'settings_of',
-           'write_compare_report', 'write_number_report', 'finish', 'show_result']
+           'together_row', 'recipe_rows', 'peft_rows', 'told_steps', 'StopInTime', 'trained_config', 'trained_rows',
+           'one_seed', 'Comparison', 'run', 'compare_one', 'of_number', 'run_numbers', 'facts_of', 'read_comparison',
+           'settings_of', 'write_compare_report', 'write_number_report', 'finish', 'show_result']
 
 # %% ../nbs/62_compare.ipynb #2a99e335
 import dataclasses
@@ -240,9 +240,9 @@ def scores_of(rows: Sequence[dict]) -> pd.DataFrame:  # columns seed, model, tas
     return pd.DataFrame([dict(seed=row["seed"], model=row["model"], **score) for row in rows for score in row["scores"]])
 
 
-def costs_of(rows: Sequence[dict]) -> pd.DataFrame:  # columns seed, model, seconds, peak_bytes, trained, trials
-    "What every merge took."
-    return pd.DataFrame([{key: row[key] for key in ("seed", "model", "seconds", "peak_bytes", "trained", "trials")} for row in rows if row["seconds"] is not None])
+def costs_of(rows: Sequence[dict]) -> pd.DataFrame:  # columns seed, model, seconds, peak_bytes, trained, trials, steps, planned
+    "What every merge took. Rows of older builds have no steps."
+    return pd.DataFrame([{key: row.get(key) for key in ("seed", "model", "seconds", "peak_bytes", "trained", "trials", "steps", "planned")} for row in rows if row["seconds"] is not None])
 
 
 class Record:
@@ -264,9 +264,9 @@ class Record:
         row = next(row for row in self.rows if (row["seed"], row["model"]) == (seed, model))
         return {score["task"]: sum(score["nats"][:n]) / sum(score["tokens"][:n]) for score in row["scores"] if score["split"] == "validation"}
 
-    def add(self, seed: int, model: str, scores: list[dict], seconds: float | None = None, peak_bytes: int | None = None, trained: int = 0, trials: int | None = None, setting: dict | None = None):
-        "Write down a row: its scores on both splits, and what it took."
-        row = dict(seed=seed, model=model, scores=scores, seconds=None if seconds is None else round(seconds, 1), peak_bytes=peak_bytes, trained=trained, trials=trials, setting=setting)
+    def add(self, seed: int, model: str, scores: list[dict], seconds: float | None = None, peak_bytes: int | None = None, trained: int = 0, trials: int | None = None, setting: dict | None = None, steps: int | None = None, planned: int | None = None):
+        "Write down a row: its scores on both splits, and what it took. steps: that training made, of those that were planned."
+        row = dict(seed=seed, model=model, scores=scores, seconds=None if seconds is None else round(seconds, 1), peak_bytes=peak_bytes, trained=trained, trials=trials, setting=setting, steps=steps, planned=planned)
         self.rows.append(row)
         add_row(self.file, row)
 
@@ -421,8 +421,8 @@ def together_row(bench: Scorer, record: Record, lineup: Lineup, seed: int, secon
     logger.info("seed %d: %s, for %.1f minutes at most", seed, TOGETHER, seconds / 60)
     with measured() as use:
         rows = rows_of_all(bench.config.datasets, lineup.tokenizer, steps * batch, seed=seed)
-        tensors, rate, _, tried = best_together(lineup, tuning_judge(bench, record, lineup, seed), rows, steps, batch, seconds, seed)
-    record.add(seed, TOGETHER, bench.scores(lineup.put(tensors)), use["seconds"], use["peak_bytes"], sum(tensor.numel() for tensor in tensors.values()), tried, {"step size": rate})
+        tensors, rate, _, tried, made = best_together(lineup, tuning_judge(bench, record, lineup, seed), rows, steps, batch, seconds, seed)
+    record.add(seed, TOGETHER, bench.scores(lineup.put(tensors)), use["seconds"], use["peak_bytes"], sum(tensor.numel() for tensor in tensors.values()), tried, {"step size": rate}, **told_steps(TOGETHER, made, steps))
 
 # %% ../nbs/62_compare.ipynb #149d8cee
 def recipe_rows(bench: Scorer, record: Record, folder: Path, seed: int):
@@ -454,15 +454,27 @@ def peft_rows(bench: Scorer, record: Record, seed: int):
         record.add(seed, f"peft: {method}", bench.scores(model), use["seconds"], use["peak_bytes"], trials=1)
 
 # %% ../nbs/62_compare.ipynb #e9eed2b6
+def told_steps(name: str, steps: int, planned: int) -> dict[str, int]:
+    "Steps of a row. Warns where time ended its training."
+    if steps < planned:
+        logger.warning("%s: time was over after %d of %d steps. Give more minutes, or fewer max_steps.", name, steps, planned)
+    return {"steps": steps, "planned": planned}
+
+
 class StopInTime(TrainerCallback):
     "Ends training when its time is over, as if all steps had been made."
 
     def __init__(self, seconds: float):
-        self.seconds, self.began = seconds, time.perf_counter()
+        self.seconds, self.began, self.steps = seconds, time.perf_counter(), None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if time.perf_counter() - self.began > self.seconds:
+        self.steps = {"steps": state.global_step, "planned": state.max_steps}
+        if state.global_step < state.max_steps and time.perf_counter() - self.began > self.seconds:
             control.should_training_stop = True
+
+    def made(self, name: str, planned: int) -> dict[str, int]:  # planned: where an earlier start made them all; steps, planned
+        "The steps of a training that ended. Warns where time ended it."
+        return told_steps(name, **(self.steps or {"steps": planned, "planned": planned}))
 
 
 def trained_config(config: SuiteConfig, name: str, folder: Path, seed: int) -> MaskMergeConfig:
@@ -483,10 +495,11 @@ def trained_rows(bench: Scorer, record: Record, folder: Path, seed: int, seconds
         if record.has(seed, name):
             continue
         logger.info("seed %d: %s, for %.1f minutes at most", seed, name, seconds / 60)
+        asked, stop = trained_config(bench.config, name, place, seed), StopInTime(seconds)
         with measured() as use:
-            merge_masks(trained_config(bench.config, name, place, seed), callbacks=(StopInTime(seconds),))
-        model = load_model(place / "merged", bench.config.dtype)
-        record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1)
+            merge_masks(asked, callbacks=(stop,))
+        steps, model = stop.made(name, asked.max_steps), load_model(place / "merged", bench.config.dtype)
+        record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1, **steps)
 
 # %% ../nbs/62_compare.ipynb #9a3e633e
 def one_seed(bench: Scorer, record: Record, root: Path, seed: int):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DRAWS', 'LEAST', 'DELTA_PANELS', 'worst_shares', 'drawn_shares', 'paired_errors', 'errors_of', 'manner_table',
-           'confused_with', 'candidates_of', 'best_first', 'comparison_table', 'near', 'chosen', 'told_deltas',
-           'told_left_out', 'verdict', 'label_points', 'share_against_seconds', 'shares_by_number',
-           'share_against_number', 'delta_picture']
+           'confused_with', 'candidates_of', 'best_first', 'cut_short', 'told_cut', 'comparison_table', 'near',
+           'chosen', 'told_deltas', 'told_left_out', 'verdict', 'label_points', 'share_against_seconds',
+           'shares_by_number', 'share_against_number', 'delta_picture']
 
 # %% ../nbs/38_comparison.ipynb #646e9184
 from collections.abc import Mapping, Sequence
@@ -116,10 +116,32 @@ def best_first(table: pd.DataFrame) -> pd.DataFrame:
     merges = candidates_of(table)[("worst task", "recovered")].sort_values(ascending=False, kind="stable")
     return table.loc[[*table.index.difference(merges.index, sort=False), *merges.index]]
 
+# %% ../nbs/38_comparison.ipynb #d63f5b3e
+def _mean_steps(costs: pd.DataFrame) -> dict[str, pd.Series]:  # empty: every training made its steps
+    "Columns of training that time ended."
+    if not {"steps", "planned"} <= set(costs.columns):
+        return {}
+    steps = costs[["model", "steps", "planned"]].astype({"steps": float, "planned": float}).groupby("model").mean()
+    return {"steps": steps.steps, "planned steps": steps.planned} if (steps.steps < steps.planned).any() else {}
+
+
+def cut_short(costs: pd.DataFrame) -> dict:  # index a row's name; columns steps, planned steps; row -> its steps, in words
+    "Rows whose training time ended."
+    if "planned steps" not in costs:
+        return {}
+    some = costs[costs["steps"] < costs["planned steps"]]
+    return {name: f"{steps:,.0f} of {planned:,.0f} steps" for name, steps, planned in zip(some.index, some["steps"], some["planned steps"])}
+
+
+def told_cut(costs: pd.DataFrame) -> str:  # empty: every training made its steps
+    "What time ended, in a sentence."
+    rows = "; ".join(f"{name if isinstance(name, str) else ': '.join(name)} after {made}" for name, made in cut_short(costs).items())
+    return f"Time was over before training was, so that these rows are not what they could be: {rows}. Give more minutes, or fewer max_steps." if rows else ""
+
 # %% ../nbs/38_comparison.ipynb #6f3c128a
 def comparison_table(
     scores: pd.DataFrame,  # columns seed, model, task, split, loss, and of METRICS and manners what was measured
-    costs: pd.DataFrame,  # columns seed, model, seconds, peak_bytes, trained, trials
+    costs: pd.DataFrame,  # columns seed, model, seconds, peak_bytes, trained, trials, and steps and planned where time ended a training
     experts: dict[str, str],  # task -> model that is its expert
     errors: dict[str, float] | None = None,  # of `errors_of`; None: from the scores, where each row's nats are there
 ) -> pd.DataFrame:  # index model, best first below base and experts; columns of two levels
@@ -140,6 +162,7 @@ def comparison_table(
         parts[("worst task", "error")] = pd.Series(errors)
     spent = costs.groupby("model")[["seconds", "peak_bytes", "trained", "trials"]].mean()
     parts |= {("cost", "seconds"): spent.seconds, ("cost", "peak GiB"): spent.peak_bytes / 2**30, ("cost", "trained numbers"): spent.trained, ("cost", "settings tried"): spent.trials}
+    parts |= {("cost", name): values for name, values in _mean_steps(costs).items()}
     table = pd.DataFrame(parts).loc[shares.index]
     return best_first(table).rename_axis(index="model")
 
@@ -205,7 +228,7 @@ def verdict(
 ) -> str:
     "What to use and why, in plain words tied to measured losses."
     merges = candidates_of(table)
-    last = [told_left_out(left_out)] if left_out else []
+    last = [part for part in (told_cut(table["cost"]), told_left_out(left_out) if left_out else "") if part]
     if merges[("worst task", "on validation")].isna().all():
         nothing = "Nothing can be said: on these validation rows an expert is no better on its own task than where it began, so there is no way that a merge could keep. Give more rows, or a better expert."
         return " ".join([nothing, *last])

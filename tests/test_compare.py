@@ -237,7 +237,8 @@ def test_a_comparison_leaves_what_it_promises(small, whole):
     for name in ("config.yaml", "rows.jsonl", "table.csv", "verdict.txt", "results.json", "report.html", "deltas.csv", "plots/share_against_seconds.png", "plots/deltas.png", "seed-0/best/linear.yml"):
         assert (whole.folder / name).is_file(), name
     assert whole.verdict.startswith("Use ") and whole.verdict.split(";")[0] in (whole.folder / "report.html").read_text()
-    assert whole.table.loc["base", ("worst task", "recovered")] == 0
+    assert whole.table.loc["base", ("worst task", "recovered")] == 0 and ("cost", "steps") not in whole.table
+    assert [row["steps"] for row in read_rows(whole.folder / "rows.jsonl") if row["model"] in ("learned masks", "trained on all data")] == [2, 2]
     trained = whole.table.loc["learned masks", ("cost", "trained numbers")]
     assert trained == sum(np.prod(shape) for shape in mask_shapes(whole.folder / "seed-0" / "learned-masks" / "masks"))
     with pytest.raises(ValueError, match="resume: trials=9"):
@@ -383,6 +384,19 @@ def test_opponents_without_time_are_named(small, methods, tmp_path, caplog):
     assert named in (tmp_path / "run" / "report.html").read_text()
     table, deltas, facts = compare.read_comparison(tmp_path / "run" / "results.json")
     assert compare.verdict(table, deltas, facts["left_out"]) == result.verdict
+
+
+def test_training_that_time_ended_is_told(small, tmp_path, caplog):
+    "One step of sixty, of masks and of the model that is trained on all data; rows of older builds do not know."
+    asked = small | dict(methods=["linear"], minutes=0, max_steps=60)
+    result = run(CompareConfig(**asked, output_dir=str(tmp_path / "run")))
+    rows = {row["model"]: row for row in read_rows(tmp_path / "run" / "rows.jsonl")}
+    for name in ("learned masks", "trained on all data"):
+        assert (rows[name]["steps"], rows[name]["planned"]) == (1, 60) == tuple(result.table.loc[name, [("cost", "steps"), ("cost", "planned steps")]])
+        assert f"{name} after 1 of 60 steps" in result.verdict and f"{name}: time was over after 1 of 60 steps" in caplog.text
+    assert rows["base"]["steps"] is None and "after 1 of 60 steps" in (tmp_path / "run" / "report.html").read_text()
+    older = compare.costs_of([{name: value for name, value in row.items() if name not in ("steps", "planned")} for row in rows.values()])
+    assert "after 1 of 60" not in compare.verdict(compare.comparison_table(compare.scores_of(list(rows.values())), older, {"rewrite": "expert: rewrite", "summarize": "expert: summarize"}))
 
 
 def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):
