@@ -205,6 +205,18 @@ def _told_apart(table: pd.DataFrame, use: str, best: str) -> str:
     return f"by {behind:.3f} with a standard error of {error:.3f}, which these rows cannot tell apart (more of them would)"
 
 
+def _told_clear(table: pd.DataFrame, use: str, other: str, ahead: float) -> str:  # ahead: of use, on test rows
+    "What a difference is held against: the spread over seeds, or with one seed the standard error of rows, where it is there."
+    spreads = table.loc[[use, other], ("worst task", "spread")].dropna()
+    errors = table.loc[[use, other], ("worst task", "error")].dropna() if spreads.empty and ("worst task", "error") in table else spreads
+    limit = max([LEAST, *spreads, *errors])
+    found = "no difference that these rows can show" if abs(ahead) <= limit else "so the choice by validation rows was not the best on test rows" if ahead < 0 else "more than the spread" if len(spreads) else ""
+    if len(spreads):
+        return found
+    found = found or (f"more than a standard error of these rows ({errors.max():.3f})" if len(errors) else "and nothing says whether another draw would show it, too")
+    return f"{found}; no spread is known (one seed)"
+
+
 def told_deltas(facts: pd.DataFrame) -> str:  # of `delta_facts`
     "The kind of these models in a sentence."
     mean = facts.groupby("measure").value.mean()
@@ -239,9 +251,8 @@ def verdict(
     others = merges.drop(index=[use])[("worst task", "recovered")]
     if len(others):
         next_best = others.idxmax()
-        ahead, spread = table.loc[use, ("worst task", "recovered")] - others.max(), np.nanmax([0.0, *table.loc[[use, next_best], ("worst task", "spread")].fillna(0)])
-        clear = "more than the spread" if ahead > max(spread, LEAST) else "no difference that these rows can show" if abs(ahead) <= max(spread, LEAST) else "so the choice by validation rows was not the best on test rows"
-        parts.append(f"Of the others {next_best} keeps most on test rows, {others.max():.3f}: {abs(ahead):.3f} {'less' if ahead >= 0 else 'more'}, {clear}.")
+        ahead = table.loc[use, ("worst task", "recovered")] - others.max()
+        parts.append(f"Of the others {next_best} keeps most on test rows, {others.max():.3f}: {abs(ahead):.3f} {'less' if ahead >= 0 else 'more'}, {_told_clear(table, use, next_best, ahead)}.")
     if UNIFORM in merges.index and UNIFORM != use:
         parts.append(f"The plain average, which costs nothing, keeps {table.loc[UNIFORM, ('worst task', 'recovered')]:.3f}.")
     return " ".join(parts + ([told_deltas(facts)] if facts is not None else []) + last)

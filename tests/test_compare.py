@@ -236,6 +236,7 @@ def test_rows_after_a_stop_know_whose_manner_answers_have(small, tmp_path, monke
 def test_a_comparison_leaves_what_it_promises(small, whole):
     for name in ("config.yaml", "rows.jsonl", "table.csv", "verdict.txt", "results.json", "report.html", "deltas.csv", "plots/share_against_seconds.png", "plots/deltas.png", "seed-0/best/linear.yml"):
         assert (whole.folder / name).is_file(), name
+    assert "no spread is known (one seed)" in whole.verdict and "more than the spread" not in whole.verdict
     assert whole.verdict.startswith("Use ") and whole.verdict.split(";")[0] in (whole.folder / "report.html").read_text()
     assert whole.table.loc["base", ("worst task", "recovered")] == 0 and ("cost", "steps") not in whole.table
     assert [row["steps"] for row in read_rows(whole.folder / "rows.jsonl") if row["model"] in ("learned masks", "trained on all data")] == [2, 2]
