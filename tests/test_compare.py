@@ -400,6 +400,34 @@ def test_training_that_time_ended_is_told(small, tmp_path, caplog):
     assert "after 1 of 60" not in compare.verdict(compare.comparison_table(compare.scores_of(list(rows.values())), older, {"rewrite": "expert: rewrite", "summarize": "expert: summarize"}))
 
 
+def a_recipe(file, weight="weight"):
+    "The bundled pair as YAML."
+    models = "".join(f"  - model: {bundled_path(f'models/{task}')}\n    parameters: {{{weight}: 0.5}}\n" for task in ("rewrite", "summarize"))
+    stored = json.loads((bundled_path("models/rewrite") / "config.json").read_text())["dtype"]
+    file.write_text(f"merge_method: linear\nmodels:\n{models}dtype: float32\nout_dtype: {stored}\n")
+    return str(file)
+
+
+def test_a_recipe_that_cannot_be_merged_is_left_out_before_the_search(small, tmp_path, monkeypatch, caplog):
+    "mergekit finds the mistake; the other recipe is a row, the same as the method's, also after a stop."
+    recipes = [a_recipe(tmp_path / "bad.yml", weight="wieght"), a_recipe(tmp_path / "good.yml")]
+    asked = small | dict(methods=["linear"], trials=1, trained=["none"], together=False, recipes=recipes)
+    config, usual, merged = CompareConfig(**asked, output_dir=str(tmp_path / "run")), compare.climb, []
+    monkeypatch.setattr(compare, "climb", stopping_at(1, usual))
+    with pytest.raises(RunInterrupted):
+        run(config)
+    assert "left out: recipe: bad, since mergekit cannot merge this" in caplog.text and "weight" in caplog.text
+    monkeypatch.setattr(compare, "climb", usual)
+    monkeypatch.setattr(compare, "merge_recipe", lambda recipe, *rest: merged.append(Path(recipe).stem) or merge_recipe(recipe, *rest))
+    result = run(dataclasses.replace(config, resume=True))
+    assert merged == ["bad"] and "recipe: bad" not in result.table.index  # what is merged stays
+    assert "Left out: recipe: bad, since mergekit cannot merge this" in result.verdict and "recipe: bad" in (tmp_path / "run" / "report.html").read_text()
+    ours, theirs = (result.table.loc[name] for name in ("linear", "recipe: good"))
+    for column in (("rewrite", "loss"), ("summarize", "loss"), ("worst task", "recovered"), ("worst task", "on validation")):
+        assert theirs[column] == pytest.approx(ours[column], abs=1e-5), column
+    assert str(tmp_path) not in (tmp_path / "run" / "results.json").read_text()
+
+
 def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):
     asked = CompareConfig(["a", "b"], datasets=["c", "d"], report_to="tensorboard")
     assert trained_config(asked, "learned masks", tmp_path / "run", 0).report_to == "tensorboard"
