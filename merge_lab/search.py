@@ -22,7 +22,7 @@ from torch import Tensor
 from .evaluation import evaluate_tasks
 from .lineup import Lineup
 from .logs import tqdm
-from .opponents import Dial, OPPONENTS, starts_of
+from .opponents import Dial, grid_of, OPPONENTS, starts_of
 from .run_folder import add_row, kept_rows, write_rows
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def propose(
 ) -> dict | None:  # None: all has been tried
     "The setting of the next trial."
     every, tried = all_settings(space), [trial["setting"] for trial in trials]
-    if begin := [setting for setting in starts_of(space) if setting not in tried]:
+    if begin := [setting for setting in grid_of(space) if setting not in tried]:
         return begin[0]
     if every is not None:
         return next((setting for setting in every if setting not in tried), None)

@@ -14,7 +14,7 @@ from merge_lab.chat import load_task, write_jsonl
 from merge_lab.cli import main, parse
 from merge_lab.compare import CompareConfig, read_suite, run, trained_config
 from merge_lab.components import load_model
-from merge_lab.lineup import average, Lineup
+from merge_lab.lineup import average, line_up, Lineup
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, starts_of, write_mergekit_recipe
@@ -426,6 +426,17 @@ def test_a_recipe_that_cannot_be_merged_is_left_out_before_the_search(small, tmp
     for column in (("rewrite", "loss"), ("summarize", "loss"), ("worst task", "recovered"), ("worst task", "on validation")):
         assert theirs[column] == pytest.approx(ours[column], abs=1e-5), column
     assert str(tmp_path) not in (tmp_path / "run" / "results.json").read_text()
+
+
+def test_a_common_strength_is_found_with_few_trials(tmp_path):
+    "Eight trials are as good as 0.6 each; the first rung makes the two beginnings only."
+    tasks = {name: bundled_path(f"tasks/{name}") for name in ("rewrite", "summarize")}
+    lineup = line_up([bundled_path(f"models/{name}") for name in tasks], bundled_path("models/base"), list(tasks.values()), rows=1)
+    judge = search.judge_of(lineup, {name: load_task(folder, "validation")[:16] for name, folder in tasks.items()})
+    trials = search.search(lineup, judge, "task_arithmetic", tmp_path / "trials.jsonl", trials=8)
+    alike = search.try_setting(lineup, judge, "task_arithmetic", {"weight 1": 0.6, "weight 2": 0.6})
+    assert search.best_of(trials)["worst"] >= alike["worst"] - 1e-6
+    assert search.quotas(["task_arithmetic", "ties", "wudi-like", "regmean"], 0.0, 16, 2) == {"task_arithmetic": 2, "ties": 2, "wudi-like": 2, "regmean": 1}
 
 
 def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):
