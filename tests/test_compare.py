@@ -113,6 +113,18 @@ def test_weights_are_normalised_or_not_as_the_yaml_says(tmp_path):
         assert same == (method == "linear")
 
 
+@pytest.mark.parametrize("dropped, whole", [("dare_linear", "task_arithmetic"), ("dare_ties", "ties")])
+def test_where_nothing_is_dropped_dare_is_what_it_drops_from(dropped, whole):
+    lineup = lined_up(tiny_experts(n=2), tiny_model(seed=0))
+    weights = {"weight 1": 0.7, "weight 2": 0.4}
+    ours = merge_by_mergekit(lineup, dropped, weights | {"density": 1.0})
+    theirs = merge_by_mergekit(lineup, whole, weights | ({"density": 1.0} if whole == "ties" else {}))
+    half = merge_by_mergekit(lineup, dropped, weights | {"density": 0.5})
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert any((half[name] - ours[name]).abs().max() > 1e-2 for name in ours)
+
+
 # ---- closed forms ----
 
 
