@@ -120,7 +120,7 @@ def remarks(
     "What is to be known of the rows: training that time ended, and what is not there."
     return [part for part in (told_cut(by_axis), told_left_out(left_out) if left_out else "") if part]
 
-
+# %% ../nbs/63_ablations.ipynb #fbc36e0b
 def axis_picture(
     by_axis: pd.DataFrame,  # of `axis_table`
     average: float | None = None,  # share of the plain average, drawn as a line
@@ -163,7 +163,7 @@ def run(config: AblationConfig) -> Ablations:
     check_one_process("ablate")
     config = check_suite(first_models(with_suite(config)))
     root = begin_run(config)
-    bench, record = Scorer.of(config, root), Record(root)
+    bench, record = Scorer.of(config), Record(root)
     lineup = line_up(config.model_paths, config.base_model, config.datasets, config.dtype, 1, config.seed, bench.device)
     seconds = 60 * config.minutes / config.seeds / len(variants(config.axes, 2))
     try:
@@ -174,7 +174,7 @@ def run(config: AblationConfig) -> Ablations:
         raise RunInterrupted(f"stopped; {len(record.rows)} rows are in {root}. Go on with: merge-lab ablate {root / 'config.yaml'} --resume") from error
     return finish(bench, record, root)
 
-
+# %% ../nbs/63_ablations.ipynb #40d8010f
 def read_ablations(facts: Mapping) -> tuple[pd.DataFrame, float]:  # `axis_table`; share of the plain average
     "A study from its raw data."
     table = comparison_table(scores_of(facts["rows"]), costs_of(facts["rows"]), facts["experts"])

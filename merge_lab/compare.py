@@ -274,23 +274,15 @@ class Scorer:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)  # row -> why it is not there, or not with every seed
 
     @classmethod
-    def of(cls, config: SuiteConfig, folder: Path | None = None) -> "Scorer":  # folder: of a comparison that is gone on with
-        "Read the rows of a comparison, and how experts answered them as far as the folder knows."
+    def of(cls, config: SuiteConfig) -> "Scorer":
+        "Read the rows of a comparison."
         validation = load_tests(config.datasets, "validation", config.judged_rows)
-        bench = cls(config, validation, load_tests(config.datasets, "test", config.eval_samples), load_tokenizer(config.model_paths[0]))
-        if folder is not None:
-            bench.recall_manners(folder / MANNERS)
-        return bench
+        return cls(config, validation, load_tests(config.datasets, "test", config.eval_samples), load_tokenizer(config.model_paths[0]))
 
     @property
     def device(self) -> str:
         "Where merges are scored."
         return str(best_device()) if self.config.device == "auto" else self.config.device
-
-    @property
-    def tuning(self) -> dict[str, list[dict]]:  # task -> rows
-        "The validation rows that settings are chosen on."
-        return {task: rows[: self.config.val_rows] for task, rows in self.validation.items()}
 
     @property
     def experts(self) -> dict[str, str]:  # task -> row
@@ -332,7 +324,7 @@ def answered(self, model, task: str) -> dict:  # the metric, and manners: task o
     shares = [attribute(answer, {manner: said[task][i] for manner, said in self.said.items()}) for i, answer in enumerate(answers)]
     return found | {"manners": pd.DataFrame(shares).fillna(0.0).mean().round(6).to_dict()}
 
-
+# %% ../nbs/62_compare.ipynb #8ae16a62
 @patch_to(Scorer)
 def recall_manners(self, file: Path) -> bool:  # whether nothing is left to ask
     "Take what the experts answered from the file, where answers are right or wrong and it is there."
@@ -372,7 +364,7 @@ def reference_rows(bench: Scorer, record: Record, lineup: Lineup, seed: int):
 def tuning_judge(bench: Scorer, record: Record, lineup: Lineup, seed: int) -> Judge:
     "The judge of settings, on the rows that they are tuned on; what base and experts have there is known."
     known = [record.on_validation(seed, name, bench.config.val_rows) for name in [*bench.experts.values(), *(["base"] if lineup.base else [])]]
-    return judge_of(lineup, bench.tuning, known)
+    return judge_of(lineup, {task: rows[: bench.config.val_rows] for task, rows in bench.validation.items()}, known)
 
 # %% ../nbs/62_compare.ipynb #98a42df0
 NO_TIME = "there was no time for any setting (more minutes, or fewer methods)"
@@ -432,7 +424,7 @@ def merge_recipes(bench: Scorer, record: Record, folder: Path, seed: int):
         except ValueError as error:
             bench.leave_out(seed, str(error), name)
 
-
+# %% ../nbs/62_compare.ipynb #e51fa862
 def recipe_rows(bench: Scorer, record: Record, folder: Path, seed: int):
     "Judge what the YAML files made."
     for recipe in bench.config.recipes:
@@ -449,7 +441,7 @@ def recipe_rows(bench: Scorer, record: Record, folder: Path, seed: int):
             continue
         record.add(seed, name, scores, took["seconds"] + use["seconds"], max(took["peak_bytes"], use["peak_bytes"]), trials=1)
 
-
+# %% ../nbs/62_compare.ipynb #d63919f9
 def peft_rows(bench: Scorer, record: Record, seed: int):
     "Judge peft's combinations where the models are adapters of the base."
     from merge_lab.systems.lora_merge import BASELINES, peft_baselines
@@ -558,7 +550,8 @@ def run(config: CompareConfig) -> Comparison:
 def compare_one(config: CompareConfig) -> Comparison:  # config: checked
     "Compare one line-up. Raises `RunInterrupted` if stopped."
     root = begin_run(config)
-    bench, record = Scorer.of(config, root), Record(root)
+    bench, record = Scorer.of(config), Record(root)
+    bench.recall_manners(root / MANNERS)
     try:
         for seed in range(config.seed, config.seed + config.seeds):
             one_seed(bench, record, root, seed)

@@ -133,12 +133,12 @@ def best_first(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[[*table.index.difference(merges.index, sort=False), *merges.index]]
 
 # %% ../nbs/38_comparison.ipynb #d63f5b3e
-def _mean_steps(costs: pd.DataFrame) -> dict[str, pd.Series]:  # empty: every training made its steps
+def _mean_steps(costs: pd.DataFrame) -> dict[tuple[str, str], pd.Series]:  # empty: every training made its steps
     "Columns of training that time ended."
     if not {"steps", "planned"} <= set(costs.columns):
         return {}
     steps = costs[["model", "steps", "planned"]].astype({"steps": float, "planned": float}).groupby("model").mean()
-    return {"steps": steps.steps, "planned steps": steps.planned} if (steps.steps < steps.planned).any() else {}
+    return {("cost", "steps"): steps.steps, ("cost", "planned steps"): steps.planned} if (steps.steps < steps.planned).any() else {}
 
 
 def cut_short(costs: pd.DataFrame) -> dict:  # index a row's name; columns steps, planned steps; row -> its steps, in words
@@ -177,8 +177,7 @@ def comparison_table(
     if errors := errors_of(scores, experts) if errors is None else errors:
         parts[("worst task", "error")] = pd.Series(errors)
     spent = costs.groupby("model")[["seconds", "peak_bytes", "trained", "trials"]].mean()
-    parts |= {("cost", "seconds"): spent.seconds, ("cost", "peak GiB"): spent.peak_bytes / 2**30, ("cost", "trained numbers"): spent.trained, ("cost", "settings tried"): spent.trials}
-    parts |= {("cost", name): values for name, values in _mean_steps(costs).items()}
+    parts |= {("cost", "seconds"): spent.seconds, ("cost", "peak GiB"): spent.peak_bytes / 2**30, ("cost", "trained numbers"): spent.trained, ("cost", "settings tried"): spent.trials} | _mean_steps(costs)
     table = pd.DataFrame(parts).loc[shares.index]
     return best_first(table).rename_axis(index="model")
 
@@ -232,7 +231,7 @@ def _told_clear(table: pd.DataFrame, use: str, other: str, ahead: float) -> str:
     found = found or (f"more than a standard error of these rows ({errors.max():.3f})" if len(errors) else "and nothing says whether another draw would show it, too")
     return f"{found}; no spread is known (one seed)"
 
-
+# %% ../nbs/38_comparison.ipynb #c1fd5af7
 def told_deltas(facts: pd.DataFrame) -> str:  # of `delta_facts`
     "The kind of these models in a sentence."
     mean = facts.groupby("measure").value.mean()

@@ -60,7 +60,7 @@ def start_of(space: Mapping[str, Dial]) -> dict:
     "The setting that is tried first."
     return {name: dial.start for name, dial in space.items()}
 
-
+# %% ../nbs/39_opponents/03_opponents.ipynb #d35b041e
 def starts_of(space: Mapping[str, Dial]) -> list[dict]:
     "The settings that every search begins with."
     second = {name: dial.start if dial.second is None else dial.second for name, dial in space.items()}
