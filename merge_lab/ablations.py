@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'DEFAULT', 'AXES', 'SAID', 'variants', 'AblationConfig', 'variant_config', 'variant_rows', 'axis_table',
-           'axis_picture', 'Ablations', 'run', 'read_ablations', 'finish', 'show_result']
+           'remarks', 'axis_picture', 'Ablations', 'run', 'read_ablations', 'finish', 'show_result']
 
 # %% ../nbs/63_ablations.ipynb #61e3f87f
 import dataclasses
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from .logs import tqdm
 
 from .compare import check_suite, costs_of, facts_of, first_models, measured, Record, reference_rows, Scorer, scores_of, StopInTime, SuiteConfig, trained_config, with_suite
-from .comparison import candidates_of, comparison_table
+from .comparison import candidates_of, comparison_table, cut_short, told_cut, told_left_out
 from .components import load_model
 from .config import check_choice, config_to_cli, option
 from .evaluation import LEARNED, UNIFORM
@@ -92,25 +92,35 @@ def variant_rows(bench: Scorer, record: Record, root: Path, seed: int, seconds: 
         if record.has(seed, name):
             continue
         try:
+            asked, stop = variant_config(bench.config, options, place, seed), StopInTime(seconds)
             with measured() as use:
-                merge_masks(variant_config(bench.config, options, place, seed), callbacks=(StopInTime(seconds),), progress=False)
+                merge_masks(asked, callbacks=(stop,), progress=False)
         except ValueError as error:
-            logger.warning("%s is left out: %s", name, error)
+            bench.leave_out(seed, str(error), name)
             continue
         model = load_model(place / "merged", bench.config.dtype)
-        record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1, dict(options))
+        record.add(seed, name, bench.scores(model), use["seconds"], use["peak_bytes"], trained_numbers(place), 1, dict(options), **stop.made(name, asked.max_steps))
         shutil.rmtree(place / "merged")  # a study has dozens of them, each as large as the model
 
 
 def axis_table(table: pd.DataFrame, axes: Sequence[str]) -> pd.DataFrame:  # table: of `comparison_table`; index axis, row
-    "Worst task's recovered share and spread, by axis; the default and the average stand in each."
-    parts = {}
+    "Worst task's recovered share and spread, by axis; the default and the average stand in each. With steps where time ended the training of some."
+    parts, shown = {}, [("worst task", "recovered"), ("worst task", "spread"), ("cost", "seconds"), ("cost", "trained numbers"), ("cost", "steps"), ("cost", "planned steps")]
+    shown = [column for column in shown if column in table]
     for axis in axes:
         rows = {SAID[axis]: DEFAULT} | {name: f"{axis}: {name}" for name in AXES[axis]}
-        parts[axis] = pd.DataFrame({name: table.loc[row, [("worst task", "recovered"), ("worst task", "spread"), ("cost", "seconds"), ("cost", "trained numbers")]].droplevel(0) for name, row in rows.items() if row in table.index}).T
+        parts[axis] = pd.DataFrame({name: table.loc[row, shown].droplevel(0) for name, row in rows.items() if row in table.index}).T
     return pd.concat(parts, names=["axis", "row"])
 
 # %% ../nbs/63_ablations.ipynb #58faaf57
+def remarks(
+    by_axis: pd.DataFrame,  # of `axis_table`
+    left_out: Mapping[str, str],  # row -> why it is not there
+) -> list[str]:
+    "What is to be known of the rows: training that time ended, and what is not there."
+    return [part for part in (told_cut(by_axis), told_left_out(left_out) if left_out else "") if part]
+
+# %% ../nbs/63_ablations.ipynb #fbc36e0b
 def axis_picture(
     by_axis: pd.DataFrame,  # of `axis_table`
     average: float | None = None,  # share of the plain average, drawn as a line
@@ -124,10 +134,11 @@ def axis_picture(
     for panel, axis in zip(panels.flat, axes):
         some = by_axis.loc[axis][::-1]
         value, spread = some.recovered.astype(float).clip(lower=least), some.spread.astype(float).fillna(0) / 2
+        cut = cut_short(some)
         default = [name == SAID[axis] for name in some.index]
         panel.barh(list(some.index), value, xerr=spread, color=[colour_of(0) if own else MUTED for own in default], error_kw={"elinewidth": 1, "ecolor": INK})
         for place, (shown, end) in enumerate(zip(some.recovered, value + spread)):
-            panel.text(max(end, 0) + 0.03, place, f"{shown:.3f}", va="center", fontsize=8, color=INK)
+            panel.text(max(end, 0) + 0.03, place, f"{shown:.3f}" + (f" ({cut[some.index[place]]})" if some.index[place] in cut else ""), va="center", fontsize=8, color=INK)
         if average is not None:
             panel.axvline(average, color=INK, linewidth=1, linestyle=":")
         panel.set_title(axis, fontsize=10, color=INK)
@@ -143,6 +154,7 @@ class Ablations:
 
     table: pd.DataFrame  # of `axis_table`
     folder: Path
+    remarks: Sequence[str] = ()  # what is to be known of the rows
 
 
 @one_run
@@ -162,7 +174,7 @@ def run(config: AblationConfig) -> Ablations:
         raise RunInterrupted(f"stopped; {len(record.rows)} rows are in {root}. Go on with: merge-lab ablate {root / 'config.yaml'} --resume") from error
     return finish(bench, record, root)
 
-
+# %% ../nbs/63_ablations.ipynb #40d8010f
 def read_ablations(facts: Mapping) -> tuple[pd.DataFrame, float]:  # `axis_table`; share of the plain average
     "A study from its raw data."
     table = comparison_table(scores_of(facts["rows"]), costs_of(facts["rows"]), facts["experts"])
@@ -184,12 +196,15 @@ def finish(bench: Scorer, record: Record, root: Path) -> Ablations:
     again = dataclasses.replace(bench.config, output_dir=f"{bench.config.output_dir}-again", resume=False, overwrite=False)
     R.report_html("What of learned masks matters", [
         R.Plot(figure, "On test rows: 0 is the base, 1 the task's own expert. Blue: the default. Dotted: the plain average. Bars span the seeds."),
-        R.Table(table), R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab ablate")),
+        R.Table(table), *[R.Prose(part) for part in remarks(table, bench.left_out)], R.Heading("Do it again"), R.Code(config_to_cli(again, "merge-lab ablate")),
     ], root / "report.html")  # fmt: skip
-    return Ablations(table, root)
+    return Ablations(table, root, remarks(table, bench.left_out))
 
 
 def show_result(result: Ablations) -> int:  # exit status
-    "Print the table."
-    print(f"\nRecovered share of the worst task (0: base, 1: expert), one choice changed at a time\n\n{result.table.to_string(float_format='{:.3f}'.format, na_rep='')}\n\nPicture: {result.folder / 'report.html'}")
+    "Print the table, and what is to be known of it."
+    print(f"\nRecovered share of the worst task (0: base, 1: expert), one choice changed at a time\n\n{result.table.to_string(float_format='{:.3f}'.format, na_rep='')}")
+    for remark in result.remarks:
+        print(f"\n{remark}")
+    print(f"\nPicture: {result.folder / 'report.html'}")
     return 0

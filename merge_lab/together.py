@@ -80,13 +80,13 @@ def train_together(
     batch_size: int = 8,
     seconds: float = float("inf"),  # at most
     seed: int = 0,  # of the order of rows
-) -> dict[str, Tensor]:  # float32, on the CPU
+) -> tuple[dict[str, Tensor], int]:  # float32, on the CPU; steps that were made in time
     "Weights of one model that was trained on the labels of all rows."
     set_seed(seed)
     model = base_or_average(lineup).to(lineup.model.device)
     batches = shuffled_batches(list(rows), ChatCollator(lineup.tokenizer), min(batch_size, len(rows)), seed)
-    fit(model, in_time(batches, seconds, lineup.model.device), steps, rate)
-    return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    losses = fit(model, in_time(batches, seconds, lineup.model.device), steps, rate)
+    return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}, len(losses)
 
 # %% ../nbs/39_opponents/05_together.ipynb #85dcd35e
 def best_together(
@@ -98,12 +98,12 @@ def best_together(
     seconds: float = float("inf"),  # for all step sizes
     seed: int = 0,
     rates: Sequence[float] = RATES,  # and larger ones, as long as the largest is the best
-) -> tuple[dict[str, Tensor], float, float, int]:  # weights, step size, share of the worst validation task, step sizes tried
+) -> tuple[dict[str, Tensor], float, float, int, int]:  # weights, step size, share of the worst validation task, step sizes tried, steps made
     "The best of a few step sizes on validation rows. Raises `ValueError` if none has a loss."
-    best, tried, asked = None, 0, sorted(rates)
+    best, tried, asked, made = None, 0, sorted(rates), 0
     while asked:
         rate = asked.pop(0)
-        tensors = train_together(lineup, rows, steps, rate, batch_size, seconds / len(rates), seed)
+        tensors, steps_made = train_together(lineup, rows, steps, rate, batch_size, seconds / len(rates), seed)
         try:
             worst = judge.worst(judge.losses(lineup, tensors))
         except ValueError as error:  # it diverged
@@ -112,8 +112,8 @@ def best_together(
         finally:
             tried += 1
         if best is None or worst > best[2]:
-            best = (tensors, rate, worst)
+            best, made = (tensors, rate, worst), steps_made
             asked = asked or [3 * rate]  # the largest is the best: a larger one may be better
     if best is None:
         raise ValueError(f"{TOGETHER}: no step size of {', '.join(map(str, rates))} gives a loss that is a number.")
-    return *best, tried
+    return *best, tried, made

@@ -14,7 +14,7 @@ from merge_lab.chat import load_task, write_jsonl
 from merge_lab.cli import main, parse
 from merge_lab.compare import CompareConfig, read_suite, run, trained_config
 from merge_lab.components import load_model
-from merge_lab.lineup import average, Lineup
+from merge_lab.lineup import average, line_up, Lineup
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
 from merge_lab.opponents import as_recipe, merge_by_mergekit, merge_recipe, METHODS, OPPONENTS, start_of, starts_of, write_mergekit_recipe
@@ -111,6 +111,18 @@ def test_weights_are_normalised_or_not_as_the_yaml_says(tmp_path):
         once, twice = (merge_by_mergekit(lineup, method, {"weight 1": w, "weight 2": w} | ({"density": 1.0} if method == "ties" else {})) for w in (0.4, 0.8))
         same = all(torch.allclose(once[name], twice[name], atol=1e-6) for name in once)
         assert same == (method == "linear")
+
+
+@pytest.mark.parametrize("dropped, whole", [("dare_linear", "task_arithmetic"), ("dare_ties", "ties")])
+def test_where_nothing_is_dropped_dare_is_what_it_drops_from(dropped, whole):
+    lineup = lined_up(tiny_experts(n=2), tiny_model(seed=0))
+    weights = {"weight 1": 0.7, "weight 2": 0.4}
+    ours = merge_by_mergekit(lineup, dropped, weights | {"density": 1.0})
+    theirs = merge_by_mergekit(lineup, whole, weights | ({"density": 1.0} if whole == "ties" else {}))
+    half = merge_by_mergekit(lineup, dropped, weights | {"density": 0.5})
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+    assert any((half[name] - ours[name]).abs().max() > 1e-2 for name in ours)
 
 
 # ---- closed forms ----
@@ -217,11 +229,29 @@ def test_a_comparison_that_is_stopped_goes_on_to_the_same_table(small, whole, tm
     assert [len(read_rows(file)) for file in sorted((tmp_path / "cut" / "seed-0" / "trials").iterdir())] == [len(read_rows(file)) for file in sorted((whole.folder / "seed-0" / "trials").iterdir())]
 
 
+def test_rows_after_a_stop_know_whose_manner_answers_have(small, tmp_path, monkeypatch):
+    "Base, experts and opponents are there, and masks are not: the experts are not asked again, and masks are compared with what they said."
+    config = CompareConfig(**small | dict(metric="exact_match", answered=4, methods=["linear"], trials=1, max_steps=1, together=False), output_dir=str(tmp_path / "run"))
+    usual = compare.merge_masks
+    monkeypatch.setattr(compare, "merge_masks", stopping_at(1, usual))
+    with pytest.raises(RunInterrupted):
+        run(config)
+    monkeypatch.setattr(compare, "merge_masks", usual)
+    monkeypatch.setattr(compare, "line_up", lambda *_: pytest.fail("nothing asks for the experts again"))
+    run(dataclasses.replace(config, resume=True))
+    told = {row["model"]: [score.get("manners") for score in row["scores"] if score["split"] == "test"] for row in read_rows(tmp_path / "run" / "rows.jsonl")}
+    assert {len(manners) for manners in told.values()} == {2}
+    assert all(sum(shares.values()) == pytest.approx(1, abs=1e-5) for manners in told.values() for shares in manners)
+    assert "learned masks" in (tmp_path / "run" / "confusion.csv").read_text()
+
+
 def test_a_comparison_leaves_what_it_promises(small, whole):
     for name in ("config.yaml", "rows.jsonl", "table.csv", "verdict.txt", "results.json", "report.html", "deltas.csv", "plots/share_against_seconds.png", "plots/deltas.png", "seed-0/best/linear.yml"):
         assert (whole.folder / name).is_file(), name
+    assert "no spread is known (one seed)" in whole.verdict and "more than the spread" not in whole.verdict
     assert whole.verdict.startswith("Use ") and whole.verdict.split(";")[0] in (whole.folder / "report.html").read_text()
-    assert whole.table.loc["base", ("worst task", "recovered")] == 0
+    assert whole.table.loc["base", ("worst task", "recovered")] == 0 and ("cost", "steps") not in whole.table
+    assert [row["steps"] for row in read_rows(whole.folder / "rows.jsonl") if row["model"] in ("learned masks", "trained on all data")] == [2, 2]
     trained = whole.table.loc["learned masks", ("cost", "trained numbers")]
     assert trained == sum(np.prod(shape) for shape in mask_shapes(whole.folder / "seed-0" / "learned-masks" / "masks"))
     with pytest.raises(ValueError, match="resume: trials=9"):
@@ -339,6 +369,86 @@ def test_a_method_stays_on_the_ladder_by_its_better_beginning(tmp_path, monkeypa
     files = {method: tmp_path / f"{method}.jsonl" for method in ("linear", "karcher", "ties", "sce")}
     compare.climb(lined_up(tiny_experts(n=2)), None, files, 4, math.inf, 0)
     assert {method: made.count(method) for method in files} == {"linear": 1, "karcher": 1, "ties": 4, "sce": 1}
+
+
+def test_nobody_gets_a_second_trial_before_everybody_had_the_first(tmp_path, monkeypatch):
+    "Time for five trials: closed forms, which stand last in the list, are among them."
+    made = []
+
+    def tried(lineup, judge, method, setting, seed=0):
+        made.append(method)
+        return {"setting": setting, "losses": {}, "worst": 0.5, "error": None, "seconds": 1.0}
+
+    monkeypatch.setattr(search, "try_setting", tried)
+    methods = ["linear", "karcher", "task_arithmetic", "ties", "dare_ties", "della", "regmean", "regmean++", "wudi-like"]
+    files = {method: tmp_path / f"{method}.jsonl" for method in methods}
+    late = search.climb(lined_up(tiny_experts(n=2)), None, files, 4, 5.0, 0)
+    assert made == ["linear", "task_arithmetic", "ties", "regmean++", "wudi-like"]
+    assert late == ["karcher", "dare_ties", "della", "regmean"]
+    assert search.climb(lined_up(tiny_experts(n=2)), None, files, 4, 9.0, 0) == [] and len(made) == len(set(made)) == 9
+
+
+@pytest.mark.parametrize("methods", [["linear"], ["linear", "ties"]])
+def test_opponents_without_time_are_named(small, methods, tmp_path, caplog):
+    asked = small | dict(methods=methods, minutes=0, trained=["none"], together=False)
+    result = run(CompareConfig(**asked, output_dir=str(tmp_path / "run")))
+    named = f"{', '.join(methods)}, since there was no time for any setting"
+    assert result.verdict.startswith("Use uniform average.") and named in result.verdict and named in caplog.text
+    assert named in (tmp_path / "run" / "report.html").read_text()
+    table, deltas, facts = compare.read_comparison(tmp_path / "run" / "results.json")
+    assert compare.verdict(table, deltas, facts["left_out"]) == result.verdict
+
+
+def test_training_that_time_ended_is_told(small, tmp_path, caplog):
+    "One step of sixty, of masks and of the model that is trained on all data; rows of older builds do not know."
+    asked = small | dict(methods=["linear"], minutes=0, max_steps=60)
+    result = run(CompareConfig(**asked, output_dir=str(tmp_path / "run")))
+    rows = {row["model"]: row for row in read_rows(tmp_path / "run" / "rows.jsonl")}
+    for name in ("learned masks", "trained on all data"):
+        assert (rows[name]["steps"], rows[name]["planned"]) == (1, 60) == tuple(result.table.loc[name, [("cost", "steps"), ("cost", "planned steps")]])
+        assert f"{name} after 1 of 60 steps" in result.verdict and f"{name}: time was over after 1 of 60 steps" in caplog.text
+    assert rows["base"]["steps"] is None and "after 1 of 60 steps" in (tmp_path / "run" / "report.html").read_text()
+    older = compare.costs_of([{name: value for name, value in row.items() if name not in ("steps", "planned")} for row in rows.values()])
+    assert "after 1 of 60" not in compare.verdict(compare.comparison_table(compare.scores_of(list(rows.values())), older, {"rewrite": "expert: rewrite", "summarize": "expert: summarize"}))
+
+
+def a_recipe(file, weight="weight"):
+    "The bundled pair as YAML."
+    models = "".join(f"  - model: {bundled_path(f'models/{task}')}\n    parameters: {{{weight}: 0.5}}\n" for task in ("rewrite", "summarize"))
+    stored = json.loads((bundled_path("models/rewrite") / "config.json").read_text())["dtype"]
+    file.write_text(f"merge_method: linear\nmodels:\n{models}dtype: float32\nout_dtype: {stored}\n")
+    return str(file)
+
+
+def test_a_recipe_that_cannot_be_merged_is_left_out_before_the_search(small, tmp_path, monkeypatch, caplog):
+    "mergekit finds the mistake; the other recipe is a row, the same as the method's, also after a stop."
+    recipes = [a_recipe(tmp_path / "bad.yml", weight="wieght"), a_recipe(tmp_path / "good.yml")]
+    asked = small | dict(methods=["linear"], trials=1, trained=["none"], together=False, recipes=recipes)
+    config, usual, merged = CompareConfig(**asked, output_dir=str(tmp_path / "run")), compare.climb, []
+    monkeypatch.setattr(compare, "climb", stopping_at(1, usual))
+    with pytest.raises(RunInterrupted):
+        run(config)
+    assert "left out: recipe: bad, since mergekit cannot merge this" in caplog.text and "weight" in caplog.text
+    monkeypatch.setattr(compare, "climb", usual)
+    monkeypatch.setattr(compare, "merge_recipe", lambda recipe, *rest: merged.append(Path(recipe).stem) or merge_recipe(recipe, *rest))
+    result = run(dataclasses.replace(config, resume=True))
+    assert merged == ["bad"] and "recipe: bad" not in result.table.index  # what is merged stays
+    assert "Left out: recipe: bad, since mergekit cannot merge this" in result.verdict and "recipe: bad" in (tmp_path / "run" / "report.html").read_text()
+    ours, theirs = (result.table.loc[name] for name in ("linear", "recipe: good"))
+    for column in (("rewrite", "loss"), ("summarize", "loss"), ("worst task", "recovered"), ("worst task", "on validation")):
+        assert theirs[column] == pytest.approx(ours[column], abs=1e-5), column
+    assert str(tmp_path) not in (tmp_path / "run" / "results.json").read_text()
+
+
+def test_a_common_strength_is_found_with_few_trials(tmp_path):
+    "Eight trials are as good as 0.6 each; the first rung makes the two beginnings only."
+    tasks = {name: bundled_path(f"tasks/{name}") for name in ("rewrite", "summarize")}
+    lineup = line_up([bundled_path(f"models/{name}") for name in tasks], bundled_path("models/base"), list(tasks.values()), rows=1)
+    judge = search.judge_of(lineup, {name: load_task(folder, "validation")[:16] for name, folder in tasks.items()})
+    trials = search.search(lineup, judge, "task_arithmetic", tmp_path / "trials.jsonl", trials=8)
+    alike = search.try_setting(lineup, judge, "task_arithmetic", {"weight 1": 0.6, "weight 2": 0.6})
+    assert search.best_of(trials)["worst"] >= alike["worst"] - 1e-6
+    assert search.quotas(["task_arithmetic", "ties", "wudi-like", "regmean"], 0.0, 16, 2) == {"task_arithmetic": 2, "ties": 2, "wudi-like": 2, "regmean": 1}
 
 
 def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):

@@ -108,7 +108,8 @@ def test_training_on_all_data_is_adamw_on_the_labels(lineup):
     "Three steps by hand: warm-up of a tenth, a cosine to zero, gradients clipped at 1."
     generator = torch.Generator().manual_seed(1)
     rows = [{"input_ids": (ids := torch.randint(4, 64, (7,), generator=generator).tolist()), "labels": [-100] * 3 + ids[3:]} for _ in range(8)]
-    found = together.train_together(lineup, rows, steps=3, rate=1e-3, batch_size=4, seed=5)
+    found, made = together.train_together(lineup, rows, steps=3, rate=1e-3, batch_size=4, seed=5)
+    assert made == 3
     model = tiny_model(seed=0)
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     batches = itertools.islice(together.shuffled_batches(rows, ChatCollator(lineup.tokenizer), 4, 5), 3)
@@ -133,7 +134,7 @@ def test_the_step_size_of_the_row_is_the_best_on_validation_rows(lineup, monkeyp
     tasks = {name: load_task(bundled_path(f"tasks/{name}"), "validation")[:4] for name in TASKS}
     judge = Judge(tasks, dict(zip(tasks, range(2))))
     shares = {1e-3: 0.2, 3e-4: 0.7, 1e-4: 0.4}
-    monkeypatch.setattr(together, "train_together", lambda lineup, rows, steps, rate, *_: rate)
+    monkeypatch.setattr(together, "train_together", lambda lineup, rows, steps, rate, *_: (rate, steps))
 
     def losses(lineup, rate):
         if rate == 3e-3:
@@ -142,11 +143,11 @@ def test_the_step_size_of_the_row_is_the_best_on_validation_rows(lineup, monkeyp
 
     monkeypatch.setattr(judge, "losses", losses)
     monkeypatch.setattr(judge, "worst", lambda rate: shares[round(rate, 6)])
-    assert together.best_together(lineup, judge, [], 1) == (3e-4, 3e-4, 0.7, 4)
+    assert together.best_together(lineup, judge, [], 1) == (3e-4, 3e-4, 0.7, 4, 1)
     shares |= {9e-3: 0.9, 0.027: 0.8}
     monkeypatch.setattr(judge, "losses", lambda lineup, rate: rate)
     shares[3e-3] = 0.75
-    assert together.best_together(lineup, judge, [], 1)[1:] == (pytest.approx(9e-3), 0.9, 6)  # followed upwards until it gets worse
+    assert together.best_together(lineup, judge, [], 1)[1:] == (pytest.approx(9e-3), 0.9, 6, 1)  # followed upwards until it gets worse
 
 
 def test_what_does_not_fit_is_left_out(lineup, monkeypatch):
