@@ -184,7 +184,7 @@ def paired_gain(
     gain = saved.mean()
     return dict(gain=gain.item(), error=(saved.std() / len(saved) ** 0.5 if len(saved) > 1 else gain.abs()).item())
 
-
+# %% ../nbs/29_static_mix.ipynb #f8e5f741
 def kept_of(
     scores: dict[str, dict[str, float]],  # static and routed, on validation windows; of routed real_bits, gain and error
     target: float | None,  # bits a weight; None: no budget
@@ -194,7 +194,7 @@ def kept_of(
     dear = target is not None and routed["real_bits"] > target + 0.05
     return "routed" if not dear and routed["gain"] > routed["error"] else "static"
 
-
+# %% ../nbs/29_static_mix.ipynb #823d7b87
 def load_of(
     choices: Tensor,  # (samples, layers) positions of levels
     levels: int,

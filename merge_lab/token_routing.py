@@ -292,7 +292,7 @@ def measure_by_token(
     self.set_levels(mixes, budgets.index(target), level_costs(costs, make_levels(self, mixes), self.precisions))
     return record_states(self, self.levels, windows, prefix_length, self.start, folder=place)
 
-
+# %% ../nbs/31_token_routing.ipynb #27cd3927
 @patch_to(TokenwiseQuantizeForCausalLM)
 def fit_by_token(self, train: list[Window], validation: list[Window], prefix_length: int, target: float, **options) -> list[float]:  # for each layer, share of held-out factors that is explained
     "Measure on training windows as `measure_by_token` does, fit the routers to it, and their price to validation windows."
@@ -335,7 +335,7 @@ def static_at(self, windows: list[Window], prefix_length: int, exact: Tensor, re
     share = (real_bits - sizes[above - 1]) / max(sizes[above] - sizes[above - 1], 1e-9)
     return torch.lerp(*found, share).exp()
 
-
+# %% ../nbs/31_token_routing.ipynb #0740fb96
 @patch_to(TokenwiseQuantizeForCausalLM)
 def beside_static(self, windows: list[Window], prefix_length: int) -> dict[str, dict[str, float]]:  # static and routed: kl, ce, real_bits; of routed also gain and error
     "Routers by token, and the static mix that the prompt is read at; the gain is over a static mix of the bytes that routers read."
@@ -348,7 +348,7 @@ def beside_static(self, windows: list[Window], prefix_length: int) -> dict[str, 
     static, routed = (table[["kl", "ce", "real_bits"]].mean().to_dict() for table in (static, routed))
     return dict(static=static, routed=routed | gain)
 
-
+# %% ../nbs/31_token_routing.ipynb #ab8aa872
 @patch_to(TokenwiseQuantizeForCausalLM)
 @torch.no_grad()
 def token_loads(self, windows: list[Window], prefix_length: int) -> dict[str, list]:  # of `load_of`, levels from few bytes to many
@@ -359,7 +359,7 @@ def token_loads(self, windows: list[Window], prefix_length: int) -> dict[str, li
     choices = torch.stack([self.plan.decided[n][:, prefix_length:-1][counted] for n in range(len(self.levels.bits))], dim=1)
     return load_of(choices, len(self.levels.mixes))
 
-
+# %% ../nbs/31_token_routing.ipynb #6f9d24ea
 @patch_to(TokenwiseQuantizeForCausalLM)
 def token_headroom(self, windows: list[Window], prefix_length: int, costs: Tensor) -> pd.DataFrame:  # costs: (windows, tokens, levels) nats; of `oracle_table`
     "What an oracle that knows each token's costs promises, and what it saves where its choices are run."

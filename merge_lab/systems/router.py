@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['logger', 'OF_PROMPTS', 'COSTS_FILE', 'STEP_COLUMNS', 'HEADROOM_FILE', 'STATIC_FILE', 'precision_term',
-           'RouterObjective', 'RouterConfig', 'is_flat', 'KeepRouters', 'WriteRouters', 'RouterBar', 'epoch_size',
-           'arguments_of', 'step_tensors', 'RouterTrainer', 'objective_price', 'told_time', 'check_folder',
-           'load_parts', 'use_kept', 'load_routed', 'train_by_token', 'run', 'show_result', 'quantized_note',
-           'LayerwiseQuantizeForCausalLM']
+           'RouterObjective', 'check_router', 'RouterConfig', 'is_flat', 'KeepRouters', 'WriteRouters', 'RouterBar',
+           'epoch_size', 'arguments_of', 'step_tensors', 'RouterTrainer', 'objective_price', 'told_time',
+           'check_folder', 'load_parts', 'use_kept', 'load_routed', 'train_by_token', 'run', 'show_result',
+           'quantized_note', 'LayerwiseQuantizeForCausalLM']
 
 # %% ../../nbs/40_systems/05_router.ipynb #b6c76b04
 import bisect
@@ -92,6 +92,15 @@ OF_PROMPTS = {  # options that routers by token have no use for
     "num_costs", "static", "curriculum", "router_hidden", "dropout", "eval_batch_size",
 }  # fmt: skip
 
+
+def check_router(config: "RouterConfig"):
+    "Raise `ValueError` for a prompt that leaves nothing to score, or options that would have no effect."
+    if config.prefix_length >= config.max_length:
+        lower = f"Lower it (--prefix_length {max(1, config.max_length // 4)}) or take longer windows."
+        raise ValueError(f"prefix_length={config.prefix_length}: expected less than max_length={config.max_length}, so that tokens are left to score. {lower}")
+    if config.granularity == "token" and (idle := sorted(set(changed_options(config)) & OF_PROMPTS)):
+        raise ValueError(f"granularity='token': {', '.join(idle)} would have no effect; routers by token have no such part. Leave {'it' if len(idle) == 1 else 'them'} out.")
+
 # %% ../../nbs/40_systems/05_router.ipynb #ded58102
 @dataclass
 class RouterConfig(Options):
@@ -142,11 +151,7 @@ class RouterConfig(Options):
 
     def __post_init__(self):
         check_options(self)
-        if self.prefix_length >= self.max_length:
-            lower = f"Lower it (--prefix_length {max(1, self.max_length // 4)}) or take longer windows."
-            raise ValueError(f"prefix_length={self.prefix_length}: expected less than max_length={self.max_length}, so that tokens are left to score. {lower}")
-        if self.granularity == "token" and (idle := sorted(set(changed_options(self)) & OF_PROMPTS)):
-            raise ValueError(f"granularity='token': {', '.join(idle)} would have no effect; routers by token have no such part. Leave {'it' if len(idle) == 1 else 'them'} out.")
+        check_router(self)
 
 # %% ../../nbs/40_systems/05_router.ipynb #bbe0c6f0
 def is_flat(
@@ -458,7 +463,7 @@ def is_worth_it(self) -> bool:
     )  # fmt: skip
     return False
 
-
+# %% ../../nbs/40_systems/05_router.ipynb #cf5b74df
 @patch_to(RouterTrainer)
 def static_scores(self, windows: list[Window], exact: Tensor, budget: float) -> tuple[dict[str, int], pd.DataFrame]:  # budget: bytes; bits of each linear, a row for each window
     "The best static mix within a budget, and what it scores."
@@ -468,7 +473,7 @@ def static_scores(self, windows: list[Window], exact: Tensor, budget: float) -> 
     with model.set_precision(bits):
         return bits, score_windows(model, windows, self.config.prefix_length, self.at_once, exact)
 
-
+# %% ../../nbs/40_systems/05_router.ipynb #9e0d3013
 @patch_to(RouterTrainer)
 def against_static(self) -> dict:  # kept, static and routed: real_bits, read_bytes, kl, ce; of routed gain and error; load and entropy; and bits of the mix
     "Routers and the best static mix within target_bits, or of as many bytes where there is no target, on validation windows; written to static.json."
@@ -608,7 +613,7 @@ def use_kept(
     model.set_precision(facts["bits"] if facts["kept"] == "static" else None)
     return facts["kept"]
 
-
+# %% ../../nbs/40_systems/05_router.ipynb #4a73d2c4
 def load_routed(
     folder: str | Path,  # of a run of `merge-lab router`
     model_path: str | None = None,  # where its quantised model is; None: where it was
