@@ -432,9 +432,9 @@ def recipe_rows(bench: Scorer, record: Record, folder: Path, seed: int):
         if record.has(seed, name) or name in bench.left_out:
             continue
         took = json.loads((place / TOOK).read_text(encoding="utf-8"))
-        with measured() as use:
-            model = load_model(place, bench.config.dtype)
         try:
+            with measured() as use:
+                model = load_model(place, bench.config.dtype)
             scores = bench.scores(model)
         except ValueError as error:
             bench.leave_out(seed, str(error), name)
