@@ -327,6 +327,15 @@ def test_what_is_wrong_is_said_in_one_sentence(words, said, tmp_path, monkeypatc
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("command", ["compare", "ablate"])
+def test_a_suite_may_stand_where_a_file_with_options_may(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("about: my pair\nmodel_paths: [a, b]\ndatasets: [c, d]\nmax_steps: 3\n")
+    asked = parse(command, ["mine.yaml", "--seeds", "2"])
+    assert [asked.suite, asked.seeds] == ["mine.yaml", 2]
+    assert compare.with_suite(asked).max_steps == 3
+
+
 def test_paths_of_a_suite_stand_beside_it_or_where_the_command_starts(tmp_path, monkeypatch):
     (tmp_path / "suites").mkdir()
     for name in ("suites/a", "b"):
