@@ -174,8 +174,9 @@ def leaders(files: dict[str, Path], methods: Sequence[str], n: int) -> list[str]
 
 
 def quotas(methods: Sequence[str], part: float, trials: int, n: int) -> dict[str, int]:  # part: of the trials; n: components
-    "How many trials each opponent may have on a rung, its beginnings at least."
-    return {method: min(trials, max(len(starts_of(OPPONENTS[method].space(n))), round(part * trials))) for method in methods}
+    "How many trials each opponent may have on a rung: its beginnings at least, and where there is more than that its grid."
+    least = {method: (grid_of if part else starts_of)(OPPONENTS[method].space(n)) for method in methods}
+    return {method: min(trials, max(len(least[method]), round(part * trials))) for method in methods}
 
 # %% ../nbs/39_opponents/04_search.ipynb #728c0b4d
 def climb_rung(lineup: Lineup, judge: Judge, files: dict[str, Path], quota: dict[str, int], seconds: float, seed: int, label: str = ""):  # seconds: of all files

@@ -458,6 +458,7 @@ def test_a_common_strength_is_found_with_few_trials(tmp_path):
     alike = search.try_setting(lineup, judge, "task_arithmetic", {"weight 1": 0.6, "weight 2": 0.6})
     assert search.best_of(trials)["worst"] >= alike["worst"] - 1e-6
     assert search.quotas(["task_arithmetic", "ties", "wudi-like", "regmean"], 0.0, 16, 2) == {"task_arithmetic": 2, "ties": 2, "wudi-like": 2, "regmean": 1}
+    assert search.quotas(["task_arithmetic", "regmean"], 0.25, 8, 2) == {"task_arithmetic": 5, "regmean": 2}
 
 
 def test_the_training_of_masks_is_told_where_it_is_asked(tmp_path):
