@@ -500,7 +500,7 @@ def test_what_is_asked_to_stop_goes_on_unless_what_it_reads_has_changed(name, nu
     assert bytes_of("out") == kept
     Path(read).write_bytes(source)
     assert main([*words.split(), "--resume"]) == 0
-    assert re.search("Next: |merge-lab router|Load them with", capsys.readouterr().out)  # what to do then
+    assert re.search("Next: |merge-lab router|Load what is kept with", capsys.readouterr().out)  # what to do then
 
 
 @pytest.mark.parametrize("name", ["mask-merge", "dam-train", "lora-merge"])
