@@ -65,7 +65,7 @@ def variants(
 class AblationConfig(SuiteConfig):
     "What is changed, of which models' merge, and on what it is judged."
 
-    axes: list[str] = option(list(AXES), f"What is changed, one at a time: {', '.join(AXES)}", group="Methods")
+    axes: list[str] = option(list(AXES), f"What is changed, one at a time: {', '.join(AXES)}; what is done goes on with others", group="Methods", resumable=True)
     output_dir: str = option("runs/ablations", "Folder of the study", group="Output", resumable=True, recipe=False)
 
     def __post_init__(self):

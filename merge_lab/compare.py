@@ -68,7 +68,7 @@ class SuiteConfig(Options):
     components: list[int] = option([], "How many of the models are merged, the first ones; none given: all", group="Models")
     minutes: float = option(20.0, "Time for everything that is trained; scores come on top", low=0, group="Budget")
     max_steps: int | None = option(None, "Optimizer steps of masks; none given: mask merge's default", low=1, group="Budget")
-    seeds: int = option(1, "Runs with one seed after the other, for the spread", low=1, high=20, group="Budget")
+    seeds: int = option(1, "Runs with one seed after the other, for the spread; what is done goes on with more of them", low=1, high=20, group="Budget", resumable=True)
     seed: int = option(0, "The first seed of what is drawn and trained", low=0, group="Budget", aliases=("random_state",))
     final_val_rows: int | None = option(150, "Validation rows of each dataset that finished merges are scored on, too; none: all", low=1, group="Data")
     eval_samples: int | None = option(150, "Test rows of each dataset that are scored; none: all", low=1, group="Data", aliases=("test_rows",))
@@ -349,7 +349,7 @@ def reference_rows(bench: Scorer, record: Record, lineup: Lineup, seed: int):
     first = {row["model"]: row for row in record.rows if row["seed"] == bench.config.seed}
     states = {"base": lineup.base} if lineup.base is not None else {}
     states |= {f"expert: {name}": state for name, state in zip(lineup.names, lineup.states)}
-    for name in [*states, UNIFORM]:
+    for name in tqdm([*states, UNIFORM], desc=f"seed {seed}, base and experts", unit="model", leave=False):
         if record.has(seed, name):
             continue
         if seed != bench.config.seed:

@@ -37,3 +37,12 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_table(tmp_path, monkeypatch
     again = run(dataclasses.replace(config, resume=True))
     assert len(counted.calls) == 1 and read_rows(tmp_path / "cut" / "rows.jsonl")[: len(made)] == made
     assert again.table.drop(columns="seconds").equals(whole.table.drop(columns="seconds"))
+
+
+def test_a_study_that_is_done_goes_on_with_another_axis(tmp_path, monkeypatch):
+    config = AblationConfig(**SMALL, max_steps=2, output_dir=str(tmp_path / "run"))
+    first = run(config)
+    monkeypatch.setattr(ablations, "merge_masks", counted := stopping_at(0, ablations.merge_masks))
+    more = run(dataclasses.replace(config, axes=["mode", "data"], resume=True))
+    assert len(counted.calls) == 3 and more.table.loc[["mode"]].equals(first.table)
+    assert list(more.table.loc["data"].index) == ["all rows", "8 rows", "32 rows", "128 rows"]

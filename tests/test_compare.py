@@ -496,6 +496,17 @@ def test_several_numbers_of_components_are_one_study_that_goes_on(tmp_path, monk
         run(CompareConfig(suite="toy-six", components=[7], output_dir=str(tmp_path / "seven")))
 
 
+def test_what_is_done_goes_on_with_more_seeds(small, tmp_path):
+    "As if they had been asked for at once."
+    few = dict(small, methods=["ties"], together=False)
+    once = run(CompareConfig(**few, seeds=2, output_dir=str(tmp_path / "once")))
+    run(CompareConfig(**few, output_dir=str(tmp_path / "more")))
+    first = (tmp_path / "more" / "rows.jsonl").read_bytes()
+    more = run(parse("compare", [str(tmp_path / "more" / "config.yaml"), "--seeds", "2", "--resume"]))
+    assert (tmp_path / "more" / "rows.jsonl").read_bytes().startswith(first)
+    assert what_was_found(more).equals(what_was_found(once)) and more.table.loc["learned masks", ("worst task", "spread")] > 0
+
+
 def test_mergebench_s_layout_is_a_suite(tmp_path, monkeypatch):
     "The toys, called as its models and data are, with training rows in its columns."
     monkeypatch.chdir(tmp_path)

@@ -26,7 +26,29 @@ needs_real = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return make_real_base(tmp_path_factory.mktemp("real") / "base")
+    return make_real_base(tmp_path_factory.mktemp("real") / "runs" / "real" / "base")
+
+
+@pytest.fixture(scope="module")
+def pair(base):
+    "Two adapters of a few steps, merged into plain models, and a few short rows of their tasks, where `merge-lab real` puts them."
+    from merge_lab.systems.lora import LoRAPipelineConfig
+    from merge_lab.systems.lora import run as make_expert
+
+    root = base.parent
+    for task in ("french", "docstrings"):
+        make_real_task(task, root / "all" / task)
+        for split, n in {"train": 24, "validation": 4, "test": 2}.items():
+            rows = sorted(load_task(root / "all" / task, split), key=lambda row: len(str(row)))[:n]
+            (root / "tasks" / task).mkdir(parents=True, exist_ok=True)
+            write_jsonl(root / "tasks" / task / f"{split}.jsonl", rows)
+        make_expert(
+            LoRAPipelineConfig(
+                base_model=str(base), datasets=[str(root / "tasks" / task)], r=8, target_modules="aggressive", lora_dropout=0, max_steps=4, batch_size=4,
+                gradient_accumulation_steps=1, learning_rate=2e-3, output_dir=str(root / "experts" / task),
+            )
+        )  # fmt: skip
+    return root
 
 
 @needs_real
@@ -75,43 +97,16 @@ def test_the_guides_six_steps_run_as_written(base, tmp_path, monkeypatch):
 
 
 @needs_real
-def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
-    "Two adapters of a few steps, merged into plain models; few steps, else defaults."
+def test_a_default_merge_of_a_real_pair_improves_on_its_start(pair, tmp_path):
+    "Few steps, else defaults."
     from merge_lab.components import find_base, load_model
-    from merge_lab.systems.lora import LoRAPipelineConfig
-    from merge_lab.systems.lora import run as make_expert
     from merge_lab.systems.mask_merge import MaskMergeConfig, run
 
-    paths, data = [], {}
-    for task in ("french", "docstrings"):
-        make_real_task(task, tmp_path / "all" / task)
-        for split, n in {"train": 24, "validation": 4, "test": 2}.items():
-            rows = load_task(tmp_path / "all" / task, split)
-            rows = sorted(rows, key=lambda row: len(str(row)))[:n]
-            (tmp_path / task).mkdir(exist_ok=True)
-            write_jsonl(tmp_path / task / f"{split}.jsonl", rows)
-        make_expert(
-            LoRAPipelineConfig(
-                base_model=str(base),
-                datasets=[str(tmp_path / task)],
-                r=8,
-                target_modules="aggressive",
-                lora_dropout=0,
-                max_steps=4,
-                batch_size=4,
-                gradient_accumulation_steps=1,
-                learning_rate=2e-3,
-                output_dir=str(tmp_path / "experts" / task),
-            )
-        )
-        paths.append(str(tmp_path / "experts" / task / "final_merged"))
-        data[str(tmp_path / task)] = None
-    assert Path(find_base(paths)).resolve() == base.resolve()
+    paths = [str(pair / "experts" / task / "final_merged") for task in ("french", "docstrings")]
+    data = {str(pair / "tasks" / task): None for task in ("french", "docstrings")}
+    assert Path(find_base(paths)).resolve() == (pair / "base").resolve()
     options = dict(max_steps=2, held_out_rows=4, eval_samples=0, report=False)
-    config = MaskMergeConfig(
-        paths, dataset_configs=data, output_dir=str(tmp_path / "run"), **options
-    )
-    result = run(config, progress=False)
+    result = run(MaskMergeConfig(paths, dataset_configs=data, output_dir=str(tmp_path / "run"), **options), progress=False)
     looks = [look["loss"] for look in result.held_out["looks"]]
     assert looks[1] <= 1.1 * looks[0], "the first step already did harm"
     assert result.held_out["loss"] < looks[0] and not result.held_out["recoveries"]
@@ -122,6 +117,41 @@ def test_a_default_merge_of_a_real_pair_improves_on_its_start(base, tmp_path):
         if name in exported:
             assert torch.equal(exported[name], tensor), name
     assert plain.config.use_cache
+
+
+@needs_real
+def test_a_comparison_of_the_real_pair_that_is_stopped_twice_goes_on(pair, tmp_path):
+    "The bundled suite by its name, from where `merge-lab real` was started; stopped in the search and in training. Nothing that is there is made again, and the table is whole."
+    folder = tmp_path / "run"
+    asked = "--methods task_arithmetic regmean --no_together --seeds 2 --minutes 60 --trials 3 --train_rows 4 --val_rows 4 --final_val_rows 4 --eval_samples 2 --max_steps 2 --metric loss"
+
+    def started(*more):
+        return subprocess.Popen([sys.executable, "-m", "merge_lab.cli", "compare", "--suite", "real-pair", *asked.split(), "--output_dir", str(folder), *more], cwd=pair.parent.parent, stderr=subprocess.PIPE, text=True)
+
+    def stopped_when(there, *more):
+        "Ask the command to stop as soon as something is there; what was written until then."
+        child = started(*more)
+        while not there() and child.poll() is None:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        assert "--resume" in child.communicate(timeout=120)[1] and child.returncode == 130
+        return kept()
+
+    def kept():
+        return {file.name: file.read_text() for file in (folder / "rows.jsonl", *sorted(folder.glob("seed-0/trials/*.jsonl"))) if file.exists()}
+
+    first = stopped_when(lambda: len(list(folder.glob("seed-0/trials/*.jsonl"))) == 2)
+    second = stopped_when(lambda: (folder / "seed-0/learned-masks/history.jsonl").exists(), "--resume")
+    child = started("--resume")
+    assert child.communicate(timeout=300) and child.returncode == 0
+    last = kept()
+    for earlier, later in ((first, second), (second, last)):
+        assert all(later[name].startswith(text) for name, text in earlier.items())
+    facts = json.loads((folder / "results.json").read_text())
+    rows = [(row["seed"], row["model"]) for row in facts["rows"]]
+    wanted = ["base", "expert: french", "expert: docstrings", "uniform average", "task_arithmetic", "regmean", "learned masks"]
+    assert sorted(rows) == sorted((seed, model) for seed in (0, 1) for model in wanted)
+    assert "learned masks" in (folder / "verdict.txt").read_text()
 
 
 @needs_real
