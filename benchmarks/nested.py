@@ -1,7 +1,7 @@
 """Nested precision on a real model: bytes and divergence of every precision beside round-to-nearest and HQQ, the time of `quantize`, static mixes and headroom.
 
     merge-lab real --output_dir runs/real                     # makes the base
-    python benchmarks/nested.py quantize score opponents alone static     # a part at a time, or several; what is there is kept
+    python benchmarks/nested.py quantize score opponents alone static company     # a part at a time, or several; what is there is kept
     python benchmarks/nested.py time --old 4cd01d5         # `quantize` as it comes, beside an older build out of this repository's history; once more adds a turn
 
 The base was made plain from a 4-bit grid, so its hidden channels are permuted first, which changes no logit (`same_function`); `--how none` leaves the grid as
@@ -33,9 +33,9 @@ from merge_lab.nested_model import layer_linears, linear_bytes, memory_table
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM
 from merge_lab.run_folder import write_json
 from merge_lab.same_function import leave_grid
-from merge_lab.static_mix import budget_of, headroom, measured_costs
+from merge_lab.static_mix import budget_of, headroom, least_divergent, measured_costs, moved_mixes
 from merge_lab.systems.quantize import QuantizeConfig, run_quantize
-from merge_lab.text_windows import collate, text_windows, window_divergences, window_losses
+from merge_lab.text_windows import collate, exact_logits, text_windows, window_divergences, window_losses
 from merge_lab.token_levels import best_mixes
 from merge_lab.writer import write_tokenizer
 
@@ -209,6 +209,25 @@ def score_static(bench: Bench):
         bench.score(f"static {target:g}", bench.dequantized(model, bits), read_bytes=read, real_bits=read / budget_of(model, 1), bits=bits)
 
 
+def score_company(bench: Bench):
+    "The best mixes by costs of each linear alone, and moved in company where validation windows like it; both on test windows, beside the model at 8 bits. A seed is another draw of all windows."
+    options, tokenizer = bench.options, load_tokenizer(bench.base)
+    model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested, [3, 4, 5, 6, 8])
+    for seed in options.seeds:
+        begun = processor_seconds()
+        seen, held, test = (text_windows(tokenizer, [options.text], options.seq_len, options.cost_windows, split, seed) for split in ("train", "validation", "test"))
+        exact, asked = exact_logits(model, held), exact_logits(model, test)
+        costs, taken = measured_costs(model, seen, PREFIX, seed).sum(2).mean((0, 1)), {}
+        for target, mix in zip(sorted(options.budgets), best_mixes(model, costs, options.budgets)):
+            tried = moved_mixes(model, mix, budget_of(model, target), seen, PREFIX, seed=seed)
+            chosen, on_held = least_divergent(model, tried, held, PREFIX, exact)
+            alone, moved = (least_divergent(model, [each], test, PREFIX, asked)[1] for each in (mix, chosen))
+            taken[target] = dict(seed=seed, alone=alone, in_company=moved, on_validation=on_held, changed=sum(mix[name] != bits for name, bits in chosen.items()), proposed=len(tried) - 1)
+        for target, row in taken.items():
+            known = [old for old in bench.rows.get(f"company {target:g}", {}).get("rows", []) if old["seed"] != seed]
+            bench.keep(f"company {target:g}", rows=[*known, row | dict(processor_seconds=round((processor_seconds() - begun) / len(taken), 1))])
+
+
 def quantize_once(root: Path, model: str) -> dict[str, float]:
     "Seconds and bytes of `merge-lab quantize` with its defaults, in a process of its own on one thread."
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -232,7 +251,7 @@ def score_time(bench: Bench):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ["base", "quantize", "score", "opponents", "alone", "static", "time"]
+    parts = ["base", "quantize", "score", "opponents", "alone", "static", "company", "time"]
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--model", default="runs/real/base")
     parser.add_argument("--folder", default="runs/nested-benchmark", help="models that are made on the way")
@@ -245,6 +264,7 @@ def main():
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--cost_windows", type=int, default=8, help="training windows that costs are measured on (default: 8)")
     parser.add_argument("--budgets", type=float, nargs="+", default=[3.5, 4.0, 4.5], help="bits a weight, tables and scales included")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the windows of `company` (default: 0 1 2)")
     parser.add_argument("--old", default="4cd01d5", help="build that `time` is measured beside (default: 4cd01d5)")
     parser.add_argument("--output", default="data/benchmarks/nested.json")
     options = parser.parse_args()
@@ -252,7 +272,7 @@ def main():
     bench.make_base()
     if "quantize" in options.parts:
         bench.quantize()
-    if {*options.parts} - {"base", "quantize", "time"}:
+    if {*options.parts} - {"base", "quantize", "company", "time"}:
         bench.draw()
     if "score" in options.parts:
         score_nested(bench)
@@ -262,6 +282,8 @@ def main():
         score_alone(bench)
     if "static" in options.parts:
         score_static(bench)
+    if "company" in options.parts:
+        score_company(bench)
     if "time" in options.parts:
         score_time(bench)
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 
-from merge_lab import nested_model, precision_costs, text_windows as windows_module
+from merge_lab import nested_model, precision_costs, static_mix, text_windows as windows_module
 from merge_lab.architecture import decoder_layers
 from merge_lab.chat import assistant_spans
 from merge_lab.checkpoints import load_tokenizer
 from merge_lab.cli import main
 from merge_lab.components import load_model
-from merge_lab.nested_model import layer_linears, memory_table
+from merge_lab.nested_model import layer_linears, linear_bytes, memory_table
 from merge_lab.precision_costs import explained, fit_costs, fit_price, greedy_assignments, measure_costs, set_static
 from merge_lab.routed_model import LayerwiseQuantizeForCausalLM, Routers
 from merge_lab.run_folder import bundled_path, read_history, RunInterrupted, save_tensors
@@ -536,8 +536,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny, tmp_path, monk
     assert [name for name in wanted if found[name] != wanted[name]] == []
 
 
-def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch):
-    "Stopped in the third batch of costs, a run goes on with the third."
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch, caplog, damaged):
+    "Stopped in the third batch of costs, a run goes on with the third; with the first if what was written cannot be read."
     real, measured = precision_costs.batch_costs, []
 
     def stop_at_the_third(model, ids, *rest):
@@ -552,10 +553,12 @@ def test_what_was_measured_is_not_measured_again(tiny, tmp_path, monkeypatch):
     with pytest.raises(RunInterrupted, match="merge-lab router .*config.yaml --resume"):
         run(config)
     stopped.append(True)
-    run(dataclasses.replace(config, resume=True))
-    assert measured == [2] * 4
-    run(dataclasses.replace(config, resume=True))
-    assert measured == [2] * 4
+    if damaged:
+        os.truncate(tmp_path / "run/measured/costs.safetensors", 40)
+    for _ in range(2):
+        run(dataclasses.replace(config, resume=True))
+        assert measured == [2] * (6 if damaged else 4)
+    assert ("costs.safetensors cannot be read" in caplog.text) == damaged
 
 
 def test_what_another_run_measured_is_not_taken_over(tiny, tmp_path):
@@ -828,6 +831,52 @@ def test_a_budget_counts_what_is_read(tiny, tmp_path):
     assert (epochs.real_bits - 6).abs().max() < 0.5
     assert epochs.average_bits.max() < 5.2
     assert epochs.precision.max() < 0.25  # the objective's term is of the same bits
+
+
+def company(tiny, n=6):
+    "A model, a mix of its fewest and most bits, windows, and exact predictions."
+    model = LayerwiseQuantizeForCausalLM.from_quantized(tiny)
+    windows = text_windows(load_tokenizer(tiny), ["tasks"], 24, n)
+    mix = {name: model.precisions[-1 if k % 3 == 0 else 0] for k, name in enumerate(linear_bytes(model))}
+    return model, mix, windows, exact_logits(model, windows)
+
+
+def test_slopes_in_company_are_those_of_finite_differences(tiny):
+    "The divergence of a mix as a linear's weight goes a little way towards another precision."
+    model, mix, windows, exact = company(tiny)
+    ids, labels = collate(windows, 8)
+    slopes, curvatures = static_mix.batch_moves(model, ids, labels, exact, mix, [torch.Generator().manual_seed(0)]) / len(windows)
+    linears = dict(zip(mix, (linear for own in model._linears for linear in own)))
+
+    def divergence(name, bits, share):
+        linear = linears[name]
+        move = share * (linear.nested(bits).dequantize(bits) - linear.nested(mix[name]).dequantize(mix[name]))
+        handle = linear.register_forward_hook(lambda module, args, output: output + args[0] @ move.T)
+        found = static_mix.least_divergent(model, [mix], windows, 8, exact)[1]
+        handle.remove()
+        return found
+
+    for k, bits in enumerate(model.precisions):
+        for position, name in enumerate(mix):
+            if bits == mix[name]:
+                assert slopes[position, k] == curvatures[position, k] == 0
+            elif position % 4 == 1:
+                expected = (divergence(name, bits, 0.05) - divergence(name, bits, -0.05)) / 0.1
+                assert slopes[position, k].item() == pytest.approx(expected, rel=0.05, abs=2e-5), (name, bits)
+
+
+def test_a_mix_that_is_moved_keeps_to_its_bytes_and_is_never_worse(tiny):
+    "On the windows that choose; where nothing is better the mix stays."
+    model, mix, windows, exact = company(tiny, 12)
+    sizes = {name: dict(own) for name, own in linear_bytes(model).items()}
+    budget = sum(sizes[name][bits] for name, bits in mix.items())
+    mixes = static_mix.moved_mixes(model, mix, budget, windows[:6], 8)
+    assert mixes[0] == mix and len(mixes) > 1
+    assert all(sum(sizes[name][bits] for name, bits in moved.items()) <= budget for moved in mixes)
+    chosen, kl = static_mix.least_divergent(model, mixes, windows[6:], 8, exact[6:])
+    scores = [static_mix.least_divergent(model, [each], windows[6:], 8, exact[6:])[1] for each in mixes]
+    assert kl == min(scores) < scores[0] and mixes[scores.index(kl)] == chosen
+    assert static_mix.least_divergent(model, [mix, mix | {}], windows, 8, exact)[0] is mix
 
 
 @pytest.mark.parametrize("target", [6.0, 7.0])  # routers that were not fitted read 5.3 or 6.5, and 6.5 or 7.9
