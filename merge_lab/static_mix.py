@@ -273,8 +273,11 @@ def moved_mixes(
     batch_size: int = 4,  # windows at once
     seed: int = 0,
 ) -> list[dict[str, int]]:  # the mix itself, and others within the budget
-    "Where a mix could move, by what each linear does in the company of the others."
-    generators, moves, sizes = [torch.Generator().manual_seed(seed + draw) for draw in range(draws)], 0, sizes_of(model)
+    "Where a mix could move, by what each linear does in the company of the others; measured only where there is room."
+    sizes = sizes_of(model).sort(1).values  # from few bits to many
+    if min(mix.values()) == model.precisions[-1] or sizes[:, 0].sum() + sizes.diff(dim=1).min() > budget:
+        return [mix]  # nothing else is worth a try, or within the budget
+    generators, moves = [torch.Generator().manual_seed(seed + draw) for draw in range(draws)], 0
     for start in tqdm(range(0, len(windows), batch_size), desc="costs in company", unit="batch"):
         some = windows[start : start + batch_size]
         moves = moves + batch_moves(model, *collate(some, prefix_length, model.device), exact_logits(model, some), mix, generators) / len(windows)

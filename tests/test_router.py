@@ -879,6 +879,16 @@ def test_a_mix_that_is_moved_keeps_to_its_bytes_and_is_never_worse(tiny):
     assert static_mix.least_divergent(model, [mix, mix | {}], windows, 8, exact)[0] is mix
 
 
+def test_a_mix_without_room_is_not_measured_for_moves(tiny, monkeypatch):
+    "Of the fewest bits, whose bytes are all that there are to spend, and of the most."
+    model, mix, windows, _ = company(tiny)
+    monkeypatch.setattr(static_mix, "batch_moves", lambda *_: pytest.fail("measured"))
+    for bits, more in ((model.precisions[0], 1.0), (model.precisions[-1], 2.0)):
+        alike = dict.fromkeys(mix, bits)
+        budget = more * sum(own[bits] for own in linear_bytes(model).values())
+        assert static_mix.moved_mixes(model, alike, budget, windows, 8) == [alike]
+
+
 @pytest.mark.parametrize("target", [6.0, 7.0])  # routers that were not fitted read 5.3 or 6.5, and 6.5 or 7.9
 def test_where_no_router_is_trained_the_static_mix_spends_the_budget(tiny, tmp_path, target):
     "A mix of as few bytes as unfitted routers read would waste what was asked for, one of more would exceed it."
