@@ -8,6 +8,7 @@ __all__ = ['logger', 'RUNGS', 'FIRST', 'Judge', 'judge_of', 'check_optuna', 'all
 
 # %% ../nbs/39_opponents/04_search.ipynb #ec543c93
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -15,7 +16,9 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 from torch import Tensor
 
@@ -69,10 +72,12 @@ def judge_of(
     return judge
 
 # %% ../nbs/39_opponents/04_search.ipynb #7b496bf3
-def check_optuna():
-    "Raise `ImportError` without optuna."
+def check_optuna() -> ModuleType:
+    "Optuna, imported on a stack of its own. Raises `ImportError` without it."
     if importlib.util.find_spec("optuna") is None:
         raise ImportError("optuna is needed to search settings. Install it: pip install 'merge_lab[compare]'.")
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(importlib.import_module, "optuna").result()
 
 
 def all_settings(space: Mapping[str, Dial]) -> list[dict] | None:  # None: a dial is continuous
@@ -93,8 +98,7 @@ def propose(
         return begin[0]
     if every is not None:
         return next((setting for setting in every if setting not in tried), None)
-    import optuna
-
+    optuna = check_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ranges = {name: optuna.distributions.CategoricalDistribution(dial.choices) if dial.choices else optuna.distributions.FloatDistribution(dial.low, dial.high, log=dial.log) for name, dial in space.items()}
     with warnings.catch_warnings():

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -447,6 +449,36 @@ def test_a_recipe_that_cannot_be_merged_is_left_out_before_the_search(small, tmp
     for column in (("rewrite", "loss"), ("summarize", "loss"), ("worst task", "recovered"), ("worst task", "on validation")):
         assert theirs[column] == pytest.approx(ours[column], abs=1e-5), column
     assert str(tmp_path) not in (tmp_path / "run" / "results.json").read_text()
+
+
+def test_models_are_not_held_once_a_search_is_over(tmp_path):
+    "In a process of its own, where nothing was imported before: what optuna keeps of its first import kept the line-up."
+    script = """
+import dataclasses, gc, sys, weakref
+from merge_lab.lineup import Lineup
+from merge_lab.search import Judge, search
+from merge_lab.opponents import OPPONENTS
+
+class Judged(Judge):
+    def losses(self, lineup, tensors):
+        return {"a": 1.0}
+
+class Few(Lineup):
+    def __init__(self):
+        self.states = [{}, {}]
+
+def searched():
+    lineup = Few()
+    judge = Judged({"a": []}, {"a": 0}, {"a": 0.0}, {"a": 2.0})
+    OPPONENTS["task_arithmetic"] = dataclasses.replace(OPPONENTS["task_arithmetic"], merge=lambda *_: {})
+    search(lineup, judge, "task_arithmetic", sys.argv[1], trials=8)
+    return weakref.ref(lineup)
+
+held = searched()
+gc.collect()
+assert "optuna" in sys.modules and held() is None
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "trials.jsonl")], check=True)
 
 
 def test_a_common_strength_is_found_with_few_trials(tmp_path):
