@@ -213,6 +213,7 @@ def score_company(bench: Bench):
     "The best mixes by costs of each linear alone, and moved in company where validation windows like it; both on test windows, beside the model at 8 bits. A seed is another draw of all windows."
     options, tokenizer = bench.options, load_tokenizer(bench.base)
     model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested, [3, 4, 5, 6, 8])
+    model.slot.keep_all = True  # memory for time
     for seed in options.seeds:
         begun = processor_seconds()
         seen, held, test = (text_windows(tokenizer, [options.text], options.seq_len, options.cost_windows, split, seed) for split in ("train", "validation", "test"))
@@ -222,6 +223,7 @@ def score_company(bench: Bench):
             tried = moved_mixes(model, mix, budget_of(model, target), seen, PREFIX, seed=seed)
             chosen, on_held = least_divergent(model, tried, held, PREFIX, exact)
             alone, moved = (least_divergent(model, [each], test, PREFIX, asked)[1] for each in (mix, chosen))
+            print(f"seed {seed}, {target:g} bits: {alone:.4f} alone, {moved:.4f} in company", flush=True)
             taken[target] = dict(seed=seed, alone=alone, in_company=moved, on_validation=on_held, changed=sum(mix[name] != bits for name, bits in chosen.items()), proposed=len(tried) - 1)
         for target, row in taken.items():
             known = [old for old in bench.rows.get(f"company {target:g}", {}).get("rows", []) if old["seed"] != seed]

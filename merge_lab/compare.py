@@ -66,9 +66,9 @@ class SuiteConfig(Options):
     base_model: str | None = option(None, "Their common ancestor; none given: what the models name", group="Models", aliases=("base",))
     suite: str = option("", "Models and data by name: a YAML file, or a bundled suite", group="Models")
     components: list[int] = option([], "How many of the models are merged, the first ones; none given: all", group="Models")
-    minutes: float = option(20.0, "Time for everything that is trained; scores come on top", low=0, group="Budget")
+    minutes: float = option(20.0, "Time for everything that is trained, in equal parts for each seed; scores come on top", low=0, group="Budget", resumable=True)
     max_steps: int | None = option(None, "Optimizer steps of masks; none given: mask merge's default", low=1, group="Budget")
-    seeds: int = option(1, "Runs with one seed after the other, for the spread; what is done goes on with more of them", low=1, high=20, group="Budget", resumable=True)
+    seeds: int = option(1, "Runs with one seed after the other, for the spread; what is done goes on with more of them (and minutes in proportion)", low=1, high=20, group="Budget", resumable=True)
     seed: int = option(0, "The first seed of what is drawn and trained", low=0, group="Budget", aliases=("random_state",))
     final_val_rows: int | None = option(150, "Validation rows of each dataset that finished merges are scored on, too; none: all", low=1, group="Data")
     eval_samples: int | None = option(150, "Test rows of each dataset that are scored; none: all", low=1, group="Data", aliases=("test_rows",))
@@ -101,7 +101,7 @@ class CompareConfig(SuiteConfig):
     recipes: list[str] = option([], "YAML files of mergekit that are merged and judged, too", group="Methods")
     trained: list[str] = option([LEARNED], f"Masks that are trained: {', '.join(TRAINED)}; 'none' for none", group="Methods")
     together: bool = option(True, "Also train one model on all data at once, for as many rows as masks see", group="Methods")
-    minutes: float = option(20.0, "Time for everything that is searched and trained, half for each; scores come on top", low=0, group="Budget")
+    minutes: float = option(20.0, "Time for everything that is searched and trained, half for each, in equal parts for each seed; scores come on top", low=0, group="Budget", resumable=True)
     trials: int = option(16, "Settings of an opponent that are tried at most", low=1, high=1000, group="Budget")
     seed: int = option(0, "The first seed: of searches, of what is dropped at random, of training", low=0, group="Budget", aliases=("random_state",))
     train_rows: int = option(64, "Training rows of each dataset that opponents look at", low=1, group="Data")
@@ -191,6 +191,8 @@ def check_suite(config: SuiteConfig, more: Sequence[str] = ()) -> SuiteConfig:  
     if len(config.datasets) != len(config.model_paths) or len(set(config.datasets)) < len(config.datasets):
         raise ValueError(f"datasets={config.datasets}: expected one for each of {len(config.model_paths)} models, in order and none twice.")
     check_report_to(config.report_to)
+    if config.resume and (more_seeds := {row["seed"] for row in kept_rows(Path(config.output_dir) / ROWS)} - set(range(config.seed, config.seed + config.seeds))):
+        raise ValueError(f"seeds={config.seeds}: rows of seed {max(more_seeds)} are in {config.output_dir}, too. Give {max(more_seeds) - config.seed + 1} or more.")
     for split in ("train", "validation", "test"):
         load_tests(config.datasets, split, 1)
     if config.base_model is None:

@@ -534,8 +534,11 @@ def test_what_is_done_goes_on_with_more_seeds(small, tmp_path):
     once = run(CompareConfig(**few, seeds=2, output_dir=str(tmp_path / "once")))
     run(CompareConfig(**few, output_dir=str(tmp_path / "more")))
     first = (tmp_path / "more" / "rows.jsonl").read_bytes()
-    more = run(parse("compare", [str(tmp_path / "more" / "config.yaml"), "--seeds", "2", "--resume"]))
+    more_asked = parse("compare", [str(tmp_path / "more" / "config.yaml"), "--seeds", "2", "--resume"])
+    more = run(more_asked)
     assert (tmp_path / "more" / "rows.jsonl").read_bytes().startswith(first)
+    with pytest.raises(ValueError, match="seeds=1: rows of seed 1 are in .* Give 2 or more"):
+        run(dataclasses.replace(more_asked, seeds=1))
     assert what_was_found(more).equals(what_was_found(once)) and more.table.loc["learned masks", ("worst task", "spread")] > 0
 
 
