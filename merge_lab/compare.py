@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['logger', 'TRAINED', 'METRIC_CHOICES', 'ROWS', 'MANNERS', 'NO_TIME', 'TOOK', 'VERSIONS', 'SuiteConfig',
-           'CompareConfig', 'suite_file', 'read_suite', 'with_suite', 'first_models', 'opponents_of', 'check_suite',
-           'check_compare', 'measured', 'Record', 'Scorer', 'reference_rows', 'tuning_judge', 'opponent_rows',
-           'together_row', 'merge_recipes', 'recipe_rows', 'peft_rows', 'told_steps', 'StopInTime', 'trained_config',
-           'trained_rows', 'one_seed', 'Comparison', 'run', 'compare_one', 'of_number', 'run_numbers', 'facts_of',
-           'read_comparison', 'write_compare_report', 'write_number_report', 'finish', 'show_result']
+           'CompareConfig', 'suite_file', 'read_suite', 'with_suite', 'first_models', 'opponents_of', 'as_begun',
+           'check_suite', 'check_compare', 'measured', 'Record', 'Scorer', 'reference_rows', 'tuning_judge',
+           'opponent_rows', 'together_row', 'merge_recipes', 'recipe_rows', 'peft_rows', 'told_steps', 'StopInTime',
+           'trained_config', 'trained_rows', 'one_seed', 'Comparison', 'run', 'compare_one', 'of_number', 'run_numbers',
+           'facts_of', 'read_comparison', 'write_compare_report', 'write_number_report', 'finish', 'show_result']
 
 # %% ../nbs/62_compare.ipynb #2a99e335
 import dataclasses
@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from .checkpoints import component_names, load_tokenizer
 from .comparison import comparison_table, costs_of, delta_picture, errors_of, manner_table, scores_of, settings_of, share_against_number, share_against_seconds, shares_by_number, verdict
 from .components import check_components, find_base, has_adapters, load_model
-from .config import check_choice, check_names, check_options, config_to_cli, main_names, option, Options, read_yaml, said_options
+from .config import check_choice, check_names, check_options, config_from_yaml, config_to_cli, main_names, option, Options, read_yaml, said_options
 from .devices import best_device
 from .evaluation import attribute, evaluate_tasks, generate_answers, load_tests, OF_ANSWERS, task_nats, TOGETHER, UNIFORM
 from .lesson import patch_to
@@ -68,7 +68,7 @@ class SuiteConfig(Options):
     components: list[int] = option([], "How many of the models are merged, the first ones; none given: all", group="Models")
     minutes: float = option(20.0, "Time for everything that is trained, in equal parts for each seed; scores come on top", low=0, group="Budget", resumable=True)
     max_steps: int | None = option(None, "Optimizer steps of masks; none given: mask merge's default", low=1, group="Budget")
-    seeds: int = option(1, "Runs with one seed after the other, for the spread; what is done goes on with more of them (and minutes in proportion)", low=1, high=20, group="Budget", resumable=True)
+    seeds: int = option(1, "Runs with one seed after the other, for the spread; what is done goes on with more of them, each with as much time", low=1, high=20, group="Budget", resumable=True)
     seed: int = option(0, "The first seed of what is drawn and trained", low=0, group="Budget", aliases=("random_state",))
     final_val_rows: int | None = option(150, "Validation rows of each dataset that finished merges are scored on, too; none: all", low=1, group="Data")
     eval_samples: int | None = option(150, "Test rows of each dataset that are scored; none: all", low=1, group="Data", aliases=("test_rows",))
@@ -85,6 +85,11 @@ class SuiteConfig(Options):
         check_options(self)
         if any(number < 2 for number in self.components):
             raise ValueError(f"components={self.components}: expected numbers of models that are merged, 2 or more.")
+
+    @property
+    def parts(self) -> int:
+        "Equal parts of the minutes: one for each seed."
+        return self.seeds
 
     @property
     def judged_rows(self) -> int | None:  # None: all
@@ -184,6 +189,19 @@ def opponents_of(config: CompareConfig, tell: bool = False) -> list[str]:  # tel
     return [method for method in OPPONENTS if method not in left_out]
 
 # %% ../nbs/62_compare.ipynb #f4c2fbb1
+def as_begun(config: SuiteConfig) -> SuiteConfig:
+    "The config of a run that goes on, with as much time for each part as those had that are there. Raises `ValueError` for fewer seeds than there are, or for other minutes."
+    if not config.resume:
+        return config
+    begun, folder = config_from_yaml(type(config), Path(config.output_dir) / "config.yaml"), Path(config.output_dir)
+    if (last := max((row["seed"] for row in kept_rows(folder / ROWS)), default=config.seed)) >= config.seed + config.seeds:
+        raise ValueError(f"seeds={config.seeds}: rows of seed {last} are in {folder}, too. Give {last - config.seed + 1} or more.")
+    minutes = begun.minutes * config.parts / begun.parts
+    if config.minutes not in (begun.minutes, minutes):
+        raise ValueError(f"minutes={config.minutes:g}: the run in {folder} was begun with {begun.minutes:g}, which would now be {minutes:g} with as much time for each. Leave the option as it was, or compare anew in another folder.")
+    return dataclasses.replace(config, minutes=minutes)
+
+
 def check_suite(config: SuiteConfig, more: Sequence[str] = ()) -> SuiteConfig:  # more: paths that the run reads, too; the config with its base
     "Refuse models or data that cannot be judged. Raises `ValueError`, `FileNotFoundError`, or what `check_components` and `check_start` raise."
     if len(config.model_paths) < 2:
@@ -191,15 +209,13 @@ def check_suite(config: SuiteConfig, more: Sequence[str] = ()) -> SuiteConfig:  
     if len(config.datasets) != len(config.model_paths) or len(set(config.datasets)) < len(config.datasets):
         raise ValueError(f"datasets={config.datasets}: expected one for each of {len(config.model_paths)} models, in order and none twice.")
     check_report_to(config.report_to)
-    if config.resume and (more_seeds := {row["seed"] for row in kept_rows(Path(config.output_dir) / ROWS)} - set(range(config.seed, config.seed + config.seeds))):
-        raise ValueError(f"seeds={config.seeds}: rows of seed {max(more_seeds)} are in {config.output_dir}, too. Give {max(more_seeds) - config.seed + 1} or more.")
     for split in ("train", "validation", "test"):
         load_tests(config.datasets, split, 1)
     if config.base_model is None:
         config = dataclasses.replace(config, base_model=find_base(config.model_paths))
     check_components([*config.model_paths, *([config.base_model] if config.base_model else [])])
     check_start(config, config.output_dir, [*config.model_paths, config.base_model, *config.datasets, *more])
-    return config
+    return as_begun(config)
 
 
 def check_compare(config: CompareConfig) -> CompareConfig:  # with its base
@@ -513,7 +529,7 @@ def one_seed(bench: Scorer, record: Record, root: Path, seed: int):
     "All rows of one seed."
     config, folder = bench.config, root / f"seed-{seed}"
     merge_recipes(bench, record, folder, seed)
-    seconds = 60 * config.minutes / config.seeds * (0.5 if config.trained else 1.0)
+    seconds = 60 * config.minutes / config.parts * (0.5 if config.trained else 1.0)
     wanted = ["base"] * bool(config.base_model) + [*bench.experts.values(), UNIFORM, *opponents_of(config), *[TOGETHER] * config.together]
     if not all(record.has(seed, name) for name in wanted):
         lineup = line_up(config.model_paths, config.base_model, config.datasets, config.dtype, config.train_rows, seed, bench.device)

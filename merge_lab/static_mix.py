@@ -84,7 +84,11 @@ def watched(
             handle.remove()
 
 
-def own_loss(logits: Tensor, scored: Tensor, generator: torch.Generator) -> Tensor:
+def own_loss(
+    logits: Tensor,  # (batch, tokens, vocabulary)
+    scored: Tensor,  # (batch, tokens) bool
+    generator: torch.Generator,  # on the CPU
+) -> Tensor:  # () nats, summed over scored tokens
     "Cross-entropy of labels that the model draws for itself: the square of its gradient is, on average, the Fisher information."
     labels = drawn_labels(logits.detach(), scored, generator)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum", ignore_index=-100)
@@ -243,20 +247,22 @@ def batch_moves(
     generators: list[torch.Generator],  # one for each draw of labels
 ) -> Tensor:  # (2, linears, precisions): slopes and curvatures, nats per scored token, summed over windows
     "What moving one linear of a mix to each precision does to the divergence from exact predictions, all others left as they are."
-    found, bits, scored, parts = torch.zeros(2, len(mix), len(model.precisions)), list(mix.values()), F.pad(labels[:, 1:] != -100, (0, 1)), [None]
-    counts = scored.sum(1)[:, None, None]
+    mix = {name: mix[name] for name in linear_bytes(model)}  # in the model's order
+    found, bits, scored = torch.zeros(2, len(mix), len(model.precisions)), list(mix.values()), F.pad(labels[:, 1:] != -100, (0, 1))
+    counts, of_exact = scored.sum(1)[:, None, None], True
 
     def price(position, linear, x, gradient):
         moved = moved_products(linear, x, gradient, bits[position])
-        which, told = (0, moved) if parts[0] is None else (1, moved.square() / (2 * len(generators)))
-        found[which, position] += (told / counts).sum((0, 1)).cpu()
+        told = moved if of_exact else moved.square() / (2 * len(generators))
+        found[0 if of_exact else 1, position] += (told / counts).sum((0, 1)).cpu()
 
     with model.set_precision(mix), watched(model, price):
         model.start_plan(torch.ones_like(ids), None)
         logits = model.model(input_ids=ids, use_cache=False).logits
         kl_loss(logits[scored].float(), exact[scored].float(), reduction="sum").backward(retain_graph=True)
-        for parts[0] in generators:
-            own_loss(logits, scored, parts[0]).backward(retain_graph=True)
+        of_exact = False
+        for generator in generators:
+            own_loss(logits, scored, generator).backward(retain_graph=True)
     return found
 
 # %% ../nbs/29_static_mix.ipynb #e2a94c70
@@ -274,7 +280,7 @@ def moved_mixes(
     seed: int = 0,
 ) -> list[dict[str, int]]:  # the mix itself, and others within the budget
     "Where a mix could move, by what each linear does in the company of the others; measured only where there is room."
-    sizes = sizes_of(model).sort(1).values  # from few bits to many
+    mix, sizes = {name: mix[name] for name in linear_bytes(model)}, sizes_of(model)
     if min(mix.values()) == model.precisions[-1] or sizes[:, 0].sum() + sizes.diff(dim=1).min() > budget:
         return [mix]  # nothing else is worth a try, or within the budget
     generators, moves = [torch.Generator().manual_seed(seed + draw) for draw in range(draws)], 0
@@ -313,6 +319,7 @@ def static_mixes(
     costs: Tensor | None = None,  # of `token_costs`, rescaled; None: measured here
     measured: Tensor | None = None,  # of `uniform_costs` on these windows; None: measured here
     seen: list[Window] | None = None,  # other windows, on which mixes are moved in company; None: they are not
+    seed: int = 0,  # of the labels that are drawn for it
 ) -> list[dict]:  # target, real_bits, read_bytes, kl, and bits by linear
     "The best precision for each linear at each budget. Raises `ValueError` for a budget below that of the fewest bits."
     sizes, names, exact = sizes_of(model), list(linear_bytes(model)), exact_logits(model, windows)
@@ -322,7 +329,7 @@ def static_mixes(
     for target in budgets:
         budget = budget_of(model, target)
         mix = dict(zip(names, (model.precisions[k] for k in best_mix(mean, sizes, budget))))
-        tried = moved_mixes(model, mix, budget, seen, prefix_length) if seen else [mix]
+        tried = moved_mixes(model, mix, budget, seen, prefix_length, seed=seed) if seen else [mix]
         mix, kl = least_divergent(model, tried, windows, prefix_length, exact)
         for k, bits in enumerate(model.precisions):
             if sizes[:, k].sum() <= budget and measured[k] < kl:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from merge_lab import ablations
 from merge_lab.ablations import AblationConfig, run, show_result
+from merge_lab.config import config_from_yaml
 from merge_lab.run_folder import read_rows, RunInterrupted
 from small_runs import stopping_at
 
@@ -43,6 +44,8 @@ def test_a_study_that_is_done_goes_on_with_another_axis(tmp_path, monkeypatch):
     config = AblationConfig(**SMALL, max_steps=2, output_dir=str(tmp_path / "run"))
     first = run(config)
     monkeypatch.setattr(ablations, "merge_masks", counted := stopping_at(0, ablations.merge_masks))
-    more = run(dataclasses.replace(config, axes=["mode", "data"], resume=True))
+    more = run(dataclasses.replace(config, axes=["data"], resume=True))
     assert len(counted.calls) == 3 and more.table.loc[["mode"]].equals(first.table)
     assert list(more.table.loc["data"].index) == ["all rows", "8 rows", "32 rows", "128 rows"]
+    begun, now = (config_from_yaml(AblationConfig, first.folder / "config.yaml"), config)
+    assert begun.axes == ["mode", "data"] and begun.minutes / 6 == pytest.approx(now.minutes / 3)  # as much for each merge

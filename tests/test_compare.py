@@ -16,6 +16,7 @@ from merge_lab.chat import load_task, write_jsonl
 from merge_lab.cli import main, parse
 from merge_lab.compare import CompareConfig, read_suite, run, trained_config
 from merge_lab.components import load_model
+from merge_lab.config import config_from_yaml
 from merge_lab.lineup import average, line_up, Lineup
 from merge_lab.merger import Merger
 from merge_lab.merger_config import MergerConfig
@@ -539,6 +540,11 @@ def test_what_is_done_goes_on_with_more_seeds(small, tmp_path):
     assert (tmp_path / "more" / "rows.jsonl").read_bytes().startswith(first)
     with pytest.raises(ValueError, match="seeds=1: rows of seed 1 are in .* Give 2 or more"):
         run(dataclasses.replace(more_asked, seeds=1))
+    with pytest.raises(ValueError, match="minutes=7: the run in .* was begun with 120, which would now be 120"):
+        run(dataclasses.replace(more_asked, minutes=7.0))
+    with pytest.raises(ValueError, match="seed=3, but the run in .* was begun with 0"):
+        run(dataclasses.replace(more_asked, seed=3))
+    assert [config_from_yaml(CompareConfig, tmp_path / name / "config.yaml").minutes for name in ("once", "more")] == [60, 120]  # as much for each seed as the first had
     assert what_was_found(more).equals(what_was_found(once)) and more.table.loc["learned masks", ("worst task", "spread")] > 0
 
 

@@ -865,6 +865,20 @@ def test_slopes_in_company_are_those_of_finite_differences(tiny):
                 assert slopes[position, k].item() == pytest.approx(expected, rel=0.05, abs=2e-5), (name, bits)
 
 
+def test_curvatures_of_the_most_bits_are_the_costs_of_each_linear_alone(tiny):
+    "And a mix may name its linears in any order."
+    model, mix, windows, exact = company(tiny)
+    ids, labels = collate(windows, 8)
+    draws = lambda: [torch.Generator().manual_seed(draw) for draw in range(3)]
+    top = dict.fromkeys(mix, model.precisions[-1])
+    slopes, curvatures = static_mix.batch_moves(model, ids, labels, exact, top, draws())
+    costs = static_mix.batch_token_costs(model, ids, labels, draws())
+    torch.testing.assert_close(curvatures, costs.mean(0).sum((0, 1)))
+    assert curvatures[:, 0].min() > 0 and slopes.abs().max() < 1e-4 * curvatures.max() + 1e-6
+    turned = dict(reversed(mix.items()))
+    assert torch.equal(*(static_mix.batch_moves(model, ids, labels, exact, each, draws()) for each in (mix, turned)))
+
+
 def test_a_mix_that_is_moved_keeps_to_its_bytes_and_is_never_worse(tiny):
     "On the windows that choose; where nothing is better the mix stays."
     model, mix, windows, exact = company(tiny, 12)

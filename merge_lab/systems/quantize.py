@@ -235,7 +235,7 @@ def find_mixes(config: QuantizeConfig, tokenizer, windows: list[Window]):
     costs = measured_costs(model, seen, prefix, config.seed)
     measured = uniform_costs(model, held, prefix, exact_logits(model, held))
     mixes = [row for row in read_mixes(config.output_dir)["mixes"] if row["target"] not in config.static]
-    mixes = sorted([*mixes, *static_mixes(model, held, prefix, config.static, costs, measured, seen)], key=lambda row: row["target"])
+    mixes = sorted([*mixes, *static_mixes(model, held, prefix, config.static, costs, measured, seen, config.seed)], key=lambda row: row["target"])
     rows = [dict(bits=bits, real_bits=real, kl=kl) for bits, real, kl in zip(model.precisions, memory_table(model).real_bits[1:], measured.tolist())]
     write_json(Path(config.output_dir) / MIXES_FILE, dict(mixes=mixes, uniform=rows))
 
