@@ -298,7 +298,8 @@ def label_points(
             boxes.append((covered + 2 * (start < left or start + width > right), dx, dy, box))
         _, dx, dy, box = min(boxes, key=lambda place: place[0])  # the first of the best
         around.append(box)
-        axis.annotate(name, value, (dx, dy), textcoords="offset points", fontsize=8, color=INK, ha="left" if dx > 0 else "right")
+        far = {"arrowprops": {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}} if abs(dy) > 10 else {}  # a line says whose it is
+        axis.annotate(name, value, (dx, dy), textcoords="offset points", fontsize=8, color=INK, ha="left" if dx > 0 else "right", **far)
 
 # %% ../nbs/38_comparison.ipynb #f29e2334
 def share_against_seconds(
@@ -310,6 +311,7 @@ def share_against_seconds(
     rows = rows[rows[("cost", "seconds")].notna()]
     x, y = (rows[column].to_numpy(float) for column in (("cost", "seconds"), ("worst task", "recovered")))
     x, floor = np.maximum(x, 0.1), max(0.0, min(1.0, y.max()) - 1.0)
+    low = np.floor(10 * y.min() - 0.5) / 10 if y.min() > 0.6 else floor - 0.03  # differences of merges that are all good shall be seen
     figure, axes = new_figure("What the time buys: recovered share of the worst task against seconds, search included", size=(7.2, 4.2), grid="both")
     axis, front, learned = axes[0, 0], on_frontier(x, y, ("lower", "higher")), np.array([name in ours for name in rows.index])
     spread = rows[("worst task", "spread")].fillna(0).to_numpy(float) / 2
@@ -317,7 +319,7 @@ def share_against_seconds(
     for mask, colour, label in ((~learned, MUTED, "opponents"), (learned, colour_of(0), "trained masks")):
         if mask.any():
             axis.errorbar(x[mask], y[mask].clip(floor), yerr=spread[mask], fmt="o", color=colour, markersize=5, elinewidth=1, label=label)
-    axis.set(xlabel="seconds", ylabel="recovered share (0: base, 1: expert)", xscale="log", ylim=(floor - 0.03, max(1.0, y.max()) + 0.04))
+    axis.set(xlabel="seconds", ylabel="recovered share (0: base, 1: expert)", xscale="log", ylim=(low, max(1.0, y.max()) + 0.04))
     plain_log_ticks(axis.xaxis)
     axis.margins(x=0.16)
     add_legend(axis, loc="lower right")
