@@ -80,7 +80,7 @@ class AblationConfig(SuiteConfig):
         "Equal parts of the minutes: one for each merge of each seed."
         return self.seeds * len(variants(self.axes, 2))
 
-
+# %% ../nbs/63_ablations.ipynb #2d45c27f
 def with_axes_begun(config: AblationConfig) -> AblationConfig:
     "The config of a study that goes on, with the axes that it has."
     file = Path(config.output_dir) / "config.yaml"

@@ -201,7 +201,7 @@ def as_begun(config: SuiteConfig) -> SuiteConfig:
         raise ValueError(f"minutes={config.minutes:g}: the run in {folder} was begun with {begun.minutes:g}, which would now be {minutes:g} with as much time for each. Leave the option as it was, or compare anew in another folder.")
     return dataclasses.replace(config, minutes=minutes)
 
-
+# %% ../nbs/62_compare.ipynb #4766b322
 def check_suite(config: SuiteConfig, more: Sequence[str] = ()) -> SuiteConfig:  # more: paths that the run reads, too; the config with its base
     "Refuse models or data that cannot be judged. Raises `ValueError`, `FileNotFoundError`, or what `check_components` and `check_start` raise."
     if len(config.model_paths) < 2:

@@ -298,8 +298,9 @@ def label_points(
             boxes.append((covered + 2 * (start < left or start + width > right), dx, dy, box))
         _, dx, dy, box = min(boxes, key=lambda place: place[0])  # the first of the best
         around.append(box)
-        far = {"arrowprops": {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}} if abs(dy) > 10 else {}  # a line says whose it is
-        axis.annotate(name, value, (dx, dy), textcoords="offset points", fontsize=8, color=INK, ha="left" if dx > 0 else "right", **far)
+        axis.annotate(name, value, (dx, dy), textcoords="offset points", fontsize=8, color=INK, ha="left" if dx > 0 else "right")
+        if abs(dy) > 10:  # a line says whose it is
+            axis.annotate("", value, (dx, dy + (0 if dy > 0 else 8)), textcoords="offset points", arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2})
 
 # %% ../nbs/38_comparison.ipynb #f29e2334
 def share_against_seconds(

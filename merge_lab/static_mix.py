@@ -47,7 +47,7 @@ def error_products(
     "What the error of each precision does to a loss, token by token."
     return moved_products(linear, x, gradient, linear.precisions[-1]).square() / 2
 
-
+# %% ../nbs/29_static_mix.ipynb #9560be96
 def drawn_labels(
     logits: Tensor,  # (batch, tokens, vocabulary)
     scored: Tensor,  # (batch, tokens) bool
@@ -83,7 +83,7 @@ def watched(
         for handle in handles:
             handle.remove()
 
-
+# %% ../nbs/29_static_mix.ipynb #135c7147
 def own_loss(
     logits: Tensor,  # (batch, tokens, vocabulary)
     scored: Tensor,  # (batch, tokens) bool
@@ -295,7 +295,7 @@ def moved_mixes(
         found += [moved] * (moved not in found)
     return found
 
-
+# %% ../nbs/29_static_mix.ipynb #4bf6a23e
 def least_divergent(
     model: LayerwiseQuantizeForCausalLM,
     mixes: list[dict[str, int]],
