@@ -53,7 +53,8 @@ def test_it_ends_as_python_ends(code):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=str)
 def test_a_signal_hits_the_process(number):
-    process = python("import time; print('here', flush=True)\ntry:\n    time.sleep(60)\nfinally:\n    print('cleared', flush=True)")
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # also below a shell that ignores it, as for what it runs behind itself
+    process = python(f"import signal, time; {heard}; print('here', flush=True)\ntry:\n    time.sleep(60)\nfinally:\n    print('cleared', flush=True)")
     assert process.stdout.readline() == "here\n" and process.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=0.01)
