@@ -214,15 +214,17 @@ def score_company(bench: Bench):
     options, tokenizer = bench.options, load_tokenizer(bench.base)
     model = LayerwiseQuantizeForCausalLM.from_quantized(bench.nested, [3, 4, 5, 6, 8])
     model.slot.keep_all = True  # memory for time
-    for seed in options.seeds:
+    done = [{row["seed"] for row in bench.rows.get(f"company {target:g}", {}).get("rows", [])} for target in options.budgets]
+    for seed in (seed for seed in options.seeds if not all(seed in seeds for seeds in done)):
         begun = processor_seconds()
         seen, held, test = (text_windows(tokenizer, [options.text], options.seq_len, options.cost_windows, split, seed) for split in ("train", "validation", "test"))
         exact, asked = exact_logits(model, held), exact_logits(model, test)
         costs, taken = measured_costs(model, seen, PREFIX, seed).sum(2).mean((0, 1)), {}
         for target, mix in zip(sorted(options.budgets), best_mixes(model, costs, options.budgets)):
             tried = moved_mixes(model, mix, budget_of(model, target), seen, PREFIX, seed=seed)
-            chosen, on_held = least_divergent(model, tried, held, PREFIX, exact)
-            alone, moved = (least_divergent(model, [each], test, PREFIX, asked)[1] for each in (mix, chosen))
+            chosen, *scores = least_divergent(model, tried, held, PREFIX, exact)
+            scores += [least_divergent(model, [each], test, PREFIX, asked)[1] for each in (mix, chosen)]
+            on_held, alone, moved = (float(some.kl.mean()) for some in scores)
             print(f"seed {seed}, {target:g} bits: {alone:.4f} alone, {moved:.4f} in company", flush=True)
             taken[target] = dict(seed=seed, alone=alone, in_company=moved, on_validation=on_held, changed=sum(mix[name] != bits for name, bits in chosen.items()), proposed=len(tried) - 1)
         for target, row in taken.items():

@@ -66,7 +66,7 @@ class SuiteConfig(Options):
     base_model: str | None = option(None, "Their common ancestor; none given: what the models name", group="Models", aliases=("base",))
     suite: str = option("", "Models and data by name: a YAML file, or a bundled suite", group="Models")
     components: list[int] = option([], "How many of the models are merged, the first ones; none given: all", group="Models")
-    minutes: float = option(20.0, "Time for everything that is trained, in equal parts for each seed; scores come on top", low=0, group="Budget", resumable=True)
+    minutes: float = option(20.0, "Time for everything that is trained, in equal parts for each merge of each seed; scores come on top", low=0, group="Budget", resumable=True)
     max_steps: int | None = option(None, "Optimizer steps of masks; none given: mask merge's default", low=1, group="Budget")
     seeds: int = option(1, "Runs with one seed after the other, for the spread; what is done goes on with more of them, each with as much time", low=1, high=20, group="Budget", resumable=True)
     seed: int = option(0, "The first seed of what is drawn and trained", low=0, group="Budget", aliases=("random_state",))
@@ -90,6 +90,10 @@ class SuiteConfig(Options):
     def parts(self) -> int:
         "Equal parts of the minutes: one for each seed."
         return self.seeds
+
+    def beside(self, begun: "SuiteConfig") -> "SuiteConfig":
+        "As it goes on with what was begun: what is there stays."
+        return self
 
     @property
     def judged_rows(self) -> int | None:  # None: all
@@ -193,7 +197,9 @@ def as_begun(config: SuiteConfig) -> SuiteConfig:
     "The config of a run that goes on, with as much time for each part as those had that are there. Raises `ValueError` for fewer seeds than there are, or for other minutes."
     if not config.resume:
         return config
-    begun, folder = config_from_yaml(type(config), Path(config.output_dir) / "config.yaml"), Path(config.output_dir)
+    folder = Path(config.output_dir)
+    begun = config_from_yaml(type(config), folder / "config.yaml")
+    config = config.beside(begun)
     if (last := max((row["seed"] for row in kept_rows(folder / ROWS)), default=config.seed)) >= config.seed + config.seeds:
         raise ValueError(f"seeds={config.seeds}: rows of seed {last} are in {folder}, too. Give {last - config.seed + 1} or more.")
     minutes = begun.minutes * config.parts / begun.parts

@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 from torch import Tensor
 
@@ -72,12 +71,10 @@ def judge_of(
     return judge
 
 # %% ../nbs/39_opponents/04_search.ipynb #7b496bf3
-def check_optuna() -> ModuleType:
-    "Optuna, imported on a stack of its own. Raises `ImportError` without it."
+def check_optuna():
+    "Raise `ImportError` without optuna."
     if importlib.util.find_spec("optuna") is None:
         raise ImportError("optuna is needed to search settings. Install it: pip install 'merge_lab[compare]'.")
-    with ThreadPoolExecutor(1) as apart:
-        return apart.submit(importlib.import_module, "optuna").result()
 
 
 def all_settings(space: Mapping[str, Dial]) -> list[dict] | None:  # None: a dial is continuous
@@ -98,7 +95,8 @@ def propose(
         return begin[0]
     if every is not None:
         return next((setting for setting in every if setting not in tried), None)
-    optuna = check_optuna()
+    with ThreadPoolExecutor(1) as apart:  # a stack that holds nothing
+        optuna = apart.submit(importlib.import_module, "optuna").result()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ranges = {name: optuna.distributions.CategoricalDistribution(dial.choices) if dial.choices else optuna.distributions.FloatDistribution(dial.low, dial.high, log=dial.log) for name, dial in space.items()}
     with warnings.catch_warnings():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOVES', 'moved_products', 'error_products', 'drawn_labels', 'watched', 'own_loss', 'batch_token_costs', 'token_costs',
-           'uniform_costs', 'rescaled', 'measured_costs', 'best_mix', 'sizes_of', 'budget_of', 'check_budget',
-           'paired_gain', 'kept_of', 'load_of', 'batch_moves', 'moved_mixes', 'least_divergent', 'static_mixes',
-           'spend', 'cost_of', 'by_layer', 'expected_real_bits', 'headroom']
+           'uniform_costs', 'rescaled', 'measured_costs', 'best_mix', 'sizes_of', 'budget_of', 'mix_within',
+           'check_budget', 'paired_gain', 'kept_of', 'load_of', 'batch_moves', 'moved_mixes', 'least_divergent',
+           'static_mixes', 'spend', 'cost_of', 'by_layer', 'expected_real_bits', 'headroom']
 
 # %% ../nbs/29_static_mix.ipynb #0d28c7a9
 from collections.abc import Callable
@@ -63,9 +63,11 @@ def drawn_labels(
 @contextmanager
 def watched(
     model: LayerwiseQuantizeForCausalLM,
+    precision: int | dict[str, int],  # that it is read at, of each linear where they differ
+    ids: Tensor,  # (windows, tokens)
     price: Callable,  # gets a linear's position, the linear, its input, and the gradient of its output
-):
-    "In backward passes of the block each linear is priced."
+):  # yields logits, (windows, tokens, vocabulary)
+    "In backward passes through the logits each linear is priced."
 
     def watch(position):
         def hook(linear, args, output):
@@ -77,8 +79,9 @@ def watched(
     handles = [linear.register_forward_hook(watch(position)) for position, linear in enumerate(linears)]
     handles.append(model.model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_()))
     try:
-        with torch.enable_grad():
-            yield
+        with model.set_precision(precision), torch.enable_grad():
+            model.start_plan(torch.ones_like(ids), None)
+            yield model.model(input_ids=ids, use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()
@@ -108,9 +111,7 @@ def batch_token_costs(
     def price(position, *products):
         costs[draw, :, :, position] = error_products(*products).cpu() / counts
 
-    with model.set_precision(model.precisions[-1]), watched(model, price):
-        model.start_plan(torch.ones_like(ids), None)
-        logits = model.model(input_ids=ids, use_cache=False).logits
+    with watched(model, model.precisions[-1], ids, price) as logits:
         for draw, generator in enumerate(generators):
             own_loss(logits, scored, generator).backward(retain_graph=True)
     return costs
@@ -192,6 +193,15 @@ def budget_of(model: LayerwiseQuantizeForCausalLM, real_bits: float) -> float:
     weights = sum(linear.in_features * linear.out_features for own in model._linears for linear in own)
     return real_bits / 8 * weights * (1 + 1e-9)  # a precision's own bits are enough for it
 
+
+def mix_within(
+    model: LayerwiseQuantizeForCausalLM,
+    costs: Tensor,  # (linears, precisions)
+    budget: float,  # bytes
+) -> dict[str, int]:  # "layer.name of a linear" -> bits
+    "The mix of least cost within the budget. Raises what `best_mix` raises."
+    return dict(zip(linear_bytes(model), (model.precisions[k] for k in best_mix(costs, sizes_of(model), budget))))
+
 # %% ../nbs/29_static_mix.ipynb #5498340f
 def check_budget(
     precisions: list[int],
@@ -256,9 +266,7 @@ def batch_moves(
         told = moved if of_exact else moved.square() / (2 * len(generators))
         found[0 if of_exact else 1, position] += (told / counts).sum((0, 1)).cpu()
 
-    with model.set_precision(mix), watched(model, price):
-        model.start_plan(torch.ones_like(ids), None)
-        logits = model.model(input_ids=ids, use_cache=False).logits
+    with watched(model, mix, ids, price) as logits:
         kl_loss(logits[scored].float(), exact[scored].float(), reduction="sum").backward(retain_graph=True)
         of_exact = False
         for generator in generators:
@@ -280,7 +288,7 @@ def moved_mixes(
     seed: int = 0,
 ) -> list[dict[str, int]]:  # the mix itself, and others within the budget
     "Where a mix could move, by what each linear does in the company of the others; measured only where there is room."
-    mix, sizes = {name: mix[name] for name in linear_bytes(model)}, sizes_of(model)
+    sizes = sizes_of(model)
     if min(mix.values()) == model.precisions[-1] or sizes[:, 0].sum() + sizes.diff(dim=1).min() > budget:
         return [mix]  # nothing else is worth a try, or within the budget
     generators, moves = [torch.Generator().manual_seed(seed + draw) for draw in range(draws)], 0
@@ -290,8 +298,7 @@ def moved_mixes(
     found = [mix]
     for share in MOVES:
         costs = share * moves[0] + moves[1]
-        choice = best_mix(costs - costs.min(1, keepdim=True).values, sizes, budget)
-        moved = dict(zip(mix, (model.precisions[k] for k in choice)))
+        moved = mix_within(model, costs - costs.min(1, keepdim=True).values, budget)
         found += [moved] * (moved not in found)
     return found
 
@@ -302,13 +309,14 @@ def least_divergent(
     windows: list[Window],  # others than the mixes come from
     prefix_length: int,
     exact: Tensor,  # of `exact_logits`
-) -> tuple[dict[str, int], float]:  # a mix, and its divergence
+    batch_size: int | None = None,  # None: `windows_at_once`
+) -> tuple[dict[str, int], pd.DataFrame]:  # a mix, and what it scores on each window
     "The mix that diverges least; of equals the first."
-    found = []
+    scores = []
     for mix in mixes:
         with model.set_precision(mix):
-            found.append(float(score_windows(model, windows, prefix_length, exact=exact).kl.mean()))
-    return mixes[found.index(min(found))], min(found)
+            scores.append(score_windows(model, windows, prefix_length, batch_size, exact))
+    return min(zip(mixes, scores), key=lambda scored: scored[1].kl.mean())
 
 # %% ../nbs/29_static_mix.ipynb #d5df4be9
 def static_mixes(
@@ -328,9 +336,10 @@ def static_mixes(
     mean, rows = costs.sum(2).mean((0, 1)), []
     for target in budgets:
         budget = budget_of(model, target)
-        mix = dict(zip(names, (model.precisions[k] for k in best_mix(mean, sizes, budget))))
+        mix = mix_within(model, mean, budget)
         tried = moved_mixes(model, mix, budget, seen, prefix_length, seed=seed) if seen else [mix]
-        mix, kl = least_divergent(model, tried, windows, prefix_length, exact)
+        mix, scores = least_divergent(model, tried, windows, prefix_length, exact)
+        kl = float(scores.kl.mean())
         for k, bits in enumerate(model.precisions):
             if sizes[:, k].sum() <= budget and measured[k] < kl:
                 mix, kl = dict.fromkeys(names, bits), measured[k].item()

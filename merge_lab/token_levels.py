@@ -18,7 +18,7 @@ from torch import Tensor
 from .architecture import decoder_layers
 from .nested_model import linear_bytes, NestedModel, Restore, split_assignment
 from .routed_model import LayerwiseQuantizeForCausalLM
-from .static_mix import best_mix, budget_of, sizes_of, spend
+from .static_mix import budget_of, mix_within, spend
 from .token_losses import kl_loss
 
 # %% ../nbs/30_token_levels.ipynb #0c5c7fd0
@@ -57,9 +57,7 @@ def best_mixes(
     budgets: list[float],  # bits a weight, tables and scales included
 ) -> list[dict[str, int]]:
     "The best static mix of each budget, from few bytes to many."
-    sizes, names = sizes_of(model), list(linear_bytes(model))
-    found = [best_mix(costs, sizes, budget_of(model, real)) for real in sorted(budgets)]
-    return [{name: model.precisions[k] for name, k in zip(names, choice)} for choice in found]
+    return [mix_within(model, costs, budget_of(model, real)) for real in sorted(budgets)]
 
 # %% ../nbs/30_token_levels.ipynb #5d9dc9f8
 @torch.no_grad()

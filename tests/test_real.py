@@ -239,7 +239,7 @@ def test_a_step_stops_when_the_demo_is_killed(tmp_path):
         f"real.run_command([{str(tmp_path / 'pid')!r}])"
     )
     parent = subprocess.Popen([sys.executable, "-c", script])
-    for _ in range(1200):
+    for _ in range(300):
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
             break
         time.sleep(0.1)

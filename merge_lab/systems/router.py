@@ -35,12 +35,12 @@ from ..devices import find_device, set_seed
 from ..held_out import Best
 from ..lesson import patch_to
 from ..loop_config import loop_option, LoopConfig, told_options
-from ..nested_model import linear_bytes, memory_table, read_quantized
+from ..nested_model import memory_table, read_quantized
 from ..precision_costs import average_real_bits, fit_costs, fit_price, kept, kept_tensors, measure_costs, MEASURED
 from ..routed_model import GATES, LayerwiseQuantizeForCausalLM
 from ..provenance import check_same_inputs, note_inputs
 from ..run_folder import atomic_path, begin_run, check_one_process, check_start, last_checkpoint, one_run, resume_command, save_tensors, stopped, write_json
-from ..static_mix import best_mix, budget_of, check_budget, expected_real_bits, headroom, kept_of, least_divergent, load_of, measured_costs, moved_mixes, paired_gain, sizes_of
+from ..static_mix import budget_of, check_budget, expected_real_bits, headroom, kept_of, least_divergent, load_of, measured_costs, mix_within, moved_mixes, paired_gain, sizes_of
 from ..text_windows import collate, exact_logits, few_of, score_windows, text_paths, text_windows, Window, windows_at_once
 from ..token_routing import show_token_result, TOKEN_ROUTERS_FILE, TokenwiseQuantizeForCausalLM
 from ..token_training import FrozenTrainer, TokenRouterTrainer
@@ -467,13 +467,11 @@ def is_worth_it(self) -> bool:
 @patch_to(RouterTrainer)
 def static_scores(self, windows: list[Window], exact: Tensor, budget: float) -> tuple[dict[str, int], pd.DataFrame]:  # budget: bytes; bits of each linear, a row for each window
     "The best static mix within a budget, moved in company where that diverges less on these windows, and what it scores."
-    model, sizes, config = self.model, sizes_of(self.model), self.config
-    budget = max(budget, sizes.min(1).values.sum().item()) * (1 + 1e-9)
-    bits = dict(zip(linear_bytes(model), (model.precisions[k] for k in best_mix(self.linear_costs(), sizes, budget))))
-    mixes = moved_mixes(model, bits, budget, few_of(self.cost_windows()), config.prefix_length, seed=config.seed)
-    bits, _ = least_divergent(model, mixes, windows, config.prefix_length, exact)
-    with model.set_precision(bits):
-        return bits, score_windows(model, windows, config.prefix_length, self.at_once, exact)
+    model, config = self.model, self.config
+    budget = max(budget, sizes_of(model).min(1).values.sum().item()) * (1 + 1e-9)
+    mix = mix_within(model, self.linear_costs(), budget)
+    mixes = moved_mixes(model, mix, budget, few_of(self.cost_windows()), config.prefix_length, seed=config.seed)
+    return least_divergent(model, mixes, windows, config.prefix_length, exact, self.at_once)
 
 # %% ../../nbs/40_systems/05_router.ipynb #9e0d3013
 @patch_to(RouterTrainer)
